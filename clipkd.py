@@ -1,0 +1,585 @@
+"""The command line: the only module that parses arguments, prints, or exits.
+
+`run` is the map of the system.  Every other command is one of its lines, on the run directory the line before wrote.
+Heavy packages are imported inside the functions that need them, so that help and cached runs start at once.
+"""
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from toolchain.errors import ClipkdError, MissingDependency, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from toolchain.recipe import Recipe
+    from toolchain.stages import Stage
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+stdout, stderr = Console(), Console(stderr=True)
+
+_EXTRAS = {"torch": "train", "open_clip": "train", "nncf": "train", "onnx": "train", "safetensors": "train"}
+_EXTRAS |= {"onnxscript": "train", "matplotlib": "report", "plotly": "report", "onnxruntime": "onnxruntime"}
+
+RecipeArg = Annotated[str, typer.Argument(help="A recipe that ships (see `clipkd recipes`) or a path.", metavar="RECIPE")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The run directory.")]
+RunArg = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a recipe field: section.field=value. Repeatable.", metavar="FIELD=VALUE"),
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.command()
+def run(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+    """Distil, quantize, export, prove, measure and report: every stage of a recipe.
+
+    Interrupted, the same command continues; what is complete is reused.
+
+    Example: [bold]clipkd run glyphs --out runs/quickstart[/]
+    """
+    with _run_directory(recipe, out, overrides) as (loaded, screen):
+        checkpoints = _train(loaded, out, screen)  # teacher, baseline, student
+        checkpoints |= _quantize(loaded, out, checkpoints, screen)  # student-int8
+        exported = _export(loaded, out, checkpoints, screen)  # graphs that passed parity
+        measured = _measure(loaded, out, exported, screen)  # accuracy and latency of what ships
+        report = _report(out, measured, screen)  # the table, and the front
+    _print_report(report, out, as_json)
+
+
+@app.command()
+def distill(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+    """Train a recipe's student from its teacher, and its baseline without; or, with no teacher, plain CLIP training.
+
+    Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
+    """
+    with _run_directory(recipe, out, overrides) as (loaded, screen):
+        checkpoints = _train(loaded, out, screen)
+    _print_stages(checkpoints, as_json)
+
+
+@app.command()
+def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+    """Make the int8 student of a run.
+
+    Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
+    """
+    with _run_directory(None, run, overrides) as (loaded, screen):
+        checkpoints = _train(loaded, run, screen)
+        made = _quantize(loaded, run, checkpoints, screen)
+    if not made:
+        raise UsageError(f"{run}: its recipe has no int8 in export.precisions; nothing to quantize")
+    _print_stages(made, as_json)
+
+
+@app.command()
+def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+    """Export a run's models to ONNX, each proven equal to its PyTorch model.
+
+    Example: [bold]clipkd export runs/quickstart[/]
+    """
+    with _run_directory(None, run, overrides) as (loaded, screen):
+        checkpoints = _train(loaded, run, screen)
+        checkpoints |= _quantize(loaded, run, checkpoints, screen)
+        exported = _export(loaded, run, checkpoints, screen)
+    _print_stages(exported, as_json)
+
+
+@app.command()
+def report(run: RunArg, as_json: JsonOpt = False) -> None:
+    """Write a run's report again, and print its table.
+
+    Example: [bold]clipkd report runs/quickstart --json[/]
+    """
+    from toolchain.report import write_report
+    from toolchain.stages import run_lock
+
+    _require_run(run)
+    with run_lock(run):
+        document = write_report(run)
+    _print_report(document, run, as_json)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
+    labels: Annotated[str | None, typer.Option(help="Comma-separated labels in place of the model's own.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
+    as_json: JsonOpt = False,
+) -> None:
+    """Name what is in pictures with an exported model; needs no torch.
+
+    Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 letter.png --labels "a cat,a dog"[/]
+    """
+    from export.predict import predict as rank_labels
+
+    wanted = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else None
+    if wanted == []:
+        raise UsageError(f"--labels '{labels}': no label in it; write --labels 'a cat,a dog'")
+    answers = rank_labels(model, images, wanted, top)
+    if as_json:
+        stdout.print_json(json.dumps(answers))
+        return
+    table = Table("image", "label", "probability")
+    for answer in answers:
+        for position, ranked in enumerate(answer["labels"]):
+            name = escape(answer["image"]) if position == 0 else ""
+            table.add_row(name, escape(ranked["label"]), f"{100 * ranked['probability']:.1f} %")
+    stdout.print(table)
+
+
+recipes_app = typer.Typer(help="List the recipes that ship; copy one to edit.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
+    """List the recipes that ship with clipkd.
+
+    Example: [bold]clipkd recipes[/]
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from toolchain.recipe import SHIPPED, shipped_recipes
+
+    described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
+    headlines = {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
+    if as_json:
+        stdout.print_json(json.dumps(headlines))
+        return
+    table = Table("recipe", "what it does")
+    for name, headline in headlines.items():
+        table.add_row(name, escape(headline))
+    stdout.print(table)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe that ships.")],
+    file: Annotated[Path, typer.Argument(help="Where to write it.")],
+) -> None:
+    """Copy a recipe that ships to a file of yours.
+
+    Example: [bold]clipkd recipes copy glyphs my.yaml[/]
+    """
+    from toolchain.recipe import recipe_path
+
+    if file.exists():
+        raise UsageError(f"{file}: exists already; choose another name")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipe_path(name), file)
+    stdout.print(str(file), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def show(
+    recipe: RecipeArg,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A run directory: say what of it is done.")] = None,
+    overrides: SetOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Print a recipe as clipkd understands it, the stages it asks for, and which of them a run has: the dry run.
+
+    Example: [bold]clipkd show glyphs --out runs/quickstart[/]
+    """
+    import yaml
+
+    from toolchain.recipe import load_recipe, recipe_path
+
+    loaded = load_recipe(recipe_path(recipe), overrides)
+    stages = [
+        {"stage": path, "state": _state(out / path) if out else "not made"} for path in _stage_paths(loaded)
+    ]
+    if as_json:
+        stdout.print_json(json.dumps({"recipe": loaded.model_dump(mode="json"), "stages": stages}))
+        return
+    stdout.print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False, end="")
+    for stage in stages:
+        stdout.print(f"# {stage['stage']}: {stage['state']}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    directories: Annotated[list[Path], typer.Argument(help="Stages or runs.", metavar="DIR...")], as_json: JsonOpt = False
+) -> None:
+    """Check every file of stages or runs against the hash recorded when it was made.
+
+    Example: [bold]clipkd verify runs/quickstart[/]
+    """
+    from toolchain.stages import MANIFEST, open_stage
+
+    checked = {}
+    for directory in directories:
+        stages = [directory] if (directory / MANIFEST).exists() else sorted(p.parent for p in directory.rglob(MANIFEST))
+        if not stages:
+            raise UsageError(f"{directory}: no clipkd stage in it; expected a run, or a directory with {MANIFEST}")
+        checked |= {str(path): open_stage(path).digest for path in stages if not path.name.startswith(".")}
+    if as_json:
+        stdout.print_json(json.dumps(checked))
+        return
+    for path in checked:
+        stdout.print(f"ok {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+# The stages -----------------------------------------------------------------------------------------------------------
+
+
+def _train(recipe: "Recipe", out: Path, screen: "_Screen") -> "dict[str, Stage]":
+    """The frozen teacher, the student it teaches, and the same student, seed and batches without it."""
+    from toolchain.recipe import model_folder
+    from toolchain.stages import folder_fingerprint, run_stage
+
+    if recipe.teacher is None:
+        return {"student": _train_one(recipe, out, "student", None, screen)}
+    source = model_folder(recipe.teacher)
+
+    def adopt(folder: Path) -> dict[str, Any]:
+        for file in source.iterdir():
+            if file.suffix in (".json", ".safetensors"):
+                shutil.copyfile(file, folder / file.name)
+        return {"role": "teacher", "source": recipe.teacher.model if recipe.teacher else None, "train_s": None}
+
+    screen.starts("teacher")
+    fingerprints = {"model": folder_fingerprint(source)}
+    teacher = run_stage(
+        out / "teacher", kind="adopt", version=1, fields={}, fingerprints=fingerprints, inputs={}, work=adopt
+    )
+    screen.done("teacher", teacher)
+    baseline = _train_one(recipe, out, "baseline", None, screen)
+    student = _train_one(recipe, out, "student", teacher, screen)
+    return {"teacher": teacher, "baseline": baseline, "student": student}
+
+
+def _train_one(recipe: "Recipe", out: Path, name: str, teacher: "Stage | None", screen: "_Screen") -> "Stage":
+    from toolchain import glyphs
+    from toolchain.recipe import model_folder
+    from toolchain.stages import folder_fingerprint, run_stage
+
+    spec = recipe.distill
+    if teacher is None:  # nothing it reads depends on the weights of losses it does not have
+        weights = spec.loss_weights.model_copy(update={"crd": 0.0, "fd": 0.0, "icl": 0.0})
+        spec = spec.model_copy(update={"loss_weights": weights})
+    source = model_folder(recipe.student)
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.data import GlyphBatches
+        from toolchain.distil import distil
+        from toolchain.models import load_model
+
+        student = load_model(source, random_seed=recipe.seed)
+        frozen = load_model(teacher.path) if teacher else None
+        data = GlyphBatches(glyphs.training_set(), recipe.seed, spec.batch_size, recipe.data.views)
+        return {"role": name} | distil(spec, student, frozen, data, folder, screen.progress)
+
+    screen.starts(name)
+    stage = run_stage(
+        out / name,
+        kind="distil",
+        version=1,
+        fields={"seed": recipe.seed, "data": recipe.data.model_dump(), "distill": spec.model_dump()},
+        fingerprints={"glyphs": glyphs.fingerprint(), "student": folder_fingerprint(source)},
+        inputs={"teacher": teacher} if teacher else {},
+        work=work,
+    )
+    screen.done(name, stage)
+    return stage
+
+
+def _quantize(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
+    """The int8 student, calibrated and fine-tuned against the teacher."""
+    spec = recipe.quantize
+    if spec is None or "int8" not in recipe.export.precisions:
+        return {}
+    from toolchain import glyphs
+    from toolchain.stages import run_stage
+
+    name, student, teacher = "student-int8", made["student"], made.get("teacher")
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.data import GlyphBatches
+        from toolchain.models import load_model
+        from toolchain.quantize import quantize
+
+        data = GlyphBatches(glyphs.training_set(), recipe.seed, spec.batch_size, recipe.data.views)
+        frozen = load_model(teacher.path) if teacher else None
+        weights = recipe.distill.loss_weights
+        quantized = quantize(spec, weights, load_model(student.path), frozen, data, folder, screen.progress)
+        return {"role": "student"} | quantized
+
+    screen.starts(name)
+    stage = run_stage(
+        out / name,
+        kind="quantize",
+        version=1,
+        fields={
+            "seed": recipe.seed,
+            "data": recipe.data.model_dump(),
+            "quantize": spec.model_dump(),
+            "loss_weights": recipe.distill.loss_weights.model_dump(),
+        },
+        fingerprints={"glyphs": glyphs.fingerprint()},
+        inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
+        work=work,
+    )
+    screen.done(name, stage)
+    return {name: stage}
+
+
+def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
+    """ONNX graphs of every model, each held against its PyTorch model before it counts as made."""
+    from toolchain import glyphs
+    from toolchain.stages import run_stage
+
+    exported = {}
+    for name, role, precision in _exports(recipe):
+        checkpoint = made[f"{role}-int8" if precision == "int8" else role]
+
+        def work(
+            folder: Path, role: str = role, precision: str = precision, checkpoint: "Stage" = checkpoint
+        ) -> dict[str, Any]:
+            from export.parity import check_parity
+            from export.to_onnx import export_onnx
+            from toolchain.models import load_model
+            from toolchain.quantize import load_quantized
+
+            model = load_model(checkpoint.path)
+            towers = load_quantized(checkpoint.path) if precision == "int8" else (None, None)
+            headline = glyphs.eval_set(recipe.evaluate.headline)
+            screen.progress("to ONNX", 0, 2)
+            summary = export_onnx(
+                model,
+                folder,
+                role=role,
+                precision=precision,
+                eval_images=headline.images_KHWC,
+                names=headline.names,
+                templates=glyphs.TEMPLATES,
+                opset=recipe.export.opset,
+                image_tower=towers[0],
+                text_tower=towers[1],
+            )
+            screen.progress("parity", 1, 2)
+            summary["parity"] = check_parity(folder, precision=precision)
+            return summary
+
+        screen.starts(name)
+        exported[name] = run_stage(
+            out / "exported" / name,
+            kind="export",
+            version=1,
+            fields={"precision": precision, "opset": recipe.export.opset, "headline": recipe.evaluate.headline},
+            fingerprints={"glyphs": glyphs.fingerprint()},
+            inputs={"checkpoint": checkpoint},
+            work=work,
+        )
+        screen.done(name, exported[name])
+    return exported
+
+
+def _measure(recipe: "Recipe", out: Path, exported: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
+    """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
+    from toolchain import glyphs
+    from toolchain.stages import machine, run_stage
+
+    measured = {}
+    for name, model in exported.items():
+
+        def work(folder: Path, model: "Stage" = model) -> dict[str, Any]:
+            from export.measure import measure
+
+            return measure(model.path, folder, recipe.evaluate, recipe.profile, screen.progress)
+
+        screen.starts(f"measured/{name}")
+        measured[name] = run_stage(
+            out / "measured" / name / "cpu",
+            kind="measure",
+            version=1,
+            fields={"evaluate": recipe.evaluate.model_dump(), "profile": recipe.profile.model_dump()},
+            fingerprints={"glyphs": glyphs.fingerprint(), "machine": json.dumps(machine(), sort_keys=True)},
+            inputs={"model": model},
+            work=work,
+        )
+        screen.done(f"measured/{name}", measured[name])
+    return measured
+
+
+def _report(out: Path, measured: "dict[str, Stage]", screen: "_Screen") -> dict[str, Any]:
+    """report.json and its readable forms, written again only when something measured is new."""
+    path = out / "report.json"
+    screen.starts("report")
+    if all(stage.cached for stage in measured.values()) and all(
+        path.with_suffix(suffix).exists() for suffix in (".json", ".csv", ".md", ".png", ".html")
+    ):
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        screen.line("report", "cached")
+        return report
+    from toolchain.report import write_report
+
+    report = write_report(out)
+    screen.line("report", "written")
+    return report
+
+
+def _exports(recipe: "Recipe") -> list[tuple[str, str, str]]:
+    """Name, role and precision of every exported model."""
+    others = ("teacher", "baseline") if recipe.teacher else ()
+    pairs = [(role, "fp32") for role in others] + [("student", precision) for precision in recipe.export.precisions]
+    return [
+        (f"{role}-{runtime}-{precision}", role, precision) for runtime in recipe.export.runtimes for role, precision in pairs
+    ]
+
+
+def _stage_paths(recipe: "Recipe") -> list[str]:
+    trained = ["teacher", "baseline", "student"] if recipe.teacher else ["student"]
+    quantized = ["student-int8"] if "int8" in recipe.export.precisions else []
+    names = [name for name, _, _ in _exports(recipe)]
+    return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]
+
+
+def _state(path: Path) -> str:
+    from toolchain.stages import open_stage
+
+    if path.exists():
+        open_stage(path)
+        return "made"
+    return "interrupted" if path.with_name(f".{path.name}.partial").exists() else "not made"
+
+
+# The terminal ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Screen:
+    """Progress on stderr: a live bar on a terminal, one line per stage anywhere."""
+
+    bar: "Progress"
+    task: "TaskID | None" = None
+    what: str = ""
+    stage: str = ""
+
+    def starts(self, stage: str) -> None:
+        self.stage = stage
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        if self.task is None or what != self.what:
+            self._clear()
+            self.what, self.task = what, self.bar.add_task(f"{self.stage}: {what}", total=total, note="")
+        self.bar.update(self.task, completed=done, total=total, note=note)
+
+    def done(self, name: str, stage: "Stage") -> None:
+        self.line(name, "cached" if stage.cached else f"done in {stage.manifest['took_s']:.0f} s")
+
+    def line(self, name: str, text: str) -> None:
+        self._clear()
+        self.bar.console.print(f"{name:<40} {text}", highlight=False, markup=False)
+
+    def _clear(self) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
+@contextmanager
+def _run_directory(name: str | None, out: Path, overrides: list[str] | None) -> "Iterator[tuple[Recipe, _Screen]]":
+    """Hold a run directory with its recipe resolved into it; `name` None: the recipe the run has."""
+    import yaml
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from toolchain.recipe import load_recipe, recipe_path
+    from toolchain.stages import run_lock
+
+    if name is None:
+        _require_run(out)
+    recipe = load_recipe(out / "recipe.yaml" if name is None else recipe_path(name), overrides)
+    with run_lock(out):
+        said = "".join(f"# {line}\n" for line in [f"clipkd {' '.join(sys.argv[1:])}", "resolved by clipkd:"])
+        resolved = said + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        partial = out / ".recipe.yaml.partial"
+        partial.write_text(resolved, encoding="utf-8")
+        partial.replace(out / "recipe.yaml")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr, transient=True) as bar:
+            yield recipe, _Screen(bar)
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "recipe.yaml").is_file():
+        problem = "no recipe.yaml in it; not a clipkd run" if run.is_dir() else "no such run directory"
+        raise UsageError(f"{run}: {problem}. Make one with: clipkd run glyphs --out {run}")
+
+
+def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(json.dumps({name: {"path": str(s.path), **s.manifest["summary"]} for name, s in stages.items()}))
+        return
+    for stage in stages.values():
+        stdout.print(str(stage.path), soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(json.dumps(document))
+        return
+    from toolchain.report import terminal_rows
+
+    headers, rows = terminal_rows(document)
+    table = Table(*headers)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    stdout.print(table)
+    stderr.print(f"{out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def main() -> NoReturn:
+    """The `clipkd` command: one place where errors become messages and exit codes."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    try:
+        _refuse_foreign_packages()
+        app()
+    except ClipkdError as error:
+        _exit(error)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _exit(MissingDependency(f"this command needs {error.name}: pip install 'clipkd[{extra}]'"))
+    sys.exit(0)
+
+
+def _exit(error: ClipkdError) -> NoReturn:
+    stderr.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+    sys.exit(error.exit_code)
+
+
+def _refuse_foreign_packages() -> None:
+    """`toolchain`, `export` and `recipes` are common names; somebody else's on the path would break us obscurely."""
+    import export
+    import recipes
+    import toolchain
+
+    here = Path(__file__).resolve().parent
+    for package in (toolchain, export, recipes):
+        found = Path(str(package.__file__)).resolve().parent.parent
+        if found != here:
+            raise UsageError(
+                f"the package '{package.__name__}' comes from {found}, clipkd from {here}; "
+                f"run from another folder, or take {found} out of PYTHONPATH"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Time one ONNX graph in a fresh process of any machine, and print one JSON document.
+
+This file is copied to devices and runs there on its own: Python 3.8, numpy and onnxruntime (Pillow for `--images`).
+
+    python runner.py --model image.onnx --input pixel_values --shape 1,3,32,32 --dtype float32 --threads 2
+
+Host arrays go in and host arrays come out, one query at a time; the inputs are resident, distinct and rotated.
+`--images` (with `--classes` and `--preprocess`) also times a user's whole path: the bytes of an image file, decoding,
+preprocessing, the image tower, features @ class matrix, top-1.
+
+    B batch   N staged inputs   K classes   D feature width   CHW, HWC image   T tokens
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if (
+    __name__ == "__main__"
+    and sys.path
+    and sys.path[0]
+    and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent
+):
+    sys.path.pop(0)  # this folder holds a profile.py, which must not stand in for the standard library's
+
+import argparse
+import gc
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+_NUM_DISTINCT = 64  # inputs, when none are given
+_WINDOWS = 3  # successive medians that must agree for a warm-up to end
+_AGREEMENT = 0.05  # between the least and the greatest of them
+_SWEEP_LIMIT = 5  # a larger batch that would outlast the measurement this many times is left out
+
+
+def main() -> None:
+    options = _parse(sys.argv[1:])
+    document = os.dup(1)
+    os.dup2(2, 1)  # whatever a native library prints must not land in the document
+    result = _measure(options)
+    with os.fdopen(document, "w", encoding="utf-8") as stdout:
+        stdout.write(json.dumps(result) + "\n")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time one ONNX graph and print one JSON document.")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--input", required=True, help="name of the graph's input")
+    parser.add_argument("--shape", type=_shape, required=True, help="of one query, for example 1,3,32,32")
+    parser.add_argument("--dtype", choices=("float32", "int64"), required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="to measure, after the warm-up")
+    parser.add_argument("--max-warm-up", type=float, default=10.0, help="seconds after which an unsteady warm-up ends")
+    parser.add_argument("--inputs", type=Path, help="a .npy of [N, ...] real inputs; random numbers otherwise")
+    parser.add_argument("--batches", type=_shape, default=[], help="also time these batch sizes, for example 8,32")
+    parser.add_argument("--images", type=Path, help="a folder of image files: also time the whole path")
+    parser.add_argument("--classes", type=Path, help="classes.npz, for --images")
+    parser.add_argument("--preprocess", type=Path, help="preprocess.json, for --images")
+    options = parser.parse_args(arguments)
+    if options.images and not (options.classes and options.preprocess):
+        parser.error("--images needs --classes and --preprocess")
+    return options
+
+
+def _shape(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    import onnxruntime as ort  # here: export.runtime reads preprocess_image from this file before it loads ONNX Runtime
+
+    ort.set_default_logger_severity(3)  # errors only
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    start_ns = time.perf_counter_ns()
+    session = ort.InferenceSession(str(options.model), settings, providers=["CPUExecutionProvider"])
+    load_ms = (time.perf_counter_ns() - start_ns) / 1e6
+    output = session.get_outputs()[0].name
+    single = _queries(options, options.shape[0])
+
+    def run(query: NDArray[Any]) -> Any:
+        return session.run([output], {options.input: query})[0]
+
+    start_ns = time.perf_counter_ns()
+    run(single[0])
+    first_ms = (time.perf_counter_ns() - start_ns) / 1e6
+    gc.collect()
+    gc.disable()
+    headline = _time(run, single, options.min_seconds, options.max_warm_up)
+    peak_rss_bytes = _peak_rss_bytes()  # before larger batches raise it for good
+    result: dict[str, Any] = {"load_ms": load_ms, "first_ms": first_ms, **headline}
+    if options.images:
+        end_to_end, paths = _end_to_end(run, options)
+        result["e2e"] = _time(end_to_end, paths, options.min_seconds / 2, options.max_warm_up)
+        peak_rss_bytes = _peak_rss_bytes()
+    typical_ms = float(np.median(headline["samples_ms"])) / options.shape[0]
+    result["batches"] = {}
+    for batch in options.batches:
+        if batch * typical_ms > _SWEEP_LIMIT * options.min_seconds * 1000:
+            continue
+        result["batches"][str(batch)] = _time(
+            run, _queries(options, batch), options.min_seconds / 2, options.max_warm_up
+        )
+    result["peak_rss_bytes"] = peak_rss_bytes
+    result["batch"] = options.shape[0]
+    result["threads"] = options.threads
+    result["versions"] = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": ort.__version__,
+    }
+    return result
+
+
+def _time(run: Callable[[Any], Any], queries: Sequence[Any], min_seconds: float, max_warm_up: float) -> dict[str, Any]:
+    """Latencies of single queries after the medians of successive windows have come to agree."""
+    window_ns = int(min_seconds / 10 * 1e9)
+    medians: list[float] = []
+    start_ns = time.perf_counter_ns()
+    steady = False
+    while not steady and time.perf_counter_ns() - start_ns < max_warm_up * 1e9:
+        medians.append(float(np.median(_sample(run, queries, window_ns))))
+        last = medians[-_WINDOWS:]
+        steady = len(last) == _WINDOWS and max(last) - min(last) <= _AGREEMENT * min(last)
+    warm_up_s = (time.perf_counter_ns() - start_ns) / 1e9
+    samples_ns = _sample(run, queries, int(min_seconds * 1e9))
+    return {"samples_ms": [ns / 1e6 for ns in samples_ns], "steady": steady, "warm_up_s": warm_up_s}
+
+
+def _sample(run: Callable[[Any], Any], queries: Sequence[Any], duration_ns: int) -> list[int]:
+    samples_ns: list[int] = []
+    now = time.perf_counter_ns
+    end_ns = now() + duration_ns
+    done = False
+    while not done:
+        start_ns = now()
+        run(queries[len(samples_ns) % len(queries)])
+        stop_ns = now()
+        samples_ns.append(stop_ns - start_ns)
+        done = stop_ns >= end_ns
+    return samples_ns
+
+
+def _queries(options: argparse.Namespace, batch: int) -> list[NDArray[Any]]:
+    """Distinct queries of one batch size, as arrays of their own."""
+    shape = options.shape[1:]
+    if options.inputs is not None:
+        inputs = np.load(str(options.inputs), allow_pickle=False)
+        if list(inputs.shape[1:]) != shape or inputs.dtype != options.dtype:
+            raise SystemExit(
+                f"{options.inputs}: expected {options.dtype} inputs of shape {shape}, "
+                f"got {inputs.dtype} of {list(inputs.shape[1:])}"
+            )
+    else:
+        random = np.random.RandomState(0)
+        if options.dtype == "int64":
+            inputs = random.randint(0, 256, [_NUM_DISTINCT, *shape]).astype(np.int64)
+        else:
+            inputs = random.standard_normal([_NUM_DISTINCT, *shape]).astype(np.float32)
+    step = batch if batch < len(inputs) else 1
+    first_rows = range(0, step * max(2, len(inputs) // batch), step)
+    return [np.ascontiguousarray(inputs[(row + np.arange(batch)) % len(inputs)]) for row in first_rows]
+
+
+def _end_to_end(run: Callable[[Any], Any], options: argparse.Namespace) -> tuple[Callable[[bytes], int], list[bytes]]:
+    from PIL import Image
+
+    spec = json.loads(options.preprocess.read_text(encoding="utf-8"))["image"]
+    with np.load(str(options.classes), allow_pickle=False) as classes:
+        features_DK = np.ascontiguousarray(classes["features_KD"].T)
+    files = [path.read_bytes() for path in sorted(options.images.iterdir())]
+
+    def classify(file: bytes) -> int:
+        pixel_values_CHW = preprocess_image(Image.open(io.BytesIO(file)), spec)
+        return int((run(pixel_values_CHW[None]) @ features_DK).argmax())
+
+    return classify, files
+
+
+def preprocess_image(image: Image.Image, spec: dict[str, Any]) -> NDArray[np.float32]:
+    """pixel_values [3, H, W] as open_clip.transform.image_transform makes them for evaluation.
+
+    `spec` is an open_clip preprocess_cfg: size, mean, std, interpolation, resize_mode and fill_color.  As there, an
+    image is resized, cropped or padded in the mode it came in, and becomes RGB only afterwards.
+    """
+    height, width = _pair(spec["size"])
+    mode, longest = spec["resize_mode"], spec["resize_mode"] == "longest"
+    bilinear = spec["interpolation"] == "bilinear"
+    old_width, old_height = image.size
+    fill = spec.get("fill_color", 0) if longest else 0
+    if mode == "squash":
+        new_height, new_width = height, width
+    elif mode == "shortest" and height == width:  # torchvision's Resize rounds down
+        short, long = min(image.size), max(image.size)
+        length = int(height * long / short)
+        new_height, new_width = (length, height) if old_width <= old_height else (height, length)
+    else:  # open_clip's ResizeKeepRatio rounds to nearest, and for `shortest` disregards the interpolation asked for
+        bilinear = bilinear and longest
+        ratios = old_height / height, old_width / width
+        ratio = max(ratios) if longest else min(ratios)
+        new_height, new_width = round(old_height / ratio), round(old_width / ratio)
+    if (new_width, new_height) != image.size:
+        # Pillow's constants, by value: Image.Resampling does not exist in the Pillow of Python 3.8's time
+        image = image.resize((new_width, new_height), 2 if bilinear else 3)
+    if mode != "squash":
+        image = _crop_or_pad(image, height, width, fill)
+    values_HWC = np.asarray(image.convert("RGB")).astype(np.float32)
+    values_HWC /= np.float32(255)
+    values_HWC -= np.asarray(_triple(spec["mean"]), np.float32)
+    values_HWC /= np.asarray(_triple(spec["std"]), np.float32)
+    return np.ascontiguousarray(values_HWC.transpose(2, 0, 1))
+
+
+def _crop_or_pad(image: Image.Image, height: int, width: int, fill: Any) -> Image.Image:
+    if width > image.width or height > image.height:
+        from PIL import ImageOps
+
+        spare_x, spare_y = max(width - image.width, 0), max(height - image.height, 0)
+        border = (spare_x // 2, spare_y // 2, (spare_x + 1) // 2, (spare_y + 1) // 2)
+        num_channels = len(image.getbands())
+        if num_channels > 1 and not isinstance(fill, (list, tuple)):
+            fill = (fill,) * num_channels
+        palette = image.getpalette() if image.mode == "P" else None
+        image = ImageOps.expand(image, border=border, fill=fill)
+        if palette is not None:
+            image.putpalette(palette)
+    if image.size == (width, height):
+        return image
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
+
+
+def _triple(value: Any) -> Sequence[float]:
+    return value if isinstance(value, (list, tuple)) else (value,) * 3
+
+
+def _peak_rss_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main()

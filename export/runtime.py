@@ -1,0 +1,185 @@
+"""Open an exported model and encode with it: numpy, Pillow, tokenizers, ftfy and ONNX Runtime, no torch.
+
+Images and captions become graph inputs exactly as open_clip's own evaluation transform and tokenizers make them.
+
+    B batch   D embedding width   T tokens   CHW, HWC image
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from export.runner import preprocess_image
+from toolchain.errors import ArtifactError
+
+IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
+IMAGE_INPUT, TEXT_INPUT = "pixel_values", "input_ids"
+
+_CHUNK = 256  # rows of one run: bounds memory, and is past where larger batches get faster on a CPU
+_EXPORT_AGAIN = "Export it again: clipkd export RUN --onnx"
+_ERRORS_ONLY = 3  # ONNX Runtime's logging severity
+
+ort.set_default_logger_severity(_ERRORS_ONLY)
+
+
+@dataclass(frozen=True)
+class ExportedEncoders:
+    """Both towers of an exported model; features are [B, D], float32, of unit norm."""
+
+    folder: Path
+    image_size: int
+    """Height of `pixel_values`."""
+
+    context_length: int
+    precision: str | None
+    """`fp32`, `fp16`, `int8` … as the manifest says; None where there is no manifest."""
+
+    image_spec: dict[str, Any]
+    """An open_clip preprocess_cfg."""
+
+    text_spec: dict[str, Any]
+    """As `export.tokenizers_json.text_spec` documents it."""
+
+    _tokenizer: Tokenizer
+    _image: ort.InferenceSession
+    _text: ort.InferenceSession
+
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
+        """pixel_values [3, H, W], equal to open_clip's evaluation transform."""
+        return preprocess_image(image, self.image_spec)
+
+    def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """input_ids [B, T], equal to open_clip's tokenizer of this model."""
+        cleaned = [_clean(text, self.text_spec["clean"]) for text in texts]
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        appended_id, zeroed_id = self.text_spec.get("appended_id"), self.text_spec.get("zeroed_id")
+        if appended_id is not None:
+            rows = [[*row, appended_id] for row in rows]
+        input_ids_BT = np.array(rows, np.int64).reshape(len(rows), self.context_length)
+        if zeroed_id is not None:
+            input_ids_BT[input_ids_BT == zeroed_id] = 0
+        return input_ids_BT
+
+    def encode_pixels(self, pixel_values_BCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _run(self._image, pixel_values_BCHW)
+
+    def encode_ids(self, input_ids_BT: NDArray[np.int64]) -> NDArray[np.float32]:
+        return _run(self._text, input_ids_BT)
+
+    def encode_images(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features of pictures, or of uint8 pixels [B, H, W, 3]."""
+        chunks = (images[start : start + _CHUNK] for start in range(0, max(len(images), 1), _CHUNK))
+        return np.concatenate([self.encode_pixels(self._pixel_values(chunk)) for chunk in chunks])
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self.encode_ids(self.tokenize(texts))
+
+    def _pixel_values(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+        shape = [len(pictures), *self._image.get_inputs()[0].shape[1:]]
+        return np.array([self.preprocess(picture) for picture in pictures], np.float32).reshape(shape)
+
+
+def open_exported(folder: Path, *, threads: int | None = None) -> ExportedEncoders:
+    """Open both graphs of an exported folder on the CPU; `threads` None leaves their number to ONNX Runtime.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of another kind.
+    """
+    spec = _read_json(folder / "preprocess.json")
+    try:
+        image_spec, text_spec = spec["image"], spec["text"]
+        size, context_length = image_spec["size"], int(text_spec["context_length"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{folder / 'preprocess.json'}: expected 'image' and 'text', no {error}. {_EXPORT_AGAIN}"
+        ) from None
+    manifest = _read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    return ExportedEncoders(
+        folder=folder,
+        image_size=int(size[0] if isinstance(size, list) else size),
+        context_length=context_length,
+        precision=manifest.get("summary", {}).get("precision"),
+        image_spec=image_spec,
+        text_spec=text_spec,
+        _tokenizer=_open_tokenizer(folder / "tokenizer.json"),
+        _image=open_session(folder / IMAGE_GRAPH, IMAGE_INPUT, threads=threads),
+        _text=open_session(folder / TEXT_GRAPH, TEXT_INPUT, threads=threads),
+    )
+
+
+def open_session(path: Path, input_name: str, *, threads: int | None = None) -> ort.InferenceSession:
+    """A graph on the CPU, quiet, that takes one input of the given name.
+
+    Raises:
+        ArtifactError: the graph is missing, damaged, or has other inputs.
+    """
+    _require(path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+        raise ArtifactError(f"{path}: ONNX Runtime cannot open this graph: {error}. {_EXPORT_AGAIN}") from error
+    names = [graph_input.name for graph_input in session.get_inputs()]
+    if names != [input_name]:
+        raise ArtifactError(
+            f"{path}: expected the one input {input_name}, got {', '.join(names) or 'none'}. {_EXPORT_AGAIN}"
+        )
+    return session
+
+
+def _run(session: ort.InferenceSession, inputs: NDArray[Any]) -> NDArray[np.float32]:
+    name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+    starts = range(0, max(len(inputs), 1), _CHUNK)  # an empty batch still has a width
+    return np.concatenate([session.run([output], {name: inputs[start : start + _CHUNK]})[0] for start in starts])
+
+
+def _clean(text: str, kind: str) -> str:
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    if kind == "canonicalize":
+        text = text.replace("_", " ").translate(_WITHOUT_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if kind == "whitespace" else text.lower()
+
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _open_tokenizer(path: Path) -> Tokenizer:
+    _require(path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ArtifactError(f"{path}: not a tokenizer of the `tokenizers` library: {error}. {_EXPORT_AGAIN}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _require(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ArtifactError(f"{path}: not JSON: {error}. {_EXPORT_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, got {type(content).__name__}. {_EXPORT_AGAIN}")
+    return content
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing; an exported folder holds one. {_EXPORT_AGAIN}")

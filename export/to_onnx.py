@@ -1,0 +1,203 @@
+"""A checkpoint becomes two ONNX graphs, image and text, and everything a device without torch needs beside them.
+
+Precision is a property of the exported graph, decided here: fp16 stores half-precision weights and computes in them
+(inputs, outputs and the final normalisation stay fp32), int8 stores what quantize.freeze rounded.
+
+    B batch   D embedding width   K classes   P templates   T tokens   CHW, HWC image
+"""
+
+import copy
+import io
+import json
+import logging
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg
+from PIL import Image
+from torch import Tensor, nn
+
+from export.tokenizers_json import write_tokenizer
+from toolchain.errors import ClipkdError
+from toolchain.models import ClipModel, num_parameters
+from toolchain.quantize import (
+    ImageTower,
+    TextTower,
+    example_pixels,
+    fold_batch_norms,
+    without_attention_fast_path,
+)
+
+PRECISIONS = ("fp32", "fp16", "int8")
+MAX_PARITY_SAMPLES = 256
+NUM_PARITY_PIXELS = 4  # pixel_values are kept for a few images only: 224x224 takes 600 kB each, and one shows a wrong mean
+_CHUNK = 256  # samples per forward
+_MAX_BATCH = 1 << 16
+
+
+def export_onnx(
+    model: ClipModel,
+    folder: Path,
+    *,
+    role: str,
+    precision: str,
+    eval_images: NDArray[np.uint8],
+    names: list[str],
+    templates: tuple[str, ...],
+    opset: int = 20,
+    image_tower: nn.Module | None = None,
+    text_tower: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, classes.npz and parity.npz into `folder`.
+
+    Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, and are
+    then also what the exported graphs will be compared with; fp32 and fp16 are compared with the float model.
+    `eval_images` are uint8 [N, H, W, 3]; image i shows `names[i % len(names)]` as far as parity.npz labels go.
+    Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
+
+    Raises:
+        ClipkdError: torch cannot export a tower, or exports a graph that breaks the contract.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is none of {PRECISIONS}")
+    if (precision == "int8") != (image_tower is not None and text_tower is not None):
+        raise ValueError("int8 is exported from frozen towers, fp32 and fp16 from the model's own")
+    reference_image = (image_tower or ImageTower(model.net)).eval()
+    reference_text = (text_tower or TextTower(model.net)).eval()
+    text_spec = write_tokenizer(model, folder)
+    preprocess = {"image": asdict(PreprocessCfg(**model.config["preprocess_cfg"])), "text": text_spec}
+    (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n", encoding="utf-8")
+    metadata = {
+        "clipkd.role": role,
+        "clipkd.precision": precision,
+        "clipkd.preprocess": json.dumps(preprocess, sort_keys=True),
+    }
+    pixels = example_pixels(model.net).float().cpu()
+    ids_2T = model.tokenize([template.format(name) for template, name in zip(templates * 2, names * 2, strict=False)][:2])
+    with torch.no_grad(), without_attention_fast_path():
+        for file, tower, reference, example, names_io in (
+            ("image.onnx", image_tower, reference_image, pixels, ("pixel_values", "image_features")),
+            ("text.onnx", text_tower, reference_text, ids_2T, ("input_ids", "text_features")),
+        ):
+            exported = tower or _prepared(reference, example, precision)
+            write_graph(exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata)
+        classes_KD = class_embeddings(reference_text, model, names, templates)
+        np.savez(
+            folder / "classes.npz", names=np.array(names), templates=np.array(templates), features_KD=classes_KD.numpy()
+        )
+        _write_parity_samples(folder / "parity.npz", model, reference_image, reference_text, eval_images, names, templates)
+    params_image, params_text = num_parameters(model.net)
+    return {
+        "role": role,
+        "runtime": "onnxruntime",
+        "precision": precision,
+        "params_image": params_image,
+        "params_text": params_text,
+        "opset": opset,
+        "size_bytes": sum((folder / file).stat().st_size for file in ("image.onnx", "text.onnx")),
+    }
+
+
+def write_graph(
+    tower: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    names_io: tuple[str, str],
+    opset: int,
+    metadata: dict[str, str],
+) -> None:
+    """Export one tower as one self-contained file with a dynamic batch, and check what was written.
+
+    Raises:
+        ClipkdError: the exporter failed, or froze the batch, or wrote an invalid graph.
+    """
+    assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():  # stdout belongs to the command's result
+            warnings.simplefilter("ignore")  # of torch's own internals
+            program = torch.onnx.export(
+                tower.eval(),
+                (example,),
+                input_names=[names_io[0]],
+                output_names=[names_io[1]],
+                dynamic_shapes=({0: batch},),
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+                dynamo=True,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ClipkdError(f"{path}: torch.onnx cannot export this tower at opset {opset}: {error}") from error
+    finally:
+        exporter_log.setLevel(level)
+    assert program is not None
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, metadata)
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ClipkdError(f"{path}: the exported graph is not valid ONNX: {error}") from error
+    for value in (*graph.graph.input, *graph.graph.output):
+        if value.type.tensor_type.shape.dim[0].dim_param != "batch":
+            raise ClipkdError(f"{path}: {value.name} has a fixed batch; expected a dynamic first dimension")
+    onnx.save(graph, path)
+
+
+@torch.no_grad()
+def class_embeddings(text_tower: nn.Module, model: ClipModel, names: list[str], templates: tuple[str, ...]) -> Tensor:
+    """[K, D] float32: normalise( mean over templates of the unit text feature ).  CLIP (arXiv:2103.00020), 3.1.4."""
+    sum_KD = torch.stack([_text_features(text_tower, model, names, template) for template in templates]).mean(0)
+    return F.normalize(sum_KD, dim=-1)
+
+
+def _text_features(text_tower: nn.Module, model: ClipModel, names: list[str], template: str) -> Tensor:
+    ids_KT = model.tokenize([template.format(name) for name in names])
+    return torch.cat([text_tower(chunk) for chunk in ids_KT.split(_CHUNK)]).cpu()
+
+
+def _prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
+    """A copy to export: batch norms folded (their variances may underflow in fp16), weights in the precision."""
+    tower = copy.deepcopy(tower).float().cpu()
+    if isinstance(tower, ImageTower):
+        fold_batch_norms(tower, example)
+    return tower.half() if precision == "fp16" else tower
+
+
+def _write_parity_samples(
+    path: Path,
+    model: ClipModel,
+    image_tower: nn.Module,
+    text_tower: nn.Module,
+    images: NDArray[np.uint8],
+    names: list[str],
+    templates: tuple[str, ...],
+) -> None:
+    """What parity.py feeds to a runtime, and what torch made of it.  Samples are spread evenly over the set."""
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(MAX_PARITY_SAMPLES, len(images))).round().astype(int))
+    sample_names = [names[index % len(names)] for index in chosen]
+    captions = [templates[0].format(name) for name in sample_names]
+    pixel_values_BCHW = torch.stack([model.preprocess(Image.fromarray(images[index])) for index in chosen])
+    input_ids_BT = model.tokenize(captions)
+    np.savez(
+        path,
+        names=np.array(sample_names),
+        captions=np.array(captions),
+        pixels_BHWC=images[chosen],
+        pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
+        input_ids_BT=input_ids_BT.numpy(),
+        image_features_BD=torch.cat([image_tower(c) for c in pixel_values_BCHW.split(_CHUNK)]).cpu().numpy(),
+        text_features_BD=torch.cat([text_tower(c) for c in input_ids_BT.split(_CHUNK)]).cpu().numpy(),
+    )

@@ -1,0 +1,36 @@
+"""Everything a user can cause, and the exit code it ends with.
+
+    ClipkdError               printed without a traceback                      1
+    ├── UsageError            a flag or a recipe is wrong                      2
+    ├── ArtifactError         a directory is missing, foreign, damaged or busy 1
+    ├── MissingDependency     a package, compiler or driver is not installed   3
+    ├── UnavailableBackend    the requested device or provider is not there    4
+    └── GateError             parity, accuracy or a budget was not met         5
+
+Anything else that escapes is a bug in clipkd and keeps its traceback.
+A message says what, where, expected and got, and the next command.
+"""
+
+
+class ClipkdError(Exception):
+    exit_code = 1
+
+
+class UsageError(ClipkdError):
+    exit_code = 2
+
+
+class ArtifactError(ClipkdError):
+    pass
+
+
+class MissingDependency(ClipkdError):
+    exit_code = 3
+
+
+class UnavailableBackend(ClipkdError):
+    exit_code = 4
+
+
+class GateError(ClipkdError):
+    exit_code = 5

@@ -1,0 +1,458 @@
+"""Make a student int8: calibrate with NNCF, fine-tune with fake quantization, save, restore, freeze for export.
+
+Each tower is quantized by itself, because NNCF sees only what its root `forward` calls.  Weights are int8 per output
+channel, activations 8 bits per tensor, all zero points are zero.  An activation that calibration never saw negative
+(after a ReLU) is unsigned: ONNX Runtime then drops the ReLU and keeps the convolution in integers.  TensorRT knows
+signed activations only; `signed_activations` is for it, at the price of one bit.
+
+A convolutional tower first has its batch norms folded into its convolutions and is quantized throughout, residual
+additions included.  A transformer has only its linear layers and embeddings quantized: the outliers of its residual
+stream do not survive 8 bits (onnxsim#1742).
+
+NNCF is imported inside functions: exporting a float model must not need it, and its telemetry has to be refused before
+its import.
+
+    B batch   D embedding width   T tokens   CHW image
+"""
+
+import copy
+import io
+import json
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from toolchain.errors import ArtifactError, MissingDependency
+from toolchain.models import WEIGHTS, ClipModel
+
+CONFIG, QUANTIZERS = "nncf.json", "nncf.safetensors"
+
+Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""pixel_values [B,3,H,W], input_ids [B,T], the teacher's unit image and text features [B,D] or None."""
+
+LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
+
+_FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "normalize"]
+_ADDITIONS = ["add", "add_", "__add__", "__iadd__", "__radd__"]
+_OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float16 scales
+
+
+class ImageTower(nn.Module):
+    """pixel_values float32 [B, 3, H, W] to image_features float32 [B, D], unit norm."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.visual = net.visual
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        return F.normalize(self.visual(pixel_values.to(dtype)).float(), dim=-1)  # type: ignore[operator]
+
+
+class TextTower(nn.Module):
+    """input_ids int64 [B, T] to text_features float32 [B, D], unit norm."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.clip = copy.copy(net)  # shares every weight; without the image tower, which must not be copied along
+        self.clip._modules = {name: module for name, module in net._modules.items() if name != "visual"}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_text(input_ids).float(), dim=-1)  # type: ignore[operator]
+
+
+@contextmanager
+def without_attention_fast_path() -> Iterator[None]:
+    """Keep nn.MultiheadAttention on its open-coded path: the fused one can be neither quantized nor exported."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
+    """Fold, in place, every batch norm that follows a convolution into it; returns {batch norm's name: convolution's}.
+
+    What follows what is observed while `example` runs.  In float64, so that folding a batch norm already written back
+    as the identity (see `_float_state`) restores the convolution to the bit.
+    """
+    convolution_of: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is held so that its id stays its own
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def produced(convolution: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(convolution, nn.Conv2d)
+        convolution_of[id(output)] = (convolution, output)
+
+    def consumed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(norm, nn.BatchNorm2d) and id(inputs[0]) in convolution_of:
+            pairs.append((convolution_of[id(inputs[0])][0], norm))
+
+    handles = [module.register_forward_hook(produced) for module in tower.modules() if isinstance(module, nn.Conv2d)]
+    handles += [m.register_forward_pre_hook(consumed) for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        before_BD = tower(example)
+    for handle in handles:
+        handle.remove()
+
+    name_of = {module: name for name, module in tower.named_modules()}
+    folded = {name_of[norm]: name_of[convolution] for convolution, norm in pairs}
+    for convolution, norm in pairs:
+        assert norm.running_mean is not None and norm.running_var is not None
+        with torch.no_grad():
+            scale_C = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            shift_C = norm.bias.double() - norm.running_mean.double() * scale_C
+            if convolution.bias is not None:
+                shift_C += convolution.bias.double() * scale_C
+            weight = convolution.weight.double() * scale_C[:, None, None, None]
+            convolution.weight.copy_(weight)
+            convolution.bias = nn.Parameter(shift_C.to(convolution.weight.dtype))
+        # timm's BatchNormAct2d also holds the activation
+        rest = [module for name in ("drop", "act") if isinstance(module := getattr(norm, name, None), nn.Module)]
+        tower.set_submodule(name_of[norm], nn.Sequential(*rest) if rest else nn.Identity())
+    with torch.no_grad():
+        error = (tower(example) - before_BD).abs().max().item()
+    assert error < 1e-3, f"folding the batch norms moved a unit feature by {error}"  # else a convolution had two readers
+    return folded
+
+
+def quantize(
+    student: ClipModel,
+    batches: Iterator[Batch],
+    calibration: tuple[Tensor, Tensor],
+    *,
+    steps: int,
+    lr: float,
+    folder: Path,
+    loss_of: LossOf | None = None,
+    signed_activations: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+) -> None:
+    """Calibrate on `calibration` (pixel_values, input_ids), fine-tune for `steps`, and write into `folder`:
+
+        open_clip_model.safetensors   the float weights that int8 rounds, in plain open_clip's own layout
+        nncf.safetensors, nncf.json   scales and places of the quantizers
+
+    `loss_of(image_features_BD, text_features_BD, batch)` is minimised with AdamW at constant `lr`.  By default it is
+    mean(1 - cos) to the batch's teacher features, or where the batch has none, to the float student's own.
+    """
+    nncf = _import_nncf()
+    device = next(student.net.parameters()).device
+    image_tower, text_tower, folded = _float_towers(student.net)
+    pixel_values_BCHW, input_ids_BT = (values.to(device) for values in calibration)
+    with without_attention_fast_path():
+        image_tower = _calibrate(nncf, image_tower, pixel_values_BCHW, is_convolutional=bool(folded))
+        text_tower = _calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False)
+        if signed_activations:
+            for _, quantizer in (*_quantizers(image_tower), *_quantizers(text_tower)):
+                quantizer.signed = True  # the scale stays: it is the largest positive value either way
+        trained = [*image_tower.parameters(), *text_tower.parameters()]
+        optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=lr, weight_decay=0.0)
+        own_features = _frozen_features(student.net)
+        for step in range(steps):
+            pixel_values, input_ids, image_target_BD, text_target_BD = next(batches)
+            batch = (pixel_values.to(device), input_ids.to(device), image_target_BD, text_target_BD)
+            features = image_tower(batch[0]), text_tower(batch[1])
+            loss = loss_of(*features, batch) if loss_of else _cosine_loss(*features, batch, own_features)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if on_step:
+                on_step(step, loss.item())
+    _save(image_tower, text_tower, folded, student, folder)
+
+
+def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
+    """The image and text tower that `quantize` left in `folder`, with fake quantization, exactly as they were.
+
+    `source` gives the architecture only; `load_model(folder)` will do.
+
+    Raises:
+        ArtifactError: the folder was not written by `quantize`, or for another architecture.
+    """
+    nncf = _import_nncf()
+    for name in (WEIGHTS, QUANTIZERS, CONFIG):
+        if not (folder / name).is_file():
+            raise ArtifactError(
+                f"{folder}: no {name}; expected an int8 checkpoint. Make one with: clipkd quantize {folder.parent}"
+            )
+    net = copy.deepcopy(source.net)
+    try:
+        net.load_state_dict(load_file(folder / WEIGHTS))
+        image_tower, text_tower, _ = _float_towers(net)
+        saved = load_file(folder / QUANTIZERS)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        towers = []
+        for name, tower in (("image", image_tower), ("text", text_tower)):
+            quantized = nncf.torch.load_from_config(tower.eval(), _from_json(config[name]))
+            state = {key: value for key, value in quantized.state_dict().items() if not _is_quantizer_key(key)}
+            state |= {key.removeprefix(f"{name}."): v for key, v in saved.items() if key.startswith(f"{name}.")}
+            quantized.load_state_dict(state)
+            towers.append(quantized.eval())
+    except (RuntimeError, KeyError, ValueError) as error:  # state of another architecture, or JSON of another version
+        raise ArtifactError(f"{folder}: does not fit the model in {source.folder}: {error}") from error
+    return towers[0], towers[1]
+
+
+def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of a quantized tower that computes with the rounded values and exports as QuantizeLinear/DequantizeLinear.
+
+    Weights become stored int8.  `example` runs once, to tell the quantizers of weights from those of activations.
+    """
+    tower = copy.deepcopy(tower).eval()
+    recorders = {name: _Recorder(quantizer) for name, quantizer in _quantizers(tower)}
+    hooks = _hooks_of(tower)
+    for name, recorder in recorders.items():
+        hooks.set_submodule(name, recorder)
+    with torch.no_grad(), without_attention_fast_path():
+        tower(example)
+    for name, recorder in recorders.items():
+        if recorder.weight is None:
+            hooks.set_submodule(name, _ActivationRounding(recorder.quantizer))
+        else:
+            hooks.set_submodule(name, _StoredWeight(recorder.quantizer, recorder.weight))
+    return tower
+
+
+class _ActivationRounding(nn.Module):
+    """x to scale * clamp(round(x / scale), low, high)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Any) -> None:
+        super().__init__()
+        quantizer.set_levels()
+        self.low, self.high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
+        assert not quantizer.per_channel and not zero_point.any(), "activations are symmetric and per tensor"
+        self.register_buffer("scale", scale.detach().float().reshape(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if self.low < 0 else torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            quantized = torch.onnx.ops.symbolic(
+                "::QuantizeLinear",
+                (x, self.scale, self.zero_point),
+                dtype=self.zero_point.dtype,
+                shape=x.shape,
+                version=_OPSET,
+            )
+            inputs = (quantized, self.scale, self.zero_point)
+            return torch.onnx.ops.symbolic(
+                "::DequantizeLinear", inputs, dtype=x.dtype, shape=x.shape, version=_OPSET
+            )
+        # not torch.fake_quantize_per_tensor_affine: it multiplies by 1/scale, and so rounds other ties than ONNX does
+        return (x.float() / self.scale.float()).round().clamp(self.low, self.high).mul(self.scale).to(x.dtype)
+
+
+class _StoredWeight(nn.Module):
+    """The int8 weight, dequantized; the float parameter it stands for is ignored and drops out of the graph."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Any, parameter: Tensor) -> None:
+        super().__init__()
+        quantizer.set_levels()
+        _, high, scale, _ = quantizer.get_parameters_for_torch_fq()
+        self.axis = max(range(parameter.dim()), key=lambda axis: quantizer.scale_shape[axis])
+        self.shape = [-1 if axis == self.axis else 1 for axis in range(parameter.dim())]
+        with torch.no_grad():
+            rounded = (quantizer.quantize(parameter.detach()) / scale.reshape(self.shape)).round()
+        self.register_buffer("weight", rounded.clamp(-high, high).to(torch.int8))  # -128 saturates x86 int16 sums
+        self.register_buffer("scale", scale.detach().float().reshape(-1))
+        self.register_buffer("zero_point", torch.zeros_like(self.scale, dtype=torch.int8))
+
+    def forward(self, _: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            return torch.onnx.ops.symbolic(
+                "::DequantizeLinear",
+                (self.weight, self.scale, self.zero_point),
+                {"axis": self.axis},
+                dtype=self.scale.dtype,
+                shape=list(self.weight.shape),
+                version=_OPSET,
+            )
+        return self.weight.to(self.scale.dtype) * self.scale.reshape(self.shape)
+
+
+class _Recorder(nn.Module):
+    """A quantizer that remembers whether it is applied to a parameter."""
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.weight: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, nn.Parameter):
+            self.weight = x
+        return self.quantizer(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+def _import_nncf() -> Any:
+    os.environ.setdefault("NNCF_CI", "1")  # no telemetry; NNCF reads this once, at its import
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA; nothing is compiled
+    try:
+        import nncf
+        import nncf.torch
+        from nncf.torch.quantization import extensions
+        from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
+    except ModuleNotFoundError as error:
+        raise MissingDependency("int8 needs NNCF. Install it with: pip install 'clipkd[train]'") from error
+    nncf.set_log_level(logging.ERROR)
+    # NNCF would compile a C++ or CUDA extension on the first forward, and its own fallback calls torch.compile: both
+    # need a compiler, and a minute.  The definition in plain torch is the same function.
+    plain = ReferenceQuantize(ReferenceBackendType.TORCH)
+    functions = types.SimpleNamespace(Quantize_forward=plain.forward, Quantize_backward=plain.backward)
+    for namespace in (extensions.QuantizedFunctionsCPU, extensions.QuantizedFunctionsCUDA):
+        if isinstance(namespace, extensions.ExtensionNamespace):
+            namespace._loaded_namespace = functions
+    return nncf
+
+
+def _float_towers(net: nn.Module) -> tuple[ImageTower, TextTower, dict[str, str]]:
+    """Copies of the two towers, batch norms folded, and which were."""
+    net = copy.deepcopy(net).eval().requires_grad_(True)
+    image_tower = ImageTower(net)
+    return image_tower, TextTower(net), fold_batch_norms(image_tower, example_pixels(net))
+
+
+def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
+    """Random pixel_values of the model's input shape."""
+    size = net.visual.image_size  # type: ignore[union-attr]
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    parameter = next(net.parameters())
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
+
+
+def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional: bool) -> nn.Module:
+    """The tower with fake quantization, ranges set from `inputs`, ready for fine-tuning."""
+    floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _ADDITIONS
+    off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
+    with redirect_stdout(io.StringIO()):  # NNCF draws its progress there
+        quantized: nn.Module = nncf.quantize(
+            tower,
+            nncf.Dataset([row[None] for row in inputs]),  # one by one: batch statistics are inexact for transformers
+            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
+            subset_size=len(inputs),
+            ignored_scope=nncf.IgnoredScope(types=floating, validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                smooth_quant_alphas=off,  # SmoothQuant ignores the ignored scope (nncf#4172)
+                disable_bias_correction=True,  # fine-tuning moves the biases anyway
+            ),
+        )
+    return quantized.eval()  # dropout off: the rounding is all the noise that the student should learn
+
+
+def _hooks_of(tower: nn.Module) -> nn.Module:
+    from nncf.torch.function_hook.wrapper import get_hook_storage
+
+    return get_hook_storage(tower)  # type: ignore[no-any-return]
+
+
+def _quantizers(tower: nn.Module) -> list[tuple[str, Any]]:
+    """(name within the hook storage, NNCF quantizer) of a quantized tower."""
+    from nncf.torch.quantization.layers import BaseQuantizer
+
+    hooks: Any = _hooks_of(tower)
+    return [(name, module) for name, module in hooks.named_hooks() if isinstance(module, BaseQuantizer)]
+
+
+def _frozen_features(net: nn.Module) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    image_tower, text_tower = ImageTower(net), TextTower(net)
+
+    @torch.no_grad()
+    def features(batch: Batch) -> tuple[Tensor, Tensor]:
+        return image_tower(batch[0]), text_tower(batch[1])
+
+    return features
+
+
+def _cosine_loss(
+    image_features_BD: Tensor,
+    text_features_BD: Tensor,
+    batch: Batch,
+    own_features: Callable[[Batch], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """mean_i (1 - cos) of images plus that of texts, to the batch's targets; in [0, 4]."""
+    image_target_BD, text_target_BD = batch[2], batch[3]
+    if image_target_BD is None or text_target_BD is None:
+        image_target_BD, text_target_BD = own_features(batch)
+    image_cosine_B = (image_features_BD * image_target_BD.to(image_features_BD)).sum(-1)
+    text_cosine_B = (text_features_BD * text_target_BD.to(text_features_BD)).sum(-1)
+    return (1 - image_cosine_B).mean() + (1 - text_cosine_B).mean()
+
+
+def _save(
+    image_tower: nn.Module, text_tower: nn.Module, folded: dict[str, str], student: ClipModel, folder: Path
+) -> None:
+    nncf = _import_nncf()
+    save_file(_float_state(image_tower, text_tower, folded, student.net), folder / WEIGHTS)
+    towers = {"image": image_tower, "text": text_tower}
+    save_file(
+        {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, tower in towers.items()
+            for key, value in tower.state_dict().items()
+            if _is_quantizer_key(key)
+        },
+        folder / QUANTIZERS,
+    )
+    config = {name: nncf.torch.get_config(tower) for name, tower in towers.items()}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _float_state(
+    image_tower: nn.Module, text_tower: nn.Module, folded: dict[str, str], net: nn.Module
+) -> dict[str, Tensor]:
+    """The fine-tuned float weights under the original model's names.
+
+    A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps.
+    """
+    trained = dict(image_tower.state_dict()) | {
+        key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()
+    }
+    state = {}
+    for key, value in net.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        if module in folded and leaf != "num_batches_tracked":
+            norm = net.get_submodule(module)
+            bias = trained[f"{folded[module]}.bias"]
+            state[key] = {
+                "weight": torch.ones_like(bias),
+                "bias": bias,
+                "running_mean": torch.zeros_like(bias),
+                "running_var": torch.full_like(bias, 1 - norm.eps),  # type: ignore[operator]
+            }[leaf]
+        elif leaf == "bias" and module in folded.values():
+            state[key] = torch.zeros_like(value)  # its value moved into the batch norm
+        else:
+            state[key] = trained.get(key, value)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _is_quantizer_key(key: str) -> bool:
+    return key.startswith("__nncf_hooks.")
+
+
+def _from_json(config: dict[str, Any]) -> dict[str, Any]:
+    """NNCF's config with the types that JSON flattened: the scheme is an enum, a shape is a tuple."""
+    from nncf.common.quantization.structs import QuantizationScheme
+
+    for command in config["compression_state"]:
+        module = command["module_config"]
+        module["mode"] = QuantizationScheme(module["mode"])
+        module["scale_shape"] = tuple(module["scale_shape"])
+    return config

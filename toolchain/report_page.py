@@ -1,0 +1,465 @@
+"""The report as one HTML page that needs nothing else: no network, no server, no other file.
+
+The page is readable before and without its script: headings, findings, tables and provenance are in the HTML; the
+script draws the front and the training curves with Plotly, whose source is in the page, and sorts the tables.  A
+content security policy forbids every request, so that nothing a run contains can make the page send one.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from toolchain.errors import ArtifactError
+from toolchain.report import (
+    READING,
+    ROLE_COLORS,
+    TRUSTED_GRADES,
+    Row,
+    accuracy_axis,
+    columns,
+    duration,
+    findings,
+    front_groups,
+    front_line,
+    group_title,
+    latency_axis,
+    read_json,
+    set_rows,
+)
+
+_TRAINED = ("student", "baseline", "student-int8", "teacher")
+_MAX_CURVE_POINTS = 600  # more cannot be told apart on a screen, and a long run would make a page of many megabytes
+_SYMBOLS = {"fp32": "circle", "bf16": "triangle-up", "fp16": "square", "int8": "diamond", "int8-fp16": "cross"}
+
+
+def render_page(run: Path, report: dict[str, Any]) -> str:
+    """The HTML of a report, with training curves and provenance read from the run it was collected from."""
+    rows: list[Row] = report["rows"]
+    title = run.resolve().name
+    groups = list(front_groups(rows).values())
+    curves = {stage: read_curve(log) for stage in _TRAINED if (log := run / stage / "train.jsonl").exists()}
+    data = {
+        "fronts": [_front(group) for group in groups],
+        "curves": [{"stage": stage, **curve} for stage, curve in curves.items() if curve["step"]],
+    }
+    body = [
+        f"<header><p class=kicker>clipkd report</p><h1>{escape(title)}</h1>{_lead(groups)}</header>",
+        _findings_section(rows),
+        _front_section(groups),
+        f"<section><h2>Every model</h2>{_models_table(rows)}<p class=note>{escape(READING)}</p></section>",
+        _sets_section(rows),
+        _curves_section(data["curves"]),
+        _provenance_section(run, rows),
+    ]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="color-scheme" content="light dark">',
+            '<link rel="icon" href="data:,">',  # otherwise a browser asks the server for one
+            f"<title>{escape(title)} - clipkd report</title>",
+            f"<style>{_STYLE}</style>",
+            "</head>",
+            "<body><main>",
+            *filter(None, body),
+            "</main>",
+            f'<script type="application/json" id="data">{_script_json(data)}</script>',
+            f"<script>{get_plotlyjs()}</script>",
+            f"<script>{_SCRIPT}</script>",
+            "</body>",
+            "</html>\n",
+        ]
+    )
+
+
+def read_curve(log: Path) -> dict[str, Any]:
+    """The columns of a train.jsonl: `step`, `loss`, `images_per_s`, and `terms` as weighted in the loss, means over
+    stretches of equal length where there are more steps than a screen shows.
+
+    Raises: ArtifactError for a line that is not a JSON object with a step.
+    """
+    lines = []
+    for number, text in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text, parse_constant=lambda _: None)
+            line["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{log}:{number}: expected a JSON object with a step, got {text[:60]!r}") from error
+        lines.append(line)
+    stretch = -(-len(lines) // _MAX_CURVE_POINTS)
+    bins = [lines[start : start + stretch] for start in range(0, len(lines), max(1, stretch))]
+    terms = list(dict.fromkeys(name for line in lines for name in line.get("terms") or {}))
+    return {
+        "step": [bin_[-1]["step"] for bin_ in bins],
+        "loss": [_mean(line.get("loss") for line in bin_) for bin_ in bins],
+        "images_per_s": [_mean(line.get("images_per_s") for line in bin_) for bin_ in bins],
+        "terms": {
+            name: [_mean(((line.get("terms") or {}).get(name) or {}).get("weighted") for line in bin_) for bin_ in bins]
+            for name in terms
+        },
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(f"{sum(known) / len(known):.5g}") if known else None
+
+
+def _script_json(data: Any) -> str:
+    """JSON that no string inside can end: `<` and `&` only as escapes."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def _lead(groups: Sequence[Sequence[Row]]) -> str:
+    """What was compared, in one line."""
+    if not groups:
+        return "<p class=lead>No model has both a latency and an accuracy yet.</p>"
+    images = groups[0][0]["num_eval_images"]
+    classes = f", {images:,} images" if images else ""
+    where = "; ".join(group_title(group) for group in groups)
+    return f"<p class=lead>{escape(str(groups[0][0]['headline']))} zero-shot{escape(classes)}. {escape(where)}.</p>"
+
+
+def _findings_section(rows: Sequence[Row]) -> str:
+    cards = [
+        f"<div class=card><h3>{escape(item.title)}</h3><p class=value>{escape(item.value)}</p>"
+        f"<p>{escape(item.detail)}.</p></div>"
+        for item in findings(rows)
+    ]
+    return f"<section class=cards aria-label='What it bought and cost'>{''.join(cards)}</section>" if cards else ""
+
+
+def _front(group: Sequence[Row]) -> dict[str, Any]:
+    """What the script needs to draw one front."""
+    limits, ticks = latency_axis(group)
+    shown = columns(group)
+    leftmost = min(row["p50_ms"] for row in group)
+    return {
+        "headline": group[0]["headline"],
+        "limits_ms": limits,
+        "ticks_ms": ticks,
+        "limits_percent": accuracy_axis(group),
+        "line": front_line(group),
+        "points": [
+            {
+                "name": row["name"],
+                "p50_ms": row["p50_ms"],
+                "low_ms": row["p50_low_ms"],
+                "high_ms": row["p50_high_ms"],
+                "top1": row["top1"],
+                "low": row["top1_low"],
+                "high": row["top1_high"],
+                "color": ROLE_COLORS.get(row["role"], "#888888"),
+                "symbol": _SYMBOLS.get(row["precision"], "circle")
+                + ("" if row["grade"] in TRUSTED_GRADES else "-open"),
+                # above and left of the front there is nothing, by definition; below and right of the others little
+                "side": ("top right" if row["p50_ms"] == leftmost else "top left") if row["pareto"] else "bottom right",
+                "hover": [
+                    [column.header, column.text(row)] for column in shown[3:] if column.text(row) not in ("", "-", "ok")
+                ],
+            }
+            for row in group
+        ],
+    }
+
+
+def _front_section(groups: Sequence[Sequence[Row]]) -> str:
+    panels = [
+        f"<figure><figcaption>{escape(group_title(group))}</figcaption>"
+        f"<div class=plot id=front-{place} role=img aria-label='Accuracy against latency; the table below has the "
+        "numbers'></div></figure>"
+        for place, group in enumerate(groups)
+    ]
+    if not panels:
+        return ""
+    key = "Up and left is better. Dashed: Pareto front. Lines: 95 % intervals. Hollow: grade C. Hover or tap for more."
+    return f"<section><h2>Accuracy against latency</h2>{''.join(panels)}<p class=note>{key}</p></section>"
+
+
+def _models_table(rows: Sequence[Row]) -> str:
+    shown = columns(rows)
+    keys = [[column.sort_key(row) for column in shown] for row in rows]
+    numeric = [any(isinstance(row_keys[place], int | float) for row_keys in keys) for place in range(len(shown))]
+    cells = [[column.text(row) for column in shown] for row in rows]
+    marks = ["front" if row["pareto"] else "" for row in rows]
+    return _table([column.header for column in shown], cells, keys, numeric, marks)
+
+
+def _sets_section(rows: Sequence[Row]) -> str:
+    headers, cells = set_rows(rows)
+    if not cells:
+        return ""
+    keys: list[list[float | str | None]] = [[*row[:2], *(_leading_number(cell) for cell in row[2:])] for row in cells]
+    numeric = [place >= 2 for place in range(len(headers))]
+    table = _table(headers, cells, keys, numeric, [""] * len(cells))
+    return f"<section><h2>Every evaluation set</h2>{table}</section>"
+
+
+def _leading_number(text: str) -> float | None:
+    try:
+        return float(text.split(" ")[0].replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _table(
+    headers: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    keys: Sequence[Sequence[float | str | None]],
+    numeric: Sequence[bool],
+    marks: Sequence[str],
+) -> str:
+    """A table whose columns the script sorts by `keys`; wide ones scroll under a first column that stays."""
+    head = "".join(
+        f"<th scope=col{' class=number' if number else ''}><button type=button>{escape(header)}</button></th>"
+        for header, number in zip(headers, numeric, strict=True)
+    )
+    body = []
+    for row, row_keys, mark in zip(cells, keys, marks, strict=True):
+        texts = [
+            f'<{tag} data-key="{escape("" if key is None else str(key))}"{" class=number" if number else ""}>'
+            f"{escape(text)}</{tag.split(' ')[0]}>"
+            for tag, text, key, number in zip(
+                ["th scope=row", *["td"] * (len(row) - 1)], row, row_keys, numeric, strict=True
+            )
+        ]
+        body.append(f"<tr{f' class={mark}' if mark else ''}>{''.join(texts)}</tr>")
+    return (
+        f"<div class=scroll tabindex=0 role=region aria-label=Table><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _curves_section(curves: Sequence[dict[str, Any]]) -> str:
+    panels = [
+        f"<figure><figcaption>{stage}: loss and its weighted terms</figcaption>"
+        f"<div class='plot small' id=loss-{place} role=img aria-label='Training loss of {stage}'></div></figure>"
+        for place, stage in enumerate(escape(curve["stage"]) for curve in curves)
+    ]
+    if not panels:
+        return ""
+    speed = (
+        "<figure><figcaption>Training speed, images per second</figcaption>"
+        "<div class='plot small' id=speed role=img aria-label='Images per second while training'></div></figure>"
+    )
+    return f"<section><h2>Training</h2><div class=pair>{''.join(panels)}{speed}</div></section>"
+
+
+def _provenance_section(run: Path, rows: Sequence[Row]) -> str:
+    """Where every number comes from: stages, machines, versions, source revision and recipe."""
+    paths = [run / stage / "manifest.json" for stage in _TRAINED]
+    paths += [run / source for source in dict.fromkeys(row["source"] for row in rows)]
+    paths += sorted(run.glob("measured/*/[!.]*/manifest.json"))
+    stages = [(path.parent.relative_to(run).as_posix(), read_json(path)) for path in paths if path.exists()]
+    stage_rows = [
+        [
+            name,
+            str(manifest.get("revision") or "-"),
+            str(manifest.get("started_at") or "-"),
+            "-" if manifest.get("took_s") is None else duration(manifest["took_s"]),
+            str(manifest.get("key") or "-")[:12],
+        ]
+        for name, manifest in stages
+    ]
+    parts = [_plain_table(["stage", "source revision", "started", "took", "key"], stage_rows)]
+    profiles = sorted(run.glob("measured/*/[!.]*/profile.json"))
+    machines = [read_json(path).get("machine") for path in profiles] + [stage.get("machine") for _, stage in stages]
+    for title, found in (("Machine", machines), ("Versions", [stage.get("versions") for _, stage in stages])):
+        for facts in _distinct(found):
+            parts += [f"<h3>{title}</h3>", _plain_table(["", ""], [[key, _fact(facts[key])] for key in facts])]
+    recipe = run / "recipe.yaml"
+    if recipe.exists():
+        text = escape(recipe.read_text(encoding="utf-8"))
+        parts.append(f"<h3>Recipe</h3><pre tabindex=0><code>{text}</code></pre>")
+    summary = "<summary>Stages, machine, versions, recipe</summary>"
+    return f"<section><h2>Provenance</h2><details>{summary}{''.join(parts)}</details></section>"
+
+
+def _distinct(found: Iterable[Any]) -> list[dict[str, Any]]:
+    return list({json.dumps(facts, sort_keys=True): facts for facts in found if isinstance(facts, dict)}.values())
+
+
+def _fact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def _plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope=col>{escape(header)}</th>" for header in headers)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    thead = f"<thead><tr>{head}</tr></thead>" if any(headers) else ""
+    table = f"<table class=plain>{thead}<tbody>{body}</tbody></table>"
+    return f"<div class=scroll tabindex=0 role=region aria-label=Table>{table}</div>"
+
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+_STYLE = """
+:root {
+  --paper: #ffffff; --ink: #1a1d21; --quiet: #5c636b; --line: #e2e5e9; --wash: #f6f7f9; --accent: #b34700;
+  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14171a; --ink: #e8eaed; --quiet: #9aa2ab; --line: #2c3238; --wash: #1c2125; --accent: #ff9d5c; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 var(--sans); }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+.kicker { margin: 0; color: var(--quiet); font-size: 14px; }
+h1 { margin: 0; font-size: 32px; line-height: 1.2; font-weight: 650; overflow-wrap: anywhere; }
+h2 { margin: 48px 0 12px; font-size: 20px; font-weight: 650; }
+h3 { margin: 24px 0 8px; font-size: 15px; font-weight: 600; }
+.lead, .note { color: var(--quiet); }
+.lead { margin: 8px 0 0; }
+.note { font-size: 14px; max-width: 80ch; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; margin-top: 32px; }
+.card { padding: 16px 20px; background: var(--wash); border: 1px solid var(--line); border-radius: 8px; }
+.card h3 { margin: 0; color: var(--quiet); font-weight: 500; }
+.card p { margin: 4px 0 0; font-size: 14px; color: var(--quiet); }
+.card .value { margin: 0; color: var(--ink); font-size: 28px; font-weight: 650; line-height: 1.3; }
+figure { margin: 0; min-width: 0; }
+figcaption { color: var(--quiet); font-size: 14px; }
+.plot { width: 100%; height: 460px; }
+.plot.small { height: 300px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 32px; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
+table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 8px 12px; text-align: left; white-space: nowrap; font-weight: 400; }
+th, td { border-bottom: 1px solid var(--line); }
+tbody tr:last-child > * { border-bottom: 0; }
+th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--paper); }
+thead th { background: var(--wash); color: var(--quiet); }
+thead th:first-child { background: var(--wash); }
+th[scope=row], tr.front > * { font-weight: 600; }
+.number { text-align: right; }
+th button { all: unset; cursor: pointer; font-weight: 500; }
+th button:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); }
+th button::after { content: "\\2195"; margin-left: 4px; opacity: .35; }
+th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
+.plain td:first-child { color: var(--quiet); }
+.plain td { white-space: normal; overflow-wrap: anywhere; }
+summary { cursor: pointer; }
+details > :nth-child(2) { margin-top: 12px; }
+pre { overflow-x: auto; padding: 16px; background: var(--wash); border: 1px solid var(--line); border-radius: 8px; }
+code { font: 13px/1.5 var(--mono); }
+@media (max-width: 600px) {
+  main { padding: 24px 16px 48px; }
+  h1 { font-size: 26px; }
+  .plot { height: 400px; }
+  .cards { gap: 12px; margin-top: 24px; }
+}
+@media print { .scroll { overflow: visible; } details { display: block; } }
+"""
+
+_SCRIPT = """
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const narrow = matchMedia("(max-width: 600px)");
+const termColors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+const settings = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "reset"};
+
+const color = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+// Plotly reads a little HTML, and %{fields}, in labels: what a run calls itself must stay text
+const text = value => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
+  .replace(/%\\{/g, "%&#123;");
+
+function axis(title, more) {
+  return {title: {text: title, font: {size: 13}, standoff: 10}, gridcolor: color("line"), linecolor: color("quiet"),
+    tickcolor: color("quiet"), zeroline: false, automargin: true, fixedrange: narrow.matches, ...more};
+}
+
+function layout(x, y, more) {
+  return {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 48, r: 12, t: 12, b: 44},
+    font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: color("ink")},
+    hoverlabel: {bgcolor: color("paper"), bordercolor: color("line"), font: {color: color("ink"), size: 13},
+      align: "left"},
+    xaxis: x, yaxis: y, ...more};
+}
+
+function interval(value, low, high) {
+  if (low === null || high === null) return {visible: false};
+  return {type: "data", symmetric: false, array: [high - value], arrayminus: [value - low], thickness: 1.5, width: 0};
+}
+
+function drawFront(front, place) {
+  const traces = [{x: front.line.map(point => point[0]), y: front.line.map(point => point[1]), mode: "lines",
+    line: {color: color("ink"), width: 1.2, dash: "dash"}, hoverinfo: "skip"}];
+  for (const point of front.points) {
+    const percent = value => value === null ? null : 100 * value;
+    traces.push({x: [point.p50_ms], y: [percent(point.top1)], mode: "markers+text", text: [text(point.name)],
+      textposition: point.side, textfont: {size: narrow.matches ? 12 : 13, color: color("ink")}, cliponaxis: false,
+      marker: {size: 12, color: point.color, symbol: point.symbol, line: {width: 1.6, color: point.color}},
+      error_x: {...interval(point.p50_ms, point.low_ms, point.high_ms), color: point.color},
+      error_y: {...interval(percent(point.top1), percent(point.low), percent(point.high)), color: point.color},
+      hovertemplate: "<b>" + text(point.name) + "</b><br>" +
+        point.hover.map(([label, value]) => text(label) + ": " + text(value)).join("<br>") +
+        "<extra></extra>"});
+  }
+  const x = axis("median latency of the image tower, ms", {type: "log", range: front.limits_ms.map(Math.log10),
+    tickvals: front.ticks_ms, ticktext: front.ticks_ms.map(tick => String(Number(tick.toPrecision(3))))});
+  const y = axis(text(front.headline) + " top-1, %", {range: front.limits_percent});
+  Plotly.react("front-" + place, traces, layout(x, y, {showlegend: false, hovermode: "closest"}), settings);
+}
+
+function drawLoss(curve, place) {
+  const line = (name, y, style) => ({x: curve.step, y, name: text(name), mode: "lines", line: style,
+    hovertemplate: "%{y:.4g}"});
+  const traces = [line("loss", curve.loss, {color: color("ink"), width: 2})];
+  const terms = Object.entries(curve.terms);
+  if (terms.length > 1)
+    terms.forEach(([name, y], i) => traces.push(line(name, y, {color: termColors[i % termColors.length], width: 1.5})));
+  Plotly.react("loss-" + place, traces, layout(axis("step"), axis("", {rangemode: "tozero"}),
+    {showlegend: traces.length > 1, legend: {orientation: "h", y: 1.02, yanchor: "bottom"}, hovermode: "x unified",
+      margin: {l: 40, r: 12, t: 36, b: 44}}), settings);
+}
+
+function drawSpeed() {
+  const traces = data.curves.map((curve, i) => ({x: curve.step, y: curve.images_per_s, name: text(curve.stage),
+    mode: "lines", line: {color: termColors[i % termColors.length], width: 1.5}, hovertemplate: "%{y:,.0f}"}));
+  Plotly.react("speed", traces, layout(axis("step"), axis("", {rangemode: "tozero"}),
+    {showlegend: true, legend: {orientation: "h", y: 1.02, yanchor: "bottom"}, hovermode: "x unified",
+      margin: {l: 40, r: 12, t: 36, b: 44}}), settings);
+}
+
+function draw() {
+  data.fronts.forEach(drawFront);
+  data.curves.forEach(drawLoss);
+  if (data.curves.length) drawSpeed();
+}
+
+function sortBy(table, column) {
+  const head = table.tHead.rows[0].cells[column];
+  const ascending = head.getAttribute("aria-sort") !== "ascending";
+  for (const cell of table.tHead.rows[0].cells) cell.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+  const isNumber = head.classList.contains("number");
+  const key = row => row.cells[column].dataset.key;
+  const rows = [...table.tBodies[0].rows].sort((a, b) => {
+    if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === "");
+    const order = isNumber ? Number(key(a)) - Number(key(b)) : key(a).localeCompare(key(b));
+    return ascending ? order : -order;
+  });
+  table.tBodies[0].append(...rows);
+}
+
+for (const table of document.querySelectorAll("table:not(.plain)"))
+  [...table.tHead.rows[0].cells].forEach((cell, column) =>
+    cell.firstElementChild.addEventListener("click", () => sortBy(table, column)));
+dark.addEventListener("change", draw);
+narrow.addEventListener("change", draw);
+draw();
+"""

@@ -1,0 +1,268 @@
+"""Stages: what a run directory is made of.
+
+A stage is a function of some recipe fields and some input directories.  It works in `.NAME.partial/`, under a lock, and
+then renames that to `NAME/`, which is never written again: a directory that exists is complete.  Its key hashes all it
+depends on, so a stage whose key is unchanged is reused.  `manifest.json` says what it came from; the content digest,
+which the stages after it depend on, is of the other files alone, so redoing a stage that gives the same bytes redoes
+nothing else.  Importing this needs neither torch nor numpy.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import ArtifactError, ClipkdError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_LOGS = frozenset({MANIFEST, "train.jsonl"})  # how a stage went, with times: recorded, but nothing depends on it
+_KEY, _LOCK = "key", "lock"
+_PACKAGES = ("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A complete stage's directory."""
+
+    path: Path
+    manifest: dict[str, Any]
+    cached: bool
+    """Whether an earlier call made it."""
+
+    @property
+    def digest(self) -> str:
+        """What later stages depend on."""
+        return str(self.manifest["digest"])
+
+
+def run_stage(
+    path: Path,
+    *,
+    kind: str,
+    version: int,
+    fields: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    inputs: Mapping[str, Stage],
+    work: Callable[[Path], dict[str, Any]],
+) -> Stage:
+    """Make a stage's directory, continue it where it was interrupted, or reuse it.
+
+    `fields` are the recipe fields the work reads, `fingerprints` name external data and weights, `version` is raised
+    when the code of this kind of stage changes its result.  `work` writes into the directory it is given and returns
+    the manifest's summary.
+
+    Raises:
+        ArtifactError: a finished stage is damaged or foreign, or another process is at work on this one.
+    """
+    depends = {
+        "kind": kind,
+        "version": version,
+        "fields": dict(fields),
+        "fingerprints": dict(fingerprints),
+        "inputs": {name: stage.digest for name, stage in inputs.items()},
+    }
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    if path.exists():
+        finished = open_stage(path)
+        if finished.manifest["key"] == key:
+            return finished
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with _locked(partial):
+        if (partial / _KEY).exists() and (partial / _KEY).read_text() != key:
+            _empty(partial)  # an interrupted attempt at something else: its checkpoints do not belong here
+        (partial / _KEY).write_text(key)
+        started, started_at = time.monotonic(), datetime.now(timezone.utc)
+        summary = _explaining_full_disk(partial, lambda: work(partial))
+        (partial / _KEY).unlink()
+        files = _hashes(partial)
+        manifest = {
+            "format": _FORMAT,
+            "key": key,
+            **depends,
+            "digest": _digest(files),
+            "files": files,
+            "summary": summary,
+            "started_at": started_at.isoformat(timespec="seconds"),
+            "took_s": round(time.monotonic() - started, 2),
+            "machine": machine(),
+            "versions": _versions(),
+            "revision": _revision(),
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (partial / _LOCK).unlink()
+        _swap_in(partial, path)
+    return Stage(path, manifest, cached=False)
+
+
+def open_stage(path: Path) -> Stage:
+    """A finished stage, every file of it checked against its recorded hash.
+
+    Raises:
+        ArtifactError: no such directory, not made by clipkd, or a file is missing or has changed.
+    """
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such directory")
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        recorded: dict[str, str] = manifest["files"]
+        digest, _ = manifest["digest"], manifest["key"]
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no {MANIFEST}; clipkd did not make this directory and will not touch it") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path / MANIFEST}: not a clipkd manifest ({error!r})") from None
+    for name, expected in recorded.items():
+        file = path / name
+        got = _sha256(file) if file.is_file() else "no such file"
+        if got != expected:
+            raise ArtifactError(
+                f"{file}: damaged since clipkd wrote it: sha256 {got[:16]}, recorded {expected[:16]}. "
+                f"Remove {path} and repeat the command to make it again"
+            )
+    if digest != _digest(recorded):
+        raise ArtifactError(f"{path / MANIFEST}: its digest does not belong to its list of files; remove {path}")
+    return Stage(path, manifest, cached=True)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """A hash of every file in a folder that is not a stage: an external model, say."""
+    return _digest(_hashes(folder))
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold a run directory: two commands at once would redo each other's stages.
+
+    Raises:
+        ArtifactError: the path is a file or a directory that is not a run's, or another process holds it.
+    """
+    if run.exists() and not run.is_dir():
+        raise ArtifactError(f"{run}: is a file; --out names a run directory")
+    if run.is_dir() and any(run.iterdir()) and not (run / "recipe.yaml").exists() and not (run / ".lock").exists():
+        raise ArtifactError(f"{run}: not empty and has no recipe.yaml; not a clipkd run. Choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    with _flock(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
+        yield
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    partial.mkdir(exist_ok=True)
+    with _flock(partial / _LOCK, f"{partial}: another process is at work on this stage; wait for it"):
+        yield
+
+
+@contextmanager
+def _flock(path: Path, busy: str) -> Iterator[None]:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(busy) from None
+        yield
+
+
+def _explaining_full_disk(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        free = shutil.disk_usage(folder).free
+        raise ClipkdError(
+            f"{folder}: the disk is full ({free / 1e6:.0f} MB free). Nothing finished is lost; "
+            "free some space and repeat the command to continue"
+        ) from error
+
+
+def _swap_in(partial: Path, path: Path) -> None:
+    """Rename the finished directory into place; a stage it supersedes is moved aside first, then removed."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    skipped = {_LOCK, _KEY, MANIFEST}
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files if path.name not in skipped}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    kept = {name: sha for name, sha in files.items() if name not in _LOGS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The CPU this process runs on."""
+    cpu = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _revision() -> str | None:
+    """The source's commit, with a mark where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
