@@ -33,7 +33,9 @@ stdout, stderr = Console(), Console(stderr=True)
 _EXTRAS = {"torch": "train", "open_clip": "train", "nncf": "train", "onnx": "train", "safetensors": "train"}
 _EXTRAS |= {"onnxscript": "train", "matplotlib": "report", "plotly": "report", "onnxruntime": "onnxruntime"}
 
-RecipeArg = Annotated[str, typer.Argument(help="A recipe that ships (see `clipkd recipes`) or a path.", metavar="RECIPE")]
+RecipeArg = Annotated[
+    str, typer.Argument(help="A recipe that ships (see `clipkd recipes`) or a path.", metavar="RECIPE")
+]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The run directory.")]
 RunArg = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 SetOpt = Annotated[
@@ -201,9 +203,7 @@ def show(
     from toolchain.recipe import load_recipe, recipe_path
 
     loaded = load_recipe(recipe_path(recipe), overrides)
-    stages = [
-        {"stage": path, "state": _state(out / path) if out else "not made"} for path in _stage_paths(loaded)
-    ]
+    stages = [{"stage": path, "state": _state(out / path) if out else "not made"} for path in _stage_paths(loaded)]
     if as_json:
         stdout.print_json(json.dumps({"recipe": loaded.model_dump(mode="json"), "stages": stages}))
         return
@@ -214,7 +214,8 @@ def show(
 
 @app.command()
 def verify(
-    directories: Annotated[list[Path], typer.Argument(help="Stages or runs.", metavar="DIR...")], as_json: JsonOpt = False
+    directories: Annotated[list[Path], typer.Argument(help="Stages or runs.", metavar="DIR...")],
+    as_json: JsonOpt = False,
 ) -> None:
     """Check every file of stages or runs against the hash recorded when it was made.
 
@@ -222,7 +223,7 @@ def verify(
     """
     from toolchain.stages import MANIFEST, open_stage
 
-    checked = {}
+    checked: dict[str, str] = {}
     for directory in directories:
         stages = [directory] if (directory / MANIFEST).exists() else sorted(p.parent for p in directory.rglob(MANIFEST))
         if not stages:
@@ -311,13 +312,13 @@ def _quantize(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_S
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.data import GlyphBatches
+        from toolchain.finetune import quantize_student
         from toolchain.models import load_model
-        from toolchain.quantize import quantize
 
         data = GlyphBatches(glyphs.training_set(), recipe.seed, spec.batch_size, recipe.data.views)
         frozen = load_model(teacher.path) if teacher else None
         weights = recipe.distill.loss_weights
-        quantized = quantize(spec, weights, load_model(student.path), frozen, data, folder, screen.progress)
+        quantized = quantize_student(spec, weights, load_model(student.path), frozen, data, folder, screen.progress)
         return {"role": "student"} | quantized
 
     screen.starts(name)
@@ -354,10 +355,14 @@ def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Scr
             from export.parity import check_parity
             from export.to_onnx import export_onnx
             from toolchain.models import load_model
-            from toolchain.quantize import load_quantized
+            from toolchain.quantize import example_pixels, freeze, load_quantized
 
             model = load_model(checkpoint.path)
-            towers = load_quantized(checkpoint.path) if precision == "int8" else (None, None)
+            image_tower, text_tower = None, None
+            if precision == "int8":
+                image, text = load_quantized(checkpoint.path, model)
+                image_tower = freeze(image, example_pixels(model.net))
+                text_tower = freeze(text, model.tokenize(list(glyphs.TEMPLATES)))
             headline = glyphs.eval_set(recipe.evaluate.headline)
             screen.progress("to ONNX", 0, 2)
             summary = export_onnx(
@@ -369,8 +374,8 @@ def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Scr
                 names=headline.names,
                 templates=glyphs.TEMPLATES,
                 opset=recipe.export.opset,
-                image_tower=towers[0],
-                text_tower=towers[1],
+                image_tower=image_tower,
+                text_tower=text_tower,
             )
             screen.progress("parity", 1, 2)
             summary["parity"] = check_parity(folder, precision=precision)
@@ -439,7 +444,9 @@ def _exports(recipe: "Recipe") -> list[tuple[str, str, str]]:
     others = ("teacher", "baseline") if recipe.teacher else ()
     pairs = [(role, "fp32") for role in others] + [("student", precision) for precision in recipe.export.precisions]
     return [
-        (f"{role}-{runtime}-{precision}", role, precision) for runtime in recipe.export.runtimes for role, precision in pairs
+        (f"{role}-{runtime}-{precision}", role, precision)
+        for runtime in recipe.export.runtimes
+        for role, precision in pairs
     ]
 
 
@@ -524,7 +531,9 @@ def _require_run(run: Path) -> None:
 
 def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
     if as_json:
-        stdout.print_json(json.dumps({name: {"path": str(s.path), **s.manifest["summary"]} for name, s in stages.items()}))
+        stdout.print_json(
+            json.dumps({name: {"path": str(s.path), **s.manifest["summary"]} for name, s in stages.items()})
+        )
         return
     for stage in stages.values():
         stdout.print(str(stage.path), soft_wrap=True, highlight=False, markup=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.parity import check_parity
 from export.profile import profile
@@ -25,7 +26,9 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
     encoders = open_exported(model)
     _write(folder / "parity.json", check_parity(model, precision=manifest["summary"]["precision"], encoders=encoders))
-    sets = {name: (glyphs.eval_set(name).images_KHWC, glyphs.eval_set(name).names) for name in spec.sets}
+    sets: dict[str, tuple[NDArray[np.uint8], list[str]]] = {
+        name: (glyphs.eval_set(name).images_KHWC, glyphs.eval_set(name).names) for name in spec.sets
+    }
     evaluation, samples = evaluate(encoders, sets, glyphs.TEMPLATES, headline=spec.headline)
     _write(folder / "evaluation.json", evaluation)
     np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # numpy types keywords as one array

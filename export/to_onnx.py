@@ -38,7 +38,9 @@ from toolchain.quantize import (
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MAX_PARITY_SAMPLES = 256
-NUM_PARITY_PIXELS = 4  # pixel_values are kept for a few images only: 224x224 takes 600 kB each, and one shows a wrong mean
+NUM_PARITY_PIXELS = (
+    4  # pixel_values are kept for a few images only: 224x224 takes 600 kB each, and one shows a wrong mean
+)
 _CHUNK = 256  # samples per forward
 _MAX_BATCH = 1 << 16
 
@@ -60,7 +62,6 @@ def export_onnx(
 
     Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, and are
     then also what the exported graphs will be compared with; fp32 and fp16 are compared with the float model.
-    `eval_images` are uint8 [N, H, W, 3]; image i shows `names[i % len(names)]` as far as parity.npz labels go.
     Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
 
     Raises:
@@ -81,7 +82,7 @@ def export_onnx(
         "clipkd.preprocess": json.dumps(preprocess, sort_keys=True),
     }
     pixels = example_pixels(model.net).float().cpu()
-    ids_2T = model.tokenize([template.format(name) for template, name in zip(templates * 2, names * 2, strict=False)][:2])
+    ids_2T = model.tokenize([names[0], names[-1]])
     with torch.no_grad(), without_attention_fast_path():
         for file, tower, reference, example, names_io in (
             ("image.onnx", image_tower, reference_image, pixels, ("pixel_values", "image_features")),
@@ -93,7 +94,9 @@ def export_onnx(
         np.savez(
             folder / "classes.npz", names=np.array(names), templates=np.array(templates), features_KD=classes_KD.numpy()
         )
-        _write_parity_samples(folder / "parity.npz", model, reference_image, reference_text, eval_images, names, templates)
+        _write_parity_samples(
+            folder / "parity.npz", model, reference_image, reference_text, eval_images, names, templates
+        )
     params_image, params_text = num_parameters(model.net)
     return {
         "role": role,
@@ -186,18 +189,24 @@ def _write_parity_samples(
     templates: tuple[str, ...],
 ) -> None:
     """What parity.py feeds to a runtime, and what torch made of it.  Samples are spread evenly over the set."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(MAX_PARITY_SAMPLES, len(images))).round().astype(int))
-    sample_names = [names[index % len(names)] for index in chosen]
-    captions = [templates[0].format(name) for name in sample_names]
-    pixel_values_BCHW = torch.stack([model.preprocess(Image.fromarray(images[index])) for index in chosen])
+    shown, spoken = _spread(len(images)), _spread(len(names))
+    one_image_per_name = len(images) == len(names)
+    captions = [templates[0].format(names[index]) for index in spoken]
+    pixel_values_BCHW = torch.stack([model.preprocess(Image.fromarray(images[index])) for index in shown])
     input_ids_BT = model.tokenize(captions)
     np.savez(
         path,
-        names=np.array(sample_names),
+        names=np.array([names[index] for index in spoken]),
+        image_names=np.array([names[index] if one_image_per_name else f"image {index}" for index in shown]),
         captions=np.array(captions),
-        pixels_BHWC=images[chosen],
+        pixels_BHWC=images[shown],
         pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
         input_ids_BT=input_ids_BT.numpy(),
         image_features_BD=torch.cat([image_tower(c) for c in pixel_values_BCHW.split(_CHUNK)]).cpu().numpy(),
         text_features_BD=torch.cat([text_tower(c) for c in input_ids_BT.split(_CHUNK)]).cpu().numpy(),
     )
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    """At most MAX_PARITY_SAMPLES indices below `count`, evenly spread."""
+    return np.linspace(0, count - 1, min(MAX_PARITY_SAMPLES, count)).round().astype(np.int64)

@@ -163,7 +163,7 @@ def test_pen_and_paper_keep_their_contrast(monkeypatch: pytest.MonkeyPatch) -> N
     contrast_B = (ink_B - paper_B).abs()
     assert contrast_B.min() > views._MIN_CONTRAST - LOST_CONTRAST
     assert 0.4 < (ink_B > paper_B).float().mean() < 0.6, "light on dark should be as frequent as dark on light"
-    assert contrast_B.max() > 0.8
+    assert contrast_B.max() > 2 * views._MIN_CONTRAST, "the bound should be the least, not the rule"
 
 
 def test_views_move_the_glyph_but_keep_it_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Training batches of glyphs, each a pure function of (seed, step).
 
-    N samples   B batch   K characters   H image size
+N samples   B batch   K characters   H image size
 """
 
 from collections import deque
@@ -69,7 +69,9 @@ def _epoch_batches(data: GlyphBatches, epoch: int) -> NDArray[np.int64]:
     random = np.random.default_rng([data.seed, epoch])
     num_samples = len(character_N)
     shuffled_N = random.permutation(num_samples)
-    shuffled_N = shuffled_N[np.argsort(character_N[shuffled_N], kind="stable")]  # by character, its faces in random order
+    shuffled_N = shuffled_N[
+        np.argsort(character_N[shuffled_N], kind="stable")
+    ]  # by character, its faces in random order
     counts_K = np.bincount(character_N)
     rank_N = np.arange(num_samples) - np.repeat(np.cumsum(counts_K) - counts_K, counts_K)
     phase_N = (rank_N + random.random(num_samples)) / np.repeat(counts_K, counts_K)

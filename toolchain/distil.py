@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from toolchain.losses import MAX_LOGIT_SCALE, DistillationHeads, clip_loss, crd_
 from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
 from toolchain.recipe import DistillSpec
 
-
 _CHECKPOINT_EVERY_S = 30.0
 _CHECKPOINT, _LOG, _TEACHER_FEATURES = "checkpoint.pt", "train.jsonl", "teacher_features.npz"
 
@@ -38,6 +37,14 @@ class Progress(Protocol):
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
+class TeacherBatch(NamedTuple):
+    """What the teacher says of one batch; rows of unit norm, `logit_scale` the multiplier."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+    logit_scale: Tensor
+
+
 @dataclass(frozen=True)
 class TeacherFeatures:
     """What a frozen teacher says of every stored view and every caption, rows of unit norm."""
@@ -46,10 +53,11 @@ class TeacherFeatures:
     text_PKE: Tensor
     logit_scale: Tensor
 
-    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's image and text features [B, E] of a batch."""
+    def of(self, batch: Batch) -> TeacherBatch:
+        """Look a batch up."""
         image_BE = self.image_VNE[batch.view, torch.from_numpy(batch.sample_B)]
-        return image_BE, self.text_PKE[torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)]
+        text_BE = self.text_PKE[torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)]
+        return TeacherBatch(image_BE, text_BE, self.logit_scale)
 
 
 @torch.inference_mode()
@@ -67,7 +75,7 @@ def teacher_features(teacher: ClipModel, data: GlyphBatches, num_views: int, pro
     names = data.samples.names
     captions = [template.format(name) for template in TEMPLATES for name in names]
     input_ids = teacher.tokenize(captions)
-    text = torch.cat([unit_text_features(teacher.net, ids_BT) for ids_BT in input_ids.split(chunk)])
+    text = torch.cat([unit_text_features(teacher.net, ids_BT) for ids_BT in torch.split(input_ids, chunk)])
     return TeacherFeatures(image_VNE, text.view(len(TEMPLATES), len(names), -1), teacher.logit_scale.detach())
 
 
@@ -95,14 +103,17 @@ def distil(
     step, before_s = state.resume()
     started, saved_at = time.monotonic(), time.monotonic()
     student.net.train()
-    ids_PKT = _tokenized_captions(student, data)
+    ids_PKT = tokenized_captions(student, data)
+    weights = spec.loss_weights.model_dump()
     with (folder / _LOG).open("a", encoding="utf-8") as log:
         while step < spec.steps:
             step_started = time.monotonic()
             batch = data.batch(step)
             input_ids_BT = ids_PKT[torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)]
-            terms = objective(student, heads, batch, input_ids_BT, features.of(batch) if features else None, features)
-            weights = spec.loss_weights.model_dump()
+            image_BD: Tensor = student.net.encode_image(student.normalise(batch.pixels_B3HH))  # type: ignore[operator]
+            text_BD: Tensor = student.net.encode_text(input_ids_BT)  # type: ignore[operator]
+            teacher_batch = features.of(batch) if features else None
+            terms = loss_terms(image_BD, text_BD, student.logit_scale, heads, teacher_batch)
             loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
             if not math.isfinite(loss.item()):
                 values = {name: term.item() for name, term in terms.items()}
@@ -120,7 +131,12 @@ def distil(
                 student.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
             heads.clamp_parameters_()
             rate = spec.batch_size / (time.monotonic() - step_started)
-            row = {"step": step, "loss": loss.item(), "lr": lr, "logit_scale": student.logit_scale.item()}
+            row: dict[str, Any] = {
+                "step": step,
+                "loss": loss.item(),
+                "lr": lr,
+                "logit_scale": student.logit_scale.item(),
+            }
             row["terms"] = {n: {"unweighted": t.item(), "weighted": weights[n] * t.item()} for n, t in terms.items()}
             log.write(json.dumps(row | {"images_per_s": round(rate, 1)}) + "\n")
             step += 1
@@ -139,25 +155,24 @@ def distil(
     return {"train_s": round(train_s, 1), "teacher_s": round(teacher_s, 1), "steps": spec.steps}
 
 
-def objective(
-    student: ClipModel,
+def loss_terms(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor,
     heads: DistillationHeads,
-    batch: Batch,
-    input_ids_BT: Tensor,
-    teacher_BE: tuple[Tensor, Tensor] | None,
-    features: TeacherFeatures | None,
+    teacher: TeacherBatch | None,
 ) -> dict[str, Tensor]:
-    """The unweighted terms of the loss: `task`, and with a teacher `crd`, `fd` and `icl`."""
-    net = student.net
-    image_BD: Tensor = net.encode_image(student.normalise(batch.pixels_B3HH)).float()  # type: ignore[operator]
-    text_BD: Tensor = net.encode_text(input_ids_BT).float()  # type: ignore[operator]
-    unit_image_BD, unit_text_BD = nn.functional.normalize(image_BD, dim=-1), nn.functional.normalize(text_BD, dim=-1)
-    terms = {"task": clip_loss(unit_image_BD, unit_text_BD, student.logit_scale)}
-    if teacher_BE is not None and features is not None:
-        terms["crd"] = crd_loss(unit_image_BD, unit_text_BD, student.logit_scale, *teacher_BE, features.logit_scale)
+    """The unweighted terms of the loss: `task`, and with a teacher `crd`, `fd` and `icl`.
+
+    `image_BD`, `text_BD`: the student's raw features, not normalised; `logit_scale`: its multiplier.
+    """
+    student = nn.functional.normalize(image_BD, dim=-1), nn.functional.normalize(text_BD, dim=-1), logit_scale
+    terms = {"task": clip_loss(*student)}
+    if teacher is not None:
         image_BE, text_BE = heads(image_BD, text_BD)
-        terms["fd"] = fd_loss(image_BE, text_BE, *teacher_BE)
-        terms["icl"] = icl_loss(image_BE, text_BE, *teacher_BE, heads.cross_logit_scale)
+        terms["crd"] = crd_loss(*student, *teacher)
+        terms["fd"] = fd_loss(image_BE, text_BE, teacher.image_BE, teacher.text_BE)
+        terms["icl"] = icl_loss(image_BE, text_BE, teacher.image_BE, teacher.text_BE, heads.cross_logit_scale)
     return terms
 
 
@@ -178,7 +193,7 @@ def _optimizer(net: nn.Module, heads: DistillationHeads, spec: DistillSpec) -> t
     return torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, 0.98 if is_vit else 0.999), eps=1e-6 if is_vit else 1e-8)
 
 
-def _tokenized_captions(student: ClipModel, data: GlyphBatches) -> Tensor:
+def tokenized_captions(student: ClipModel, data: GlyphBatches) -> Tensor:
     """input_ids [P, K, T] of every caption training can show."""
     captions = [template.format(name) for template in TEMPLATES for name in data.samples.names]
     return student.tokenize(captions).view(len(TEMPLATES), len(data.samples.names), -1)
@@ -194,8 +209,12 @@ def _stored_teacher_features(
     num_views = min(data.views, math.ceil(steps / data.steps_per_epoch))
     features = teacher_features(teacher, data, num_views, progress)
     with _replacing(path) as partial, partial.open("wb") as file:
-        arrays = (features.image_VNE, features.text_PKE, features.logit_scale)
-        np.savez(file, **{k: t.numpy() for k, t in zip(("image", "text", "logit_scale"), arrays, strict=True)})
+        np.savez(
+            file,
+            image=features.image_VNE.numpy(),
+            text=features.text_PKE.numpy(),
+            logit_scale=features.logit_scale.numpy(),
+        )
     return features
 
 
@@ -209,7 +228,11 @@ class _State:
     folder: Path
 
     def save(self, step: int, elapsed_s: float) -> None:
-        parts = {"net": self.net.state_dict(), "heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {
+            "net": self.net.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         with _replacing(self.folder / _CHECKPOINT) as partial:
             torch.save(parts | {"step": step, "elapsed_s": elapsed_s}, partial)
 
@@ -234,5 +257,3 @@ def _replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     yield partial
     partial.replace(path)
-
-

@@ -1,6 +1,6 @@
 """An open_clip model with its own preprocessing and tokenizer, in a folder that plain open_clip opens as `local-dir:`.
 
-    B batch   D embedding width   T tokens   CHW image
+B batch   D embedding width   T tokens   CHW image
 """
 
 import json
@@ -59,7 +59,7 @@ class ClipModel:
         return log_logit_scale.exp()
 
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
-        """uint8 images of the model's own size to pixel_values: what `preprocess` does when nothing is to be resized."""
+        """uint8 images of the model's own size to pixel_values, as `preprocess` makes them."""
         statistics = self.config["preprocess_cfg"]
         mean_311 = torch.tensor(statistics["mean"])[:, None, None]
         std_311 = torch.tensor(statistics["std"])[:, None, None]
@@ -84,7 +84,7 @@ def load_model(folder: Path, *, random_seed: int | None = None) -> ClipModel:
         net = open_clip.create_model(name, load_weights=random_seed is None)
     except Exception as error:  # open_clip raises whatever the JSON, safetensors or torch reader raised
         raise ArtifactError(f"{folder}: open_clip cannot build this model: {error}") from error
-    net.visual.to(memory_format=torch.channels_last)  # type: ignore[union-attr]  # convolutions run twice as fast so
+    net.visual.to(memory_format=torch.channels_last)  # convolutions run twice as fast so
     preprocess = image_transform_v2(PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
     return ClipModel(net.eval(), folder, config, open_clip.get_tokenizer(name), preprocess)
 
@@ -125,5 +125,6 @@ def unit_text_features(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
 
 def num_parameters(net: nn.Module) -> tuple[int, int]:
     """Parameters of the image tower, and of everything else (the text tower and the scale)."""
-    image = sum(parameter.numel() for parameter in net.visual.parameters())  # type: ignore[union-attr]
+    visual: nn.Module = net.visual  # type: ignore[assignment]  # nn.Module types attributes loosely
+    image = sum(parameter.numel() for parameter in visual.parameters())
     return image, sum(parameter.numel() for parameter in net.parameters()) - image

@@ -41,7 +41,7 @@ Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
 
-_FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "normalize"]
+_FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "normalize", "layer_norm"]
 _ADDITIONS = ["add", "add_", "__add__", "__iadd__", "__radd__"]
 _OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float16 scales
 
@@ -122,7 +122,9 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
         tower.set_submodule(name_of[norm], nn.Sequential(*rest) if rest else nn.Identity())
     with torch.no_grad():
         error = (tower(example) - before_BD).abs().max().item()
-    assert error < 1e-3, f"folding the batch norms moved a unit feature by {error}"  # else a convolution had two readers
+    assert error < 1e-3, (
+        f"folding the batch norms moved a unit feature by {error}"
+    )  # else a convolution had two readers
     return folded
 
 
@@ -216,11 +218,17 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
         hooks.set_submodule(name, recorder)
     with torch.no_grad(), without_attention_fast_path():
         tower(example)
+    table_of = {m.weight: name for name, m in tower.named_modules() if isinstance(m, nn.Embedding)}
     for name, recorder in recorders.items():
         if recorder.weight is None:
             hooks.set_submodule(name, _ActivationRounding(recorder.quantizer))
+            continue
+        stored = _StoredWeight(recorder.quantizer, recorder.weight)
+        if recorder.weight in table_of:
+            tower.set_submodule(table_of[recorder.weight], _StoredEmbedding(stored))
+            hooks.set_submodule(name, nn.Identity())
         else:
-            hooks.set_submodule(name, _StoredWeight(recorder.quantizer, recorder.weight))
+            hooks.set_submodule(name, stored)
     return tower
 
 
@@ -248,9 +256,7 @@ class _ActivationRounding(nn.Module):
                 version=_OPSET,
             )
             inputs = (quantized, self.scale, self.zero_point)
-            return torch.onnx.ops.symbolic(
-                "::DequantizeLinear", inputs, dtype=x.dtype, shape=x.shape, version=_OPSET
-            )
+            return torch.onnx.ops.symbolic("::DequantizeLinear", inputs, dtype=x.dtype, shape=x.shape, version=_OPSET)
         # not torch.fake_quantize_per_tensor_affine: it multiplies by 1/scale, and so rounds other ties than ONNX does
         return (x.float() / self.scale.float()).round().clamp(self.low, self.high).mul(self.scale).to(x.dtype)
 
@@ -265,7 +271,8 @@ class _StoredWeight(nn.Module):
     def __init__(self, quantizer: Any, parameter: Tensor) -> None:
         super().__init__()
         quantizer.set_levels()
-        _, high, scale, _ = quantizer.get_parameters_for_torch_fq()
+        low, high, scale, _ = quantizer.get_parameters_for_torch_fq()
+        assert quantizer.per_channel and low < 0, "weights are signed and per channel"
         self.axis = max(range(parameter.dim()), key=lambda axis: quantizer.scale_shape[axis])
         self.shape = [-1 if axis == self.axis else 1 for axis in range(parameter.dim())]
         with torch.no_grad():
@@ -285,6 +292,21 @@ class _StoredWeight(nn.Module):
                 version=_OPSET,
             )
         return self.weight.to(self.scale.dtype) * self.scale.reshape(self.shape)
+
+
+class _StoredEmbedding(nn.Module):
+    """An embedding that looks up int8 rows first, so that a call dequantizes a sentence and not the vocabulary."""
+
+    def __init__(self, table: _StoredWeight) -> None:
+        super().__init__()
+        assert table.axis == 0, "one scale per row"
+        self.register_buffer("weight", table.weight)
+        self.register_buffer("scale", table.scale[:, None])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows: Tensor = F.embedding(input_ids, self.weight)  # type: ignore[arg-type]  # a buffer
+        scale: Tensor = F.embedding(input_ids, self.scale)  # type: ignore[arg-type]
+        return rows.to(scale.dtype) * scale
 
 
 class _Recorder(nn.Module):

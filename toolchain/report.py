@@ -246,13 +246,13 @@ def _reading_order(row: Row) -> tuple[Any, ...]:
     def place(value: Any, order: tuple[str, ...]) -> int:
         return order.index(value) if value in order else len(order)
 
-    where = (row["device"] or "", row["machine"] or "")
+    where = (row["device"] is None, row["device"] or "", row["machine"] or "")
     return *where, place(row["role"], ROLES), place(row["precision"], PRECISIONS), row["runtime"] or "", row["model"]
 
 
 def _unique_names(rows: Sequence[Row]) -> list[str]:
     """Role and precision, and as much more as it takes to tell all rows of the report apart."""
-    names = [f"{row['role']} {row['precision']}" for row in rows]
+    names = [f"{row['role']} {row['precision']}" if row["role"] else row["model"] for row in rows]
     for detail in ("runtime", "device", "machine", "model"):
         if len(set(names)) == len(names):
             break
@@ -300,7 +300,7 @@ def _mark_front(group: Sequence[Row]) -> None:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of the printed table; percentages appear here and nowhere in the data."""
+    """The columns of the printed table, with a status only if not all are ok; the one place that speaks percent."""
     headlines = {row["headline"] for row in rows if row["headline"]}
     top1 = f"{headlines.pop()} top-1" if len(headlines) == 1 else "top-1"
 
@@ -311,7 +311,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         flags = ", ".join(row["flags"])
         return " ".join(filter(None, [row["grade"] or "", f"({flags})" if flags else ""])) or _or_dash(None)
 
-    return [
+    shown = [
         Column("name", lambda row: str(row["name"]), by("name")),
         Column("runtime", lambda row: _or_dash(row["runtime"]), by("runtime")),
         Column("precision", lambda row: _or_dash(row["precision"]), by("precision")),
@@ -325,8 +325,10 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("train time", lambda row: _or_dash(row["train_s"], duration), by("train_s")),
         Column("grade", grade, by("grade")),
         Column("front", lambda row: "★" if row["pareto"] else "", lambda row: 0.0 if row["pareto"] else 1.0),
-        Column("status", lambda row: str(row["status"]), by("status")),
     ]
+    if any(row["status"] != "ok" for row in rows):
+        shown.append(Column("status", lambda row: str(row["status"]), by("status")))
+    return shown
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
@@ -515,6 +517,7 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
+_LABEL_DARKNESS = 0.62  # of a role's colour: at least 4.5 : 1 against white for every one of them
 
 
 def render_png(report: dict[str, Any]) -> bytes:
@@ -545,11 +548,16 @@ def latency_axis(rows: Sequence[Row]) -> tuple[tuple[float, float], list[float]]
     low, high = math.log10(min(ends)), math.log10(max(ends))
     room = max(0.18 * (high - low), 0.1)
     low, high = low - room, high + room
-    for mantissas in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(m / 10 for m in range(10, 100))):
+    for mantissas in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         decades = range(math.floor(low), math.ceil(high) + 1)
         ticks = [m * 10.0**decade for decade in decades for m in mantissas if low <= math.log10(m) + decade <= high]
         if len(ticks) >= 4:
-            break
+            return (10**low, 10**high), ticks
+    # less than about half a decade: evenly spaced, the step the largest of 1, 2 or 5 times 10^n that gives four
+    wanted = (10**high - 10**low) / 5
+    decade = 10.0 ** math.floor(math.log10(wanted))
+    step = max(m * decade for m in (1, 2, 5) if m * decade <= wanted)
+    ticks = [step * count for count in range(math.ceil(10**low / step), math.floor(10**high / step) + 1)]
     return (10**low, 10**high), ticks
 
 
@@ -656,7 +664,10 @@ _SIDES = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
 def _label(axes: "Axes", row: Row, direction: tuple[int, int], distance: int) -> "Annotation":
+    from matplotlib.colors import to_rgb
+
     near = distance < 15
+    red, green, blue = (_LABEL_DARKNESS * channel for channel in to_rgb(ROLE_COLORS.get(row["role"], _INK)))
     return axes.annotate(
         row["name"],
         (row["p50_ms"], 100 * row["top1"]),
@@ -665,7 +676,7 @@ def _label(axes: "Axes", row: Row, direction: tuple[int, int], distance: int) ->
         ha=_SIDES[direction[0]][0],
         va=_SIDES[direction[1]][1],
         fontsize=9.5,
-        color=_INK,
+        color=(red, green, blue),
         zorder=5,
         arrowprops=None if near else {"arrowstyle": "-", "color": _QUIET, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 5},
     )

@@ -145,7 +145,6 @@ def _front(group: Sequence[Row]) -> dict[str, Any]:
     """What the script needs to draw one front."""
     limits, ticks = latency_axis(group)
     shown = columns(group)
-    leftmost = min(row["p50_ms"] for row in group)
     return {
         "headline": group[0]["headline"],
         "limits_ms": limits,
@@ -164,8 +163,6 @@ def _front(group: Sequence[Row]) -> dict[str, Any]:
                 "color": ROLE_COLORS.get(row["role"], "#888888"),
                 "symbol": _SYMBOLS.get(row["precision"], "circle")
                 + ("" if row["grade"] in TRUSTED_GRADES else "-open"),
-                # above and left of the front there is nothing, by definition; below and right of the others little
-                "side": ("top right" if row["p50_ms"] == leftmost else "top left") if row["pareto"] else "bottom right",
                 "hover": [
                     [column.header, column.text(row)] for column in shown[3:] if column.text(row) not in ("", "-", "ok")
                 ],
@@ -194,7 +191,7 @@ def _models_table(rows: Sequence[Row]) -> str:
     numeric = [any(isinstance(row_keys[place], int | float) for row_keys in keys) for place in range(len(shown))]
     cells = [[column.text(row) for column in shown] for row in rows]
     marks = ["front" if row["pareto"] else "" for row in rows]
-    return _table([column.header for column in shown], cells, keys, numeric, marks)
+    return _table([column.header for column in shown], cells, keys, numeric, marks, "Every model")
 
 
 def _sets_section(rows: Sequence[Row]) -> str:
@@ -203,7 +200,7 @@ def _sets_section(rows: Sequence[Row]) -> str:
         return ""
     keys: list[list[float | str | None]] = [[*row[:2], *(_leading_number(cell) for cell in row[2:])] for row in cells]
     numeric = [place >= 2 for place in range(len(headers))]
-    table = _table(headers, cells, keys, numeric, [""] * len(cells))
+    table = _table(headers, cells, keys, numeric, [""] * len(cells), "Every evaluation set")
     return f"<section><h2>Every evaluation set</h2>{table}</section>"
 
 
@@ -220,6 +217,7 @@ def _table(
     keys: Sequence[Sequence[float | str | None]],
     numeric: Sequence[bool],
     marks: Sequence[str],
+    label: str,
 ) -> str:
     """A table whose columns the script sorts by `keys`; wide ones scroll under a first column that stays."""
     head = "".join(
@@ -237,7 +235,7 @@ def _table(
         ]
         body.append(f"<tr{f' class={mark}' if mark else ''}>{''.join(texts)}</tr>")
     return (
-        f"<div class=scroll tabindex=0 role=region aria-label=Table><table><thead><tr>{head}</tr></thead>"
+        f"<div class=scroll tabindex=0 role=region aria-label='{label}'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -316,7 +314,7 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 var(--sans); }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1200px; margin: 0 auto; padding: 40px 24px 80px; }
 .kicker { margin: 0; color: var(--quiet); font-size: 14px; }
 h1 { margin: 0; font-size: 32px; line-height: 1.2; font-weight: 650; overflow-wrap: anywhere; }
 h2 { margin: 48px 0 12px; font-size: 20px; font-weight: 650; }
@@ -336,15 +334,15 @@ figcaption { color: var(--quiet); font-size: 14px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 24px 32px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { width: 100%; border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 12px; text-align: left; white-space: nowrap; font-weight: 400; }
+th, td { padding: 8px 10px; text-align: left; white-space: nowrap; font-weight: 400; }
 th, td { border-bottom: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--paper); }
-thead th { background: var(--wash); color: var(--quiet); }
+thead th { background: var(--wash); color: var(--quiet); white-space: normal; vertical-align: bottom; }
 thead th:first-child { background: var(--wash); }
-th[scope=row], tr.front > * { font-weight: 600; }
+tr.front th { font-weight: 650; }
 .number { text-align: right; }
-th button { all: unset; cursor: pointer; font-weight: 500; }
+th button { all: unset; cursor: pointer; }
 th button:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); }
 th button::after { content: "\\2195"; margin-left: 4px; opacity: .35; }
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
@@ -400,8 +398,8 @@ function drawFront(front, place) {
     line: {color: color("ink"), width: 1.2, dash: "dash"}, hoverinfo: "skip"}];
   for (const point of front.points) {
     const percent = value => value === null ? null : 100 * value;
-    traces.push({x: [point.p50_ms], y: [percent(point.top1)], mode: "markers+text", text: [text(point.name)],
-      textposition: point.side, textfont: {size: narrow.matches ? 12 : 13, color: color("ink")}, cliponaxis: false,
+    traces.push({x: [point.p50_ms], y: [percent(point.top1)], mode: "markers+text", text: [text(point.name)], meta: point.name,
+      textposition: "bottom right", textfont: {size: narrow.matches ? 12 : 13, color: color("ink")}, cliponaxis: false,
       marker: {size: 12, color: point.color, symbol: point.symbol, line: {width: 1.6, color: point.color}},
       error_x: {...interval(point.p50_ms, point.low_ms, point.high_ms), color: point.color},
       error_y: {...interval(percent(point.top1), percent(point.low), percent(point.high)), color: point.color},
@@ -412,7 +410,58 @@ function drawFront(front, place) {
   const x = axis("median latency of the image tower, ms", {type: "log", range: front.limits_ms.map(Math.log10),
     tickvals: front.ticks_ms, ticktext: front.ticks_ms.map(tick => String(Number(tick.toPrecision(3))))});
   const y = axis(text(front.headline) + " top-1, %", {range: front.limits_percent});
-  Plotly.react("front-" + place, traces, layout(x, y, {showlegend: false, hovermode: "closest"}), settings);
+  const plot = document.getElementById("front-" + place);
+  const isNew = plot.data === undefined;
+  Plotly.react(plot, traces, layout(x, y, {showlegend: false, hovermode: "closest"}), settings);
+  if (isNew) plot.on("plotly_afterplot", () => placeLabels(plot));
+  placeLabels(plot);
+}
+
+const sides = ["bottom right", "top left", "top right", "bottom left", "middle right", "middle left", "top center",
+  "bottom center"];
+const pen = document.createElement("canvas").getContext("2d");
+
+// Every name where it covers least of the markers, the intervals and the names before it, and stays inside
+function placeLabels(plot) {
+  const area = plot.querySelector(".nsewdrag").getBoundingClientRect();
+  const [x0, x1] = plot.layout.xaxis.range, [y0, y1] = plot.layout.yaxis.range;
+  const toX = value => (Math.log10(value) - x0) / (x1 - x0) * area.width;
+  const toY = value => (y1 - value) / (y1 - y0) * area.height;
+  const points = plot.data.slice(1);
+  const taken = [];
+  for (const {x: [x], y: [y], error_x: across, error_y: along} of points) {
+    taken.push([toX(x) - 9, toY(y) - 9, toX(x) + 9, toY(y) + 9]);
+    if (across.array) taken.push([toX(x - across.arrayminus[0]), toY(y) - 2, toX(x + across.array[0]), toY(y) + 2]);
+    if (along.array) taken.push([toX(x) - 2, toY(y + along.array[0]), toX(x) + 2, toY(y - along.arrayminus[0])]);
+  }
+  const line = plot.data[0];
+  for (let i = 1; i < line.x.length; i++)
+    for (let t = 0; t <= 1; t += 1 / 32) {
+      const x = toX(line.x[i - 1]) * (1 - t) + toX(line.x[i]) * t;
+      const y = toY(line.y[i - 1]) * (1 - t) + toY(line.y[i]) * t;
+      taken.push([x - 2, y - 2, x + 2, y + 2]);
+    }
+  const common = (a, b) => Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) *
+    Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
+  const chosen = points.map(point => {
+    const size = point.textfont.size, x = toX(point.x[0]), y = toY(point.y[0]);
+    pen.font = size + "px " + plot.layout.font.family;
+    const width = pen.measureText(point.meta).width;
+    let best = null;
+    for (const side of sides) {
+      const [vertical, horizontal] = side.split(" ");
+      const left = horizontal === "left" ? x - 9 - width : horizontal === "right" ? x + 9 : x - width / 2;
+      const top = vertical === "top" ? y - 9 - size : vertical === "bottom" ? y + 9 : y - size / 2;
+      const box = [left, top, left + width, top + size];
+      const outside = width * size - common(box, [0, 0, area.width, area.height]);
+      const cost = taken.reduce((sum, other) => sum + common(box, other), 2 * outside);
+      if (best === null || cost < best.cost) best = {side, box, cost};
+    }
+    taken.push(best.box);
+    return best.side;
+  });
+  if (chosen.some((side, i) => side !== points[i].textposition))
+    Plotly.restyle(plot, {textposition: chosen}, points.map((_, i) => i + 1));
 }
 
 function drawLoss(curve, place) {

@@ -122,7 +122,9 @@ def open_stage(path: Path) -> Stage:
         recorded: dict[str, str] = manifest["files"]
         digest, _ = manifest["digest"], manifest["key"]
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: no {MANIFEST}; clipkd did not make this directory and will not touch it") from None
+        raise ArtifactError(
+            f"{path}: no {MANIFEST}; clipkd did not make this directory and will not touch it"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path / MANIFEST}: not a clipkd manifest ({error!r})") from None
     for name, expected in recorded.items():

@@ -65,7 +65,9 @@ def draw_views(masks_BSS: NDArray[np.uint8], seed: int, sample_B: NDArray[np.int
     ink_B1SS = F.avg_pool2d(ink_B1SS, 3, stride=1, padding=1)  # softens the edge: room for the stroke weight below
     grid_BHH2 = F.affine_grid(theta_B23, [len(masks_BSS), 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
     ink_B1HH = F.grid_sample(ink_B1SS, grid_BHH2, padding_mode="zeros", align_corners=False)
-    weight_B111 = torch.exp2(signed_BR[:, 6]).view(-1, 1, 1, 1)  # exponent of the coverage: below 1 bolder, above lighter
+    weight_B111 = torch.exp2(signed_BR[:, 6]).view(
+        -1, 1, 1, 1
+    )  # exponent of the coverage: below 1 bolder, above lighter
     ink_B1HH = ink_B1HH.clamp(0, 1) ** weight_B111
     paper_B3, pen_B3 = random_BR[:, 7:10], random_BR[:, 10:13]
     luma = torch.tensor([0.299, 0.587, 0.114])

@@ -1,0 +1,160 @@
+"""Does an exported folder, in its own runtime, still compute what its checkpoint computed in torch?
+
+The whole path is compared, from uint8 pixels and caption strings on: a wrong mean, a forgotten resize or a tokenizer
+that drops the end token changes what ships as much as a wrong weight does.  Needs no torch: `to_onnx` left inputs and
+torch's outputs in parity.npz.
+
+    B samples   D embedding width   T tokens   F first samples   CHW, HWC image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from export.runtime import open_exported
+from toolchain.errors import ArtifactError, GateError
+
+# Least signal-to-noise ratio of the worst sample's feature vector, in dB.  20 dB are cos = 0.995, 40 dB cos = 0.99995.
+MIN_SQNR_DB = {
+    "fp32": 80.0,  # reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32
+    "fp16": 30.0,  # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16
+    "int8": 15.0,  # both sides round to the same 8 bits, but ties fall apart: 25 measured; a wrong scale leaves under 10
+}
+MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level
+EXACT_DB = 150.0  # reported for equal vectors: float32 resolves 24 bits, which is 144 dB
+
+
+class ParityEncoders(Protocol):
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]: ...
+
+    def tokenize(self, texts: list[str]) -> NDArray[np.int64]: ...
+
+    def encode_pixels(self, pixel_values_BCHW: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+    def encode_ids(self, input_ids_BT: NDArray[np.int64]) -> NDArray[np.float32]: ...
+
+
+def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | None = None) -> dict[str, Any]:
+    """The content of parity.json: for "image" and "text", worst cosine, SQNR and sample.
+
+    `encoders` defaults to `open_exported(folder)`.
+
+    Raises:
+        ArtifactError: parity.npz is missing or damaged.
+        GateError: preprocessing, tokenization or features differ by more than the precision explains.
+    """
+    saved = _read_samples(folder)
+    encoders = encoders or open_exported(folder)
+    image_names, text_names = saved["image_names"].tolist(), saved["names"].tolist()
+
+    pixel_values_BCHW = np.stack([encoders.preprocess(Image.fromarray(pixels)) for pixels in saved["pixels_BHWC"]])
+    _check_pixels(folder, saved["pixel_values_FCHW"], pixel_values_BCHW, image_names)
+    input_ids_BT = encoders.tokenize(saved["captions"].tolist())
+    _check_ids(folder, saved["input_ids_BT"], input_ids_BT, text_names)
+
+    bound_db = MIN_SQNR_DB[precision]
+    return {
+        "image": compare(
+            saved["image_features_BD"],
+            encoders.encode_pixels(pixel_values_BCHW),
+            min_sqnr_db=bound_db,
+            names=image_names,
+            what=f"{folder}: image tower, {precision}",
+        ),
+        "text": compare(
+            saved["text_features_BD"],
+            encoders.encode_ids(input_ids_BT),
+            min_sqnr_db=bound_db,
+            names=text_names,
+            what=f"{folder}: text tower, {precision}",
+        ),
+    }
+
+
+def compare(
+    reference_BD: NDArray[np.float32],
+    actual_BD: NDArray[np.float32],
+    *,
+    min_sqnr_db: float,
+    names: Sequence[str],
+    what: str,
+) -> dict[str, Any]:
+    """Compare row by row, in float64; returns the worst row's numbers.
+
+        SQNR_i = 10 log10( |reference_i|^2 / |reference_i - actual_i|^2 )  dB, at most EXACT_DB
+
+    Raises:
+        GateError: a row has less than `min_sqnr_db`, or is not finite, or the shapes differ.
+    """
+    if reference_BD.shape != actual_BD.shape or not len(reference_BD):
+        raise GateError(f"{what}: expected features {list(reference_BD.shape)}, got {list(actual_BD.shape)}")
+    reference_BD, actual_BD = reference_BD.astype(np.float64), actual_BD.astype(np.float64)  # type: ignore[assignment]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        signal_B = (reference_BD**2).sum(-1)
+        noise_B = ((reference_BD - actual_BD) ** 2).sum(-1)
+        sqnr_db_B = np.minimum(10 * np.log10(signal_B / noise_B), EXACT_DB)
+        cosine_B = (reference_BD * actual_BD).sum(-1) / np.sqrt(signal_B * (actual_BD**2).sum(-1))
+    worst = int(np.argmin(sqnr_db_B))  # a NaN is argmin's smallest
+    if not sqnr_db_B[worst] >= min_sqnr_db:  # not `<`: NaN must fail
+        raise GateError(
+            f"{what}: sample {worst} of {len(names)} ({names[worst]!r}) differs from PyTorch: SQNR "
+            f"{sqnr_db_B[worst]:.1f} dB, need {min_sqnr_db:g} dB; cosine {cosine_B[worst]:.6f}. "
+            "Export it again: clipkd export RUN --onnx"
+        )
+    return {
+        "min_cosine": float(cosine_B.min()),
+        "min_sqnr_db": float(sqnr_db_B[worst]),
+        "worst_sample": worst,
+        "num_samples": len(reference_BD),
+    }
+
+
+def _check_pixels(
+    folder: Path, expected_FCHW: NDArray[np.float32], actual_BCHW: NDArray[np.float32], names: Sequence[str]
+) -> None:
+    actual_FCHW = actual_BCHW[: len(expected_FCHW)]
+    if actual_FCHW.shape != expected_FCHW.shape:
+        raise GateError(
+            f"{folder}: preprocessing gives pixel_values {list(actual_FCHW.shape)}, "
+            f"expected {list(expected_FCHW.shape)}; see preprocess.json"
+        )
+    error_F = np.abs(actual_FCHW - expected_FCHW).max((1, 2, 3))
+    worst = int(np.argmax(error_F))  # a NaN is argmax's largest
+    if not error_F[worst] <= MAX_PIXEL_ERROR:
+        raise GateError(
+            f"{folder}: preprocessing of sample {worst} ({names[worst]!r}) differs from open_clip's by "
+            f"{error_F[worst]:.2g}, need at most {MAX_PIXEL_ERROR:g}; see 'image' in preprocess.json"
+        )
+
+
+def _check_ids(
+    folder: Path, expected_BT: NDArray[np.int64], actual_BT: NDArray[np.int64], names: Sequence[str]
+) -> None:
+    if actual_BT.shape != expected_BT.shape:
+        raise GateError(
+            f"{folder}: the tokenizer gives input_ids {list(actual_BT.shape)}, expected {list(expected_BT.shape)}"
+        )
+    wrong_B = (actual_BT != expected_BT).any(-1)
+    if wrong_B.any():
+        worst = int(np.argmax(wrong_B))
+        raise GateError(
+            f"{folder}: the tokenizer of tokenizer.json differs from open_clip's on sample {worst} of {len(names)} "
+            f"({names[worst]!r}): expected {expected_BT[worst].tolist()}, got {actual_BT[worst].tolist()}"
+        )
+
+
+def _read_samples(folder: Path) -> dict[str, NDArray[Any]]:
+    path = folder / "parity.npz"
+    try:
+        with np.load(path) as saved:
+            return dict(saved)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing. Export it again: clipkd export RUN --onnx") from None
+    except (ValueError, OSError) as error:  # not a zip, or cut short
+        raise ArtifactError(f"{path}: damaged: {error}. Export it again: clipkd export RUN --onnx") from None

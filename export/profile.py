@@ -1,0 +1,309 @@
+"""How fast and how big an exported model is on this machine, and how sure we are.
+
+Every number comes from `runner.py` in fresh processes.  Image and text tower take turns, so that drift of the machine
+hits both.  The protocol follows MLPerf's single stream (github.com/mlcommons/inference_policies) and, for repeating
+whole processes, Kalibera and Jones, "Rigorous Benchmarking in Reasonable Time" (ISMM 2013).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from export.runner import preprocess_image
+from toolchain.errors import ArtifactError, ClipkdError, UsageError
+
+Progress = Callable[[str, int, int], None]
+
+MIN_SAMPLES_P90, MIN_SAMPLES_P99 = 64, 662
+"""Fewer samples cannot bound a percentile at 99 % confidence (MLPerf early stopping with no sample above it)."""
+
+MAX_CV = 0.05
+"""Coefficient of variation of the processes' medians past which a measurement is UNSTABLE."""
+
+MAX_OTHER_CPU = 0.25
+"""Share of the machine's CPU time that other programs may take before a measurement is BUSY."""
+
+_SWEEP = (32,)  # batches beside 1, for throughput
+_NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in the memory that is being measured
+_LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
+_TIMEOUT_S = 600.0  # a runner that takes longer hangs
+_STDERR_LINES = 8
+_RESAMPLES = 2000
+_RUNNER = Path(__file__).with_name("runner.py")
+
+
+def profile(
+    folder: Path,
+    *,
+    processes: int = 3,
+    seconds: float = 1.0,
+    threads: int | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The content of profile.json: latencies at batch 1 with inputs resident, throughput, memory, size and a grade.
+
+    `seconds` is what each tower is measured for at batch 1, shared among the processes; the whole path and the larger
+    batch take half as much each.  `p50_ms` is the median over processes of the medians of their samples,
+    `p50_low_ms` and `p50_high_ms` its 95 % bootstrap interval over processes; `p90_ms` and `p99_ms` are of all samples
+    and None below their floors.  `e2e_p50_ms` is a JPEG's bytes to its class: decoding, preprocessing, image tower,
+    features @ class matrix, top-1.  `images_per_s` and `texts_per_s` are the best over the batches tried.
+    `peak_memory_bytes` is the greater of the two towers' processes, without the larger batches.
+
+    Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, BUSY, SINGLE: one process has no interval).
+
+    Raises:
+        ArtifactError: the folder lacks a file.
+        ClipkdError: a runner crashed, hung, or could not run the graph.
+    """
+    if processes < 1 or not seconds > 0:
+        raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
+    machine = describe_machine()
+    threads = threads or machine["usable_cores"]
+    others = _other_cpu_share(_LOOK_AROUND_S)
+    next(others)  # starts watching; meanwhile the inputs are made
+    with tempfile.TemporaryDirectory(prefix="clipkd-profile-") as scratch:
+        commands = _stage(folder, Path(scratch), seconds / processes, threads)
+        busy_share = next(others)
+        results: dict[str, list[dict[str, Any]]] = {tower: [] for tower in commands}
+        for turn in range(processes):
+            for tower in list(commands)[:: -1 if turn % 2 else 1]:  # neither always runs on what the other heated
+                results[tower].append(_run(folder, tower, commands[tower]))
+                if on_progress is not None:
+                    on_progress("timing", sum(map(len, results.values())), processes * len(commands))
+    image, text = summarise(results["image"]), summarise(results["text"])
+    images_per_s, texts_per_s = _best_rate(results["image"]), _best_rate(results["text"])
+    flags = []
+    if any(_cv(_medians(results[tower])) > MAX_CV for tower in results):
+        flags.append("UNSTABLE")
+    if busy_share is not None and busy_share > MAX_OTHER_CPU:
+        flags.append("BUSY")
+    if processes == 1:
+        flags.append("SINGLE")
+    return {
+        "device": "cpu",
+        "machine": machine | results["image"][0]["versions"],
+        "threads": threads,
+        "batch": 1,
+        "image": image | {"images_per_s": images_per_s},
+        "text": text | {"texts_per_s": texts_per_s},
+        "e2e_p50_ms": statistics.median(_medians([result["e2e"] for result in results["image"]])),
+        "images_per_s": images_per_s,
+        "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
+        "size_bytes": sum((folder / name).stat().st_size for name in ("image.onnx", "text.onnx")),
+        "grade": "C" if flags else "A" if machine["clocks_locked"] else "B",
+        "flags": flags,
+    }
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Latency of one tower from the runner's documents, one per process; times in milliseconds."""
+    medians = _medians(results)
+    low_ms, high_ms = bootstrap_interval(medians)
+    pooled = np.concatenate([result["samples_ms"] for result in results])
+    return {
+        "p50_ms": statistics.median(medians),
+        "p50_low_ms": low_ms,
+        "p50_high_ms": high_ms,
+        "p90_ms": float(np.percentile(pooled, 90)) if len(pooled) >= MIN_SAMPLES_P90 else None,
+        "p99_ms": float(np.percentile(pooled, 99)) if len(pooled) >= MIN_SAMPLES_P99 else None,
+        "n": len(pooled),
+        "processes": len(results),
+        "load_ms": statistics.median(result["load_ms"] for result in results),
+        "first_ms": statistics.median(result["first_ms"] for result in results),
+    }
+
+
+def bootstrap_interval(medians: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile interval of the median, resampling processes; every resample once where there are few."""
+    n = len(medians)
+    if n**n <= _RESAMPLES:
+        resamples = np.array(list(itertools.product(medians, repeat=n)))
+    else:
+        resamples = np.random.default_rng(0).choice(np.asarray(medians), (_RESAMPLES, n))
+    low, high = np.percentile(np.median(resamples, axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _medians(results: Sequence[dict[str, Any]]) -> list[float]:
+    return [statistics.median(result["samples_ms"]) for result in results]
+
+
+def _cv(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else 0.0
+
+
+def _best_rate(results: Sequence[dict[str, Any]]) -> float:
+    """Samples per second at the best batch: of each batch the median over processes of the median time."""
+    rates = [1000 / statistics.median(_medians(results))]
+    for batch in set.intersection(*(set(result["batches"]) for result in results)):
+        rates.append(int(batch) * 1000 / statistics.median(_medians([result["batches"][batch] for result in results])))
+    return max(rates)
+
+
+def _stage(folder: Path, scratch: Path, seconds: float, threads: int) -> dict[str, list[str]]:
+    """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
+    for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx")
+    image_spec = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))["image"]
+    with np.load(folder / "parity.npz") as samples:
+        pixels_BHWC, input_ids_BT = samples["pixels_BHWC"][:_NUM_INPUTS], samples["input_ids_BT"][:_NUM_INPUTS]
+    pictures = [Image.fromarray(pixels_HWC) for pixels_HWC in pixels_BHWC]
+    values_CHW = preprocess_image(pictures[0], image_spec)
+    count = max(_MIN_INPUTS, _MAX_INPUT_BYTES // values_CHW.nbytes)
+    np.save(scratch / "image.npy", np.stack([preprocess_image(picture, image_spec) for picture in pictures[:count]]))
+    np.save(scratch / "text.npy", input_ids_BT)
+    (scratch / "images").mkdir()
+    for index, picture in enumerate(pictures):
+        encoded = io.BytesIO()
+        picture.save(encoded, "JPEG", quality=95)
+        (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
+    shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
+    shared += ["--batches", ",".join(map(str, _SWEEP))]
+    whole_path = ["--images", str(scratch / "images"), "--classes", str(folder / "classes.npz")]
+    whole_path += ["--preprocess", str(folder / "preprocess.json")]
+
+    def arguments(tower: str, input_name: str, dtype: str, shape: tuple[int, ...]) -> list[str]:
+        graph = ["--model", str(folder / f"{tower}.onnx"), "--input", input_name, "--dtype", dtype]
+        query = ["--shape", ",".join(map(str, (1, *shape))), *shared, "--inputs", str(scratch / f"{tower}.npy")]
+        return graph + query
+
+    return {
+        "image": arguments("image", "pixel_values", "float32", values_CHW.shape) + whole_path,
+        "text": arguments("text", "input_ids", "int64", input_ids_BT.shape[1:]),
+    }
+
+
+def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
+    """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end."""
+    command = [sys.executable, str(_RUNNER), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        stderr = error.stderr or b""
+        raise _failure(folder, tower, f"took longer than {_TIMEOUT_S:g} s", stderr, command) from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise _failure(folder, tower, f"was killed by {name}", done.stderr, command)
+    if done.returncode:
+        raise _failure(folder, tower, f"exited with status {done.returncode}", done.stderr, command)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: list[str]) -> ClipkdError:
+    text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
+    lines = text.strip().splitlines()[-_STDERR_LINES:] or ["(nothing on stderr)"]
+    by_hand = shlex.join(command[: command.index("--inputs")])  # the staged inputs are gone: random ones do
+    return ClipkdError(
+        f"{folder / tower}.onnx: the process that timed it {what}. Its last words:\n"
+        + "\n".join(f"  {line}" for line in lines)
+        + f"\nSee for yourself: {by_hand}"
+    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a latency depends on and cannot be seen in it; unreadable values are None."""
+    cpu, affinity = _cpu_model(), sorted(_affinity())
+    cores = {_topology(index) for index in affinity}
+    quota = _cpu_quota()
+    usable = max(1, min(len(cores), math.ceil(quota) if quota else len(cores)))
+    governors = {_read(f"{_CPUS}/cpu{index}/cpufreq/scaling_governor") for index in affinity}
+    return {
+        "name": f"{cpu}, {usable} cores",
+        "cpu": cpu,
+        "architecture": platform.machine(),
+        "cores": len(cores),
+        "logical_cores": len(affinity),
+        "cpu_quota": quota,
+        "usable_cores": usable,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "governor": next(iter(governors)) if len(governors) == 1 else "mixed",
+        "clocks_locked": all(_is_clock_locked(index) for index in affinity),
+        "os": f"{platform.system()} {platform.release()}",
+    }
+
+
+_CPUS = "/sys/devices/system/cpu"
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))  # macOS
+
+
+def _topology(index: int) -> tuple[str, str]:
+    """A key that two hardware threads of one core share."""
+    topology = f"{_CPUS}/cpu{index}/topology"
+    return _read(f"{topology}/physical_package_id") or "0", _read(f"{topology}/core_id") or str(index)
+
+
+def _is_clock_locked(index: int) -> bool:
+    frequency = f"{_CPUS}/cpu{index}/cpufreq"
+    least, greatest = _read(f"{frequency}/scaling_min_freq"), _read(f"{frequency}/scaling_max_freq")
+    has_no_turbo = _read(f"{_CPUS}/intel_pstate/no_turbo") == "1" or _read(f"{_CPUS}/cpufreq/boost") == "0"
+    is_performance = _read(f"{frequency}/scaling_governor") == "performance"
+    return (least is not None and least == greatest) or (is_performance and has_no_turbo)
+
+
+def _cpu_quota() -> float | None:
+    """Cores that a container may use (cgroup v2), None where there is no limit."""
+    quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def _cpu_model() -> str:
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model", "Hardware"):
+            return value.strip()
+    return _read("/proc/device-tree/model") or platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    except OSError:
+        return None
+
+
+def _other_cpu_share(duration_s: float) -> Iterator[float | None]:
+    """First None at once, then, `duration_s` after that, the share of the machine's CPU time that others took."""
+    before, started = _other_cpu_seconds(), time.monotonic()
+    yield None
+    time.sleep(max(0.0, started + duration_s - time.monotonic()))
+    after = _other_cpu_seconds()
+    if before is None or after is None:
+        yield None
+        return
+    yield max(0.0, after - before) / ((time.monotonic() - started) * (os.cpu_count() or 1))
+
+
+def _other_cpu_seconds() -> float | None:
+    """CPU time spent on the machine since it started, but not by this process; None where /proc/stat is missing."""
+    line = (_read("/proc/stat") or "").partition("\n")[0].split()
+    if not line:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line[1:9])
+    own = os.times()
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - own.user - own.system - own.children_user - own.children_system

@@ -1,0 +1,79 @@
+"""The int8 student of a run: calibrated on training views, fine-tuned with the objectives that distilled it.
+
+B batch   D embedding width   T tokens
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toolchain.data import GlyphBatches
+from toolchain.distil import Progress, TeacherBatch, loss_terms, tokenized_captions
+from toolchain.losses import DistillationHeads
+from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
+from toolchain.quantize import Batch, quantize
+from toolchain.recipe import LossWeights, QuantizeSpec
+
+
+def quantize_student(
+    spec: QuantizeSpec,
+    loss_weights: LossWeights,
+    student: ClipModel,
+    teacher: ClipModel | None,
+    data: GlyphBatches,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the int8 checkpoint into `folder`; returns what the manifest should say.
+
+    The teacher runs live: a few dozen batches do not pay for stored features.  Without one, the float student teaches.
+    """
+    started = time.monotonic()
+    guide = teacher or student
+    ids_PKT, guide_ids_PKT = tokenized_captions(student, data), tokenized_captions(guide, data)
+    heads = DistillationHeads(student.embed_dim, guide.embed_dim)
+    weights = loss_weights.model_dump()
+    if (
+        student.embed_dim != guide.embed_dim
+    ):  # the towers end in unit features, the learnt projections start from raw ones
+        weights |= {"fd": 0.0, "icl": 0.0}
+
+    def batches() -> Iterator[Batch]:
+        for step in range(spec.steps):
+            batch = data.batch(step)
+            index = torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)
+            with torch.inference_mode():
+                image_BE = unit_image_features(guide.net, guide.normalise(batch.pixels_B3HH))
+                text_BE = unit_text_features(guide.net, guide_ids_PKT[index])
+            yield student.normalise(batch.pixels_B3HH), ids_PKT[index], image_BE.clone(), text_BE.clone()
+
+    logit_scale, guide_scale = student.logit_scale.detach(), guide.logit_scale.detach()
+
+    def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: Batch) -> Tensor:
+        assert batch[2] is not None
+        assert batch[3] is not None
+        guided = TeacherBatch(batch[2], batch[3], guide_scale)
+        terms = loss_terms(image_features_BD, text_features_BD, logit_scale, heads, guided)
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+    sample_B = np.random.default_rng(data.seed).permutation(len(data.samples.character_N))[: spec.calibration_samples]
+    shown = data.view_of(sample_B, 0)
+    ids_BT = ids_PKT[torch.from_numpy(shown.template_B), torch.from_numpy(shown.character_B)]
+    progress("calibrating", 0, spec.steps)
+    save_model(student, folder)  # configuration and tokenizer; quantize replaces the weights
+    quantize(
+        student,
+        batches(),
+        (student.normalise(shown.pixels_B3HH), ids_BT),
+        steps=spec.steps,
+        lr=spec.lr,
+        folder=folder,
+        loss_of=loss_of,
+        on_step=lambda step, loss: progress("fine-tuning", step + 1, spec.steps, f"loss {loss:.3f}"),
+    )
+    return {"train_s": round(time.monotonic() - started, 1), "steps": spec.steps}
