@@ -24,7 +24,7 @@ test: .venv/installed-dev
 	@$(BIN)/python -m pytest $(PYTEST)
 
 check: .venv/installed-dev
-	@$(BIN)/ruff format --check --quiet . || { echo 'not formatted, next: make fix' >&2; exit 1; }
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 

@@ -4,7 +4,9 @@
 Heavy packages are imported inside the functions that need them, so that help and cached runs start at once.
 """
 
+import importlib.util
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -19,7 +21,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from toolchain.errors import ClipkdError, MissingDependency, UsageError
+try:
+    from toolchain.errors import ClipkdError, MissingDependency, UsageError
+except ImportError as error:  # somebody else's `toolchain`: what `main` refuses, but these names are needed before it
+    sys.stderr.write(f"error: clipkd's package 'toolchain' is hidden by another on PYTHONPATH: {error}\n")
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -424,11 +430,13 @@ def _measure(recipe: "Recipe", out: Path, exported: "dict[str, Stage]", screen: 
 
 def _report(out: Path, measured: "dict[str, Stage]", screen: "_Screen") -> dict[str, Any]:
     """report.json and its readable forms, written again only when something measured is new."""
+    from toolchain.stages import MANIFEST
+
     path = out / "report.json"
     screen.starts("report")
-    if all(stage.cached for stage in measured.values()) and all(
-        path.with_suffix(suffix).exists() for suffix in (".json", ".csv", ".md", ".png", ".html")
-    ):
+    newest = max((stage.path / MANIFEST).stat().st_mtime_ns for stage in measured.values())
+    files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".png", ".html")]
+    if all(file.exists() and file.stat().st_mtime_ns >= newest for file in files):
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         screen.line("report", "cached")
         return report
@@ -507,13 +515,13 @@ def _run_directory(name: str | None, out: Path, overrides: list[str] | None) -> 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from toolchain.recipe import load_recipe, recipe_path
-    from toolchain.stages import run_lock
+    from toolchain.stages import RESOLVED, run_lock
 
     if name is None:
         _require_run(out)
     recipe = load_recipe(out / "recipe.yaml" if name is None else recipe_path(name), overrides)
     with run_lock(out):
-        said = "".join(f"# {line}\n" for line in [f"clipkd {' '.join(sys.argv[1:])}", "resolved by clipkd:"])
+        said = "".join(f"# {line}\n" for line in [*f"clipkd {shlex.join(sys.argv[1:])}".splitlines(), RESOLVED])
         resolved = said + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         partial = out / ".recipe.yaml.partial"
         partial.write_text(resolved, encoding="utf-8")
@@ -576,16 +584,13 @@ def _exit(error: ClipkdError) -> NoReturn:
 
 def _refuse_foreign_packages() -> None:
     """`toolchain`, `export` and `recipes` are common names; somebody else's on the path would break us obscurely."""
-    import export
-    import recipes
-    import toolchain
-
     here = Path(__file__).resolve().parent
-    for package in (toolchain, export, recipes):
-        found = Path(str(package.__file__)).resolve().parent.parent
+    for package in ("toolchain", "export", "recipes"):
+        spec = importlib.util.find_spec(package)
+        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
         if found != here:
             raise UsageError(
-                f"the package '{package.__name__}' comes from {found}, clipkd from {here}; "
+                f"the package '{package}' comes from {found}, clipkd from {here}; "
                 f"run from another folder, or take {found} out of PYTHONPATH"
             )
 

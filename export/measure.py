@@ -32,7 +32,7 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     evaluation, samples = evaluate(encoders, sets, glyphs.TEMPLATES, headline=spec.headline)
     _write(folder / "evaluation.json", evaluation)
     np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # numpy types keywords as one array
-    timed = profile(model, processes=timing.processes, seconds=timing.seconds)
+    timed = profile(model, processes=timing.processes, seconds=timing.seconds, on_progress=progress)
     _write(folder / "profile.json", timed)
     return {"top1": evaluation["sets"][spec.headline]["top1"], "p50_ms": timed["image"]["p50_ms"]}
 

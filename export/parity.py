@@ -24,7 +24,7 @@ from toolchain.errors import ArtifactError, GateError
 MIN_SQNR_DB = {
     "fp32": 80.0,  # reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32
     "fp16": 30.0,  # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16
-    "int8": 15.0,  # both sides round to the same 8 bits, but ties fall apart: 25 measured; a wrong scale leaves under 10
+    "int8": 15.0,  # both sides round to the same 8 bits, but ties fall apart: 25 measured; wrong scales leave 10
 }
 MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level
 EXACT_DB = 150.0  # reported for equal vectors: float32 resolves 24 bits, which is 144 dB
@@ -94,7 +94,7 @@ def compare(
     """
     if reference_BD.shape != actual_BD.shape or not len(reference_BD):
         raise GateError(f"{what}: expected features {list(reference_BD.shape)}, got {list(actual_BD.shape)}")
-    reference_BD, actual_BD = reference_BD.astype(np.float64), actual_BD.astype(np.float64)  # type: ignore[assignment]
+    reference_BD, actual_BD = reference_BD.astype(np.float64), actual_BD.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         signal_B = (reference_BD**2).sum(-1)
         noise_B = ((reference_BD - actual_BD) ** 2).sum(-1)

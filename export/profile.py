@@ -33,7 +33,8 @@ from toolchain.errors import ArtifactError, ClipkdError, UsageError
 Progress = Callable[[str, int, int], None]
 
 MIN_SAMPLES_P90, MIN_SAMPLES_P99 = 64, 662
-"""Fewer samples cannot bound a percentile at 99 % confidence (MLPerf early stopping with no sample above it)."""
+"""Fewer samples cannot bound a percentile at 99 % confidence: that at most one of them lies above it is then likelier
+than 1 % (MLPerf's early stopping)."""
 
 MAX_CV = 0.05
 """Coefficient of variation of the processes' medians past which a measurement is UNSTABLE."""
@@ -61,7 +62,7 @@ def profile(
     """The content of profile.json: latencies at batch 1 with inputs resident, throughput, memory, size and a grade.
 
     `seconds` is what each tower is measured for at batch 1, shared among the processes; the whole path and the larger
-    batch take half as much each.  `p50_ms` is the median over processes of the medians of their samples,
+    batch take a quarter of it each.  `p50_ms` is the median over processes of the medians of their samples,
     `p50_low_ms` and `p50_high_ms` its 95 % bootstrap interval over processes; `p90_ms` and `p99_ms` are of all samples
     and None below their floors.  `e2e_p50_ms` is a JPEG's bytes to its class: decoding, preprocessing, image tower,
     features @ class matrix, top-1.  `images_per_s` and `texts_per_s` are the best over the batches tried.

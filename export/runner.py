@@ -104,18 +104,17 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     headline = _time(run, single, options.min_seconds, options.max_warm_up)
     peak_rss_bytes = _peak_rss_bytes()  # before larger batches raise it for good
     result: dict[str, Any] = {"load_ms": load_ms, "first_ms": first_ms, **headline}
+    brief = options.min_seconds / 4, options.max_warm_up / 4  # for what has no interval of its own
     if options.images:
         end_to_end, paths = _end_to_end(run, options)
-        result["e2e"] = _time(end_to_end, paths, options.min_seconds / 2, options.max_warm_up)
+        result["e2e"] = _time(end_to_end, paths, *brief)
         peak_rss_bytes = _peak_rss_bytes()
     typical_ms = float(np.median(headline["samples_ms"])) / options.shape[0]
     result["batches"] = {}
     for batch in options.batches:
         if batch * typical_ms > _SWEEP_LIMIT * options.min_seconds * 1000:
             continue
-        result["batches"][str(batch)] = _time(
-            run, _queries(options, batch), options.min_seconds / 2, options.max_warm_up
-        )
+        result["batches"][str(batch)] = _time(run, _queries(options, batch), *brief)
     result["peak_rss_bytes"] = peak_rss_bytes
     result["batch"] = options.shape[0]
     result["threads"] = options.threads

@@ -38,9 +38,7 @@ from toolchain.quantize import (
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MAX_PARITY_SAMPLES = 256
-NUM_PARITY_PIXELS = (
-    4  # pixel_values are kept for a few images only: 224x224 takes 600 kB each, and one shows a wrong mean
-)
+NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
 _CHUNK = 256  # samples per forward
 _MAX_BATCH = 1 << 16
 
@@ -162,13 +160,15 @@ def write_graph(
 @torch.no_grad()
 def class_embeddings(text_tower: nn.Module, model: ClipModel, names: list[str], templates: tuple[str, ...]) -> Tensor:
     """[K, D] float32: normalise( mean over templates of the unit text feature ).  CLIP (arXiv:2103.00020), 3.1.4."""
-    sum_KD = torch.stack([_text_features(text_tower, model, names, template) for template in templates]).mean(0)
-    return F.normalize(sum_KD, dim=-1)
+    ids_PKT = [model.tokenize([template.format(name) for name in names]) for template in templates]
+    return F.normalize(torch.stack([_in_chunks(text_tower, ids_KT) for ids_KT in ids_PKT]).mean(0), dim=-1)
 
 
-def _text_features(text_tower: nn.Module, model: ClipModel, names: list[str], template: str) -> Tensor:
-    ids_KT = model.tokenize([template.format(name) for name in names])
-    return torch.cat([text_tower(chunk) for chunk in ids_KT.split(_CHUNK)]).cpu()
+def _in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
+    """Features [B, D] on the CPU."""
+    starts = range(0, len(inputs), _CHUNK)
+    device = next((tensor.device for tensor in (*tower.parameters(), *tower.buffers())), inputs.device)
+    return torch.cat([tower(inputs[start : start + _CHUNK].to(device)).cpu() for start in starts])
 
 
 def _prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
@@ -182,16 +182,15 @@ def _prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
 def _write_parity_samples(
     path: Path,
     model: ClipModel,
-    image_tower: nn.Module,
-    text_tower: nn.Module,
+    towers: tuple[nn.Module, nn.Module],
     images: NDArray[np.uint8],
     names: list[str],
-    templates: tuple[str, ...],
+    template: str,
 ) -> None:
     """What parity.py feeds to a runtime, and what torch made of it.  Samples are spread evenly over the set."""
     shown, spoken = _spread(len(images)), _spread(len(names))
     one_image_per_name = len(images) == len(names)
-    captions = [templates[0].format(names[index]) for index in spoken]
+    captions = [template.format(names[index]) for index in spoken]
     pixel_values_BCHW = torch.stack([model.preprocess(Image.fromarray(images[index])) for index in shown])
     input_ids_BT = model.tokenize(captions)
     np.savez(
@@ -202,8 +201,8 @@ def _write_parity_samples(
         pixels_BHWC=images[shown],
         pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
         input_ids_BT=input_ids_BT.numpy(),
-        image_features_BD=torch.cat([image_tower(c) for c in pixel_values_BCHW.split(_CHUNK)]).cpu().numpy(),
-        text_features_BD=torch.cat([text_tower(c) for c in input_ids_BT.split(_CHUNK)]).cpu().numpy(),
+        image_features_BD=_in_chunks(towers[0], pixel_values_BCHW).numpy(),
+        text_features_BD=_in_chunks(towers[1], input_ids_BT).numpy(),
     )
 
 

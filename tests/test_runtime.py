@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,16 +35,16 @@ IMAGE_SPEC = {
     "fill_color": 0,
 }
 MODES = ["RGB", "L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "YCbCr"]
-SIZES = [(32, 32), (33, 32), (47, 31), (5, 90), (1, 3), (200, 151)]
+SIZES = [(32, 32), (47, 31), (5, 90), (1, 3), (71, 50)]
 
 CAPTIONS = [
     "",
     " ",
     "a photo of a cat",
-    "A PHOTO of the Cat's whiskers, they'll SHE'D I've don't 're 'ſ",
+    "A PHOTO of the Cat's whiskers, they'll SHE'D I've don't 're '\u017f",
     "  runs \t of\n\r\n whitespace\u00a0\u2003and\u3000more\x1c\x85  ",
-    "“typographic” ‘quotes’ – dashes — and… ellipsis",
-    "ligatures ﬁ ﬂ ﬃ ĳ ſt",
+    "\u201ctypographic\u201d \u2018quotes\u2019 \u2013 dashes \u2014 and\u2026 ellipsis",
+    "ligatures \ufb01 \ufb02 \ufb03 \u0133 \u017ft",
     "entities &amp; &amp;amp; &lt;b&gt; &quot;x&quot; &#233; &eacute; &nbsp; &notanentity;",
     "mojibake: caf\u00c3\u00a9 \u00e2\u20ac\u0153quoted\u00e2\u20ac\u009d",
     "emoji 👍🏽 👩‍👩‍👧 🇩🇪 ☕️",
@@ -115,6 +116,7 @@ def stock_folder(tmp_path_factory):
     return export_to(tmp_path_factory.mktemp("exported") / "stock", SimpleTokenizer(), 77)
 
 
+@cache
 def picture(mode: str, size: tuple[int, int]) -> Image.Image:
     random = np.random.default_rng(size[0] * 1000 + size[1])
     height, width = size[1], size[0]
@@ -130,10 +132,13 @@ def picture(mode: str, size: tuple[int, int]) -> Image.Image:
     return colours.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr", "1") else colours.convert(mode)
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("target", "interpolation"),
+    [(32, "bicubic"), ([32, 32], "bilinear"), ([24, 40], "bilinear"), ([40, 24], "bicubic")],
+    ids=str,
+)
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("target", [32, [32, 32], [24, 40]], ids=str)
-def test_preprocessing_equals_open_clips(interpolation, resize_mode, target):
+def test_preprocessing_equals_open_clips(target, interpolation, resize_mode):
     spec = IMAGE_SPEC | {"size": target, "interpolation": interpolation, "resize_mode": resize_mode, "fill_color": 7}
     transform = image_transform_v2(PreprocessCfg(**spec), is_train=False)
     compared = 0
@@ -209,7 +214,7 @@ def test_every_cleaning_equals_open_clips(clean, tmp_path):
 
 
 def test_the_habits_of_hf_tokenizer_are_kept(tmp_path):
-    """Two that the tokenizers library knows nothing of: a separator overwritten by 0, and a token behind the padding."""
+    """Two of which the library knows nothing: a separator overwritten by 0, and a token behind the padding."""
     specials = {"sep_token": "<end>", "cls_token": "<pad>"}
     strips = HFTokenizer(str(STUDENT), context_length=20, strip_sep_token=True, **specials)
     appends = HFTokenizer(str(STUDENT), context_length=20, tokenizer_mode="clips", **specials)
@@ -223,7 +228,7 @@ def test_stock_tokenizer_agrees_on_every_kind_of_character():
 
     ours, theirs = Tokenizer.from_str(stock_tokenizer_json()), SimpleTokenizer(clean="lower")
     theirs.clean_fn = lambda text: " ".join(text.split()).lower()  # ftfy is the same on both sides, and slow
-    points = [*range(0x3000), *range(0xA600, 0xAC00, 3), *range(0xE000, 0x110000, 997), 0x10D40, 0x1F600, 0x20000]
+    points = [*range(0x400), *range(0x400, 0x3000, 13), *range(0xE000, 0x110000, 2999), 0xA7CE, 0x10D40, 0x1F600]
     texts = [f"a{chr(point)}b 1{chr(point)}'s" for point in points]
     for text, encoding, expected in zip(
         texts, ours.encode_batch([theirs.clean_fn(text) for text in texts]), theirs(texts).tolist(), strict=True

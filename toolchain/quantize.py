@@ -108,7 +108,8 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
     name_of = {module: name for name, module in tower.named_modules()}
     folded = {name_of[norm]: name_of[convolution] for convolution, norm in pairs}
     for convolution, norm in pairs:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         with torch.no_grad():
             scale_C = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
             shift_C = norm.bias.double() - norm.running_mean.double() * scale_C
@@ -150,11 +151,11 @@ def quantize(
     """
     nncf = _import_nncf()
     device = next(student.net.parameters()).device
-    image_tower, text_tower, folded = _float_towers(student.net)
+    float_image, float_text, folded = _float_towers(student.net)
     pixel_values_BCHW, input_ids_BT = (values.to(device) for values in calibration)
     with without_attention_fast_path():
-        image_tower = _calibrate(nncf, image_tower, pixel_values_BCHW, is_convolutional=bool(folded))
-        text_tower = _calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False)
+        image_tower = _calibrate(nncf, float_image, pixel_values_BCHW, is_convolutional=bool(folded))
+        text_tower = _calibrate(nncf, float_text, input_ids_BT, is_convolutional=False)
         if signed_activations:
             for _, quantizer in (*_quantizers(image_tower), *_quantizers(text_tower)):
                 quantizer.signed = True  # the scale stays: it is the largest positive value either way
@@ -167,7 +168,7 @@ def quantize(
             features = image_tower(batch[0]), text_tower(batch[1])
             loss = loss_of(*features, batch) if loss_of else _cosine_loss(*features, batch, own_features)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if on_step:
                 on_step(step, loss.item())
@@ -242,7 +243,8 @@ class _ActivationRounding(nn.Module):
         super().__init__()
         quantizer.set_levels()
         self.low, self.high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
-        assert not quantizer.per_channel and not zero_point.any(), "activations are symmetric and per tensor"
+        assert not quantizer.per_channel, "activations have one scale per tensor"
+        assert not zero_point.any(), "activations are symmetric"
         self.register_buffer("scale", scale.detach().float().reshape(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if self.low < 0 else torch.uint8))
 
@@ -272,7 +274,8 @@ class _StoredWeight(nn.Module):
         super().__init__()
         quantizer.set_levels()
         low, high, scale, _ = quantizer.get_parameters_for_torch_fq()
-        assert quantizer.per_channel and low < 0, "weights are signed and per channel"
+        assert quantizer.per_channel, "weights have one scale per output channel"
+        assert low < 0, "weights are signed"
         self.axis = max(range(parameter.dim()), key=lambda axis: quantizer.scale_shape[axis])
         self.shape = [-1 if axis == self.axis else 1 for axis in range(parameter.dim())]
         with torch.no_grad():
@@ -450,13 +453,13 @@ def _float_state(
     for key, value in net.state_dict().items():
         module, _, leaf = key.rpartition(".")
         if module in folded and leaf != "num_batches_tracked":
-            norm = net.get_submodule(module)
+            norm: Any = net.get_submodule(module)
             bias = trained[f"{folded[module]}.bias"]
             state[key] = {
                 "weight": torch.ones_like(bias),
                 "bias": bias,
                 "running_mean": torch.zeros_like(bias),
-                "running_var": torch.full_like(bias, 1 - norm.eps),  # type: ignore[operator]
+                "running_var": torch.full_like(bias, 1 - norm.eps),
             }[leaf]
         elif leaf == "bias" and module in folded.values():
             state[key] = torch.zeros_like(value)  # its value moved into the batch norm

@@ -16,11 +16,12 @@ from toolchain.errors import UsageError
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 
 Positive = Annotated[int, Field(gt=0)]
+BatchSize = Annotated[int, Field(ge=2)]  # a contrastive loss of one pair is 0
 Weight = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataSpec(_Section):
@@ -53,7 +54,7 @@ class DistillSpec(_Section):
     steps: Positive
     """Number of optimizer steps."""
 
-    batch_size: Positive
+    batch_size: BatchSize
     """Samples per optimizer step."""
 
     lr: Annotated[float, Field(gt=0)]
@@ -77,7 +78,7 @@ class QuantizeSpec(_Section):
     """Optimizer steps of fine-tuning after calibration; 0 calibrates only."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    batch_size: Positive = 128
+    batch_size: BatchSize = 128
     calibration_samples: Positive = 256
 
 
@@ -107,12 +108,12 @@ class ProfileSpec(_Section):
     """Fresh processes per measurement."""
 
     seconds: Annotated[float, Field(gt=0)] = 1.0
-    """Measured time per process and tower."""
+    """Measured time per tower, shared among the processes."""
 
 
 class Recipe(_Section):
     name: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     data: DataSpec
     teacher: ModelSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
@@ -188,12 +189,12 @@ def model_folder(spec: ModelSpec) -> Path:
 
 def _anchored(spec: ModelSpec, recipe_folder: Path) -> ModelSpec:
     """The same model by a name that ships or by an absolute path, so that a resolved recipe means the same anywhere."""
-    if (SHIPPED / spec.model).is_dir():
+    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/open_clip_config.json"))
+    if spec.model in shipped:
         return spec
     folder = (recipe_folder / spec.model).resolve()
     if folder.is_dir():
         return ModelSpec(model=str(folder))
-    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/open_clip_config.json"))
     raise UsageError(f"model '{spec.model}': not one that ships ({', '.join(shipped)}) and no folder at {folder}")
 
 
@@ -204,10 +205,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: expected section.field=value, as in --set distill.steps=100")
     section: Any = raw
     for key in keys[:-1]:
-        section = section.setdefault(key, {})
+        section[key] = section = {} if section.get(key) is None else section[key]
         if not isinstance(section, dict):
             raise UsageError(f"--set {override}: {key} is not a section")
-    section[keys[-1]] = yaml.safe_load(text)
+    try:
+        section[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {override}: '{text}' is not a YAML value; quote it for the shell") from None
 
 
 def _sentence(problem: Any) -> str:

@@ -191,7 +191,7 @@ def _models_table(rows: Sequence[Row]) -> str:
     numeric = [any(isinstance(row_keys[place], int | float) for row_keys in keys) for place in range(len(shown))]
     cells = [[column.text(row) for column in shown] for row in rows]
     marks = ["front" if row["pareto"] else "" for row in rows]
-    return _table([column.header for column in shown], cells, keys, numeric, marks, "Every model")
+    return _table([column.header for column in shown], cells, keys, numeric, marks, "models")
 
 
 def _sets_section(rows: Sequence[Row]) -> str:
@@ -200,7 +200,7 @@ def _sets_section(rows: Sequence[Row]) -> str:
         return ""
     keys: list[list[float | str | None]] = [[*row[:2], *(_leading_number(cell) for cell in row[2:])] for row in cells]
     numeric = [place >= 2 for place in range(len(headers))]
-    table = _table(headers, cells, keys, numeric, [""] * len(cells), "Every evaluation set")
+    table = _table(headers, cells, keys, numeric, [""] * len(cells), "sets")
     return f"<section><h2>Every evaluation set</h2>{table}</section>"
 
 
@@ -217,7 +217,7 @@ def _table(
     keys: Sequence[Sequence[float | str | None]],
     numeric: Sequence[bool],
     marks: Sequence[str],
-    label: str,
+    name: str,
 ) -> str:
     """A table whose columns the script sorts by `keys`; wide ones scroll under a first column that stays."""
     head = "".join(
@@ -234,10 +234,8 @@ def _table(
             )
         ]
         body.append(f"<tr{f' class={mark}' if mark else ''}>{''.join(texts)}</tr>")
-    return (
-        f"<div class=scroll tabindex=0 role=region aria-label='{label}'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    table = f"<table class={name}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f"<div class=scroll tabindex=0 role=region aria-label={name}>{table}</div>"
 
 
 def _curves_section(curves: Sequence[dict[str, Any]]) -> str:
@@ -297,7 +295,7 @@ def _plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th scope=col>{escape(header)}</th>" for header in headers)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     thead = f"<thead><tr>{head}</tr></thead>" if any(headers) else ""
-    table = f"<table class=plain>{thead}<tbody>{body}</tbody></table>"
+    table = f"<table class='plain{'' if any(headers) else ' facts'}'>{thead}<tbody>{body}</tbody></table>"
     return f"<div class=scroll tabindex=0 role=region aria-label=Table>{table}</div>"
 
 
@@ -338,7 +336,8 @@ th, td { padding: 8px 10px; text-align: left; white-space: nowrap; font-weight: 
 th, td { border-bottom: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--paper); }
-thead th { background: var(--wash); color: var(--quiet); white-space: normal; vertical-align: bottom; }
+thead th { background: var(--wash); color: var(--quiet); vertical-align: bottom; }
+th.number { white-space: normal; min-width: 5.5em; }
 thead th:first-child { background: var(--wash); }
 tr.front th { font-weight: 650; }
 .number { text-align: right; }
@@ -348,7 +347,8 @@ th button::after { content: "\\2195"; margin-left: 4px; opacity: .35; }
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
 .plain td:first-child { color: var(--quiet); }
-.plain td { white-space: normal; overflow-wrap: anywhere; }
+.facts td { white-space: normal; overflow-wrap: anywhere; }
+.facts td:first-child { width: 12em; }
 summary { cursor: pointer; }
 details > :nth-child(2) { margin-top: 12px; }
 pre { overflow-x: auto; padding: 16px; background: var(--wash); border: 1px solid var(--line); border-radius: 8px; }
@@ -357,6 +357,7 @@ code { font: 13px/1.5 var(--mono); }
   main { padding: 24px 16px 48px; }
   h1 { font-size: 26px; }
   .plot { height: 400px; }
+  .models :is(th, td):is(:nth-child(2), :nth-child(3)) { display: none; }
   .cards { gap: 12px; margin-top: 24px; }
 }
 @media print { .scroll { overflow: visible; } details { display: block; } }
@@ -398,8 +399,9 @@ function drawFront(front, place) {
     line: {color: color("ink"), width: 1.2, dash: "dash"}, hoverinfo: "skip"}];
   for (const point of front.points) {
     const percent = value => value === null ? null : 100 * value;
-    traces.push({x: [point.p50_ms], y: [percent(point.top1)], mode: "markers+text", text: [text(point.name)], meta: point.name,
-      textposition: "bottom right", textfont: {size: narrow.matches ? 12 : 13, color: color("ink")}, cliponaxis: false,
+    traces.push({x: [point.p50_ms], y: [percent(point.top1)], mode: "markers+text", cliponaxis: false,
+      text: [text(point.name)], meta: point.name, textposition: "bottom right",
+      textfont: {size: narrow.matches ? 12 : 13, color: color("ink")},
       marker: {size: 12, color: point.color, symbol: point.symbol, line: {width: 1.6, color: point.color}},
       error_x: {...interval(point.p50_ms, point.low_ms, point.high_ms), color: point.color},
       error_y: {...interval(percent(point.top1), percent(point.low), percent(point.high)), color: point.color},

@@ -7,6 +7,7 @@ which the stages after it depend on, is of the other files alone, so redoing a s
 nothing else.  Importing this needs neither torch nor numpy.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,9 +29,11 @@ from typing import Any
 from toolchain.errors import ArtifactError, ClipkdError
 
 MANIFEST = "manifest.json"
+RESOLVED = "resolved by clipkd:"  # in the header of a run's recipe.yaml
 _FORMAT = 1
 _LOGS = frozenset({MANIFEST, "train.jsonl"})  # how a stage went, with times: recorded, but nothing depends on it
 _KEY, _LOCK = "key", "lock"
+_FULL_BYTES = 1 << 20
 _PACKAGES = ("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
 
 
@@ -82,13 +85,14 @@ def run_stage(
             return finished
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with _locked(partial):
-        if (partial / _KEY).exists() and (partial / _KEY).read_text() != key:
+    with _locked(partial), _explaining_full_disk(partial):
+        if not (partial / _KEY).exists() or (partial / _KEY).read_text() != key:
             _empty(partial)  # an interrupted attempt at something else: its checkpoints do not belong here
         (partial / _KEY).write_text(key)
         started, started_at = time.monotonic(), datetime.now(timezone.utc)
-        summary = _explaining_full_disk(partial, lambda: work(partial))
-        (partial / _KEY).unlink()
+        summary = work(partial)
+        for torn in partial.rglob("*.partial"):  # a file that an earlier, killed attempt was replacing
+            torn.unlink()
         files = _hashes(partial)
         manifest = {
             "format": _FORMAT,
@@ -104,6 +108,7 @@ def run_stage(
             "revision": _revision(),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (partial / _KEY).unlink()
         (partial / _LOCK).unlink()
         _swap_in(partial, path)
     return Stage(path, manifest, cached=False)
@@ -119,13 +124,13 @@ def open_stage(path: Path) -> Stage:
         raise ArtifactError(f"{path}: no such directory")
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        recorded: dict[str, str] = manifest["files"]
+        recorded: dict[str, str] = dict(manifest["files"])
         digest, _ = manifest["digest"], manifest["key"]
     except FileNotFoundError:
         raise ArtifactError(
             f"{path}: no {MANIFEST}; clipkd did not make this directory and will not touch it"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path / MANIFEST}: not a clipkd manifest ({error!r})") from None
     for name, expected in recorded.items():
         file = path / name
@@ -154,11 +159,20 @@ def run_lock(run: Path) -> Iterator[None]:
     """
     if run.exists() and not run.is_dir():
         raise ArtifactError(f"{run}: is a file; --out names a run directory")
-    if run.is_dir() and any(run.iterdir()) and not (run / "recipe.yaml").exists() and not (run / ".lock").exists():
-        raise ArtifactError(f"{run}: not empty and has no recipe.yaml; not a clipkd run. Choose another --out")
-    run.mkdir(parents=True, exist_ok=True)
+    if run.is_dir() and any(run.iterdir()) and not (run / ".lock").exists() and not _resolved_here(run):
+        raise ArtifactError(f"{run}: not empty and has no recipe.yaml of clipkd's; not a run. Choose another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{run}: cannot make this directory: {error.strerror}. Choose another --out") from None
     with _flock(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
         yield
+
+
+def _resolved_here(run: Path) -> bool:
+    """Whether the directory's recipe.yaml is a run's, and not somebody's own that a run would overwrite."""
+    recipe = run / "recipe.yaml"
+    return recipe.is_file() and RESOLVED in recipe.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
@@ -178,15 +192,17 @@ def _flock(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def _explaining_full_disk(folder: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+@contextmanager
+def _explaining_full_disk(partial: Path) -> Iterator[None]:
     try:
-        return work()
-    except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        yield
+    except Exception as error:  # torch and safetensors raise errors of their own for it
+        free = shutil.disk_usage(partial.parent).free
+        said = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if isinstance(error, ClipkdError) or not (said or free < _FULL_BYTES):
             raise
-        free = shutil.disk_usage(folder).free
         raise ClipkdError(
-            f"{folder}: the disk is full ({free / 1e6:.0f} MB free). Nothing finished is lost; "
+            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Nothing finished is lost; "
             "free some space and repeat the command to continue"
         ) from error
 

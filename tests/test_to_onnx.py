@@ -1,0 +1,180 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.parity import check_parity
+from export.runtime import open_exported
+from export.to_onnx import class_embeddings, export_onnx, write_graph
+from toolchain.errors import ClipkdError, GateError
+from toolchain.models import load_model, unit_text_features
+from toolchain.quantize import ImageTower, TextTower
+
+STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
+NAMES = ["latin small letter a", "greek capital letter omega", "leftwards arrow with hook", "digit one", "plus sign"]
+TEMPLATES = ("{}", "a drawing of {}")
+FLOAT32_NOISE = 1e-5  # of a unit feature: float32 sums in another order
+FILES = {"image.onnx", "text.onnx", "tokenizer.json", "preprocess.json", "classes.npz", "parity.npz"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(STUDENT, random_seed=0)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+
+
+def export(model, folder, images, precision):
+    return export_onnx(
+        model, folder, role="student", precision=precision, eval_images=images, names=NAMES, templates=TEMPLATES
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(model, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp32")
+    return folder, export(model, folder, images, "fp32")
+
+
+def test_the_folder_holds_the_contract_and_no_side_files(exported):
+    folder, summary = exported
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert summary["size_bytes"] == sum((folder / name).stat().st_size for name in ("image.onnx", "text.onnx"))
+    assert {key: summary[key] for key in ("role", "runtime", "precision", "opset")} == {
+        "role": "student",
+        "runtime": "onnxruntime",
+        "precision": "fp32",
+        "opset": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "names_io", "dtype", "shape"),
+    [
+        ("image.onnx", ("pixel_values", "image_features"), onnx.TensorProto.FLOAT, [3, 32, 32]),
+        ("text.onnx", ("input_ids", "text_features"), onnx.TensorProto.INT64, [20]),
+    ],
+)
+def test_graph_signature(exported, file, names_io, dtype, shape):
+    graph = onnx.load(exported[0] / file)
+    (entry,), (result,) = graph.graph.input, graph.graph.output
+    assert (entry.name, result.name) == names_io
+    assert entry.type.tensor_type.elem_type == dtype
+    assert entry.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert [dim.dim_value for dim in entry.type.tensor_type.shape.dim[1:]] == shape
+    assert result.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert result.type.tensor_type.shape.dim[1].dim_value == 128
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    assert (metadata["clipkd.role"], metadata["clipkd.precision"]) == ("student", "fp32")
+    assert json.loads(metadata["clipkd.preprocess"]) == json.loads((exported[0] / "preprocess.json").read_text())
+
+
+def test_every_batch_size_runs(exported, model, images):
+    encoders = open_exported(exported[0], threads=1)
+    one_by_one_BD = np.concatenate([encoders.encode_images(images[index : index + 1]) for index in range(5)])
+    np.testing.assert_allclose(encoders.encode_images(images), one_by_one_BD, atol=FLOAT32_NOISE)
+
+
+def test_class_embeddings_are_the_definition(exported, model):
+    mean_KD = torch.zeros(len(NAMES), 128, dtype=torch.float64)
+    with torch.no_grad():
+        for k, name in enumerate(NAMES):
+            for template in TEMPLATES:
+                ids_1T = model.tokenize([template.format(name)])
+                mean_KD[k] += unit_text_features(model.net, ids_1T)[0].double() / len(TEMPLATES)
+    expected_KD = mean_KD / mean_KD.norm(dim=-1, keepdim=True)
+    with np.load(exported[0] / "classes.npz") as saved:
+        np.testing.assert_allclose(saved["features_KD"], expected_KD, atol=FLOAT32_NOISE)
+        assert saved["features_KD"].dtype == np.float32
+        assert saved["names"].tolist() == NAMES
+        assert saved["templates"].tolist() == list(TEMPLATES)
+
+
+def test_fp32_passes_its_gate_end_to_end(exported):
+    result = check_parity(exported[0], precision="fp32")
+    assert result["image"]["num_samples"] == result["text"]["num_samples"] == 5
+
+
+def test_a_changed_weight_fails_the_gate(exported, tmp_path):
+    for path in exported[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    graph = onnx.load(tmp_path / "image.onnx")
+    weight = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] *= 1.5  # one output channel
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, tmp_path / "image.onnx")
+    with pytest.raises(GateError, match="image tower, fp32: sample"):
+        check_parity(tmp_path, precision="fp32")
+
+
+def test_fp16_stores_and_computes_in_half_and_passes_its_gate(model, images, tmp_path, exported):
+    summary = export(model, tmp_path, images, "fp16")
+    assert summary["size_bytes"] < 0.7 * exported[1]["size_bytes"]
+    for file in ("image.onnx", "text.onnx"):
+        graph = onnx.load(tmp_path / file).graph
+        large = [tensor for tensor in graph.initializer if len(tensor.raw_data) > 1024]
+        assert large
+        assert all(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in large)
+        assert {entry.type.tensor_type.elem_type for entry in graph.output} == {onnx.TensorProto.FLOAT}
+    check_parity(tmp_path, precision="fp16")
+    with pytest.raises(GateError):  # and is not mistaken for fp32
+        check_parity(tmp_path, precision="fp32")
+
+
+def test_exporting_prints_nothing_and_leaves_torch_as_it_was(model, tmp_path, capfd):
+    torch.backends.mha.set_fastpath_enabled(True)
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    export(model, tmp_path, np.zeros((1, 32, 32, 3), np.uint8), "fp32")
+    assert capfd.readouterr().out == ""
+    assert torch.backends.mha.get_fastpath_enabled()
+    after = model.net.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_parity_samples_are_spread_over_a_large_set(model, tmp_path):
+    images = np.zeros((300, 32, 32, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(300) % 256
+    export(model, tmp_path, images, "fp32")
+    with np.load(tmp_path / "parity.npz") as saved:
+        assert saved["pixels_BHWC"].shape == (256, 32, 32, 3)
+        assert (saved["image_names"][0], saved["image_names"][-1]) == ("image 0", "image 299")
+        assert saved["captions"].tolist() == NAMES
+
+
+def test_an_operator_onnx_lacks_is_a_clipkd_error(tmp_path):
+    class Hopeless(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x).real
+
+    with pytest.raises(ClipkdError, match="torch.onnx cannot export this tower at opset 20"):
+        write_graph(
+            Hopeless(), torch.randn(2, 3, 3), tmp_path / "x.onnx", names_io=("a", "b"), opset=20, metadata={}
+        )
+
+
+def test_a_graph_with_a_fixed_batch_is_refused(tmp_path):
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return torch.ones(2, 3) * x.sum()
+
+    with pytest.raises(ClipkdError, match="b has a fixed batch"):
+        write_graph(Fixed(), torch.randn(2, 3), tmp_path / "x.onnx", names_io=("a", "b"), opset=20, metadata={})
+
+
+def test_int8_needs_frozen_towers_and_floats_refuse_them(model, tmp_path, images):
+    with pytest.raises(ValueError, match="frozen"):
+        export(model, tmp_path, images, "int8")
+
+
+def test_class_embeddings_have_unit_norm(model):
+    features_KD = class_embeddings(TextTower(model.net), model, NAMES, TEMPLATES)
+    assert features_KD.norm(dim=-1).numpy() == pytest.approx(1, abs=FLOAT32_NOISE)
+    assert ImageTower(model.net)(torch.randn(2, 3, 32, 32)).norm(dim=-1).detach().numpy() == pytest.approx(1, abs=1e-5)
