@@ -4,6 +4,7 @@
 Heavy packages are imported inside the functions that need them, so that help and cached runs start at once.
 """
 
+import errno
 import importlib.util
 import json
 import shlex
@@ -21,10 +22,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+
+def _foreign_package() -> str | None:
+    """`toolchain`, `export` and `recipes` are common names; somebody else's on the path would break us obscurely."""
+    here = Path(__file__).resolve().parent
+    for package in ("toolchain", "export", "recipes"):
+        spec = importlib.util.find_spec(package)
+        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+        if found != here:
+            return (
+                f"the package '{package}' comes from {found}, clipkd from {here}; "
+                f"run from another folder, or take {found} out of PYTHONPATH"
+            )
+    return None
+
+
 try:
     from toolchain.errors import ClipkdError, MissingDependency, UsageError
-except ImportError as error:  # somebody else's `toolchain`: what `main` refuses, but these names are needed before it
-    sys.stderr.write(f"error: clipkd's package 'toolchain' is hidden by another on PYTHONPATH: {error}\n")
+except ImportError:  # somebody else's toolchain, which `main` would refuse
+    sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
 
 if TYPE_CHECKING:
@@ -37,6 +53,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 stdout, stderr = Console(), Console(stderr=True)
 
 _EXTRAS = {"torch": "train", "open_clip": "train", "nncf": "train", "onnx": "train", "safetensors": "train"}
+_EXTRAS |= {"torchvision": "train", "timm": "train", "transformers": "train"}
 _EXTRAS |= {"onnxscript": "train", "matplotlib": "report", "plotly": "report", "onnxruntime": "onnxruntime"}
 
 RecipeArg = Annotated[
@@ -150,13 +167,13 @@ def predict(
     stdout.print(table)
 
 
-recipes_app = typer.Typer(help="List the recipes that ship; copy one to edit.", invoke_without_command=True)
+recipes_app = typer.Typer(invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
 
 @recipes_app.callback()
 def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
-    """List the recipes that ship with clipkd.
+    """List the recipes that ship; copy one to edit.
 
     Example: [bold]clipkd recipes[/]
     """
@@ -527,7 +544,8 @@ def _run_directory(name: str | None, out: Path, overrides: list[str] | None) -> 
         partial.write_text(resolved, encoding="utf-8")
         partial.replace(out / "recipe.yaml")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=stderr, transient=True) as bar:
+        note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
+        with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
             yield recipe, _Screen(bar)
 
 
@@ -565,7 +583,8 @@ def main() -> NoReturn:
     """The `clipkd` command: one place where errors become messages and exit codes."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     try:
-        _refuse_foreign_packages()
+        if problem := _foreign_package():
+            raise UsageError(problem)
         app()
     except ClipkdError as error:
         _exit(error)
@@ -574,25 +593,16 @@ def main() -> NoReturn:
         if extra is None:
             raise
         _exit(MissingDependency(f"this command needs {error.name}: pip install 'clipkd[{extra}]'"))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _exit(ClipkdError(f"the disk is full ({error}). Nothing finished is lost; free space and repeat the command"))
     sys.exit(0)
 
 
 def _exit(error: ClipkdError) -> NoReturn:
     stderr.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
     sys.exit(error.exit_code)
-
-
-def _refuse_foreign_packages() -> None:
-    """`toolchain`, `export` and `recipes` are common names; somebody else's on the path would break us obscurely."""
-    here = Path(__file__).resolve().parent
-    for package in ("toolchain", "export", "recipes"):
-        spec = importlib.util.find_spec(package)
-        found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
-        if found != here:
-            raise UsageError(
-                f"the package '{package}' comes from {found}, clipkd from {here}; "
-                f"run from another folder, or take {found} out of PYTHONPATH"
-            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Prove, score and time an exported model on the machine it is on; needs no torch."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     sets: dict[str, tuple[NDArray[np.uint8], list[str]]] = {
         name: (glyphs.eval_set(name).images_KHWC, glyphs.eval_set(name).names) for name in spec.sets
     }
-    evaluation, samples = evaluate(encoders, sets, glyphs.TEMPLATES, headline=spec.headline)
+    evaluation, samples = evaluate(
+        encoders, sets, glyphs.TEMPLATES, headline=spec.headline, on_progress=partial(progress, "scoring")
+    )
     _write(folder / "evaluation.json", evaluation)
     np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # numpy types keywords as one array
     timed = profile(model, processes=timing.processes, seconds=timing.seconds, on_progress=progress)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,9 +153,9 @@ def _check_ids(
 def _read_samples(folder: Path) -> dict[str, NDArray[Any]]:
     path = folder / "parity.npz"
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:  # np.load leaves a file open that it cannot read
             return dict(saved)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: missing. Export it again: clipkd export RUN --onnx") from None
-    except (ValueError, OSError) as error:  # not a zip, or cut short
+    except (ValueError, OSError, BadZipFile) as error:  # not an archive, or cut short
         raise ArtifactError(f"{path}: damaged: {error}. Export it again: clipkd export RUN --onnx") from None

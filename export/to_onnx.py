@@ -92,9 +92,8 @@ def export_onnx(
         np.savez(
             folder / "classes.npz", names=np.array(names), templates=np.array(templates), features_KD=classes_KD.numpy()
         )
-        _write_parity_samples(
-            folder / "parity.npz", model, reference_image, reference_text, eval_images, names, templates
-        )
+        towers = reference_image, reference_text
+        _write_parity_samples(folder / "parity.npz", model, towers, eval_images, names, templates[0])
     params_image, params_text = num_parameters(model.net)
     return {
         "role": role,

@@ -160,18 +160,30 @@ def test_of_look_alikes_the_lowest_code_point_stays() -> None:
     assert kept.isdisjoint({ord("\N{GREEK CAPITAL LETTER ALPHA}"), ord("\N{CYRILLIC CAPITAL LETTER A}")})
 
 
-def test_look_alikes_are_found_whatever_the_order_of_the_font_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reversed:
+def claim_characters(monkeypatch: pytest.MonkeyPatch, characters: str) -> None:
+    """Make every font file claim to hold these, in this order."""
+
+    class Claiming:
         def __init__(self, path: Path) -> None:
             pass
 
         def get_charmap(self) -> dict[int, int]:
-            return {ord(character): 1 for character in "\u0412\u0410\u0392\u0391BA"}  # Cyrillic, Greek, Latin
+            return {ord(character): 1 for character in characters}
 
-    monkeypatch.setattr(ft2font, "FT2Font", Reversed)
+    monkeypatch.setattr(ft2font, "FT2Font", Claiming)
+
+
+def test_look_alikes_are_found_whatever_the_order_of_the_font_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim_characters(monkeypatch, "\u0412\u0410\u0392\u0391BA")  # Cyrillic, Greek, Latin
     code_points_N, masks_NSS = glyphs._draw_face(glyphs.font_path("DejaVuSans"))
     assert code_points_N.tolist() == [ord("A"), ord("B")]
     assert masks_NSS.shape == (2, 64, 64)
+
+
+def test_character_drawn_as_the_missing_glyph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim_characters(monkeypatch, "A\u4e00")  # DejaVu has no Chinese
+    code_points_N, _ = glyphs._draw_face(glyphs.font_path("DejaVuSans"))
+    assert code_points_N.tolist() == [ord("A")]
 
 
 @EACH_FACE

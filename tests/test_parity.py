@@ -120,7 +120,9 @@ def test_a_wrong_mean_fails_whatever_the_precision(folder, precision):
 
 @pytest.mark.parametrize("precision", MIN_SQNR_DB)
 def test_a_dropped_end_token_fails_whatever_the_precision(folder, precision):
-    with pytest.raises(GateError, match=r"tokenizer.* sample 0 of 6 \('abcd'\): expected \[2, .*, 3\], got \[2, .*, 0\]"):
+    with pytest.raises(
+        GateError, match=r"tokenizer.* sample 0 of 6 \('abcd'\): expected \[2, .*, 3\], got \[2, .*, 0\]"
+    ):
         check_parity(folder, precision=precision, encoders=FakeEncoders(eot=0))
 
 

@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import os
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -328,6 +329,10 @@ class _Recorder(nn.Module):
 
 def _import_nncf() -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry; NNCF reads this once, at its import
+    # ... but makes its reporter first, which writes an identity into the home folder
+    hide_reporter = "openvino_telemetry" not in sys.modules
+    if hide_reporter:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # importing it is then an ImportError
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA; nothing is compiled
     try:
         import nncf
@@ -336,6 +341,9 @@ def _import_nncf() -> Any:
         from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
     except ModuleNotFoundError as error:
         raise MissingDependency("int8 needs NNCF. Install it with: pip install 'clipkd[train]'") from error
+    finally:
+        if hide_reporter:
+            del sys.modules["openvino_telemetry"]
     nncf.set_log_level(logging.ERROR)
     # NNCF would compile a C++ or CUDA extension on the first forward, and its own fallback calls torch.compile: both
     # need a compiler, and a minute.  The definition in plain torch is the same function.

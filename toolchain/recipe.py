@@ -89,6 +89,12 @@ class ExportSpec(_Section):
 
     opset: Literal[18, 19, 20] = 20
 
+    @model_validator(mode="after")
+    def _something_is_exported(self) -> "ExportSpec":
+        if not self.runtimes or not self.precisions:
+            raise ValueError("runtimes and precisions need at least one entry each")
+        return self
+
 
 class EvaluateSpec(_Section):
     headline: Literal["stix", "serif", "novel"] = "stix"

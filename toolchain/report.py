@@ -235,10 +235,9 @@ def machine_name(machine: Any) -> str | None:
         return None if machine is None else str(machine)
     if machine.get("name"):
         return str(machine["name"])
-    parts = [str(machine[key]) for key in ("gpu", "cpu", "cpu_model", "processor", "arch") if machine.get(key)]
-    cores = machine.get("cores") or machine.get("cpu_count") or machine.get("cpus")
-    if isinstance(cores, int):
-        parts.append(f"{cores} cores")
+    parts = [str(machine["cpu"])] if machine.get("cpu") else []
+    if machine.get("cores"):
+        parts.append(f"{machine['cores']} cores")
     return ", ".join(parts) or None
 
 

@@ -1,0 +1,421 @@
+"""The command line: exit codes, whole messages, what goes to stdout, and how little is loaded to help."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from conftest import REPOSITORY, Ended
+
+import clipkd as command
+from toolchain.errors import ClipkdError
+from toolchain.recipe import load_recipe
+from toolchain.stages import Stage, run_stage
+
+Clipkd = Callable[..., Ended]
+
+COMMANDS = [
+    [],
+    *([info.name or info.callback.__name__] for info in command.app.registered_commands if info.callback),
+    *([group.name] for group in command.app.registered_groups),
+    ["recipes", "copy"],
+]
+
+
+def python(*arguments: str | Path, cwd: Path = REPOSITORY, path: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, that finds clipkd but not by the folder it is started in."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={"PYTHONPATH": str(path), "PATH": "/usr/bin:/bin", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with its recipe and nothing done."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = load_recipe(REPOSITORY / "recipes" / "glyphs.yaml").model_dump(mode="json")
+    (folder / "recipe.yaml").write_text("# resolved by clipkd:\n" + yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of one's own, with the teacher's weights beside it."""
+    teacher = shutil.copytree(REPOSITORY / "recipes" / "glyphs_student", tmp_path / "teacher")
+    (teacher / "open_clip_model.safetensors").write_bytes(b"weights")
+    content = (REPOSITORY / "recipes" / "glyphs.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(content.replace("model: glyphs_teacher", "model: teacher"))
+    return tmp_path / "mine.yaml"
+
+
+# Help.
+
+
+def test_commands_were_found() -> None:
+    names = {" ".join(path) for path in COMMANDS if None not in path}
+    assert {"run", "distill", "quantize", "export", "report", "predict", "verify", "show", "recipes"} <= names
+
+
+@pytest.mark.parametrize("path", COMMANDS[1:], ids=" ".join)
+def test_every_command_has_an_example_that_names_it(clipkd: Clipkd, path: list[str]) -> None:
+    ended = clipkd(*path, "--help")
+    assert ended.code == 0
+    text = " ".join(ended.out.replace("│", " ").split())
+    assert f"Example: clipkd {' '.join(path)}" in text
+    assert ended.err == ""
+
+
+@pytest.mark.parametrize("path", COMMANDS[1:], ids=" ".join)
+def test_the_example_is_a_command_that_parses(clipkd: Clipkd, path: list[str]) -> None:
+    text = " ".join(clipkd(*path, "--help").out.replace("│", " ").split())
+    example = re.search(r"Example: (clipkd .*?)(?= ╭| Usage|$)", text)
+    assert example
+    words = shlex.split(example[1])[1:]
+    group: Any = typer.main.get_command(command.app)
+    while words and hasattr(group, "commands") and words[0] in group.commands:
+        group = group.commands[words.pop(0)]
+    group.make_context("clipkd", words, resilient_parsing=False)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys\nsys.argv = ['clipkd', '--help']\nimport clipkd\n"
+        "try: clipkd.main()\n"
+        "finally: sys.stderr.write(' '.join({'numpy', 'pydantic', 'torch', 'onnxruntime', 'PIL'} & set(sys.modules)))"
+    )
+    ended = python("-c", script)
+    assert ended.returncode == 0
+    assert "Usage: clipkd" in ended.stdout
+    assert ended.stderr == ""
+
+
+# stdout is the result, stderr the rest, the exit code the verdict: in a process of its own, from another folder.
+
+
+def test_a_result_goes_to_stdout(tmp_path: Path) -> None:
+    ended = python("-m", "clipkd", "recipes", "--json", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert set(json.loads(ended.stdout)) >= {"glyphs", "glyphs_teacher"}
+
+
+def test_an_error_goes_to_stderr_with_its_exit_code(tmp_path: Path) -> None:
+    ended = python("-m", "clipkd", "run", "glyphs", "--out", "run", "--set", "distill.setps=3", cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    recipe = REPOSITORY / "recipes" / "glyphs.yaml"
+    assert ended.stderr == f"error: {recipe}: 1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
+    assert list(tmp_path.iterdir()) == [], "a recipe that is wrong makes no run directory"
+
+
+@pytest.mark.parametrize("package", ["toolchain", "export", "recipes"])
+def test_foreign_packages_are_refused(tmp_path: Path, package: str) -> None:
+    (tmp_path / "foreign" / package).mkdir(parents=True)
+    (tmp_path / "foreign" / package / "__init__.py").write_text("")
+    ended = subprocess.run(
+        [sys.executable, "-m", "clipkd", "recipes"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path / 'foreign'}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"error: the package '{package}' comes from {tmp_path / 'foreign'}, clipkd from {REPOSITORY}; "
+        f"run from another folder, or take {tmp_path / 'foreign'} out of PYTHONPATH\n"
+    )
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+import clipkd
+from toolchain.stages import run_stage
+
+def work(folder):
+    (folder / "checkpoint").write_text("half")
+    screen.progress("training", 1, 2)
+    sys.stderr.write("working\\n")
+    sys.stderr.flush()
+    time.sleep(60)
+
+def train(recipe, out, asked):
+    global screen
+    screen = asked
+    stage = run_stage(out / "student", kind="x", version=1, fields={}, fingerprints={}, inputs={}, work=work)
+    return {"student": stage}
+
+clipkd._train = train
+clipkd.main()
+"""
+
+
+@pytest.fixture
+def working(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """`clipkd distill` in the middle of a training that takes a minute."""
+    arguments = [sys.executable, "-c", INTERRUPTED, "distill", "glyphs", "--out", str(tmp_path / "run")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, cwd=REPOSITORY, **pipes) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "working\n"
+        yield process
+        process.kill()
+
+
+def test_ctrl_c_ends_with_130_and_leaves_what_continues(working: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    working.send_signal(signal.SIGINT)
+    out, err = working.communicate(timeout=30)
+    assert working.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert (tmp_path / "run" / ".student.partial" / "checkpoint").read_text() == "half"
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_two_runs_at_once(working: "subprocess.Popen[str]", tmp_path: Path, clipkd: Clipkd) -> None:
+    run = tmp_path / "run"
+    ended = clipkd("distill", "glyphs", "--out", run)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == f"error: {run}: another clipkd is at work in this run; wait for it, or choose another --out\n"
+
+
+# Every bad input: its exit code and its whole message.
+
+
+def test_wrong_type(clipkd: Clipkd, tmp_path: Path) -> None:
+    ended = clipkd("run", "glyphs", "--out", tmp_path / "run", "--set", "distill.steps=many")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        f"error: {REPOSITORY / 'recipes' / 'glyphs.yaml'}: 1 problem(s)\n"
+        "  distill.steps: Input should be a valid integer, unable to parse string as an integer (got 'many')\n"
+    )
+
+
+def test_unknown_recipe(clipkd: Clipkd, tmp_path: Path) -> None:
+    ended = clipkd("run", "glyph", "--out", tmp_path / "run")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: glyph: no recipe of this name ships and no such file exists; did you mean glyphs?\n"
+
+
+@pytest.mark.parametrize("verb", ["quantize", "export", "report"])
+def test_missing_run(clipkd: Clipkd, tmp_path: Path, verb: str) -> None:
+    run = tmp_path / "absent"
+    ended = clipkd(verb, run)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"error: {run}: no such run directory. Make one with: clipkd run glyphs --out {run}\n"
+    assert not run.exists()
+    ended = clipkd(verb, tmp_path)
+    assert ended.code == 2
+    assert ended.err == (
+        f"error: {tmp_path}: no recipe.yaml in it; not a clipkd run. "
+        f"Make one with: clipkd run glyphs --out {tmp_path}\n"
+    )
+
+
+@pytest.mark.parametrize("verb", ["run", "distill"])
+@pytest.mark.parametrize("name", ["thesis.tex", "recipe.yaml"])
+def test_foreign_directory(clipkd: Clipkd, tmp_path: Path, verb: str, name: str) -> None:
+    (tmp_path / name).write_text("years of work")
+    ended = clipkd(verb, "glyphs", "--out", tmp_path)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == (
+        f"error: {tmp_path}: not empty and has no recipe.yaml of clipkd's; not a run. Choose another --out\n"
+    )
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "years of work")]
+
+
+def test_foreign_directory_in_a_stages_place(clipkd: Clipkd, recipe: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "run" / "teacher"
+    teacher.mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("# resolved by clipkd:\n")
+    ended = clipkd("distill", recipe, "--out", tmp_path / "run")
+    assert ended.code == 1
+    assert ended.err == (
+        f"error: {teacher}: no manifest.json; clipkd did not make this directory and will not touch it\n"
+    )
+    assert list(teacher.iterdir()) == []
+
+
+def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> Stage:
+        raise ClipkdError("stop after the teacher")
+
+    monkeypatch.setattr(command, "_train_one", stop)
+    run = tmp_path / "run"
+    first = clipkd("distill", recipe, "--out", run)
+    assert "teacher" in first.err
+    assert "done in 0 s" in first.err
+    assert first.err.endswith("error: stop after the teacher\n")
+    weights = run / "teacher" / "open_clip_model.safetensors"
+    weights.write_bytes(b"wEights")
+    again = ["distill", recipe, "--out", run]
+    for arguments in (again, ["verify", run], ["show", *again[1:]], ["export", run]):
+        ended = clipkd(*arguments)
+        assert (ended.code, ended.out) == (1, ""), arguments
+        assert re.sub("[0-9a-f]{16}", "HASH", ended.err) == (
+            f"error: {weights}: damaged since clipkd wrote it: sha256 HASH, recorded HASH. "
+            f"Remove {run / 'teacher'} and repeat the command to make it again\n"
+        )
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\ntorn"])
+def test_unreadable_picture(clipkd: Clipkd, tmp_path: Path, content: bytes | None) -> None:
+    picture = tmp_path / "letter.png"
+    if content is not None:
+        picture.write_bytes(content)
+    (tmp_path / "image.onnx").write_bytes(b"")
+    ended = clipkd("predict", tmp_path, picture)
+    assert (ended.code, ended.out) == (2, "")
+    damaged = f"not a readable picture: cannot identify image file '{picture}'"
+    assert ended.err == f"error: {picture}: {'no such picture' if content is None else damaged}\n"
+
+
+def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:
+    ended = clipkd("predict", tmp_path, tmp_path / "letter.png")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == (f"error: {tmp_path}: no image.onnx; not an exported model; make one with: clipkd export RUN\n")
+    ended = clipkd("predict", tmp_path, tmp_path / "letter.png", "--labels", " , ")
+    assert ended.code == 2
+    assert ended.err == "error: --labels ' , ': no label in it; write --labels 'a cat,a dog'\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "glyphs"], ["fly"], ["predict", "model", "x.png", "--top", "0"]]
+)
+def test_usage(clipkd: Clipkd, arguments: list[str]) -> None:
+    ended = clipkd(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("Usage: ")
+
+
+def test_a_missing_package_names_its_extra(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'open_clip.model'", name="open_clip.model")
+
+    monkeypatch.setattr(command, "_train", train)
+    ended = clipkd("export", run)
+    assert ended.code == 3
+    assert ended.err == "error: this command needs open_clip.model: pip install 'clipkd[train]'\n"
+
+
+def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'toolchain.nothing'", name="toolchain.nothing")
+
+    monkeypatch.setattr(command, "_train", train)
+    monkeypatch.setattr(sys, "argv", ["clipkd", "export", str(run)])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ModuleNotFoundError):
+        command.main()
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_full_disk_outside_of_stages(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object) -> None:
+        raise OSError(28, "No space left on device", "report.json")
+
+    monkeypatch.setattr(command, "_train", train)
+    ended = clipkd("export", run)
+    assert ended.code == 1
+    assert ended.err == (
+        "error: the disk is full ([Errno 28] No space left on device: 'report.json'). Nothing finished is lost; "
+        "free space and repeat the command\n"
+    )
+
+
+# recipes, show, verify.
+
+
+def test_recipes_lists_each_with_its_headline(clipkd: Clipkd) -> None:
+    headlines = json.loads(clipkd("recipes", "--json").out)
+    assert headlines["glyphs"].endswith("the quickstart.")
+    assert all("\n" not in text and "#" not in text for text in headlines.values())
+    assert "glyphs_teacher" in clipkd("recipes").out
+
+
+def test_recipes_copy(clipkd: Clipkd, tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "my.yaml"
+    ended = clipkd("recipes", "copy", "glyphs", file)
+    assert (ended.code, ended.out, ended.err) == (0, f"{file}\n", "")
+    assert file.read_text() == (REPOSITORY / "recipes" / "glyphs.yaml").read_text()
+    assert load_recipe(file) == load_recipe(REPOSITORY / "recipes" / "glyphs.yaml")
+    ended = clipkd("recipes", "copy", "glyphs", file)
+    assert (ended.code, ended.err) == (2, f"error: {file}: exists already; choose another name\n")
+    assert clipkd("recipes", "copy", "glyhps", tmp_path / "other.yaml").code == 2
+
+
+def test_show_is_a_recipe_again(clipkd: Clipkd, tmp_path: Path) -> None:
+    ended = clipkd("show", "glyphs", "--set", "seed=3")
+    assert (ended.code, ended.err) == (0, "")
+    (tmp_path / "again.yaml").write_text(ended.out)
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe(REPOSITORY / "recipes" / "glyphs.yaml", ["seed=3"])
+    assert "# student-int8: not made\n" in ended.out
+
+
+def test_show_says_what_a_run_has(clipkd: Clipkd, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
+    run_stage(run / "teacher", work=lambda folder: {}, **depends)
+    (run / ".baseline.partial").mkdir()
+    shown = json.loads(clipkd("show", "glyphs", "--out", run, "--json").out)
+    states = {stage["stage"]: stage["state"] for stage in shown["stages"]}
+    assert (states["teacher"], states["baseline"], states["student"]) == ("made", "interrupted", "not made")
+    assert {"exported/student-onnxruntime-int8", "measured/student-onnxruntime-int8/cpu"} < set(states)
+    assert shown["recipe"]["seed"] == 0
+    assert json.loads(clipkd("show", "glyphs_teacher", "--json").out)["recipe"]["teacher"] is None
+
+
+def test_verify_checks_every_stage_of_a_run(clipkd: Clipkd, tmp_path: Path) -> None:
+    depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
+    made = [run_stage(tmp_path / name, work=lambda folder: {}, **depends) for name in ("a", "b/c")]
+    ended = clipkd("verify", tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == "".join(f"ok {stage.path}\n" for stage in made)
+    assert json.loads(clipkd("verify", made[1].path, "--json").out) == {str(made[1].path): made[1].digest}
+    ended = clipkd("verify", tmp_path / "absent")
+    assert ended.code == 2
+    assert ended.err == (
+        f"error: {tmp_path / 'absent'}: no clipkd stage in it; expected a run, or a directory with manifest.json\n"
+    )
+
+
+# The run's recipe.
+
+
+def test_a_run_keeps_its_resolved_recipe_and_its_command(
+    clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_train", lambda *_: {})
+    run = tmp_path / "run"
+    assert clipkd("distill", "glyphs", "--out", run, "--set", 'name="two\nseed: 99"').code == 0
+    first = (run / "recipe.yaml").read_text()
+    assert first.startswith("# clipkd distill glyphs --out ")
+    assert load_recipe(run / "recipe.yaml").seed == 0, "a line break in an argument must not leave the comment"
+    monkeypatch.setattr(command, "_quantize", lambda *_: {})
+    monkeypatch.setattr(command, "_export", lambda *_: {})
+    assert clipkd("export", run, "--set", "seed=5", "--set", "export.opset=18").code == 0
+    again = load_recipe(run / "recipe.yaml")
+    assert (again.seed, again.export.opset) == (5, 18), "a later verb records its flags"
+    assert [path.name for path in run.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path / "student", {"summary": {"role": "student", "train_s": 1.5}}, cached=True)
+    monkeypatch.setattr(command, "_train", lambda *_: {"student": stage})
+    assert json.loads(clipkd("distill", "glyphs", "--out", tmp_path / "run", "--json").out) == {
+        "student": {"path": str(tmp_path / "student"), "role": "student", "train_s": 1.5}
+    }
+    assert clipkd("distill", "glyphs", "--out", tmp_path / "run").out == f"{tmp_path / 'student'}\n"

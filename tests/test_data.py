@@ -1,0 +1,110 @@
+"""Batches: no character twice, every sample at most once an epoch, and each a pure function of (seed, step)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_CHARACTERS
+
+from toolchain.data import Batch, GlyphBatches
+from toolchain.glyphs import TEMPLATES, TrainingSet
+
+BATCH_SIZES = [2, 5, 8, 11]
+EPOCHS = 4
+
+
+def lopsided(samples: TrainingSet) -> TrainingSet:
+    """Seven faces of some characters, one of others: as fonts really are."""
+    rank_N = np.array(
+        [np.sum(samples.character_N[:n] == samples.character_N[n]) for n in range(len(samples.masks_NSS))]
+    )
+    kept_N = rank_N < 1 + (samples.character_N * 7) % 7
+    kept_N |= samples.character_N < NUM_CHARACTERS // 2
+    return TrainingSet(samples.masks_NSS[kept_N], samples.character_N[kept_N], samples.names)
+
+
+def batches(samples: TrainingSet, batch_size: int = 8, seed: int = 0, views: int = 3) -> GlyphBatches:
+    return GlyphBatches(samples, seed, batch_size, views)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    arrays = all(
+        np.array_equal(getattr(first, name), getattr(second, name))
+        for name in ("sample_B", "character_B", "template_B", "pixels_B3HH")
+    )
+    return arrays and first.captions_B == second.captions_B and first.view == second.view
+
+
+def test_the_samples_are_what_the_tests_take_them_for(tiny_samples: TrainingSet) -> None:
+    assert len(tiny_samples.names) == NUM_CHARACTERS
+    assert len(tiny_samples.masks_NSS) > 5 * NUM_CHARACTERS
+    assert tiny_samples.names[0] == "latin small letter a"
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("kind", ["even", "lopsided"])
+def test_no_batch_holds_a_character_twice_and_no_epoch_a_sample_twice(
+    tiny_samples: TrainingSet, batch_size: int, kind: str
+) -> None:
+    samples = tiny_samples if kind == "even" else lopsided(tiny_samples)
+    data = batches(samples, batch_size)
+    if kind == "lopsided" and batch_size > NUM_CHARACTERS // 2:
+        pytest.skip("more in a batch than there are characters with several faces")
+    for epoch in range(EPOCHS):
+        seen: list[int] = []
+        for index in range(data.steps_per_epoch):
+            batch = data.batch(epoch * data.steps_per_epoch + index)
+            assert len(batch.sample_B) == len(set(batch.character_B.tolist())) == batch_size
+            seen += batch.sample_B.tolist()
+        assert len(seen) == len(set(seen))
+
+
+def test_an_epoch_shows_nearly_everything(tiny_samples: TrainingSet) -> None:
+    data = batches(tiny_samples)
+    assert data.steps_per_epoch == len(tiny_samples.masks_NSS) // 8 - 1
+    seen = {
+        sample
+        for epoch in range(EPOCHS)
+        for step in range(data.steps_per_epoch)
+        for sample in data.batch(epoch * data.steps_per_epoch + step).sample_B.tolist()
+    }
+    assert seen == set(range(len(tiny_samples.masks_NSS))), "what one epoch leaves out another shows"
+
+
+def test_a_batch_does_not_depend_on_those_before(tiny_samples: TrainingSet) -> None:
+    in_order = [batches(tiny_samples).batch(step) for step in range(25)]
+    torch.manual_seed(3)
+    np.random.seed(3)  # no global generator may matter
+    fresh = batches(dataclasses.replace(tiny_samples))
+    for step in (24, 3, 11, 0, 24):
+        assert same(fresh.batch(step), in_order[step])
+
+
+def test_order_depends_on_seed_and_epoch(tiny_samples: TrainingSet) -> None:
+    data = batches(tiny_samples)
+    first, next_epoch = data.batch(0), data.batch(data.steps_per_epoch)
+    assert first.sample_B.tolist() != next_epoch.sample_B.tolist()
+    assert first.sample_B.tolist() != batches(tiny_samples, seed=1).batch(0).sample_B.tolist()
+    assert not torch.equal(
+        data.view_of(first.sample_B, 0).pixels_B3HH,
+        batches(tiny_samples, seed=1).view_of(first.sample_B, 0).pixels_B3HH,
+    )
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_epoch_e_shows_view_e_mod_views(tiny_samples: TrainingSet, views: int) -> None:
+    data = batches(tiny_samples, views=views)
+    for epoch in range(2 * views + 1):
+        batch = data.batch(epoch * data.steps_per_epoch + 2)
+        assert batch.view == epoch % views
+        assert same(batch, data.view_of(batch.sample_B, epoch % views)), "the same view, live and looked up"
+
+
+def test_a_pair_belongs_together(tiny_samples: TrainingSet) -> None:
+    batch = batches(tiny_samples).batch(4)
+    assert batch.pixels_B3HH.shape == (8, 3, 32, 32)
+    assert batch.pixels_B3HH.dtype == torch.uint8
+    assert np.array_equal(batch.character_B, tiny_samples.character_N[batch.sample_B])
+    for caption, template, character in zip(batch.captions_B, batch.template_B, batch.character_B, strict=True):
+        assert caption == TEMPLATES[template].format(tiny_samples.names[character])

@@ -1,0 +1,293 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from export.parity import MIN_SQNR_DB, compare
+from export.to_onnx import write_graph
+from toolchain import quantize as quantize_module
+from toolchain.errors import ArtifactError
+from toolchain.models import load_model
+from toolchain.quantize import (
+    ImageTower,
+    TextTower,
+    _from_json,
+    _import_nncf,
+    _quantizers,
+    fold_batch_norms,
+    freeze,
+    load_quantized,
+    quantize,
+)
+
+STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
+NUM_SAMPLES = 24
+CAPTIONS = [f"latin small letter {chr(97 + index)} with {'acute' if index % 2 else 'hook'}" for index in range(24)]
+FOLDING_NOISE = 1e-5  # of a unit feature: float32 rounding of the folded weights
+MIN_PTQ_COSINE = 0.8  # float against calibrated int8, random weights, whose features lie close together: 0.85 measured
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = load_model(STUDENT, random_seed=0)
+    model.net.train()  # statistics that fold into something other than the identity
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)  # timm starts the last of a block at zero
+        for _ in range(20):
+            model.net.visual(torch.randn(16, 3, 32, 32, generator=generator))
+    model.net.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs(model):
+    pixel_values = torch.randn(NUM_SAMPLES, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    return pixel_values, model.tokenize(CAPTIONS)
+
+
+def forever(*batch):
+    while True:
+        yield batch
+
+
+def quantized_folder(folder, model, inputs, targets=(None, None), **options):
+    losses = []
+    quantize(
+        model,
+        forever(*inputs, *targets),
+        inputs,
+        lr=1e-4,
+        folder=folder,
+        on_step=lambda step, loss: losses.append(loss),
+        **options,
+    )
+    for name in ("open_clip_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(STUDENT / name, folder / name)
+    return losses
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8")
+    quantized_folder(folder, model, inputs, steps=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(checkpoint, inputs):
+    towers = load_quantized(checkpoint, load_model(checkpoint))
+    return tuple(freeze(tower, values[:2]) for tower, values in zip(towers, inputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def graphs(frozen, inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graphs")
+    names_io = (("pixel_values", "image_features"), ("input_ids", "text_features"))
+    for tower, values, io in zip(frozen, inputs, names_io, strict=True):
+        with torch.no_grad():
+            write_graph(tower, values[:2], folder / f"{io[0]}.onnx", names_io=io, opset=20, metadata={})
+    return folder / "pixel_values.onnx", folder / "input_ids.onnx"
+
+
+def test_folding_leaves_no_batch_norm_and_the_same_function(model, inputs):
+    tower = ImageTower(load_model(STUDENT, random_seed=0).net)
+    tower.load_state_dict(ImageTower(model.net).state_dict())
+    with torch.no_grad():
+        expected_BD = tower(inputs[0])
+        assert len(fold_batch_norms(tower, inputs[0][:2])) == 15
+        torch.testing.assert_close(tower(inputs[0]), expected_BD, atol=FOLDING_NOISE, rtol=0)
+    assert not [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_a_folded_convolution_with_two_readers_is_noticed():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            nn.init.constant_(self.norm.running_mean, 1.0)
+
+        def forward(self, x):
+            x = self.convolution(x)
+            return F.normalize((self.norm(x) + x).flatten(1), dim=-1)
+
+    with pytest.raises(AssertionError, match="folding the batch norms moved"):
+        fold_batch_norms(Forked().eval(), torch.randn(2, 3, 4, 4))
+
+
+def test_the_float_weights_stay_a_model_that_plain_open_clip_opens(checkpoint, model, inputs):
+    reopened = load_model(checkpoint)
+    with torch.no_grad():
+        for tower, values in ((ImageTower, inputs[0]), (TextTower, inputs[1])):
+            torch.testing.assert_close(
+                tower(reopened.net)(values), tower(model.net)(values), atol=FOLDING_NOISE, rtol=0
+            )
+
+
+def test_restoring_is_exact_and_needs_no_float_checkpoint(checkpoint, model, inputs):
+    from_itself = load_quantized(checkpoint, load_model(checkpoint))
+    from_another = load_quantized(checkpoint, load_model(STUDENT, random_seed=7))
+    for first, second, values in zip(from_itself, from_another, inputs, strict=True):
+        with torch.no_grad():
+            assert torch.equal(first(values), second(values))
+        state = first.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in second.state_dict().items())
+
+
+def test_fine_tuning_approaches_the_target_and_is_restored_exactly(model, inputs, tmp_path, monkeypatch):
+    saved = []
+    save = quantize_module._save
+    monkeypatch.setattr(quantize_module, "_save", lambda *args: (saved.extend(args[:2]), save(*args)))
+    generator = torch.Generator().manual_seed(3)
+    targets = [F.normalize(torch.randn(NUM_SAMPLES, 128, generator=generator), dim=-1) for _ in range(2)]
+    losses = quantized_folder(tmp_path, model, inputs, targets, steps=4)
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    for trained, restored, values in zip(saved, load_quantized(tmp_path, load_model(tmp_path)), inputs, strict=True):
+        with torch.no_grad():
+            assert torch.equal(trained(values), restored(values))
+
+
+def test_a_given_loss_receives_the_batch(model, inputs, tmp_path):
+    seen = []
+
+    def loss_of(image_features_BD, text_features_BD, batch):
+        seen.append((image_features_BD.shape, text_features_BD.shape, len(batch)))
+        return (image_features_BD * text_features_BD).sum(-1).mean()
+
+    quantized_folder(tmp_path, model, inputs, steps=1, loss_of=loss_of)
+    assert seen == [((NUM_SAMPLES, 128), (NUM_SAMPLES, 128), 4)]
+
+
+def test_calibrated_towers_resemble_the_float_ones(checkpoint, model, inputs):
+    image_tower, text_tower = load_quantized(checkpoint, load_model(checkpoint))
+    with torch.no_grad():
+        for quantized, original, values in (
+            (image_tower, ImageTower(model.net), inputs[0]),
+            (text_tower, TextTower(model.net), inputs[1]),
+        ):
+            cosine_B = F.cosine_similarity(quantized(values), original(values))
+            assert cosine_B.min() > MIN_PTQ_COSINE
+            assert cosine_B.max() < 1 - 1e-6  # something was quantized
+
+
+def test_frozen_fake_quantized_and_exported_agree(checkpoint, frozen, graphs, inputs):
+    for fake, tower, path, values in zip(
+        load_quantized(checkpoint, load_model(checkpoint)), frozen, graphs, inputs, strict=True
+    ):
+        with torch.no_grad():
+            fake_BD, frozen_BD = fake(values).numpy(), tower(values).numpy()
+        options = {"min_sqnr_db": MIN_SQNR_DB["int8"], "names": CAPTIONS}
+        compare(fake_BD, frozen_BD, what="frozen against fake-quantized", **options)
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (actual_BD,) = session.run(None, {session.get_inputs()[0].name: values.numpy()})
+        compare(frozen_BD, actual_BD, what="ONNX Runtime against frozen", **options)
+
+
+def test_zero_points_are_zero_and_weights_are_stored_as_int8(graphs, model):
+    for path, tower in zip(graphs, (ImageTower(model.net), TextTower(model.net)), strict=True):
+        graph = onnx.load(path).graph
+        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        quantizing = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        assert quantizing
+        assert not any(constants[node.input[2]].any() for node in quantizing)
+        stored_int8 = sum(array.size for array in constants.values() if array.dtype == np.int8)
+        matrices = sum(parameter.numel() for parameter in tower.parameters() if parameter.dim() > 1)
+        assert stored_int8 > 0.9 * matrices  # the rest: positional embedding and text projection
+        assert min(array.min() for array in constants.values() if array.dtype == np.int8) >= -127
+
+
+def test_onnx_runtime_computes_in_integers(graphs, tmp_path):
+    counts = []
+    for path in graphs:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / path.name)
+        options.log_severity_level = 3  # it warns that an optimised graph is for this machine only
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        operators = [node.op_type for node in onnx.load(tmp_path / path.name).graph.node]
+        counts.append({operator: operators.count(operator) for operator in set(operators)})
+    image, text = counts
+    assert "Conv" not in image
+    assert "FusedConv" not in image
+    assert (image["QLinearConv"], image["QGemm"], image["QLinearAdd"]) == (15, 1, 4)
+    assert text["MatMulIntegerToFloat"] + text["QGemm"] == 8  # four linear layers in each of two blocks
+    assert "DequantizeLinear" not in text  # neither weights nor the vocabulary are dequantized on every call
+
+
+def test_signed_activations_use_no_uint8(model, inputs, tmp_path):
+    quantized_folder(tmp_path, model, inputs, steps=0, signed_activations=True)
+    image_tower, _ = load_quantized(tmp_path, load_model(tmp_path))
+    assert all(quantizer.signed for _, quantizer in _quantizers(image_tower))
+    buffers = dict(freeze(image_tower, inputs[0][:2]).named_buffers())
+    assert {value.dtype for name, value in buffers.items() if name.endswith("zero_point")} == {torch.int8}
+
+
+def test_a_folder_without_quantizers_names_the_next_command(tmp_path, model):
+    with pytest.raises(ArtifactError, match=r"expected an int8 checkpoint\. Make one with: clipkd quantize"):
+        load_quantized(tmp_path, model)
+
+
+def test_quantizers_of_another_model_are_refused(checkpoint, tmp_path, model):
+    shutil.copytree(checkpoint, tmp_path / "int8")
+    config = json.loads((tmp_path / "int8" / "nncf.json").read_text())
+    config["text"]["compression_state"].pop()
+    (tmp_path / "int8" / "nncf.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="does not fit the model"):
+        load_quantized(tmp_path / "int8", model)
+
+
+def test_nncf_config_survives_json(checkpoint):
+    nncf = _import_nncf()
+    config = json.loads((checkpoint / "nncf.json").read_text())
+    for tower, name in zip(load_quantized(checkpoint, load_model(checkpoint)), ("image", "text"), strict=True):
+        assert nncf.torch.get_config(tower) == _from_json(config[name])
+
+
+def test_the_parts_of_nncf_that_freezing_relies_on():
+    _import_nncf()
+    from nncf.torch.quantization import extensions
+    from nncf.torch.quantization.layers import SymmetricQuantizer
+    from nncf.torch.quantization.quantize_functions import QuantizedFunctionsCPU
+
+    assert QuantizedFunctionsCPU is extensions.QuantizedFunctionsCPU
+    for name in ("set_levels", "get_parameters_for_torch_fq", "quantize", "signed", "per_channel", "scale_shape"):
+        assert hasattr(SymmetricQuantizer, name)
+
+
+def test_quantizing_compiles_prints_and_writes_nothing_else(tmp_path):
+    """In a process of its own, because pytest itself switches NNCF's telemetry off."""
+    script = f"""
+import sys, pathlib, torch
+from toolchain.models import load_model
+from toolchain.quantize import quantize
+def refuse(*args, **kwargs): raise AssertionError("a compiler was called")
+torch.compile = refuse
+import torch.utils.cpp_extension as extension
+extension.load = refuse
+model = load_model(pathlib.Path({str(STUDENT)!r}), random_seed=0)
+batch = torch.randn(4, 3, 32, 32), model.tokenize(["a", "b", "c", "d"])
+pathlib.Path("out").mkdir()
+quantize(model, iter([(*batch, None, None)] * 2), batch, steps=1, lr=1e-4, folder=pathlib.Path("out"))
+from nncf.telemetry.wrapper import NNCFTelemetryStub, telemetry
+assert isinstance(telemetry, NNCFTelemetryStub), telemetry
+"""
+    root = str(STUDENT.parents[1])
+    environment = {"PYTHONPATH": root, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {"out/open_clip_model.safetensors", "out/nncf.safetensors", "out/nncf.json"}

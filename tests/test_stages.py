@@ -1,0 +1,452 @@
+"""Stages: reused when nothing they depend on changed, continued when interrupted, never half there, never trampled."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from toolchain.errors import ArtifactError, ClipkdError
+from toolchain.stages import MANIFEST, Stage, folder_fingerprint, machine, open_stage, run_lock, run_stage
+
+DEPENDS: dict[str, Any] = {
+    "kind": "test",
+    "version": 1,
+    "fields": {"steps": 3},
+    "fingerprints": {"fonts": "abc"},
+    "inputs": {},
+}
+# What `python -c` runs in a process of its own: the same stage as `make`, stopped in the middle of its work.
+STOPPED_HALF_WAY = f"""
+import sys, time
+from pathlib import Path
+from toolchain.stages import run_stage
+
+def work(folder):
+    (folder / "checkpoint").write_text("half")
+    (folder / "weights.partial").write_text("torn")
+    print("working", flush=True)
+    time.sleep(60)
+
+run_stage(Path(sys.argv[1]), work=work, **{DEPENDS!r})
+"""
+
+
+def write(content: str = "result") -> Callable[[Path], dict[str, Any]]:
+    def work(folder: Path) -> dict[str, Any]:
+        (folder / "weights").write_text(content)
+        (folder / "inner").mkdir(exist_ok=True)
+        (folder / "inner" / "file").write_text("inside")
+        return {"role": "student"}
+
+    return work
+
+
+def continued(folder: Path) -> dict[str, Any]:
+    """Work that goes on from its checkpoint."""
+    checkpoint = folder / "checkpoint"
+    found = f"continued from {checkpoint.read_text()}" if checkpoint.exists() else "from scratch"
+    (folder / "weights").write_text(found)
+    checkpoint.unlink(missing_ok=True)
+    return {}
+
+
+def must_not_run(folder: Path) -> dict[str, Any]:
+    raise AssertionError("this stage is complete: nothing may be computed")
+
+
+def make(path: Path, work: Callable[[Path], dict[str, Any]] = must_not_run, **changes: Any) -> Stage:
+    return run_stage(path, work=work, **(DEPENDS | changes))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@contextmanager
+def at_work(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process in the middle of the stage's work, killed at the end at the latest."""
+    command = [sys.executable, "-c", STOPPED_HALF_WAY, str(path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+# Made once, then reused.
+
+
+def test_a_stage_is_made_then_cached(tmp_path: Path) -> None:
+    made = make(tmp_path / "student", write())
+    assert not made.cached
+    assert (tmp_path / "student" / "weights").read_text() == "result"
+    before = tree(tmp_path)
+    again = make(tmp_path / "student")
+    assert again.cached
+    assert (again.digest, again.manifest) == (made.digest, made.manifest)
+    assert tree(tmp_path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"], "nothing else may stay behind"
+
+
+def test_the_manifest_says_what_the_stage_came_from(tmp_path: Path) -> None:
+    manifest = make(tmp_path / "student", write(), inputs={"teacher": make(tmp_path / "teacher", write("t"))}).manifest
+    assert manifest == json.loads((tmp_path / "student" / MANIFEST).read_text())
+    assert (manifest["kind"], manifest["version"], manifest["fields"]) == ("test", 1, {"steps": 3})
+    assert manifest["summary"] == {"role": "student"}
+    assert manifest["inputs"] == {"teacher": open_stage(tmp_path / "teacher").digest}
+    assert sorted(manifest["files"]) == ["inner/file", "weights"]
+    assert manifest["machine"] == machine()
+    assert manifest["versions"]["python"] == sys.version.split()[0]
+    assert {"key", "digest", "started_at", "took_s", "revision"} < set(manifest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "other"},
+        {"version": 2},
+        {"fields": {"steps": 4}},
+        {"fields": {"steps": 3, "lr": 0.1}},
+        {"fingerprints": {"fonts": "abd"}},
+        {"fingerprints": {}},
+        {"inputs": {"teacher": Stage(Path("t"), {"digest": "d"}, cached=True)}},
+    ],
+    ids=str,
+)
+def test_every_dependency_makes_another_stage(tmp_path: Path, change: dict[str, Any]) -> None:
+    first = make(tmp_path / "student", write("old"))
+    second = make(tmp_path / "student", write("new"), **change)
+    assert not second.cached
+    assert second.manifest["key"] != first.manifest["key"]
+    assert (tmp_path / "student" / "weights").read_text() == "new"
+
+
+def test_order_of_fields_does_not_matter(tmp_path: Path) -> None:
+    make(tmp_path / "student", write(), fields={"a": 1, "b": 2})
+    assert make(tmp_path / "student", fields={"b": 2, "a": 1}).cached
+
+
+def test_what_comes_after_is_redone_only_for_other_bytes(tmp_path: Path) -> None:
+    def chain(content: str) -> Stage:
+        first = make(tmp_path / "first", write(content))
+        return make(tmp_path / "second", write("second"), inputs={"first": first})
+
+    chain("a")
+    shutil.rmtree(tmp_path / "first")
+    assert chain("a").cached, "the same bytes, though another manifest"
+    shutil.rmtree(tmp_path / "first")
+    assert not chain("b").cached
+
+
+def test_the_digest_excludes_how_it_went(tmp_path: Path) -> None:
+    def logged(log: str) -> Callable[[Path], dict[str, Any]]:
+        def work(folder: Path) -> dict[str, Any]:
+            (folder / "train.jsonl").write_text(log)
+            (folder / "weights").write_text("same")
+            return {"train_s": len(log)}
+
+        return work
+
+    slow, fast = make(tmp_path / "slow", logged("12 images/s")), make(tmp_path / "fast", logged("900 images/s"))
+    assert slow.digest == fast.digest
+    assert slow.manifest["files"]["train.jsonl"] != fast.manifest["files"]["train.jsonl"], "it is still verified"
+
+
+def test_a_folder_fingerprint_is_of_names_and_bytes(tmp_path: Path) -> None:
+    def fingerprint(name: str, content: str) -> str:
+        folder = tmp_path / f"{name}-{content}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        return folder_fingerprint(folder)
+
+    assert len({fingerprint("a", "x"), fingerprint("b", "x"), fingerprint("a", "y")}) == 3
+
+
+# Superseded.
+
+
+def test_the_old_stage_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    make(path, write("old"))
+
+    def failing(folder: Path) -> dict[str, Any]:
+        assert open_stage(path).manifest["fields"] == {"steps": 3}
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(path, failing, fields={"steps": 4})
+    assert (path / "weights").read_text() == "old"
+    assert make(path).cached
+
+    make(path, write("new"), fields={"steps": 4})
+    assert (path / "weights").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    make(path, write("old"))
+    path.rename(tmp_path / ".student.old")
+    shutil.copytree(tmp_path / ".student.old", tmp_path / ".student.partial")
+    assert not make(path, write("new"), fields={"steps": 4}).cached
+    assert open_stage(path).manifest["fields"] == {"steps": 4}
+    assert (path / "weights").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+# Interrupted.
+
+
+def test_an_exception_leaves_only_the_partial_and_the_same_call_continues(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoint").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "student", interrupted)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".student.partial"]
+    assert not make(tmp_path / "student", continued).cached
+    assert (tmp_path / "student" / "weights").read_text() == "continued from half"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_killed_process_is_continued(tmp_path: Path) -> None:
+    with at_work(tmp_path / "student") as process:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(10) == -signal.SIGKILL
+    assert [entry.name for entry in tmp_path.iterdir()] == [".student.partial"]
+    with pytest.raises(ArtifactError, match="no such directory"):
+        open_stage(tmp_path / "student")
+    make(tmp_path / "student", continued)
+    assert (tmp_path / "student" / "weights").read_text() == "continued from half"
+    assert sorted(tree(tmp_path / "student")) == [MANIFEST, "weights"], "no lock, key or torn file may be shipped"
+
+
+def test_an_interrupted_attempt_at_something_else_is_not_continued(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoint").write_text("half")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "stale").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "student", interrupted)
+    make(tmp_path / "student", continued, fields={"steps": 4})
+    assert (tmp_path / "student" / "weights").read_text() == "from scratch"
+    assert sorted(tree(tmp_path / "student")) == [MANIFEST, "weights"]
+
+
+def test_a_partial_that_does_not_say_what_it_is_of_is_emptied(tmp_path: Path) -> None:
+    (tmp_path / ".student.partial").mkdir()
+    (tmp_path / ".student.partial" / "checkpoint").write_text("of who knows what")
+    make(tmp_path / "student", continued)
+    assert (tmp_path / "student" / "weights").read_text() == "from scratch"
+
+
+# The disk is full.
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    def full(folder: Path) -> dict[str, Any]:
+        (folder / "checkpoint").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "weights"))
+
+    finished = make(tmp_path / "teacher", write())
+    with pytest.raises(ClipkdError) as caught:
+        make(tmp_path / "student", full)
+    partial = tmp_path / ".student.partial"
+    free = f"{shutil.disk_usage(tmp_path).free / 1e6:.0f}"
+    assert str(caught.value).replace(free, "N").startswith(f"{partial}: the disk is full (")
+    assert str(caught.value).endswith(
+        "MB free). Nothing finished is lost; free some space and repeat the command to continue"
+    )
+    assert make(tmp_path / "teacher").digest == finished.digest
+    make(tmp_path / "student", continued)
+    assert (tmp_path / "student" / "weights").read_text() == "continued from half"
+
+
+def test_another_failure_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    def denied(folder: Path) -> dict[str, Any]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        make(tmp_path / "student", denied)
+
+
+@pytest.mark.parametrize("writer", ["write_bytes", "torch.save", "save_file"])
+def test_a_disk_that_is_really_full(tmp_path: Path, writer: str) -> None:
+    def full(folder: Path) -> dict[str, Any]:
+        if writer == "write_bytes":
+            (folder / "weights").write_bytes(bytes(1 << 20))
+            return {}
+        import torch
+        from safetensors.torch import save_file
+
+        weights = {"weights": torch.zeros(1 << 20)}
+        if writer == "torch.save":
+            torch.save(weights, folder / "weights")  # raises a RuntimeError about positions
+        else:
+            save_file(weights, folder / "weights")  # raises an error of its own
+        return {}
+
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    try:
+        finished = make(small / "teacher", write())
+        with pytest.raises(
+            ClipkdError, match=r"/\.student\.partial: the disk is full \(0 MB free\)\. Nothing finished"
+        ):
+            make(small / "student", full)
+        assert make(small / "teacher").digest == finished.digest
+        assert not (small / "student").exists()
+        (small / ".student.partial" / "weights").unlink(missing_ok=True)  # some space is freed
+        make(small / "student", write())
+        open_stage(small / "student")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+# Damaged, foreign, busy.
+
+
+def test_damage_is_found_and_both_hashes_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    recorded = make(path, write()).manifest["files"]["weights"]
+    content = bytearray((path / "weights").read_bytes())
+    content[0] ^= 1  # one bit
+    (path / "weights").write_bytes(content)
+    got = subprocess.run(["sha256sum", path / "weights"], capture_output=True, text=True, check=True).stdout.split()[0]
+    with pytest.raises(ArtifactError) as caught:
+        make(path)
+    assert str(caught.value) == (
+        f"{path / 'weights'}: damaged since clipkd wrote it: sha256 {got[:16]}, recorded {recorded[:16]}. "
+        f"Remove {path} and repeat the command to make it again"
+    )
+    with pytest.raises(ArtifactError):  # also where another stage is asked for: damage is never silently replaced
+        make(path, write(), fields={"steps": 4})
+    shutil.rmtree(path)
+    assert not make(path, write()).cached
+
+
+def test_a_missing_file_is_damage(tmp_path: Path) -> None:
+    make(tmp_path / "student", write())
+    (tmp_path / "student" / "inner" / "file").unlink()
+    with pytest.raises(ArtifactError, match=r"inner/file: damaged since clipkd wrote it: sha256 no such file, recor"):
+        make(tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: "",
+        lambda manifest: "{",
+        lambda manifest: "[]",
+        lambda manifest: "\xff",
+        lambda manifest: json.dumps({key: value for key, value in manifest.items() if key != "digest"}),
+        lambda manifest: json.dumps({key: value for key, value in manifest.items() if key != "key"}),
+        lambda manifest: json.dumps(manifest | {"files": 3}),
+        lambda manifest: json.dumps(manifest | {"files": ["weights"]}),
+    ],
+)
+def test_a_broken_manifest_is_said(tmp_path: Path, change: Callable[[dict[str, Any]], str]) -> None:
+    stage = make(tmp_path / "student", write())
+    (stage.path / MANIFEST).write_text(change(stage.manifest), encoding="latin-1")
+    with pytest.raises(ArtifactError, match=r"student/manifest\.json: not a clipkd manifest \("):
+        make(tmp_path / "student")
+
+
+def test_a_digest_that_is_not_of_the_files_is_said(tmp_path: Path) -> None:
+    stage = make(tmp_path / "student", write())
+    (stage.path / MANIFEST).write_text(json.dumps(stage.manifest | {"digest": "0" * 64}))
+    with pytest.raises(ArtifactError, match="its digest does not belong to its list of files; remove "):
+        open_stage(stage.path)
+
+
+def test_a_foreign_directory_is_never_touched(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError) as caught:
+        make(path, write())
+    assert str(caught.value) == f"{path}: no manifest.json; clipkd did not make this directory and will not touch it"
+    assert tree(tmp_path) == {"student/thesis.tex": b"years of work"}
+
+
+def test_a_stage_at_work_elsewhere_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    with at_work(path):
+        before = tree(tmp_path)
+        with pytest.raises(ArtifactError) as caught:
+            make(path)
+        assert str(caught.value) == (
+            f"{tmp_path / '.student.partial'}: another process is at work on this stage; wait for it"
+        )
+        assert tree(tmp_path) == before
+    make(path, continued)  # killed, so the lock is free
+
+
+# A run directory.
+
+
+def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script = (
+        "import sys; from pathlib import Path; from toolchain.stages import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('holding', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(run)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        with pytest.raises(ArtifactError) as caught, run_lock(run):
+            pass
+        assert str(caught.value) == (
+            f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"
+        )
+        holder.kill()
+    with run_lock(run):
+        pass
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "recipe.yaml"])
+def test_somebody_elses_directory_is_no_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("name: apple pie\n")
+    with pytest.raises(ArtifactError) as caught, run_lock(tmp_path):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path}: not empty and has no recipe.yaml of clipkd's; not a run. Choose another --out"
+    )
+    assert os.listdir(tmp_path) == [name]  # noqa: PTH208  # the names are what matters
+
+
+def test_a_copied_run_without_its_hidden_files_is_still_a_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# clipkd run glyphs --out a\n# resolved by clipkd:\nname: glyphs\n")
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_run_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ArtifactError, match=f"{file}: is a file; --out names a run directory"), run_lock(file):
+        pass
+    with pytest.raises(ArtifactError) as caught, run_lock(file / "run"):
+        pass
+    assert str(caught.value) == f"{file / 'run'}: cannot make this directory: Not a directory. Choose another --out"
