@@ -145,6 +145,7 @@ def write_graph(
         exporter_log.setLevel(level)
     assert program is not None
     graph = program.model_proto
+    _separate_gemm_biases(graph.graph)
     onnx.helper.set_model_props(graph, metadata)
     try:
         onnx.checker.check_model(graph, full_check=True)
@@ -154,6 +155,21 @@ def write_graph(
         if value.type.tensor_type.shape.dim[0].dim_param != "batch":
             raise ClipkdError(f"{path}: {value.name} has a fixed batch; expected a dynamic first dimension")
     onnx.save(graph, path)
+
+
+def _separate_gemm_biases(graph: onnx.GraphProto) -> None:
+    """Gemm(x, int8 weight, bias) becomes Gemm(x, int8 weight) + bias: ONNX Runtime fuses no float bias into QGemm."""
+    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type == "Gemm" and len(node.input) == 3 and node.input[1] in dequantized:
+            product, output = f"{node.output[0]}_without_bias", node.output[0]
+            nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], [output], f"{node.name}_bias"))
+            del node.input[2]
+            node.output[0] = product
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 @torch.no_grad()

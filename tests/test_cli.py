@@ -1,6 +1,7 @@
 """The command line: exit codes, whole messages, what goes to stdout, and how little is loaded to help."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +144,7 @@ def test_foreign_packages_are_refused(tmp_path: Path, package: str) -> None:
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import clipkd
 from toolchain.stages import run_stage
 
@@ -419,3 +422,29 @@ def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.Mon
         "student": {"path": str(tmp_path / "student"), "role": "student", "train_s": 1.5}
     }
     assert clipkd("distill", "glyphs", "--out", tmp_path / "run").out == f"{tmp_path / 'student'}\n"
+
+
+def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between measuring and reporting: every stage is cached, but the report is of older ones."""
+    depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
+    run_stage(tmp_path / "measured", work=lambda folder: {}, **depends)
+    measured = {"student": run_stage(tmp_path / "measured", work=lambda folder: {}, **depends)}
+    assert measured["student"].cached
+    written: list[Path] = []
+
+    def write_report(run: Path) -> dict[str, Any]:
+        written.append(run)
+        for suffix in ("json", "csv", "md", "png", "html"):
+            (run / f"report.{suffix}").write_text('{"rows": []}')
+        return {"rows": []}
+
+    monkeypatch.setattr("toolchain.report.write_report", write_report)
+    screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
+    for _ in range(2):
+        assert command._report(tmp_path, measured, screen) == {"rows": []}  # type: ignore[arg-type]
+    assert written == [tmp_path], "written once, then reused"
+    manifest = measured["student"].path / "manifest.json"
+    newer = (tmp_path / "report.json").stat().st_mtime + 1
+    os.utime(manifest, (newer, newer))
+    command._report(tmp_path, measured, screen)  # type: ignore[arg-type]
+    assert written == [tmp_path, tmp_path]

@@ -10,7 +10,8 @@ from conftest import NUM_CHARACTERS
 from toolchain.data import Batch, GlyphBatches
 from toolchain.glyphs import TEMPLATES, TrainingSet
 
-BATCH_SIZES = [2, 5, 8, 11]
+# Lopsided samples have several faces of half the characters only, and no more of those fit into one batch.
+KINDS_AND_SIZES = [("even", 2), ("even", 5), ("even", 8), ("even", 11), ("lopsided", 2), ("lopsided", 5)]
 EPOCHS = 4
 
 
@@ -42,15 +43,12 @@ def test_the_samples_are_what_the_tests_take_them_for(tiny_samples: TrainingSet)
     assert tiny_samples.names[0] == "latin small letter a"
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("kind", ["even", "lopsided"])
+@pytest.mark.parametrize(("kind", "batch_size"), KINDS_AND_SIZES)
 def test_no_batch_holds_a_character_twice_and_no_epoch_a_sample_twice(
-    tiny_samples: TrainingSet, batch_size: int, kind: str
+    tiny_samples: TrainingSet, kind: str, batch_size: int
 ) -> None:
     samples = tiny_samples if kind == "even" else lopsided(tiny_samples)
     data = batches(samples, batch_size)
-    if kind == "lopsided" and batch_size > NUM_CHARACTERS // 2:
-        pytest.skip("more in a batch than there are characters with several faces")
     for epoch in range(EPOCHS):
         seen: list[int] = []
         for index in range(data.steps_per_epoch):

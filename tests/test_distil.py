@@ -1,4 +1,4 @@
-"""Training: the loss falls, the same seed gives the same bytes, an interruption changes nothing, and the log adds up."""
+"""Training: the loss falls, the same seed gives the same bytes, an interruption changes none, and the log adds up."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from toolchain.recipe import DistillSpec, LossWeights
 
 GOLDEN = REPOSITORY / "tests" / "data" / "clip_kd.npz"
 BATCH_SIZE = 8
-STEPS = 14  # more than an epoch of the tiny samples, so that a second view is shown
+STEPS = 11  # more than an epoch of the tiny samples, so that a second view is shown
 
 # A teacher sees a sample in other company when its features are stored: float32 sums in another order.
 MAX_FEATURE_ERROR = 1e-5
@@ -113,10 +113,16 @@ def uninterrupted(
 
 @pytest.mark.parametrize("distilled", [True, False])
 def test_the_loss_falls(tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, distilled: bool) -> None:
-    train(tmp_path, tiny_samples, teacher_folder if distilled else None, steps=40, lr=3e-3)
-    losses = [row["loss"] for row in rows(tmp_path)]
-    assert len(losses) == 40
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    _, first_N = np.unique(tiny_samples.character_N, return_index=True)
+    one_batch_N = first_N[:BATCH_SIZE]  # the same characters at every step
+    samples = TrainingSet(
+        tiny_samples.masks_NSS[one_batch_N], tiny_samples.character_N[one_batch_N], tiny_samples.names[:BATCH_SIZE]
+    )
+    train(tmp_path, samples, teacher_folder if distilled else None, steps=16)
+    logged = rows(tmp_path)
+    assert logged[-1]["loss"] < logged[0]["loss"] / 2
+    if not distilled:  # the other's teacher is random, and no help at the task
+        assert logged[-1]["loss"] < math.log(BATCH_SIZE) / 2, "half of what a constant scores"
 
 
 def test_what_is_saved_is_what_was_trained(tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path) -> None:
@@ -147,8 +153,11 @@ def test_the_same_seed_gives_the_same_bytes(
     assert rows(tmp_path / "other") != rows(uninterrupted)
 
 
-@pytest.mark.parametrize("every_s", [0.0, math.inf], ids=["checkpoints", "no checkpoint yet"])
-@pytest.mark.parametrize("at", [1, *np.random.default_rng(0).integers(2, STEPS, 2).tolist(), STEPS])
+@pytest.mark.parametrize(
+    ("at", "every_s"),
+    [(1, 0.0), (int(np.random.default_rng(0).integers(2, STEPS)), 0.0), (STEPS, 0.0), (3, math.inf)],
+    ids=["at the first step", "at a random step", "at the last step", "before a checkpoint"],
+)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     tmp_path: Path,
     tiny_samples: TrainingSet,

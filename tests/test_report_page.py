@@ -15,6 +15,7 @@ from toolchain.report_page import read_curve, render_page
 
 CHROMIUM = shutil.which("chromium")
 PHONE, DESKTOP = {"width": 400, "height": 800}, {"width": 1280, "height": 900}
+TIMEOUT_MS = 120_000  # Plotly is 5 MB of source: seconds to parse where other work keeps every core busy
 HOSTILE = """</script><script>document.title = "broken"</script>'"<b>&amp;%{x}"""
 
 
@@ -186,12 +187,21 @@ class Visit:
 
     def __init__(self, browser, path: Path, viewport=DESKTOP, color_scheme="light") -> None:
         self.page = browser.new_context(viewport=viewport, color_scheme=color_scheme).new_page()
+        self.page.set_default_timeout(TIMEOUT_MS)
         self.said, self.requested = [], []
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("#front-0 .point")
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages that are closed after the test: forgotten ones would go on drawing beside the next."""
+    yield lambda *args: Visit(browser, *args)
+    for context in browser.contexts:
+        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -203,39 +213,39 @@ def written(tmp_path_factory):
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("viewport", "color_scheme"), [(PHONE, "dark"), (DESKTOP, "light")], ids=["phone", "desktop"])
-def test_the_page_is_silent_asks_for_nothing_and_fits(browser, written, viewport, color_scheme):
-    visit = Visit(browser, written, viewport, color_scheme)
-    visit.page.locator("summary").click()
-    assert visit.said == []
-    assert visit.requested == [written.as_uri()]
-    assert visit.page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    assert visit.page.locator("#front-0 .point").count() == len(MODELS)
-    assert visit.page.locator("#loss-0 .scatterlayer .js-line").count() == 5  # the loss and its four terms
-    assert visit.page.locator("#speed .scatterlayer .js-line").count() == 2
+def test_the_page_is_silent_asks_for_nothing_and_fits(visit, written, viewport, color_scheme):
+    visited = visit(written, viewport, color_scheme)
+    visited.page.locator("summary").click()
+    assert visited.said == []
+    assert visited.requested == [written.as_uri()]
+    assert visited.page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert visited.page.locator("#front-0 .point").count() == len(MODELS)
+    assert visited.page.locator("#loss-0 .scatterlayer .js-line").count() == 5  # the loss and its four terms
+    assert visited.page.locator("#speed .scatterlayer .js-line").count() == 2
 
 
 @pytest.mark.browser
-def test_the_policy_stops_a_request(browser, written, tmp_path):
+def test_the_policy_stops_a_request(visit, written, tmp_path):
     damaged = tmp_path / "damaged.html"
     damaged.write_text(written.read_text().replace("</main>", "<img src='https://example.invalid/x.png'></main>"))
-    visit = Visit(browser, damaged)
-    assert any("Content Security Policy" in said for said in visit.said)
+    visited = visit(damaged)
+    assert any("Content Security Policy" in said for said in visited.said)
 
 
 @pytest.mark.browser
-def test_a_run_full_of_markup_runs_nothing(browser, run):
+def test_a_run_full_of_markup_runs_nothing(visit, run):
     make_hostile(run)
     write_report(run)
-    visit = Visit(browser, run / "report.html")
-    assert visit.said == []
-    assert visit.page.title() == "quickstart - clipkd report"
-    assert f"teacher{HOSTILE} fp32" in visit.page.locator("#front-0 .textpoint").all_text_contents()
+    visited = visit(run / "report.html")
+    assert visited.said == []
+    assert visited.page.title() == "quickstart - clipkd report"
+    assert f"teacher{HOSTILE} fp32" in visited.page.locator("#front-0 .textpoint").all_text_contents()
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
-def test_labels_do_not_cover_each_other(browser, written, viewport):
-    page = Visit(browser, written, viewport).page
+def test_labels_do_not_cover_each_other(visit, written, viewport):
+    page = visit(written, viewport).page
     boxes = [label.bounding_box() for label in page.locator("#front-0 .textpoint text").all()]
     assert len(boxes) == len(MODELS)
     for place, a in enumerate(boxes):
@@ -249,8 +259,8 @@ def test_labels_do_not_cover_each_other(browser, written, viewport):
 
 
 @pytest.mark.browser
-def test_hovering_a_point_shows_its_numbers(browser, written):
-    page = Visit(browser, written).page
+def test_hovering_a_point_shows_its_numbers(visit, written):
+    page = visit(written).page
     box = page.locator("#front-0 .point").last.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     hover = page.locator("#front-0 .hoverlayer .hovertext")
@@ -267,8 +277,8 @@ def column(page, header):
 
 
 @pytest.mark.browser
-def test_a_click_sorts_and_another_reverses(browser, written):
-    page = Visit(browser, written).page
+def test_a_click_sorts_and_another_reverses(visit, written):
+    page = visit(written).page
     button, cells = column(page, "images/s")
     assert cells() == ["469", "1,630", "1,648", "3,125"]
     button.click()
@@ -284,10 +294,10 @@ def test_a_click_sorts_and_another_reverses(browser, written):
 
 
 @pytest.mark.browser
-def test_what_is_unknown_sorts_last_both_ways(browser, run):
+def test_what_is_unknown_sorts_last_both_ways(visit, run):
     write_json(run / "exported" / "a-model" / "manifest.json", {"summary": {}})
     write_report(run)
-    page = Visit(browser, run / "report.html").page
+    page = visit(run / "report.html").page
     button, cells = column(page, "p50 ms")
     for _ in range(2):
         button.click()

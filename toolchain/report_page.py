@@ -338,6 +338,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--paper); }
 thead th { background: var(--wash); color: var(--quiet); vertical-align: bottom; }
 th.number { white-space: normal; min-width: 5.5em; }
+.sets th.number { min-width: 8em; }
 thead th:first-child { background: var(--wash); }
 tr.front th { font-weight: 650; }
 .number { text-align: right; }
