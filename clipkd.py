@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def _foreign_package() -> str | None:
@@ -572,10 +572,11 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     from toolchain.report import terminal_rows
 
     headers, rows = terminal_rows(document)
-    table = Table(*headers)
+    table = Table(*(Column(header, overflow="fold") for header in headers))
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    stdout.print(table)
+    # a terminal wraps long cells; a file or a pipe gets them whole
+    stdout.print(table, width=None if stdout.is_terminal else 160)
     stderr.print(f"{out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 

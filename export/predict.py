@@ -1,5 +1,6 @@
 """Rank labels for pictures with an exported model; needs no torch."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,6 @@ from PIL import Image, UnidentifiedImageError
 
 from export.runtime import open_exported
 from toolchain.errors import ArtifactError, UsageError
-
-_LOGIT_SCALE = 100.0  # where trained CLIP models put it; it sharpens the probabilities, the order does not depend on it
 
 
 def predict(model: Path, images: list[Path], labels: list[str] | None, top: int) -> list[dict[str, Any]]:
@@ -26,18 +25,25 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
         raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
     pictures = [_open(path) for path in images]
     encoders = open_exported(model)
-    if labels is None:
-        with np.load(model / "classes.npz") as classes:
-            labels, label_features_KD = classes["names"].tolist(), classes["features_KD"]
-    else:
-        label_features_KD = encoders.encode_texts(labels)
-    probabilities_BK = _softmax(_LOGIT_SCALE * encoders.encode_images(pictures) @ label_features_KD.T)
+    own_labels, own_features_KD, logit_scale = _classes(model)
+    label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
+    labels = own_labels if labels is None else labels
+    probabilities_BK = _softmax(logit_scale * encoders.encode_images(pictures) @ label_features_KD.T)
     answers = []
     for path, probability_K in zip(images, probabilities_BK, strict=True):
         best = np.argsort(-probability_K, kind="stable")[:top]
         ranked = [{"label": labels[k], "probability": float(probability_K[k])} for k in best.tolist()]
         answers.append({"image": str(path), "labels": ranked})
     return answers
+
+
+def _classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:
+    path = model / "classes.npz"
+    try:
+        with np.load(path) as classes:
+            return classes["names"].tolist(), classes["features_KD"], np.float32(classes["logit_scale"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{path}: missing or damaged ({error}); make it again with: clipkd export RUN") from error
 
 
 def _open(path: Path) -> Image.Image:

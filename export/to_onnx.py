@@ -90,7 +90,11 @@ def export_onnx(
             write_graph(exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata)
         classes_KD = class_embeddings(reference_text, model, names, templates)
         np.savez(
-            folder / "classes.npz", names=np.array(names), templates=np.array(templates), features_KD=classes_KD.numpy()
+            folder / "classes.npz",
+            names=np.array(names),
+            templates=np.array(templates),
+            features_KD=classes_KD.numpy(),
+            logit_scale=model.logit_scale.detach().cpu().numpy(),
         )
         towers = reference_image, reference_text
         _write_parity_samples(folder / "parity.npz", model, towers, eval_images, names, templates[0])

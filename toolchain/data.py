@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from toolchain.errors import UsageError
 from toolchain.glyphs import TEMPLATES, TrainingSet
 from toolchain.views import draw_views, template_picks
 
@@ -43,9 +44,19 @@ class GlyphBatches:
         return max(1, len(self.samples.character_N) // self.batch_size - 1)
 
     def batch(self, step: int) -> Batch:
-        """The batch of an optimizer step."""
+        """The batch of an optimizer step.
+
+        Raises:
+            UsageError: the batch is too large for the number of distinct characters.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self.view_of(_epoch_batches(self, epoch)[index], epoch % self.views)
+        batches = _epoch_batches(self, epoch)
+        if index >= len(batches):
+            raise UsageError(
+                f"batch_size {self.batch_size}: a batch holds no character twice, and of {len(self.samples.names)} "
+                f"characters only {len(batches)} such batches can be made; lower distill.batch_size"
+            )
+        return self.view_of(batches[index], epoch % self.views)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int) -> Batch:
         """One view of chosen samples."""

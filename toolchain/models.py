@@ -77,16 +77,22 @@ def load_model(folder: Path, *, random_seed: int | None = None) -> ClipModel:
     if random_seed is None and not (folder / WEIGHTS).is_file():
         raise ArtifactError(f"{folder}: no {WEIGHTS}; this model has a configuration but no weights")
     name = f"local-dir:{folder}"
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every look-up on the root logger
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)  # open_clip narrates every look-up on the root logger
     if random_seed is not None:
         torch.manual_seed(random_seed)
     try:
         net = open_clip.create_model(name, load_weights=random_seed is None)
+        tokenize = open_clip.get_tokenizer(name)
+        preprocess = image_transform_v2(PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # open_clip raises whatever the JSON, safetensors or torch reader raised
         raise ArtifactError(f"{folder}: open_clip cannot build this model: {error}") from error
+    finally:
+        root.setLevel(level)
     net.visual.to(memory_format=torch.channels_last)  # convolutions run twice as fast so
-    preprocess = image_transform_v2(PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
-    return ClipModel(net.eval(), folder, config, open_clip.get_tokenizer(name), preprocess)
+    return ClipModel(net.eval(), folder, config, tokenize, preprocess)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
