@@ -57,7 +57,7 @@ def _open(path: Path) -> Image.Image:
         raise UsageError(f"{path}: not a readable picture: {error}") from None
 
 
-def _softmax(logits_BK: NDArray[np.float32]) -> NDArray[np.float32]:
+def _softmax(logits_BK: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     shifted_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
     normalised_BK: NDArray[np.float32] = shifted_BK / shifted_BK.sum(axis=1, keepdims=True)
     return normalised_BK

@@ -35,7 +35,11 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "image.onnx").write_bytes(b"")
     features_KD = np.array([COLOURS["green"], COLOURS["blue"]], np.float32) / 255
     np.savez(
-        folder / "classes.npz", names=np.array(["grass", "sky"]), templates=np.array(["{}"]), features_KD=features_KD
+        folder / "classes.npz",
+        names=np.array(["grass", "sky"]),
+        templates=np.array(["{}"]),
+        features_KD=features_KD,
+        logit_scale=np.float32(100),
     )
     monkeypatch.setattr(predict_module, "open_exported", lambda path: Colours())
     return folder
