@@ -1,0 +1,60 @@
+"""`clipkd --help` against the least that such a command line must import.
+
+    python benchmarks/help_time.py [--rounds 15]
+
+Both sides are whole processes, interleaved.  The last line of stdout is one JSON document; exit code 5 when the claim
+does not hold.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+MAX_RATIO = 2.5
+
+
+def seconds(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    sides = {
+        "clipkd --help": [sys.executable, "-m", "clipkd", "--help"],
+        "import typer, rich.table": [sys.executable, "-c", "import typer, rich.table"],
+    }
+    for command in sides.values():  # bytecode and the disk cache
+        seconds(command)
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, command in sides.items():
+            taken[name].append(seconds(command))
+    medians = {name: statistics.median(samples) for name, samples in taken.items()}
+    for name, median in medians.items():
+        print(f"{name:<28} median {1000 * median:.0f} ms of {rounds}")
+    ratio = medians["clipkd --help"] / medians["import typer, rich.table"]
+    claim = {
+        "claim": "clipkd --help over the bare imports, median",
+        "value": round(ratio, 3),
+        "unit": "ratio",
+        "bound": f"<= {MAX_RATIO}",
+        "holds": ratio <= MAX_RATIO,
+    }
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    machine = {"system": platform.platform(), "cores": os.cpu_count()}
+    commit = described.stdout.strip() or None
+    print(json.dumps({"benchmark": "help_time", "commit": commit, "machine": machine, "claims": [claim]}))
+    return 0 if claim["holds"] else 5
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Make a trained glyphs teacher the one that ships: its weights in float16, in recipes/glyphs_teacher.
+
+python benchmarks/ship_teacher.py runs/glyphs_teacher/student
+"""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "open_clip_model.safetensors"
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes" / "glyphs_teacher" / WEIGHTS
+
+
+def main() -> None:
+    state = load_file(Path(sys.argv[1]) / WEIGHTS)
+    # scalars stay: the logit scale, and the counters of batch norms, which are integers
+    halved = {key: value.half() if value.is_floating_point() and value.ndim else value for key, value in state.items()}
+    save_file(halved, SHIPPED)
+    SHIPPED.chmod(0o644)  # safetensors makes files private
+    print(f"{SHIPPED}: {SHIPPED.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
