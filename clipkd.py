@@ -572,11 +572,14 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     from toolchain.report import terminal_rows
 
     headers, rows = terminal_rows(document)
+    if len({row["runtime"] for row in document["rows"]}) == 1:  # then the names, which end in the precision, say it all
+        kept = [index for index, header in enumerate(headers) if header not in ("runtime", "precision")]
+        headers, rows = [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
     table = Table(*(Column(header, overflow="fold") for header in headers))
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    # a terminal wraps long cells; a file or a pipe gets them whole
-    stdout.print(table, width=None if stdout.is_terminal else 160)
+    wide = stdout if stdout.is_terminal else Console(width=160)  # a file or a pipe gets whole cells
+    wide.print(table)
     stderr.print(f"{out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
