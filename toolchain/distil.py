@@ -190,7 +190,9 @@ def _optimizer(net: nn.Module, heads: DistillationHeads, spec: DistillSpec) -> t
     free = [p for module in (net, heads) for p in module.parameters() if p.ndim < 2]
     is_vit = isinstance(net.visual, VisionTransformer)
     groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=(0.9, 0.98 if is_vit else 0.999), eps=1e-6 if is_vit else 1e-8)
+    return torch.optim.AdamW(
+        groups, lr=spec.lr, betas=(0.9, 0.98 if is_vit else 0.999), eps=1e-6 if is_vit else 1e-8, fused=True
+    )
 
 
 def tokenized_captions(student: ClipModel, data: GlyphBatches) -> Tensor:
