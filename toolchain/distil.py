@@ -72,11 +72,10 @@ def teacher_features(teacher: ClipModel, data: GlyphBatches, num_views: int, pro
             features_BE = unit_image_features(teacher.net, teacher.normalise(pixels_B3HH))
             image_VNE[view, start : start + chunk] = features_BE
             progress("teacher features", view * num_samples + start + len(features_BE), num_views * num_samples)
-    names = data.samples.names
-    captions = [template.format(name) for template in TEMPLATES for name in names]
-    input_ids = teacher.tokenize(captions)
-    text = torch.cat([unit_text_features(teacher.net, ids_BT) for ids_BT in torch.split(input_ids, chunk)])
-    return TeacherFeatures(image_VNE, text.view(len(TEMPLATES), len(names), -1), teacher.logit_scale.detach())
+    ids_PKT = tokenized_captions(teacher, data)
+    chunks = torch.split(ids_PKT.flatten(0, 1), chunk)
+    text = torch.cat([unit_text_features(teacher.net, ids_BT) for ids_BT in chunks])
+    return TeacherFeatures(image_VNE, text.view(*ids_PKT.shape[:2], -1), teacher.logit_scale.detach())
 
 
 def distil(
