@@ -1,36 +1,77 @@
-"""Training batches of glyphs, each a pure function of (seed, step).
+"""Training batches, each a pure function of (seed, step): what every kind of data provides, and glyphs.
 
 N samples   B batch   K characters   H image size
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import torchvision.transforms.functional as tvf
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from toolchain.errors import UsageError
 from toolchain.glyphs import TEMPLATES, TrainingSet
 from toolchain.views import draw_views, template_picks
 
 
+class Geometry(NamedTuple):
+    """The part of a model's preprocessing that a batch is prepared for: models that agree in it share the pixels."""
+
+    size: int
+    """Height and width."""
+
+    interpolation: str
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Image-text pairs, no character twice, so that every label off the diagonal is truly negative."""
+    """Image-text pairs of one optimizer step, or a process's share of them."""
 
-    pixels_B3HH: Tensor
+    pixels: dict[Geometry, Tensor]
+    """uint8 [B, 3, H, H], the same views for every geometry asked for."""
+
     captions_B: list[str]
     sample_B: NDArray[np.int64]
-    character_B: NDArray[np.int64]
-    template_B: NDArray[np.int64]
+    """Which samples of the data these are: what masks are drawn by and messages name."""
+
     view: int
+
+
+class TrainingData(Protocol):
+    """Training samples in an order, and with augmentations, that are pure functions of seed, step and sample.
+
+    No position is kept: any process can make any batch, before or after any other.
+    """
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    @property
+    def num_views(self) -> int | None:
+        """Distinct augmentations of each sample; epoch e shows view e mod `num_views`.  None: every epoch its own."""
+        ...
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        """The rows of the batch of an optimizer step."""
+        ...
+
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+        """One view of chosen samples."""
+        ...
 
 
 @dataclass(frozen=True)
 class GlyphBatches:
-    """All batches of a training run, by step."""
+    """Glyphs by step; no batch holds a character twice, so that every label off the diagonal is truly negative."""
 
     samples: TrainingSet
     seed: int
@@ -39,12 +80,20 @@ class GlyphBatches:
     """Distinct augmentations of each sample; epoch e shows view e mod views."""
 
     @property
+    def num_samples(self) -> int:
+        return len(self.samples.character_N)
+
+    @property
+    def num_views(self) -> int:
+        return self.views
+
+    @property
     def steps_per_epoch(self) -> int:
         """One batch fewer than fit: room for the characters that still meet at an epoch's end."""
-        return max(1, len(self.samples.character_N) // self.batch_size - 1)
+        return max(1, self.num_samples // self.batch_size - 1)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of an optimizer step.
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        """The rows of the batch of an optimizer step.
 
         Raises:
             UsageError: the batch is too large for the number of distinct characters.
@@ -56,18 +105,24 @@ class GlyphBatches:
                 f"batch_size {self.batch_size}: a batch holds no character twice, and of {len(self.samples.names)} "
                 f"characters only {len(batches)} such batches can be made; lower distill.batch_size"
             )
-        return self.view_of(batches[index], epoch % self.views)
+        return self.view_of(batches[index][rows], epoch % self.views, geometries)
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int) -> Batch:
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples."""
-        character_B = self.samples.character_N[sample_B]
-        template_B = template_picks(self.seed, sample_B, view)
-        captions_B = [
-            TEMPLATES[template].format(self.samples.names[character])
-            for template, character in zip(template_B.tolist(), character_B.tolist(), strict=True)
-        ]
-        pixels_B3HH = draw_views(self.samples.masks_NSS[sample_B], self.seed, sample_B, view)
-        return Batch(pixels_B3HH, captions_B, sample_B, character_B, template_B, view)
+        names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
+        template_B = template_picks(self.seed, sample_B, view).tolist()
+        captions_B = [TEMPLATES[template].format(name) for template, name in zip(template_B, names_B, strict=True)]
+        drawn_B3HH = draw_views(self.samples.masks_NSS[sample_B], self.seed, sample_B, view)
+        pixels = {geometry: _resized(drawn_B3HH, geometry) for geometry in geometries}
+        return Batch(pixels, captions_B, sample_B, view)
+
+
+def _resized(pixels_B3HH: Tensor, geometry: Geometry) -> Tensor:
+    size = (geometry.size, geometry.size)
+    if pixels_B3HH.shape[-2:] == size:
+        return pixels_B3HH
+    mode = InterpolationMode(geometry.interpolation)
+    return tvf.resize(pixels_B3HH, list(size), mode, antialias=True)
 
 
 @lru_cache(maxsize=2)

@@ -6,7 +6,7 @@ in the report is in it; where things go and how loudly is a flag.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,44 +18,126 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(ge=2)]  # a contrastive loss of one pair is 0
 Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class DataSpec(_Section):
+class GlyphsSpec(_Section):
     kind: Literal["glyphs"]
 
     views: Positive = 3
     """Distinct augmentations of each sample; epoch e shows view e mod views."""
 
 
+class WebdatasetSpec(_Section):
+    kind: Literal["webdataset"]
+
+    shards: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tar files of image-text pairs as img2dataset writes them; braces expand: data/cc3m/{00000..00331}.tar.
+    Relative to the folder clipkd runs in."""
+
+    crop_scale: tuple[Fraction, Fraction] = (0.9, 1.0)
+    """Share of the picture's area that a random crop keeps, from and to."""
+
+    @model_validator(mode="after")
+    def _crops_exist(self) -> "WebdatasetSpec":
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale {list(self.crop_scale)}: the first must not exceed the second")
+        return self
+
+
+DataSpec = GlyphsSpec | WebdatasetSpec
+
+
 class ModelSpec(_Section):
+    """An open_clip model: `model` says the architecture, and with nothing else its weights too.
+
+    `model` is a folder that ships with clipkd (glyphs_teacher, vit_t_16, ...), a path (an open_clip local-dir, or a run
+    of clipkd's, whose student it then is), `hf-hub:ORG/NAME`, or the name of an architecture of open_clip's (ViT-B-16).
+    """
+
     model: str
-    """An open_clip local-dir: the name of one that ships with clipkd, or a path (relative to the recipe's folder)."""
+
+    pretrained: str | None = None
+    """open_clip's tag of weights for an architecture of its own, as in laion400m_e32."""
+
+    checkpoint: str | None = None
+    """A file of weights for the architecture: a state_dict, an open_clip training checkpoint, or safetensors."""
+
+    model_cfg: dict[str, Any] = {}
+    """Changes to the architecture, as in {vision_cfg: {width: 64}}, merged into open_clip's configuration."""
+
+    init: Literal["weights", "random"] | None = None
+    """Whether to start from the model's weights.  Absent: a teacher does, a student only from those it names."""
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> "ModelSpec":
+        if self.pretrained is not None and self.checkpoint is not None:
+            raise ValueError("pretrained and checkpoint both name weights; keep one")
+        if self.init == "random" and (self.pretrained or self.checkpoint):
+            raise ValueError("init: random contradicts pretrained and checkpoint; keep one")
+        return self
+
+
+class TeacherSpec(ModelSpec):
+    model: str = ""
+
+    recipe: str | None = None
+    """In place of `model`: a recipe without a teacher, trained first; its student is this run's teacher."""
+
+    @model_validator(mode="after")
+    def _model_or_recipe(self) -> "TeacherSpec":
+        if bool(self.model) == bool(self.recipe):
+            raise ValueError("give either model or recipe")
+        if self.recipe and (self.pretrained or self.checkpoint or self.model_cfg or self.init):
+            raise ValueError("a teacher that a recipe trains takes no pretrained, checkpoint, model_cfg or init")
+        return self
 
 
 class LossWeights(_Section):
+    """Multiplies each objective (docs/method.md); 0 leaves it out of the computation too.
+
+    The default is CLIP-KD's published combination: its 2000 of FD's mean over the width D is 2000 / D of the sum, here
+    at D = 512.
+    """
+
     task: Weight = 1.0
     """Contrastive loss of the student alone."""
 
     crd: Weight = 1.0
     """Contrastive relational distillation."""
 
-    fd: Weight = 15.625
-    """Feature distillation, summed over the width: CLIP-KD's 2000 is 2000 / D here, this at D = 128."""
+    fd: Weight = 3.90625
+    """Feature distillation, summed over the width."""
+
+    mfd: Weight = 0.0
+    """Masked feature distillation: the same, of an image tower that sees only some patches."""
+
+    gd: Weight = 0.0
+    """Gradient distillation, summed over the width and scaled by the square of the batch."""
 
     icl: Weight = 1.0
     """Interactive contrastive learning."""
 
+    afd: Weight = 0.0
+    """Augmented feature distillation."""
+
+    cross_kd: Weight = 0.0
+    """Relational distillation of the similarities between the two models."""
+
 
 class DistillSpec(_Section):
-    steps: Positive
-    """Number of optimizer steps."""
+    steps: Positive | None = None
+    """Number of optimizer steps; or `epochs`."""
+
+    epochs: Positive | None = None
 
     batch_size: BatchSize
-    """Samples per optimizer step."""
+    """Samples per optimizer step, over all processes."""
 
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW, reached after warm-up."""
@@ -66,10 +148,37 @@ class DistillSpec(_Section):
     weight_decay: Weight = 0.1
     loss_weights: LossWeights = LossWeights()
 
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of the patches that MFD hides from the student."""
+
+    reference_compat: bool = False
+    """Reproduce CLIP-KD's released code where it differs from the paper's mathematics (docs/method.md)."""
+
+    precision: Precision = "fp32"
+    """Of the student's forward and backward pass; parameters, losses and optimizer stay float32."""
+
+    teacher_precision: Precision = "fp32"
+
+    stored_teacher_features: bool = False
+    """Run the teacher over every stored view once, before training, instead of in each step."""
+
+    grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the norm of all gradients together, those of the loss heads included."""
+
+    compile: bool = False
+    """torch.compile for student and teacher: minutes once, then faster steps on a GPU."""
+
+    evaluate_every: Positive | None = None
+    """Steps between zero-shot evaluations of the student on the headline set."""
+
     @model_validator(mode="after")
-    def _warmup_ends(self) -> "DistillSpec":
-        if self.warmup >= self.steps:
+    def _it_ends(self) -> "DistillSpec":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if self.steps is not None and self.warmup >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be less than steps ({self.steps})")
+        if not any(self.loss_weights.model_dump().values()):
+            raise ValueError("all loss weights are 0; there is nothing to train")
         return self
 
 
@@ -120,17 +229,22 @@ class ProfileSpec(_Section):
 class Recipe(_Section):
     name: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    data: DataSpec
-    teacher: ModelSpec | None = None
+    data: Annotated[DataSpec, Field(discriminator="kind")]
+    teacher: TeacherSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
 
     student: ModelSpec
+    baseline: bool = False
+    """Also train the same student, from the same seed and batches, without the teacher."""
+
     distill: DistillSpec
     quantize: QuantizeSpec | None = None
     """Absent: no int8 student."""
 
     export: ExportSpec = ExportSpec()
-    evaluate: EvaluateSpec = EvaluateSpec()
+    evaluate: EvaluateSpec | None = None
+    """Absent: train only; accuracy and the report need it."""
+
     profile: ProfileSpec = ProfileSpec()
 
     @model_validator(mode="after")
@@ -221,20 +335,37 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _sentence(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    places, known = _walk(problem["loc"])
+    where = ".".join(places) or "recipe"
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1, cutoff=0.5)
+        near = difflib.get_close_matches(places[-1], known, 1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"  {where}: unknown key; {hint}"
+    if problem["type"] == "union_tag_not_found":
+        return f"  {where}.kind: Field required"
+    if problem["type"] == "union_tag_invalid":
+        kinds = problem["ctx"]["expected_tags"].replace(", ", " or ")
+        return f"  {where}.kind: Input should be {kinds} (got {problem['ctx']['tag']!r})"
     got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
     return f"  {where}: {problem['msg'].removeprefix('Value error, ')}{got}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Recipe
+def _walk(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """A problem's place as the recipe writes it, and the fields known in the section that holds it.
+
+    pydantic also puts into the location which `kind` of section was meant; that is no part of the recipe's path.
+    """
+    models: list[Any] = [Recipe]
+    places: list[str] = []
+    known: list[str] = []
     for part in location:
-        annotation = model.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(model.model_fields)
+        kinds = [model for model in models if "kind" in model.model_fields]
+        if len(kinds) > 1:
+            models = [model for model in kinds if part in get_args(model.model_fields["kind"].annotation)]
+            continue
+        places.append(str(part))
+        known = list(models[0].model_fields) if models else known
+        field = models[0].model_fields.get(part) if models else None
+        options = (get_args(field.annotation) or (field.annotation,)) if field else ()
+        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    return places, known
