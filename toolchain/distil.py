@@ -1,260 +1,545 @@
 """Train a student against a frozen teacher, or alone.
 
-The loop is one line of the paper after another: batch -> student features -> losses -> one weighted sum -> step.  The
-teacher never runs inside it: it sees every stored view once, beforehand, and its features are looked up.
+The loop is one line of the paper after another: batch -> teacher's and student's features -> objectives -> one weighted
+sum -> step.  Batches, masks and the seed of anything else random are functions of the step, so that a run continues
+from any checkpoint exactly, with any number of loader workers, and with any number of processes (`processes.py`) sees
+the same batches.
 
-    B batch   N samples   V views   K characters   P templates   E teacher width
+    B batch of all processes   b rows of one process   D student width   E teacher width   T tokens
 """
 
-import json
 import math
+import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from open_clip.transformer import VisionTransformer
+from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from toolchain.data import Batch, GlyphBatches
-from toolchain.errors import ClipkdError
-from toolchain.glyphs import TEMPLATES
-from toolchain.losses import MAX_LOGIT_SCALE, DistillationHeads, clip_loss, crd_loss, fd_loss, icl_loss
-from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
-from toolchain.recipe import DistillSpec
+from toolchain.checkpoints import Checkpoints
+from toolchain.data import Geometry, TrainingData
+from toolchain.errors import ClipkdError, Interrupted, UsageError
+from toolchain.losses import MAX_LOGIT_SCALE
+from toolchain.masking import check_can_mask, kept_patches, masked_image_features, num_patches
+from toolchain.models import ClipModel, encode_text, is_transformer, save_model
+from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
+from toolchain.processes import ALONE, Processes
+from toolchain.recipe import DistillSpec, Precision
+from toolchain.teacher import (
+    DTYPES,
+    Fed,
+    LiveTeacher,
+    Progress,
+    StoredTeacher,
+    live_teacher,
+    load_stored_teacher,
+    store_teacher_features,
+)
+from toolchain.training_log import TrainingLog, logs
 
-_CHECKPOINT_EVERY_S = 30.0
-_CHECKPOINT, _LOG, _TEACHER_FEATURES = "checkpoint.pt", "train.jsonl", "teacher_features.npz"
-
-
-class Progress(Protocol):
-    """How a long stage says where it is; `clipkd.py` draws it."""
-
-    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
-
-
-class TeacherBatch(NamedTuple):
-    """What the teacher says of one batch; rows of unit norm, `logit_scale` the multiplier."""
-
-    image_BE: Tensor
-    text_BE: Tensor
-    logit_scale: Tensor
+CHECKPOINTS, HEADS, _TEACHER_FEATURES = "checkpoints", "heads.safetensors", "teacher_features.pt"
+_HEADS_WEIGHT_DECAY = 0.01  # of the projections that distillation adds: the released code leaves AdamW's default
 
 
 @dataclass(frozen=True)
-class TeacherFeatures:
-    """What a frozen teacher says of every stored view and every caption, rows of unit norm."""
+class Engine:
+    """What decides where and how fast training runs, and no number of its result."""
 
-    image_VNE: Tensor
-    text_PKE: Tensor
-    logit_scale: Tensor
+    processes: Processes = ALONE
+    workers: int = 0
+    """Loader processes beside each training process."""
 
-    def of(self, batch: Batch) -> TeacherBatch:
-        """Look a batch up."""
-        image_BE = self.image_VNE[batch.view, torch.from_numpy(batch.sample_B)]
-        text_BE = self.text_PKE[torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)]
-        return TeacherBatch(image_BE, text_BE, self.logit_scale)
+    checkpoint_steps: int | None = None
+    checkpoint_s: float = 60.0
+    keep_checkpoints: int = 2
+    say: Callable[[str], None] = lambda text: None
+    """Tells the user something that is neither progress nor an error."""
 
 
-@torch.inference_mode()
-def teacher_features(teacher: ClipModel, data: GlyphBatches, num_views: int, progress: Progress) -> TeacherFeatures:
-    """Run the teacher once over `num_views` views of every sample and over every caption."""
-    num_samples, chunk = len(data.samples.character_N), 256
-    sample_N = np.arange(num_samples)
-    image_VNE = torch.empty(num_views, num_samples, teacher.embed_dim)
-    for view in range(num_views):
-        for start in range(0, num_samples, chunk):
-            pixels_B3HH = data.view_of(sample_N[start : start + chunk], view).pixels_B3HH
-            features_BE = unit_image_features(teacher.net, teacher.normalise(pixels_B3HH))
-            image_VNE[view, start : start + chunk] = features_BE
-            progress("teacher features", view * num_samples + start + len(features_BE), num_views * num_samples)
-    ids_PKT = tokenized_captions(teacher, data)
-    chunks = torch.split(ids_PKT.flatten(0, 1), chunk)
-    text = torch.cat([unit_text_features(teacher.net, ids_BT) for ids_BT in chunks])
-    return TeacherFeatures(image_VNE, text.view(*ids_PKT.shape[:2], -1), teacher.logit_scale.detach())
+_PLAIN = Engine()
 
 
 def distil(
     spec: DistillSpec,
     student: ClipModel,
     teacher: ClipModel | None,
-    data: GlyphBatches,
+    data: TrainingData,
     folder: Path,
     progress: Progress,
+    *,
+    seed: int = 0,
+    engine: Engine = _PLAIN,
+    accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place and save it in `folder`; returns what the manifest should say.
 
-    An interrupted call leaves its checkpoint in `folder`, and the same call continues from it.
+    An interrupted call leaves its checkpoints in `folder`, and the same call continues from them.  `accuracy` scores
+    the student every `spec.evaluate_every` steps, every process taking part.
 
     Raises:
-        ClipkdError: the loss became NaN or infinite.
+        ClipkdError: a loss or a gradient became NaN or infinite, or the memory of the GPU does not suffice.
+        Interrupted: asked to stop, by SIGTERM or the keyboard; a checkpoint of the last step is saved.
     """
+    steps = spec.steps or (spec.epochs or 0) * data.steps_per_epoch
+    if spec.warmup >= steps:
+        raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
+    processes, weights = engine.processes, spec.loss_weights.model_dump()
     started = time.monotonic()
-    features = _stored_teacher_features(teacher, data, spec.steps, folder, progress) if teacher else None
+    trained = _Trained(student, teacher, spec, processes)
+    guide = _guide(spec, teacher, data, steps, folder, progress, processes) if teacher else None
     teacher_s = time.monotonic() - started
-    heads = DistillationHeads(student.embed_dim, teacher.embed_dim if teacher else student.embed_dim)
-    optimizer = _optimizer(student.net, heads, spec)
-    state = _State(student.net, heads, optimizer, folder)
-    step, before_s = state.resume()
-    started, saved_at = time.monotonic(), time.monotonic()
-    student.net.train()
-    ids_PKT = tokenized_captions(student, data)
-    weights = spec.loss_weights.model_dump()
-    with (folder / _LOG).open("a", encoding="utf-8") as log:
-        while step < spec.steps:
-            step_started = time.monotonic()
-            batch = data.batch(step)
-            input_ids_BT = ids_PKT[torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)]
-            image_BD: Tensor = student.net.encode_image(student.normalise(batch.pixels_B3HH))  # type: ignore[operator]
-            text_BD: Tensor = student.net.encode_text(input_ids_BT)  # type: ignore[operator]
-            teacher_batch = features.of(batch) if features else None
-            terms = loss_terms(image_BD, text_BD, student.logit_scale, heads, teacher_batch)
-            loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-            if not math.isfinite(loss.item()):
-                values = {name: term.item() for name, term in terms.items()}
-                raise ClipkdError(
-                    f"{folder}: the loss is {loss.item()} at step {step} (terms {values}; samples "
-                    f"{batch.sample_B[:8].tolist()} and others). The last checkpoint is intact; lower distill.lr"
-                )
-            lr = learning_rate(spec, step)
+    optimizer = _optimizer(trained, spec)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=spec.precision == "fp16")
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS, engine.keep_checkpoints, engine.checkpoint_steps, engine.checkpoint_s
+    )
+    step, before_s = _resume(checkpoints, trained, optimizer, scaler, engine.say if processes.leads else lambda _: None)
+    module = processes.together(trained)
+    batches = _batches(step, steps, student, guide, data, processes.rows(spec.batch_size), engine.workers)
+    clock = _Clock(processes.device)
+    started = time.monotonic()
+    trained.train()
+    with _log(folder, step, processes) as log, _stop_requests() as stop_requested, _explaining_full_memory(spec):
+        while step < steps:
+            clock.restart()
+            with clock("data"):
+                batch = next(batches).to(processes.device)
+            with clock("teacher"):
+                taught = guide.of(batch) if guide else None
+            done = _forward(module, trained, student, batch, taught, spec, processes, seed, step)
+            lr = learning_rate(spec, steps, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-            optimizer.step()
-            with torch.no_grad():
-                student.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
-            heads.clamp_parameters_()
-            rate = spec.batch_size / (time.monotonic() - step_started)
-            row: dict[str, Any] = {
-                "step": step,
-                "loss": loss.item(),
-                "lr": lr,
-                "logit_scale": student.logit_scale.item(),
-            }
-            row["terms"] = {n: {"unweighted": t.item(), "weighted": weights[n] * t.item()} for n, t in terms.items()}
-            log.write(json.dumps(row | {"images_per_s": round(rate, 1)}) + "\n")
+            scaler.scale(done.loss).backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+            scaler.unscale_(optimizer)
+            grad_norm = _clip(trained, spec.grad_clip_norm)
+            row = _row(step, lr, grad_norm, done, weights)
+            if not _is_finite(row, scaler):
+                again = _forward(trained, trained, student, batch, taught, spec, processes, seed, step)
+                raise _not_finite(folder, row, trained, again, data)
+            scaler.step(optimizer)
+            scaler.update()
+            trained.clamp_parameters_()
             step += 1
-            progress("training", step, spec.steps, f"loss {loss.item():.3f}  {rate:.0f} images/s")
-            if time.monotonic() - saved_at > _CHECKPOINT_EVERY_S:
+            row |= clock.shares(spec.batch_size)
+            if accuracy and spec.evaluate_every and (step % spec.evaluate_every == 0 or step == steps):
+                trained.eval()
+                row["accuracy"] = accuracy(student, processes)
+                trained.train()
+            if processes.leads:
+                if logs(step - 1, steps) or "accuracy" in row:
+                    log.write(row)
+                progress("training", step, steps, f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s")
+            stopping = processes.any(stop_requested())
+            if processes.leads and (checkpoints.due(step) or stopping or step == steps):
                 log.flush()
-                state.save(step, before_s + time.monotonic() - started)
-                saved_at = time.monotonic()
-    student.net.eval()
-    save_model(student, folder)
-    if features is not None:
-        torch.save(heads.state_dict(), folder / "heads.pt")
-    (folder / _CHECKPOINT).unlink(missing_ok=True)
-    (folder / _TEACHER_FEATURES).unlink(missing_ok=True)
+                elapsed_s = teacher_s + before_s + time.monotonic() - started
+                checkpoints.save(step, _state(trained, optimizer, scaler) | {"elapsed_s": elapsed_s})
+            if stopping and step < steps:
+                raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
+    trained.eval()
     train_s = teacher_s + before_s + time.monotonic() - started
-    return {"train_s": round(train_s, 1), "teacher_s": round(teacher_s, 1), "steps": spec.steps}
+    if processes.leads:
+        save_model(student, folder)
+        if heads := trained.heads.state_dict():
+            save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, folder / HEADS)
+        checkpoints.remove()
+        (folder / _TEACHER_FEATURES).unlink(missing_ok=True)
+    processes.wait()
+    return {
+        "train_s": round(train_s, 1),
+        "teacher_s": round(teacher_s, 1),
+        "steps": steps,
+        "processes": processes.size,
+        "device": str(torch.cuda.get_device_name()) if processes.device.type == "cuda" else "cpu",
+    }
 
 
-def loss_terms(
-    image_BD: Tensor,
-    text_BD: Tensor,
-    logit_scale: Tensor,
-    heads: DistillationHeads,
-    teacher: TeacherBatch | None,
-) -> dict[str, Tensor]:
-    """The unweighted terms of the loss: `task`, and with a teacher `crd`, `fd` and `icl`.
+class _Pass(NamedTuple):
+    """One step's forward pass, over the batch of all processes."""
 
-    `image_BD`, `text_BD`: the student's raw features, not normalised; `logit_scale`: its multiplier.
-    """
-    student = nn.functional.normalize(image_BD, dim=-1), nn.functional.normalize(text_BD, dim=-1), logit_scale
-    terms = {"task": clip_loss(*student)}
-    if teacher is not None:
-        image_BE, text_BE = heads(image_BD, text_BD)
-        terms["crd"] = crd_loss(*student, *teacher)
-        terms["fd"] = fd_loss(image_BE, text_BE, teacher.image_BE, teacher.text_BE)
-        terms["icl"] = icl_loss(image_BE, text_BE, teacher.image_BE, teacher.text_BE, heads.cross_logit_scale)
-    return terms
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Unweighted, those whose weight is not zero."""
+
+    scales: dict[str, Tensor]
+    student: StudentFeatures
+    teacher: TeacherBatch | None
 
 
-def learning_rate(spec: DistillSpec, step: int) -> float:
+def _forward(
+    module: nn.Module,
+    trained: "_Trained",
+    student: ClipModel,
+    batch: Fed,
+    taught: TeacherBatch | None,
+    spec: DistillSpec,
+    processes: Processes,
+    seed: int,
+    step: int,
+) -> _Pass:
+    torch.manual_seed(_seed_of(seed, step, processes.rank))  # of dropout, where a tower has any
+    masks = trained.masks(seed, batch.sample_b, step)
+    with _autocast(spec.precision, processes.device):
+        rows, scales = module(student.normalise(batch.student_pixels), batch.student_ids, taught, *masks)
+    features = gathered(rows, processes.gather)
+    teacher = None
+    if taught is not None:
+        image_BE, text_BE = processes.gather(taught.image_BE), processes.gather(taught.text_BE)
+        teacher = TeacherBatch(image_BE, text_BE, taught.logit_scale)
+    weights = spec.loss_weights.model_dump()
+    terms = loss_terms(features, scales["logit_scale"], teacher, trained.heads, weights)
+    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return _Pass(loss, terms, scales, features, teacher)
+
+
+def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
     """Linear warm-up, then half a cosine down to 0 (CLIP-KD's schedule)."""
     if step < spec.warmup:
         return spec.lr * (step + 1) / spec.warmup
-    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+    done = (step - spec.warmup) / max(1, steps - spec.warmup)
     return spec.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _optimizer(net: nn.Module, heads: DistillationHeads, spec: DistillSpec) -> torch.optim.AdamW:
-    """AdamW with CLIP-KD's groups: matrices decay, vectors and scales do not; betas by the kind of image tower."""
-    decayed = [p for module in (net, heads) for p in module.parameters() if p.ndim >= 2]
-    free = [p for module in (net, heads) for p in module.parameters() if p.ndim < 2]
-    is_vit = isinstance(net.visual, VisionTransformer)
-    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": free, "weight_decay": 0.0}]
+# What is trained ------------------------------------------------------------------------------------------------------
+
+
+class _Trained(nn.Module):
+    """The student and the heads that distillation adds: everything the optimizer moves and a checkpoint holds."""
+
+    def __init__(self, student: ClipModel, teacher: ClipModel | None, spec: DistillSpec, processes: Processes) -> None:
+        super().__init__()
+        self.net = student.net
+        weights = spec.loss_weights.model_dump()
+        teacher_width = teacher.embed_dim if teacher else student.embed_dim
+        self.heads = DistillationHeads(
+            student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
+        )
+        self._mask_ratio = spec.mask_ratio if teacher and weights["mfd"] and not spec.reference_compat else None
+        dropout: Any = getattr(self.net.visual, "patch_dropout", None)
+        self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
+        if self._mask_ratio is not None:
+            check_can_mask(self.net.visual)  # type: ignore[arg-type]
+        self.to(processes.device)
+        if spec.compile:
+            self.net.visual.compile()  # type: ignore[operator]
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids_bT: Tensor,
+        teacher: TeacherBatch | None,
+        shown_bK: Tensor | None,
+        kept_bK: Tensor | None,
+    ) -> tuple[StudentFeatures, dict[str, Tensor]]:
+        """A process's rows of everything the objectives read, and the multipliers by name."""
+        net: Any = self.net
+        dropped = kept_bK is not None
+        image_bD = (
+            masked_image_features(net.visual, pixel_values, kept_bK) if dropped else net.encode_image(pixel_values)
+        )
+        masked_bD = masked_image_features(net.visual, pixel_values, shown_bK) if shown_bK is not None else None
+        features = self.heads(image_bD, encode_text(net, input_ids_bT), teacher, masked_bD)
+        return features, {"logit_scale": net.logit_scale.exp()} | self.heads.scales()
+
+    def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
+        """[b, K] each: the patches MFD shows the student, and those a tower's own patch dropout keeps; None without.
+
+        Drawn by seed, sample and step, so that they do not depend on how a batch is shared among processes.
+        """
+        visual: Any = self.net.visual
+
+        def kept(ratio: float | None, draw: int) -> Tensor | None:
+            if not ratio:
+                return None
+            patches_bK = kept_patches(seed, sample_b, draw, num_patches(visual), ratio)
+            return patches_bK.to(next(visual.parameters()).device)
+
+        return kept(self._mask_ratio, 2 * step), kept(self._patch_dropout, 2 * step + 1)
+
+    @torch.no_grad()
+    def clamp_parameters_(self) -> None:
+        self.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
+        self.heads.clamp_parameters_()
+
+
+def _optimizer(trained: _Trained, spec: DistillSpec) -> torch.optim.AdamW:
+    """AdamW with CLIP-KD's groups.
+
+    Of the student, matrices decay and vectors, biases and scales do not; of the heads the projections decay by AdamW's
+    own default.  Transformers have faster moments than convolutional towers (CLIP-KD's scripts, from CLIP).
+    """
+    decayed = [p for name, p in trained.net.named_parameters() if p.ndim >= 2 and "bias" not in name]
+    kept = {id(p) for p in decayed}
+    free = [p for p in trained.net.parameters() if id(p) not in kept]
+    heads = list(trained.heads.parameters())
+    vectors_decay = _HEADS_WEIGHT_DECAY if spec.reference_compat else 0.0
+    groups = [
+        {"params": decayed, "weight_decay": spec.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+        {"params": [p for p in heads if p.ndim >= 2], "weight_decay": _HEADS_WEIGHT_DECAY},
+        {"params": [p for p in heads if p.ndim < 2], "weight_decay": vectors_decay},
+    ]
+    transformer = is_transformer(trained.net.visual)  # type: ignore[arg-type]
     return torch.optim.AdamW(
-        groups, lr=spec.lr, betas=(0.9, 0.98 if is_vit else 0.999), eps=1e-6 if is_vit else 1e-8, fused=True
+        [group for group in groups if group["params"]],
+        lr=spec.lr,
+        betas=(0.9, 0.98 if transformer else 0.999),
+        eps=1e-6 if transformer else 1e-8,
+        fused=True,
     )
 
 
-def tokenized_captions(student: ClipModel, data: GlyphBatches) -> Tensor:
-    """input_ids [P, K, T] of every caption training can show."""
-    captions = [template.format(name) for template in TEMPLATES for name in data.samples.names]
-    return student.tokenize(captions).view(len(TEMPLATES), len(data.samples.names), -1)
+def _clip(trained: _Trained, max_norm: float | None) -> Tensor:
+    """The norm of all gradients together, which are then scaled down to `max_norm` at the most."""
+    gradients = [p.grad for p in trained.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained.parameters(), max_norm, norm)
+    return norm
 
 
-def _stored_teacher_features(
-    teacher: ClipModel, data: GlyphBatches, steps: int, folder: Path, progress: Progress
-) -> TeacherFeatures:
-    path = folder / _TEACHER_FEATURES
-    if path.exists():  # left by an interrupted call of the same stage
-        with np.load(path) as saved:
-            return TeacherFeatures(*(torch.from_numpy(saved[name]) for name in ("image", "text", "logit_scale")))
-    num_views = min(data.views, math.ceil(steps / data.steps_per_epoch))
-    features = teacher_features(teacher, data, num_views, progress)
-    with _replacing(path) as partial, partial.open("wb") as file:
-        np.savez(
-            file,
-            image=features.image_VNE.numpy(),
-            text=features.text_PKE.numpy(),
-            logit_scale=features.logit_scale.numpy(),
-        )
-    return features
+def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else nullcontext()
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+# What is fed to it ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _State:
-    """Everything a resumed run needs; batches need nothing, being functions of the step."""
+class _Steps(Dataset[Fed]):
+    """Batches by step, for a loader to make in any process."""
 
-    net: nn.Module
-    heads: DistillationHeads
-    optimizer: torch.optim.Optimizer
-    folder: Path
+    data: TrainingData
+    rows: slice
+    student: tuple[Geometry, Callable[[list[str]], Tensor]]
+    teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
 
-    def save(self, step: int, elapsed_s: float) -> None:
-        parts = {
-            "net": self.net.state_dict(),
-            "heads": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with _replacing(self.folder / _CHECKPOINT) as partial:
-            torch.save(parts | {"step": step, "elapsed_s": elapsed_s}, partial)
+    def __getitem__(self, step: int) -> Fed:
+        geometry, tokenize = self.student
+        wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
+        batch = self.data.batch(step, self.rows, sorted(wanted))
+        ids_bT = tokenize(batch.captions_B)
+        teacher_pixels = teacher_ids_bT = None
+        if self.teacher:
+            teacher_pixels = batch.pixels[self.teacher[0]]
+            teacher_ids_bT = ids_bT if self.teacher[1] is tokenize else self.teacher[1](batch.captions_B)
+        captions = batch.captions_B
+        return Fed(batch.pixels[geometry], ids_bT, teacher_pixels, teacher_ids_bT, captions, batch.sample_B, batch.view)
 
-    def resume(self) -> tuple[int, float]:
-        """The step to continue with and the seconds already spent; rows logged after the checkpoint are dropped."""
-        path, log = self.folder / _CHECKPOINT, self.folder / _LOG
-        if not path.exists():
-            log.unlink(missing_ok=True)
-            return 0, 0.0
-        saved = torch.load(path, weights_only=True)
-        self.net.load_state_dict(saved["net"])
-        self.heads.load_state_dict(saved["heads"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        rows = log.read_text(encoding="utf-8").splitlines()[: saved["step"]]
-        log.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-        return int(saved["step"]), float(saved["elapsed_s"])
+
+def _batches(
+    step: int,
+    steps: int,
+    student: ClipModel,
+    guide: "LiveTeacher | StoredTeacher | None",
+    data: TrainingData,
+    rows: slice,
+    workers: int,
+) -> Iterator[Fed]:
+    live = guide.model if isinstance(guide, LiveTeacher) else None
+    same_words = live is not None and live.same_tokenizer_as(student)
+    teacher = (live.geometry, student.tokenize if same_words else live.tokenize) if live else None
+    dataset = _Steps(data, rows, (student.geometry, student.tokenize), teacher)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(step, steps),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            pin_memory=torch.cuda.is_available() and workers > 0,
+        )
+    )
+
+
+def _guide(
+    spec: DistillSpec,
+    teacher: ClipModel,
+    data: TrainingData,
+    steps: int,
+    folder: Path,
+    progress: Progress,
+    processes: Processes,
+) -> LiveTeacher | StoredTeacher:
+    live = live_teacher(teacher, spec.teacher_precision, processes.device, compiled=spec.compile)
+    if not spec.stored_teacher_features:
+        return live
+    if data.num_views is None:
+        raise UsageError("distill.stored_teacher_features: this data shows no view twice; set it to false")
+    path = folder / _TEACHER_FEATURES  # left by an interrupted call of the same stage
+    if processes.leads and not path.exists():
+        num_views = min(data.num_views, -(-steps // data.steps_per_epoch))
+        store_teacher_features(live, data, num_views, progress).save(path)
+    processes.wait()
+    return load_stored_teacher(path, processes.device)
+
+
+# What is logged and what stops a run ----------------------------------------------------------------------------------
+
+
+def _row(step: int, lr: float, grad_norm: Tensor, done: _Pass, weights: dict[str, float]) -> dict[str, Any]:
+    """A step's row of the log, brought from the device in one piece."""
+    similarity = _similarity(done.student, done.teacher) if done.teacher else {}
+    tensors = {"loss": done.loss, "grad_norm": grad_norm, **done.scales, **done.terms, **similarity}
+    numbers = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
+    row = {"step": step, "loss": numbers["loss"], "lr": lr, "grad_norm": numbers["grad_norm"]}
+    row |= {name: numbers[name] for name in done.scales}
+    terms = {name: numbers[name] for name in done.terms}
+    row["terms"] = {name: {"unweighted": value, "weighted": weights[name] * value} for name, value in terms.items()}
+    if similarity:
+        row["similarity"] = {name: numbers[name] for name in similarity}
+    return row
+
+
+def _similarity(student: StudentFeatures, teacher: TeacherBatch) -> dict[str, Tensor]:
+    """Mean cosines of the student's features, in the teacher's width, to the teacher's; empty where no head maps it."""
+    image_BE, text_BE = student.image_BE, student.text_BE
+    if image_BE is None or text_BE is None:
+        if student.image_BD.shape[-1] != teacher.image_BE.shape[-1]:
+            return {}
+        image_BE, text_BE = student.image_BD, student.text_BD
+    image, text = (image_BE * teacher.image_BE).sum(-1).mean(), (text_BE * teacher.text_BE).sum(-1).mean()
+    return {"image": image, "text": text}
+
+
+def _is_finite(row: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:
+    """fp16 gradients may overflow: the scaler then skips the step and halves its scale, until there is none left."""
+    if not math.isfinite(row["loss"]):
+        return False
+    if not math.isfinite(row["grad_norm"]):
+        row["grad_norm"] = None
+        return scaler.is_enabled() and scaler.get_scale() >= 1
+    return True
+
+
+def _not_finite(folder: Path, row: dict[str, Any], trained: _Trained, again: _Pass, data: TrainingData) -> ClipkdError:
+    """What to tell the user: the step, the terms to blame, and the samples."""
+    sample_B = data.batch(row["step"], slice(None), []).sample_B
+    values = {name: term["unweighted"] for name, term in row["terms"].items()}
+    blamed = [name for name, value in values.items() if not math.isfinite(value)]
+    what = "loss"
+    if not blamed:
+        what = "gradient"
+        parameters = list(trained.parameters())
+        for name, term in again.terms.items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+                blamed.append(name)
+    more = " and others" if len(sample_B) > 8 else ""
+    return ClipkdError(
+        f"{folder}: the {what} is not finite at step {row['step']}: of {', '.join(blamed) or 'the weighted sum'} "
+        f"(terms {values}; samples {sample_B[:8].tolist()}{more}). The last checkpoint is intact; lower distill.lr"
+    )
+
+
+class _Clock:
+    """Seconds of a step, and of its parts; on a GPU of what it computed, not of what was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts: dict[str, float] = {}
+        self._events: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self._started = time.monotonic()
+
+    def restart(self) -> None:
+        self._parts, self._events, self._started = {}, {}, time.monotonic()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        if self._device.type == "cuda" and part != "data":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events[part] = events
+        else:
+            yield
+        self._parts[part] = time.monotonic() - started
+
+    def shares(self, batch_size: int) -> dict[str, float]:
+        """What a row says of time, once the step's numbers have been read from the device."""
+        for part, (begin, end) in self._events.items():
+            self._parts[part] = begin.elapsed_time(end) / 1e3
+        seconds = time.monotonic() - self._started
+        shares = {f"{part}_fraction": round(spent / seconds, 4) for part, spent in self._parts.items()}
+        return {"images_per_s": round(batch_size / seconds, 1)} | shares
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the path's place only when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    partial.replace(path)
+def _log(folder: Path, step: int, processes: Processes) -> Iterator[Any]:
+    if not processes.leads:
+        yield None
+        return
+    with TrainingLog(folder, step) as log:
+        yield log
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ask whether SIGTERM or SIGINT has come; a second one acts at once."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _explaining_full_memory(spec: DistillSpec) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        hints = [f"lower distill.batch_size ({spec.batch_size}) or add processes"]
+        hints += ["set distill.precision: bf16"] if spec.precision == "fp32" else []
+        hints += ["set distill.teacher_precision: bf16"] if spec.teacher_precision == "fp32" else []
+        raise ClipkdError(f"the GPU's memory is full: {error}. Next: {'; or '.join(hints)}") from error
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def _state(trained: _Trained, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """Everything a resumed run needs; batches need nothing, being functions of the step."""
+    return {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+
+
+def _resume(
+    checkpoints: Checkpoints,
+    trained: _Trained,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    say: Callable[[str], None],
+) -> tuple[int, float]:
+    """The step to continue with and the seconds already spent."""
+    state = checkpoints.load(say)
+    if state is None:
+        return 0, 0.0
+    trained.load_state_dict(state["trained"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return int(state["step"]), float(state["elapsed_s"])

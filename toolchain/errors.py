@@ -5,7 +5,8 @@
     ├── ArtifactError         a directory is missing, foreign, damaged or busy 1
     ├── MissingDependency     a package, compiler or driver is not installed   3
     ├── UnavailableBackend    the requested device or provider is not there    4
-    └── GateError             parity, accuracy or a budget was not met         5
+    ├── GateError             parity, accuracy or a budget was not met         5
+    └── Interrupted           asked to stop; what was done is kept           130
 
 Anything else that escapes is a bug in clipkd and keeps its traceback.
 A message says what, where, expected and got, and the next command.
@@ -34,3 +35,7 @@ class UnavailableBackend(ClipkdError):
 
 class GateError(ClipkdError):
     exit_code = 5
+
+
+class Interrupted(ClipkdError):
+    exit_code = 130

@@ -1,0 +1,80 @@
+"""Checkpoints of a training run: written atomically, by step and by time, the last few kept, a damaged one passed over.
+
+A checkpoint's name holds its step and the hash of its bytes: step-00001200-9f86d081884c7d65.pt.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.errors import ClipkdError
+
+_PATTERN = "step-*-*.pt"
+_HASH_DIGITS = 16
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one folder."""
+
+    folder: Path
+    keep: int = 2
+    every_steps: int | None = None
+    every_s: float = 60.0
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def due(self, step: int) -> bool:
+        """Whether one should be saved now that `step` steps are done."""
+        by_step = self.every_steps is not None and step % self.every_steps == 0
+        return by_step or time.monotonic() - self._saved_at >= self.every_s
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state after `step` steps, then remove what is older than the last `keep`."""
+        self.folder.mkdir(exist_ok=True)
+        partial = self.folder / "checkpoint.partial"
+        with partial.open("wb") as file:
+            torch.save(state | {"step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())  # a machine that loses power keeps the checkpoint its name promises
+        partial.replace(self.folder / f"step-{step:08}-{_hash(partial)}.pt")
+        for old in self._newest_first()[self.keep :]:
+            old.unlink()
+        self._saved_at = time.monotonic()
+
+    def load(self, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest whole checkpoint, None where there is none.  One that fails its hash is passed over, and said so.
+
+        Raises:
+            ClipkdError: there are checkpoints and every one is damaged.
+        """
+        paths = self._newest_first()
+        for path in paths:
+            if _hash(path) == path.stem.rpartition("-")[2]:
+                state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+                return state
+            say(f"{path}: damaged, its hash is {_hash(path)}; passing it over for the one before")
+        if paths:
+            raise ClipkdError(f"{self.folder}: every checkpoint is damaged. Remove the folder to train from the start")
+        return None
+
+    def remove(self) -> None:
+        """All of them: the run is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob(_PATTERN), reverse=True)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:_HASH_DIGITS]

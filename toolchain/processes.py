@@ -1,0 +1,123 @@
+"""The processes that train together: one, or as many as torchrun started.
+
+Every process holds a share of each batch, b rows of B, and the same parameters.  It gathers the features of all, and
+computes the whole loss from them: the same number everywhere.  Only its own rows carry a gradient, so the gradient that
+reaches its parameters is that of the whole loss through its rows, and the sum over processes is the gradient of one
+process with the whole batch.  DistributedDataParallel takes the mean over W processes; `gather` therefore multiplies
+the gradient of the rows by W.  Parameters that the loss reads directly (scales) have the whole gradient everywhere, and
+the mean leaves it as it is.
+
+CLIP-KD's released code leaves that factor out, so its student's gradients are 1/W of what the loss says.
+
+    B batch of all processes   b rows of one process   D width   W number of processes
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from toolchain.errors import ClipkdError, UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes, logs and reports."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int) -> slice:
+        """This process's share of a batch.
+
+        Raises:
+            UsageError: the batch cannot be shared evenly.
+        """
+        if batch_size % self.size:
+            raise UsageError(
+                f"distill.batch_size {batch_size} cannot be shared evenly among {self.size} processes; "
+                f"the nearest that can: {max(1, batch_size // self.size) * self.size}"
+            )
+        share = batch_size // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def gather(self, rows_bD: Tensor) -> Tensor:
+        """[B, D]: the rows of all processes in order of rank, with exact gradients (see the module)."""
+        return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)  # type: ignore[no-any-return]
+
+    def together(self, module: nn.Module) -> nn.Module:
+        """The module with its gradients averaged over processes, and its parameters those of the first."""
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; every process must ask."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said.item())
+
+    def share(self, value: Any) -> Any:
+        """What the first process says; every process must ask."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+"""One process, on the CPU."""
+
+
+def join_processes() -> Processes:
+    """This process among those that torchrun started, or alone; on its own GPU where there are any.
+
+    Raises:
+        ClipkdError: torchrun's processes do not find each other.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise ClipkdError(
+                f"process {rank} of {size} cannot join the others: {error}. Start them with: "
+                "torchrun --nproc-per-node N -m clipkd distill RECIPE --out RUN"
+            ) from error
+    return Processes(rank, size, device)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_bD: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rank, ctx.size = rank, size
+        gathered_BD = rows_bD.new_empty(size * len(rows_bD), *rows_bD.shape[1:])
+        dist.all_gather_into_tensor(gathered_BD, rows_bD.contiguous())
+        return gathered_BD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        share = len(gradients[0]) // ctx.size
+        return gradients[0][ctx.rank * share : (ctx.rank + 1) * share] * ctx.size, None, None
