@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from toolchain.data import Batch, GlyphBatches
 from toolchain.errors import ClipkdError
 from toolchain.glyphs import TEMPLATES
-from toolchain.losses import MAX_LOGIT_SCALE, DistillationHeads, clip_loss, crd_loss, fd_loss, icl_loss
+from toolchain.losses import MAX_LOGIT_SCALE
 from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
+from toolchain.objectives import DistillationHeads, TeacherBatch, loss_terms
 from toolchain.recipe import DistillSpec
 
 _CHECKPOINT_EVERY_S = 30.0
@@ -35,14 +36,6 @@ class Progress(Protocol):
     """How a long stage says where it is; `clipkd.py` draws it."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
-
-
-class TeacherBatch(NamedTuple):
-    """What the teacher says of one batch; rows of unit norm, `logit_scale` the multiplier."""
-
-    image_BE: Tensor
-    text_BE: Tensor
-    logit_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,14 +89,15 @@ def distil(
     started = time.monotonic()
     features = _stored_teacher_features(teacher, data, spec.steps, folder, progress) if teacher else None
     teacher_s = time.monotonic() - started
-    heads = DistillationHeads(student.embed_dim, teacher.embed_dim if teacher else student.embed_dim)
+    weights = spec.loss_weights.model_dump()
+    teacher_width = teacher.embed_dim if teacher else student.embed_dim
+    heads = DistillationHeads(student.embed_dim, teacher_width, weights if teacher else {})
     optimizer = _optimizer(student.net, heads, spec)
     state = _State(student.net, heads, optimizer, folder)
     step, before_s = state.resume()
     started, saved_at = time.monotonic(), time.monotonic()
     student.net.train()
     ids_PKT = tokenized_captions(student, data)
-    weights = spec.loss_weights.model_dump()
     with (folder / _LOG).open("a", encoding="utf-8") as log:
         while step < spec.steps:
             step_started = time.monotonic()
@@ -112,7 +106,8 @@ def distil(
             image_BD: Tensor = student.net.encode_image(student.normalise(batch.pixels_B3HH))  # type: ignore[operator]
             text_BD: Tensor = student.net.encode_text(input_ids_BT)  # type: ignore[operator]
             teacher_batch = features.of(batch) if features else None
-            terms = loss_terms(image_BD, text_BD, student.logit_scale, heads, teacher_batch)
+            features_of_student = heads(image_BD, text_BD, teacher_batch)
+            terms = loss_terms(features_of_student, student.logit_scale, teacher_batch, heads, weights)
             loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
             if not math.isfinite(loss.item()):
                 values = {name: term.item() for name, term in terms.items()}
@@ -152,27 +147,6 @@ def distil(
     (folder / _TEACHER_FEATURES).unlink(missing_ok=True)
     train_s = teacher_s + before_s + time.monotonic() - started
     return {"train_s": round(train_s, 1), "teacher_s": round(teacher_s, 1), "steps": spec.steps}
-
-
-def loss_terms(
-    image_BD: Tensor,
-    text_BD: Tensor,
-    logit_scale: Tensor,
-    heads: DistillationHeads,
-    teacher: TeacherBatch | None,
-) -> dict[str, Tensor]:
-    """The unweighted terms of the loss: `task`, and with a teacher `crd`, `fd` and `icl`.
-
-    `image_BD`, `text_BD`: the student's raw features, not normalised; `logit_scale`: its multiplier.
-    """
-    student = nn.functional.normalize(image_BD, dim=-1), nn.functional.normalize(text_BD, dim=-1), logit_scale
-    terms = {"task": clip_loss(*student)}
-    if teacher is not None:
-        image_BE, text_BE = heads(image_BD, text_BD)
-        terms["crd"] = crd_loss(*student, *teacher)
-        terms["fd"] = fd_loss(image_BE, text_BE, teacher.image_BE, teacher.text_BE)
-        terms["icl"] = icl_loss(image_BE, text_BE, teacher.image_BE, teacher.text_BE, heads.cross_logit_scale)
-    return terms
 
 
 def learning_rate(spec: DistillSpec, step: int) -> float:
