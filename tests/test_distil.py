@@ -14,12 +14,13 @@ from conftest import REPOSITORY, STUDENT
 from open_clip.transformer import VisionTransformer
 
 from toolchain import distil as distil_module
+from toolchain import objectives
 from toolchain.data import GlyphBatches
-from toolchain.distil import _optimizer, distil, learning_rate, loss_terms, teacher_features
+from toolchain.distil import _optimizer, distil, learning_rate, teacher_features
 from toolchain.errors import ClipkdError
 from toolchain.glyphs import TrainingSet
-from toolchain.losses import DistillationHeads
 from toolchain.models import CONFIG, ClipModel, load_model, save_model, unit_image_features, unit_text_features
+from toolchain.objectives import DistillationHeads, loss_terms
 from toolchain.recipe import DistillSpec, LossWeights
 
 GOLDEN = REPOSITORY / "tests" / "data" / "clip_kd.npz"
@@ -197,13 +198,13 @@ def test_a_loss_that_is_not_a_number_stops_with_its_step(
     tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distil_module, "_CHECKPOINT_EVERY_S", 0.0)
-    real, calls = distil_module.clip_loss, [0]
+    real, calls = objectives.clip_loss, [0]
 
     def failing(*arguments: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         return real(*arguments) * (math.nan if calls[0] == 5 else 1)
 
-    monkeypatch.setattr(distil_module, "clip_loss", failing)
+    monkeypatch.setattr(objectives, "clip_loss", failing)
     with pytest.raises(ClipkdError) as caught:
         train(tmp_path, tiny_samples, None)
     message = str(caught.value)
@@ -287,9 +288,10 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(
     with torch.no_grad():
         image_BD = teacher.net.encode_image(teacher.normalise(batch.pixels_B3HH))
         text_BD = teacher.net.encode_text(teacher.tokenize(batch.captions_B))
-        heads = DistillationHeads(teacher.embed_dim, teacher.embed_dim)
+        weights = LossWeights().model_dump()
+        heads = DistillationHeads(teacher.embed_dim, teacher.embed_dim, weights)
         found = teacher_features(teacher, data, 1, silent).of(batch)
-        terms = loss_terms(image_BD, text_BD, teacher.logit_scale, heads, found)
+        terms = loss_terms(heads(image_BD, text_BD, found), teacher.logit_scale, found, heads, weights)
     assert terms["crd"].item() < MAX_FEATURE_ERROR
     assert terms["fd"].item() < MAX_FEATURE_ERROR
 
@@ -311,7 +313,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
-    student, heads = load_model(STUDENT, random_seed=0), DistillationHeads(128, 48)
+    student, heads = load_model(STUDENT, random_seed=0), DistillationHeads(128, 48, LossWeights().model_dump())
     optimizer = _optimizer(student.net, heads, spec(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(student.net.named_parameters()) | dict(heads.named_parameters(prefix="heads"))
@@ -324,7 +326,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 
 def test_betas_are_by_the_image_tower() -> None:
-    heads = DistillationHeads(8, 8)
+    heads = DistillationHeads(8, 8, LossWeights().model_dump())
     tower = VisionTransformer(image_size=8, patch_size=4, width=8, layers=1, heads=1, mlp_ratio=2, output_dim=8)
     transformer = _optimizer(SimpleNamespace(visual=tower, parameters=tower.parameters), heads, spec())  # type: ignore[arg-type]
     assert (transformer.defaults["betas"], transformer.defaults["eps"]) == ((0.9, 0.98), 1e-6)

@@ -225,7 +225,7 @@ class _Trained(nn.Module):
         self.heads = DistillationHeads(
             student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
         )
-        self._mask_ratio = spec.mask_ratio if teacher and weights["mfd"] and not spec.reference_compat else None
+        self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
         if self._mask_ratio is not None:
@@ -250,7 +250,12 @@ class _Trained(nn.Module):
         )
         masked_bD = masked_image_features(net.visual, pixel_values, shown_bK) if shown_bK is not None else None
         features = self.heads(image_bD, encode_text(net, input_ids_bT), teacher, masked_bD)
-        return features, {"logit_scale": net.logit_scale.exp()} | self.heads.scales()
+        scales = {"logit_scale": net.logit_scale.exp()}
+        if self.heads.log_cross_logit_scale is not None:
+            scales["cross_logit_scale"] = self.heads.cross_logit_scale
+        if self.heads.log_fusion_logit_scale is not None:
+            scales["fusion_logit_scale"] = self.heads.fusion_logit_scale
+        return features, scales
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
         """[b, K] each: the patches MFD shows the student, and those a tower's own patch dropout keeps; None without.
@@ -262,8 +267,7 @@ class _Trained(nn.Module):
         def kept(ratio: float | None, draw: int) -> Tensor | None:
             if not ratio:
                 return None
-            patches_bK = kept_patches(seed, sample_b, draw, num_patches(visual), ratio)
-            return patches_bK.to(next(visual.parameters()).device)
+            return kept_patches(seed, sample_b, draw, num_patches=num_patches(visual), mask_ratio=ratio)
 
         return kept(self._mask_ratio, 2 * step), kept(self._patch_dropout, 2 * step + 1)
 

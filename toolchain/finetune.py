@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from toolchain.data import GlyphBatches
-from toolchain.distil import Progress, TeacherBatch, loss_terms, tokenized_captions
-from toolchain.losses import DistillationHeads
+from toolchain.distil import Progress, tokenized_captions
 from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
+from toolchain.objectives import DistillationHeads, TeacherBatch, loss_terms
 from toolchain.quantize import Batch, quantize
 from toolchain.recipe import LossWeights, QuantizeSpec
 
@@ -36,12 +36,14 @@ def quantize_student(
     started = time.monotonic()
     guide = teacher or student
     ids_PKT, guide_ids_PKT = tokenized_captions(student, data), tokenized_captions(guide, data)
-    heads = DistillationHeads(student.embed_dim, guide.embed_dim)
+    # A fresh fusion layer would teach nothing, and the graphs have no slot for a mask: MFD goes on without one.
     weights = loss_weights.model_dump()
-    if (
-        student.embed_dim != guide.embed_dim
-    ):  # the towers end in unit features, the learnt projections start from raw ones
-        weights |= {"fd": 0.0, "icl": 0.0}
+    weights |= {"fd": weights["fd"] + weights.get("mfd", 0.0), "mfd": 0.0, "afd": 0.0}
+    if student.embed_dim != guide.embed_dim:  # the towers end in unit features, learnt projections start from raw ones
+        weights |= dict.fromkeys(("fd", "gd", "icl", "cross_kd"), 0.0)
+    if not any(weights.values()):
+        weights["task"] = 1.0  # all that distilled this student needs its trained heads
+    heads = DistillationHeads(student.embed_dim, guide.embed_dim, weights)
 
     def batches() -> Iterator[Batch]:
         for step in range(spec.steps):
@@ -58,7 +60,8 @@ def quantize_student(
         assert batch[2] is not None
         assert batch[3] is not None
         guided = TeacherBatch(batch[2], batch[3], guide_scale)
-        terms = loss_terms(image_features_BD, text_features_BD, logit_scale, heads, guided)
+        features = heads(image_features_BD, text_features_BD, guided)
+        terms = loss_terms(features, logit_scale, guided, heads, weights)
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     sample_B = np.random.default_rng(data.seed).permutation(len(data.samples.character_N))[: spec.calibration_samples]

@@ -14,16 +14,12 @@ Features are one per row; logits have anchors in rows and candidates in columns.
 its logarithm is always called `log_logit_scale`.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 MAX_LOGIT_SCALE = 100.0
 """Bound on a learnt multiplier, from CLIP (arXiv:2103.00020), section 2.5: beyond it training is unstable."""
-
-_INITIAL_LOGIT_SCALE = 1 / 0.07  # CLIP, section 2.5
 
 
 def clip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float) -> Tensor:
@@ -68,7 +64,8 @@ def fd_loss(image_BD: Tensor, text_BD: Tensor, teacher_image_BD: Tensor, teacher
         L = mean_i |p_i - V_i|^2 + mean_i |q_i - T_i|^2  =  mean_i (2 - 2 cos(p_i, V_i)) + mean_i (2 - 2 cos(q_i, T_i))
 
     p, q: student features in the teacher's width (see `DistillationHeads`); V, T: teacher features; all unit-norm
-    [B, D], D the teacher's width here.  CLIP-KD (arXiv:2307.12732), section "Feature Distillation".
+    [B, D], D the teacher's width here.  CLIP-KD (arXiv:2307.12732), section "Feature Distillation".  Masked feature
+    distillation, its next section, is this loss with p of an image of which the student saw some patches only.
     Scalar, summed over D and over the two modalities, mean over B; in [0, 8], and 4 for orthogonal features.
 
     The sum over D makes its weight independent of the width.  CLIP-KD's code takes the mean over D and its recipes
@@ -97,59 +94,71 @@ def icl_loss(
     return (image_anchored + _mean_cross_entropy(text_BD, teacher_image_BD, cross_logit_scale)) / 2
 
 
-class DistillationHeads(nn.Module):
-    """The parameters that distillation adds to a student, and that the student ships without.
+def gd_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    teacher_logit_scale: Tensor | float,
+) -> Tensor:
+    """Gradient distillation: the task loss pulls at the student's features as it pulls at the teacher's.
 
-    `image_projection`, `text_projection`: Linear(D, E) with bias when the widths differ, else None.
-    `log_cross_logit_scale`: logarithm of the scale of `icl_loss`, from ln(1 / 0.07).
+        L = sum of four terms  mean_i |B g_i - B G_i|^2,   g = the gradient of CE(s p q^T) in p, in q, and
+            of CE(s q p^T) in q, in p;   G = the same of V, T and r
+        B dCE(s a k^T)/da = s (A k - k),   B dCE(s a k^T)/dk = s (A^T a - a),   A = softmax(s a k^T) over a row
 
-    CLIP-KD's released code applies that parameter raw, a multiplier of 2.66 instead of 14.3.  Here it is exponentiated
-    like every other log scale, which is what its initial value says was meant.
+    p, q: student features in the teacher's width; V, T: teacher features; all unit-norm [B, D], D the teacher's width
+    here; s, r: the scales, which MULTIPLY the similarities.  CLIP-KD (arXiv:2307.12732), section "Gradient
+    Distillation".  Scalar, summed over D and the four terms, mean over B; >= 0, and 0 where the models agree.
+
+    CLIP-KD's code takes the mean over B and D of the gradients of a mean over B: B^2 D times its value is this one, and
+    its weight of 1e8 at B = 1024, D = 512 is 1e8 / (1024^2 * 512) = 0.186 here, at every batch and width.  The code
+    as released also divides by the scales where the equation multiplies: hand over 1 / s and 1 / r to reproduce it.
     """
-
-    def __init__(self, student_width: int, teacher_width: int) -> None:
-        super().__init__()
-        differ = student_width != teacher_width
-        self.image_projection = nn.Linear(student_width, teacher_width) if differ else None
-        self.text_projection = nn.Linear(student_width, teacher_width) if differ else None
-        self.log_cross_logit_scale = nn.Parameter(torch.tensor(math.log(_INITIAL_LOGIT_SCALE)))
-
-    @property
-    def cross_logit_scale(self) -> Tensor:
-        """The multiplier of `icl_loss`, at most 100.
-
-        The gradient is zero beyond the bound, so a training loop also clamps the parameter after each step
-        (`clamp_parameters_`), as CLIP does with its own.
-        """
-        # Not Tensor.clamp: at the bound itself, where `clamp_parameters_` puts the parameter, its gradient is 0, 1/2 or
-        # 1 by torch version and overload, and with 0 the parameter never comes back.
-        log_scale = self.log_cross_logit_scale
-        bound = log_scale.new_full((), math.log(MAX_LOGIT_SCALE))  # in the parameter's dtype, so that it can be equal
-        return torch.where(log_scale > bound, bound, log_scale).exp()
-
-    @torch.no_grad()
-    def clamp_parameters_(self) -> None:
-        """Bring the log scale back into [0, ln 100], where its gradient lives."""
-        self.log_cross_logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
-
-    def forward(self, raw_image_BD: Tensor, raw_text_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-norm image and text features [B, E], for `fd_loss` and `icl_loss`.
-
-            p = normalize(W x + b),   or normalize(x) when the widths agree
-
-        x: the student's RAW features, before normalisation, of the image tower and the text tower.  Their length
-        matters because of the bias.  In float32 at least, also under autocast.
-        """
-        return _project(self.image_projection, raw_image_BD), _project(self.text_projection, raw_text_BD)
+    student = *_scaled_gradients(image_BD, text_BD, logit_scale), *_scaled_gradients(text_BD, image_BD, logit_scale)
+    teacher = (
+        *_scaled_gradients(teacher_image_BD, teacher_text_BD, teacher_logit_scale),
+        *_scaled_gradients(teacher_text_BD, teacher_image_BD, teacher_logit_scale),
+    )
+    return torch.stack([_mean_square_distance(g_BD, G_BD) for g_BD, G_BD in zip(student, teacher, strict=True)]).sum()
 
 
-def _project(projection: nn.Linear | None, raw_BD: Tensor) -> Tensor:
-    with torch.autocast(raw_BD.device.type, enabled=False):
-        raw_BD = _widened(raw_BD)
-        return F.normalize(raw_BD if projection is None else projection(raw_BD), dim=-1)
+def afd_loss(fused_image_BD: Tensor, fused_text_BD: Tensor, fusion_logit_scale: Tensor | float) -> Tensor:
+    """Augmented feature distillation: the task loss of features that student and teacher make together.
+
+        L = 1/2 [ CE(f h k^T) + CE(f k h^T) ],   CE as in `clip_loss`
+
+    h, k: unit-norm fusions [B, D] of both models' image and both models' text features (see `DistillationHeads`);
+    f: `fusion_logit_scale`.  CLIP-KD (arXiv:2307.12732), section "Augmented Feature Distillation".  Scalar, mean over
+    B, in nats; >= 0, and log B when the features say nothing.
+    """
+    return clip_loss(fused_image_BD, fused_text_BD, fusion_logit_scale)
 
 
-def _widened(x: Tensor) -> Tensor:
+def cross_kd_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    teacher_image_BD: Tensor,
+    teacher_text_BD: Tensor,
+    cross_logit_scale: Tensor | float,
+    teacher_logit_scale: Tensor | float,
+) -> Tensor:
+    """Relational distillation across the models: `crd_loss` with `icl_loss`'s similarities for the student's.
+
+        L = 1/2 [ mean_i KL(P_i || softmax(c p T^T)_i) + mean_i KL(Q_i || softmax(c q V^T)_i) ]
+        P = softmax(r V T^T),   Q = softmax(r T V^T),   over the B candidates of a row
+
+    p, q: student features in the teacher's width; V, T: teacher features; all unit-norm [B, D], D the teacher's width
+    here; c: `cross_logit_scale`, r: `teacher_logit_scale`.  In CLIP-KD's code (`--alpha_cross_kd_loss`), in none of its
+    recipes.  Scalar, mean over B, in nats; >= 0, and 0 iff the distributions agree.
+    """
+    teacher_image_BB, teacher_text_BB = _both_directions(teacher_image_BD, teacher_text_BD, teacher_logit_scale)
+    image_anchored = _mean_kl(teacher_image_BB, _logits(image_BD, teacher_text_BD, cross_logit_scale))
+    return (image_anchored + _mean_kl(teacher_text_BB, _logits(text_BD, teacher_image_BD, cross_logit_scale))) / 2
+
+
+def widened(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -157,12 +166,21 @@ def _widened(x: Tensor) -> Tensor:
 def _logits(anchor_BD: Tensor, candidate_KD: Tensor, logit_scale: Tensor | float) -> Tensor:
     """[B, K] scaled similarities."""
     with torch.autocast(anchor_BD.device.type, enabled=False):  # it would multiply in 16 bits
-        return logit_scale * (_widened(anchor_BD) @ _widened(candidate_KD).T)
+        return logit_scale * (widened(anchor_BD) @ widened(candidate_KD).T)
 
 
 def _both_directions(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
     image_logits_BB = _logits(image_BD, text_BD, logit_scale)
     return image_logits_BB, image_logits_BB.T
+
+
+def _scaled_gradients(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """B times the gradients of `_mean_cross_entropy` in the anchors and in the candidates, in closed form."""
+    with torch.autocast(anchor_BD.device.type, enabled=False):
+        anchor_BD, candidate_BD = widened(anchor_BD), widened(candidate_BD)
+        probability_BB = _logits(anchor_BD, candidate_BD, logit_scale).softmax(-1)
+        of_anchors_BD = logit_scale * (probability_BB @ candidate_BD - candidate_BD)
+        return of_anchors_BD, logit_scale * (probability_BB.T @ anchor_BD - anchor_BD)
 
 
 def _mean_cross_entropy(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tensor | float) -> Tensor:
@@ -179,4 +197,4 @@ def _mean_kl(p_logits_BK: Tensor, q_logits_BK: Tensor) -> Tensor:
 
 def _mean_square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     """Mean over rows of |a - b|^2, which near zero keeps the digits that 2 - 2 cos cancels."""
-    return (_widened(a_BD) - _widened(b_BD)).square().sum(-1).mean()
+    return (widened(a_BD) - widened(b_BD)).square().sum(-1).mean()
