@@ -7,13 +7,16 @@ Heavy packages are imported inside the functions that need them, so that help an
 import errno
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -46,12 +49,13 @@ except ImportError:  # somebody else's toolchain, which `main` would refuse
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from toolchain.recipe import Recipe
+    from toolchain.recipe import EvaluateSpec, Recipe
     from toolchain.stages import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 stdout, stderr = Console(), Console(stderr=True)
 
+_LINE_EVERY_S = 30.0
 _EXTRAS = {"torch": "train", "open_clip": "train", "nncf": "train", "onnx": "train", "safetensors": "train"}
 _EXTRAS |= {"torchvision": "train", "timm": "train", "transformers": "train"}
 _EXTRAS |= {"onnxscript": "train", "matplotlib": "report", "plotly": "report", "onnxruntime": "onnxruntime"}
@@ -65,11 +69,16 @@ SetOpt = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a recipe field: section.field=value. Repeatable.", metavar="FIELD=VALUE"),
 ]
+WorkersOpt = Annotated[
+    int | None, typer.Option(min=0, help="Loader processes beside each training process.", show_default="by the data")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.command()
-def run(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+def run(
+    recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, workers: WorkersOpt = None, as_json: JsonOpt = False
+) -> None:
     """Distil, quantize, export, prove, measure and report: every stage of a recipe.
 
     Interrupted, the same command continues; what is complete is reused.
@@ -77,7 +86,8 @@ def run(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonO
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
     with _run_directory(recipe, out, overrides) as (loaded, screen):
-        checkpoints = _train(loaded, out, screen)  # teacher, baseline, student
+        _evaluated(loaded)  # before hours of training
+        checkpoints = _train(loaded, out, screen, _How(workers))  # teacher, baseline, student
         checkpoints |= _quantize(loaded, out, checkpoints, screen)  # student-int8
         exported = _export(loaded, out, checkpoints, screen)  # graphs that passed parity
         measured = _measure(loaded, out, exported, screen)  # accuracy and latency of what ships
@@ -86,14 +96,29 @@ def run(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonO
 
 
 @app.command()
-def distill(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+def distill(
+    recipe: RecipeArg,
+    out: OutOpt,
+    overrides: SetOpt = None,
+    workers: WorkersOpt = None,
+    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint every so many steps, too.")] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Checkpoint at least this often.")] = 1.0,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints to keep while training.")] = 2,
+    as_json: JsonOpt = False,
+) -> None:
     """Train a recipe's student from its teacher, and its baseline without; or, with no teacher, plain CLIP training.
 
+    Interrupted, even by kill -9, the same command continues at the last checkpoint and ends with the same bytes.
+
     Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
+
+    Many GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill paper/vit_t_16 --out runs/vit_t_16[/]
     """
-    with _run_directory(recipe, out, overrides) as (loaded, screen):
-        checkpoints = _train(loaded, out, screen)
-    _print_stages(checkpoints, as_json)
+    how = _How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
+    with _run_directory(recipe, out, overrides, shared=True) as (loaded, screen):
+        checkpoints = _train(loaded, out, screen, how)
+    if how.leads:
+        _print_stages(checkpoints, as_json)
 
 
 @app.command()
@@ -103,7 +128,7 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
     Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
     """
     with _run_directory(None, run, overrides) as (loaded, screen):
-        checkpoints = _train(loaded, run, screen)
+        checkpoints = _train(loaded, run, screen, _How())
         made = _quantize(loaded, run, checkpoints, screen)
     if not made:
         raise UsageError(f"{run}: its recipe has no int8 in export.precisions; nothing to quantize")
@@ -117,7 +142,7 @@ def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> N
     Example: [bold]clipkd export runs/quickstart[/]
     """
     with _run_directory(None, run, overrides) as (loaded, screen):
-        checkpoints = _train(loaded, run, screen)
+        checkpoints = _train(loaded, run, screen, _How())
         checkpoints |= _quantize(loaded, run, checkpoints, screen)
         exported = _export(loaded, run, checkpoints, screen)
     _print_stages(exported, as_json)
@@ -262,60 +287,104 @@ def verify(
 # The stages -----------------------------------------------------------------------------------------------------------
 
 
-def _train(recipe: "Recipe", out: Path, screen: "_Screen") -> "dict[str, Stage]":
-    """The frozen teacher, the student it teaches, and the same student, seed and batches without it."""
-    from toolchain.recipe import model_folder
-    from toolchain.stages import folder_fingerprint, run_stage
+def _train(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "dict[str, Stage]":
+    """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it."""
+    from toolchain.recipe import teacher_recipe
 
     if recipe.teacher is None:
-        return {"student": _train_one(recipe, out, "student", None, screen)}
-    source = model_folder(recipe.teacher)
+        return {"student": _train_one(recipe, out, "student", None, screen, how)}
+    if recipe.teacher.recipe is not None:
+        teacher = _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
+    else:
+        teacher = _adopt_teacher(recipe, out, screen, how)
+    made = {"teacher": teacher}
+    if recipe.baseline:
+        made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
+    return made | {"student": _train_one(recipe, out, "student", teacher, screen, how)}
 
-    def adopt(folder: Path) -> dict[str, Any]:
-        for file in source.iterdir():
-            if file.suffix in (".json", ".safetensors"):
-                shutil.copyfile(file, folder / file.name)
-        return {"role": "teacher", "source": recipe.teacher.model if recipe.teacher else None, "train_s": None}
+
+def _adopt_teacher(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "Stage":
+    """The teacher from wherever it comes, as an open_clip local-dir in the run."""
+    from toolchain.sources import fingerprint
+
+    spec = recipe.teacher
+    assert spec is not None
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.models import build_model, save_model
+
+        if how.leads:
+            save_model(build_model(spec, seed=recipe.seed, say=screen.say), folder)
+        return {"role": "teacher", "source": spec.model_dump(exclude_defaults=True), "train_s": None}
 
     screen.starts("teacher")
-    fingerprints = {"model": folder_fingerprint(source)}
-    teacher = run_stage(
-        out / "teacher", kind="adopt", version=1, fields={}, fingerprints=fingerprints, inputs={}, work=adopt
+    fields = {"seed": recipe.seed} if spec.is_random else {}
+    stage = _make_stage(
+        how,
+        out / "teacher",
+        kind="adopt",
+        version=2,
+        fields=fields,
+        fingerprints={"model": fingerprint(spec)},
+        inputs={},
+        work=work,
     )
-    screen.done("teacher", teacher)
-    baseline = _train_one(recipe, out, "baseline", None, screen)
-    student = _train_one(recipe, out, "student", teacher, screen)
-    return {"teacher": teacher, "baseline": baseline, "student": student}
+    screen.done("teacher", stage)
+    return stage
 
 
-def _train_one(recipe: "Recipe", out: Path, name: str, teacher: "Stage | None", screen: "_Screen") -> "Stage":
-    from toolchain import glyphs
-    from toolchain.recipe import model_folder
-    from toolchain.stages import folder_fingerprint, run_stage
+def _train_one(
+    recipe: "Recipe", out: Path, name: str, teacher: "Stage | None", screen: "_Screen", how: "_How"
+) -> "Stage":
+    from toolchain.sources import fingerprint
 
     spec = recipe.distill
     if teacher is None:  # nothing it reads depends on the weights of losses it does not have
-        weights = spec.loss_weights.model_copy(update={"crd": 0.0, "fd": 0.0, "icl": 0.0})
-        spec = spec.model_copy(update={"loss_weights": weights})
-    source = model_folder(recipe.student)
+        alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_fields, 0.0) | {"task": 1.0})
+        changes = {"loss_weights": alone, "stored_teacher_features": False, "teacher_precision": "fp32"}
+        spec = spec.model_copy(update=changes | {"reference_compat": False})
 
     def work(folder: Path) -> dict[str, Any]:
-        from toolchain.data import GlyphBatches
-        from toolchain.distil import distil
-        from toolchain.models import load_model
+        from toolchain.distil import Engine, distil
+        from toolchain.feed import training_data
+        from toolchain.models import build_model, check_pair, load_model
+        from toolchain.processes import join_processes
+        from toolchain.validate import headline_accuracy
 
-        student = load_model(source, random_seed=recipe.seed)
+        student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
         frozen = load_model(teacher.path) if teacher else None
-        data = GlyphBatches(glyphs.training_set(), recipe.seed, spec.batch_size, recipe.data.views)
-        return {"role": name} | distil(spec, student, frozen, data, folder, screen.progress)
+        if frozen is not None:
+            check_pair(student, frozen, spec.loss_weights.model_dump())
+        data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
+        accuracy = None
+        if spec.evaluate_every and recipe.evaluate:
+            headline = glyphs.eval_set(recipe.evaluate.headline)
+            accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
+        engine = Engine(
+            join_processes(),
+            _num_workers(recipe, how),
+            how.checkpoint_steps,
+            60 * how.checkpoint_minutes,
+            how.keep_checkpoints,
+            screen.say,
+        )
+        progress = screen.progress
+        trained = distil(
+            spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
+        )
+        return {"role": name} | trained
+
+    from toolchain import glyphs
 
     screen.starts(name)
-    stage = run_stage(
+    evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
+    stage = _make_stage(
+        how,
         out / name,
         kind="distil",
-        version=1,
-        fields={"seed": recipe.seed, "data": recipe.data.model_dump(), "distill": spec.model_dump()},
-        fingerprints={"glyphs": glyphs.fingerprint(), "student": folder_fingerprint(source)},
+        version=2,
+        fields={"seed": recipe.seed, "data": recipe.data.model_dump(), "distill": spec.model_dump()} | evaluated,
+        fingerprints={"data": _data_fingerprint(recipe), "student": fingerprint(recipe.student)},
         inputs={"teacher": teacher} if teacher else {},
         work=work,
     )
@@ -323,25 +392,71 @@ def _train_one(recipe: "Recipe", out: Path, name: str, teacher: "Stage | None", 
     return stage
 
 
+def _data_fingerprint(recipe: "Recipe") -> str:
+    """What a stage that reads the training data depends on."""
+    if recipe.data.kind == "glyphs":
+        from toolchain import glyphs
+
+        return glyphs.fingerprint()
+    from toolchain.shard_files import expand, fingerprint
+
+    return fingerprint(expand(recipe.data.shards))
+
+
+def _num_workers(recipe: "Recipe", how: "_How") -> int:
+    """Unless told: none for glyphs, which cost little to draw; else the cores that training leaves free."""
+    if how.workers is not None:
+        return how.workers
+    return 0 if recipe.data.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
+
+
+def _make_stage(how: "_How", path: Path, *, work: Callable[[Path], dict[str, Any]], **depends: Any) -> "Stage":
+    """A stage of one process, or of those that torchrun started: the first makes it, the others work along."""
+    from toolchain.stages import open_stage, run_stage
+
+    if how.size == 1:
+        return run_stage(path, work=work, **depends)
+    from toolchain.processes import join_processes
+
+    together = join_processes()
+    if together.leads:
+
+        def working(folder: Path) -> dict[str, Any]:
+            together.share(str(folder))
+            return work(folder)
+
+        stage = run_stage(path, work=working, **depends)
+        if stage.cached:
+            together.share(None)
+        together.wait()
+        return stage
+    folder = together.share(None)
+    if folder is not None:
+        work(Path(folder))
+    together.wait()
+    return open_stage(path)
+
+
 def _quantize(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
     """The int8 student, calibrated and fine-tuned against the teacher."""
     spec = recipe.quantize
     if spec is None or "int8" not in recipe.export.precisions:
         return {}
-    from toolchain import glyphs
     from toolchain.stages import run_stage
 
     name, student, teacher = "student-int8", made["student"], made.get("teacher")
 
     def work(folder: Path) -> dict[str, Any]:
-        from toolchain.data import GlyphBatches
+        from toolchain.feed import training_data
         from toolchain.finetune import quantize_student
         from toolchain.models import load_model
 
-        data = GlyphBatches(glyphs.training_set(), recipe.seed, spec.batch_size, recipe.data.views)
+        data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
         frozen = load_model(teacher.path) if teacher else None
-        weights = recipe.distill.loss_weights
-        quantized = quantize_student(spec, weights, load_model(student.path), frozen, data, folder, screen.progress)
+        weights, float_student = recipe.distill.loss_weights, load_model(student.path)
+        quantized = quantize_student(
+            spec, weights, float_student, frozen, data, folder, screen.progress, seed=recipe.seed
+        )
         return {"role": "student"} | quantized
 
     screen.starts(name)
@@ -355,7 +470,7 @@ def _quantize(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_S
             "quantize": spec.model_dump(),
             "loss_weights": recipe.distill.loss_weights.model_dump(),
         },
-        fingerprints={"glyphs": glyphs.fingerprint()},
+        fingerprints={"data": _data_fingerprint(recipe)},
         inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
         work=work,
     )
@@ -369,6 +484,7 @@ def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Scr
     from toolchain.stages import run_stage
 
     exported = {}
+    evaluated = _evaluated(recipe)
     for name, role, precision in _exports(recipe):
         checkpoint = made[f"{role}-int8" if precision == "int8" else role]
 
@@ -386,7 +502,7 @@ def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Scr
                 image, text = load_quantized(checkpoint.path, model)
                 image_tower = freeze(image, example_pixels(model.net))
                 text_tower = freeze(text, model.tokenize(list(glyphs.TEMPLATES)))
-            headline = glyphs.eval_set(recipe.evaluate.headline)
+            headline = glyphs.eval_set(evaluated.headline)
             screen.progress("to ONNX", 0, 2)
             summary = export_onnx(
                 model,
@@ -409,7 +525,7 @@ def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Scr
             out / "exported" / name,
             kind="export",
             version=1,
-            fields={"precision": precision, "opset": recipe.export.opset, "headline": recipe.evaluate.headline},
+            fields={"precision": precision, "opset": recipe.export.opset, "headline": evaluated.headline},
             fingerprints={"glyphs": glyphs.fingerprint()},
             inputs={"checkpoint": checkpoint},
             work=work,
@@ -424,19 +540,20 @@ def _measure(recipe: "Recipe", out: Path, exported: "dict[str, Stage]", screen: 
     from toolchain.stages import machine, run_stage
 
     measured = {}
+    evaluated = _evaluated(recipe)
     for name, model in exported.items():
 
         def work(folder: Path, model: "Stage" = model) -> dict[str, Any]:
             from export.measure import measure
 
-            return measure(model.path, folder, recipe.evaluate, recipe.profile, screen.progress)
+            return measure(model.path, folder, evaluated, recipe.profile, screen.progress)
 
         screen.starts(f"measured/{name}")
         measured[name] = run_stage(
             out / "measured" / name / "cpu",
             kind="measure",
             version=1,
-            fields={"evaluate": recipe.evaluate.model_dump(), "profile": recipe.profile.model_dump()},
+            fields={"evaluate": evaluated.model_dump(), "profile": recipe.profile.model_dump()},
             fingerprints={"glyphs": glyphs.fingerprint(), "machine": json.dumps(machine(), sort_keys=True)},
             inputs={"model": model},
             work=work,
@@ -464,9 +581,18 @@ def _report(out: Path, measured: "dict[str, Stage]", screen: "_Screen") -> dict[
     return report
 
 
+def _evaluated(recipe: "Recipe") -> "EvaluateSpec":
+    if recipe.evaluate is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no evaluate section, so that there is nothing to export for and report on; "
+            "add one, or train only, with: clipkd distill"
+        )
+    return recipe.evaluate
+
+
 def _exports(recipe: "Recipe") -> list[tuple[str, str, str]]:
     """Name, role and precision of every exported model."""
-    others = ("teacher", "baseline") if recipe.teacher else ()
+    others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
     pairs = [(role, "fp32") for role in others] + [("student", precision) for precision in recipe.export.precisions]
     return [
         (f"{role}-{runtime}-{precision}", role, precision)
@@ -476,7 +602,7 @@ def _exports(recipe: "Recipe") -> list[tuple[str, str, str]]:
 
 
 def _stage_paths(recipe: "Recipe") -> list[str]:
-    trained = ["teacher", "baseline", "student"] if recipe.teacher else ["student"]
+    trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
     quantized = ["student-int8"] if "int8" in recipe.export.precisions else []
     names = [name for name, _, _ in _exports(recipe)]
     return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]
@@ -494,30 +620,76 @@ def _state(path: Path) -> str:
 # The terminal ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _How:
+    """What of training the command line decides, and no number of the result depends on."""
+
+    workers: int | None = None
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float = 1.0
+    keep_checkpoints: int = 2
+
+    @property
+    def size(self) -> int:
+        """How many processes torchrun started."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of them, the one that writes and speaks."""
+        return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass
 class _Screen:
-    """Progress on stderr: a live bar on a terminal, one line per stage anywhere."""
+    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, one line per stage anywhere."""
 
     bar: "Progress"
+    silent: bool = False
     task: "TaskID | None" = None
     what: str = ""
     stage: str = ""
+    first: tuple[float, int] = (0.0, 0)
+    spoken_at: float = 0.0
 
     def starts(self, stage: str) -> None:
         self.stage = stage
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        if self.bar.disable:
+            self._now_and_then(what, done, total, note)
+            return
         if self.task is None or what != self.what:
             self._clear()
             self.what, self.task = what, self.bar.add_task(f"{self.stage}: {what}", total=total, note="")
         self.bar.update(self.task, completed=done, total=total, note=note)
+
+    def _now_and_then(self, what: str, done: int, total: int, note: str) -> None:
+        """Where there is no terminal to draw on: a line every half minute, with the time left at the rate since."""
+        now = time.monotonic()
+        if what != self.what or done < self.first[1]:
+            self.what, self.first, self.spoken_at = what, (now, done), now
+        if now - self.spoken_at < _LINE_EVERY_S or self.silent:
+            return
+        self.spoken_at = now
+        left_s = (now - self.first[0]) / max(1, done - self.first[1]) * (total - done)
+        left = timedelta(seconds=round(left_s))
+        self.bar.console.print(
+            f"{self.stage}: {what} {done}/{total}  {left} left  {note}", highlight=False, markup=False, soft_wrap=True
+        )
+
+    def say(self, text: str) -> None:
+        """Something the user should know that is neither progress nor an error."""
+        if not self.silent:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def done(self, name: str, stage: "Stage") -> None:
         self.line(name, "cached" if stage.cached else f"done in {stage.manifest['took_s']:.0f} s")
 
     def line(self, name: str, text: str) -> None:
         self._clear()
-        self.bar.console.print(f"{name:<40} {text}", highlight=False, markup=False)
+        if not self.silent:
+            self.bar.console.print(f"{name:<40} {text}", highlight=False, markup=False)
 
     def _clear(self) -> None:
         if self.task is not None:
@@ -526,8 +698,13 @@ class _Screen:
 
 
 @contextmanager
-def _run_directory(name: str | None, out: Path, overrides: list[str] | None) -> "Iterator[tuple[Recipe, _Screen]]":
-    """Hold a run directory with its recipe resolved into it; `name` None: the recipe the run has."""
+def _run_directory(
+    name: str | None, out: Path, overrides: list[str] | None, *, shared: bool = False
+) -> "Iterator[tuple[Recipe, _Screen]]":
+    """Hold a run directory with its recipe resolved into it; `name` None: the recipe the run has.
+
+    `shared`: several processes may work in it, of which the first holds it.
+    """
     import yaml
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -537,6 +714,12 @@ def _run_directory(name: str | None, out: Path, overrides: list[str] | None) -> 
     if name is None:
         _require_run(out)
     recipe = load_recipe(out / "recipe.yaml" if name is None else recipe_path(name), overrides)
+    how = _How()
+    if how.size > 1 and not shared:
+        raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
+    if not how.leads:
+        yield recipe, _Screen(Progress(disable=True), silent=True)
+        return
     with run_lock(out):
         said = "".join(f"# {line}\n" for line in [*f"clipkd {shlex.join(sys.argv[1:])}".splitlines(), RESOLVED])
         resolved = said + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from toolchain.checkpoints import Checkpoints
-from toolchain.data import Geometry, TrainingData
+from toolchain.data import TrainingData
 from toolchain.errors import ClipkdError, Interrupted, UsageError
+from toolchain.feed import Fed, feed
 from toolchain.losses import MAX_LOGIT_SCALE
 from toolchain.masking import check_can_mask, kept_patches, masked_image_features, num_patches
 from toolchain.models import ClipModel, encode_text, is_transformer, save_model
@@ -36,7 +36,6 @@ from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
 from toolchain.teacher import (
     DTYPES,
-    Fed,
     LiveTeacher,
     Progress,
     StoredTeacher,
@@ -93,7 +92,10 @@ def distil(
     if spec.warmup >= steps:
         raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
     processes, weights = engine.processes, spec.loss_weights.model_dump()
+    if teacher is None and not weights["task"]:
+        raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
     started = time.monotonic()
+    torch.manual_seed(seed)  # of the heads: alike in every process
     trained = _Trained(student, teacher, spec, processes)
     guide = _guide(spec, teacher, data, steps, folder, progress, processes) if teacher else None
     teacher_s = time.monotonic() - started
@@ -104,7 +106,8 @@ def distil(
     )
     step, before_s = _resume(checkpoints, trained, optimizer, scaler, engine.say if processes.leads else lambda _: None)
     module = processes.together(trained)
-    batches = _batches(step, steps, student, guide, data, processes.rows(spec.batch_size), engine.workers)
+    live = teacher if isinstance(guide, LiveTeacher) else None
+    batches = feed(data, range(step, steps), processes.rows(spec.batch_size), student, live, engine.workers)
     clock = _Clock(processes.device)
     started = time.monotonic()
     trained.train()
@@ -225,6 +228,11 @@ class _Trained(nn.Module):
         self.heads = DistillationHeads(
             student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
         )
+        # data-parallel training refuses parameters without a gradient
+        reads_scale = any(weights[name] for name in (("task", "crd", "gd") if teacher else ("task",)))
+        self.net.logit_scale.requires_grad_(reads_scale)  # type: ignore[operator]
+        if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
+            bias.requires_grad_(False)  # of a sigmoid loss, which is not ours
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
@@ -283,9 +291,9 @@ def _optimizer(trained: _Trained, spec: DistillSpec) -> torch.optim.AdamW:
     Of the student, matrices decay and vectors, biases and scales do not; of the heads the projections decay by AdamW's
     own default.  Transformers have faster moments than convolutional towers (CLIP-KD's scripts, from CLIP).
     """
-    decayed = [p for name, p in trained.net.named_parameters() if p.ndim >= 2 and "bias" not in name]
-    kept = {id(p) for p in decayed}
-    free = [p for p in trained.net.parameters() if id(p) not in kept]
+    named = [(name, p) for name, p in trained.net.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and "bias" not in name]  # Swin has tables of biases
+    free = [p for name, p in named if p.ndim < 2 or "bias" in name]
     heads = list(trained.heads.parameters())
     vectors_decay = _HEADS_WEIGHT_DECAY if spec.reference_compat else 0.0
     groups = [
@@ -321,54 +329,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-# What is fed to it ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Steps(Dataset[Fed]):
-    """Batches by step, for a loader to make in any process."""
-
-    data: TrainingData
-    rows: slice
-    student: tuple[Geometry, Callable[[list[str]], Tensor]]
-    teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
-
-    def __getitem__(self, step: int) -> Fed:
-        geometry, tokenize = self.student
-        wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
-        batch = self.data.batch(step, self.rows, sorted(wanted))
-        ids_bT = tokenize(batch.captions_B)
-        teacher_pixels = teacher_ids_bT = None
-        if self.teacher:
-            teacher_pixels = batch.pixels[self.teacher[0]]
-            teacher_ids_bT = ids_bT if self.teacher[1] is tokenize else self.teacher[1](batch.captions_B)
-        captions = batch.captions_B
-        return Fed(batch.pixels[geometry], ids_bT, teacher_pixels, teacher_ids_bT, captions, batch.sample_B, batch.view)
-
-
-def _batches(
-    step: int,
-    steps: int,
-    student: ClipModel,
-    guide: "LiveTeacher | StoredTeacher | None",
-    data: TrainingData,
-    rows: slice,
-    workers: int,
-) -> Iterator[Fed]:
-    live = guide.model if isinstance(guide, LiveTeacher) else None
-    same_words = live is not None and live.same_tokenizer_as(student)
-    teacher = (live.geometry, student.tokenize if same_words else live.tokenize) if live else None
-    dataset = _Steps(data, rows, (student.geometry, student.tokenize), teacher)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(step, steps),
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            pin_memory=torch.cuda.is_available() and workers > 0,
-        )
-    )
+# The teacher ----------------------------------------------------------------------------------------------------------
 
 
 def _guide(

@@ -1,8 +1,9 @@
 """The int8 student of a run: calibrated on training views, fine-tuned with the objectives that distilled it.
 
-B batch   D embedding width   T tokens
+B batch   D student width   E guide's width
 """
 
+import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolchain.data import GlyphBatches
-from toolchain.distil import Progress, tokenized_captions
-from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
+from toolchain.data import TrainingData
+from toolchain.models import ClipModel, save_model
 from toolchain.objectives import DistillationHeads, TeacherBatch, loss_terms
 from toolchain.quantize import Batch, quantize
 from toolchain.recipe import LossWeights, QuantizeSpec
+from toolchain.teacher import Progress, live_teacher
 
 
 def quantize_student(
@@ -25,9 +26,11 @@ def quantize_student(
     loss_weights: LossWeights,
     student: ClipModel,
     teacher: ClipModel | None,
-    data: GlyphBatches,
+    data: TrainingData,
     folder: Path,
     progress: Progress,
+    *,
+    seed: int,
 ) -> dict[str, Any]:
     """Write the int8 checkpoint into `folder`; returns what the manifest should say.
 
@@ -35,7 +38,8 @@ def quantize_student(
     """
     started = time.monotonic()
     guide = teacher or student
-    ids_PKT, guide_ids_PKT = tokenized_captions(student, data), tokenized_captions(guide, data)
+    live = live_teacher(copy.deepcopy(guide) if guide is student else guide, "fp32", torch.device("cpu"))
+    geometries = list({student.geometry, guide.geometry})
     # A fresh fusion layer would teach nothing, and the graphs have no slot for a mask: MFD goes on without one.
     weights = loss_weights.model_dump()
     weights |= {"fd": weights["fd"] + weights.get("mfd", 0.0), "mfd": 0.0, "afd": 0.0}
@@ -47,32 +51,35 @@ def quantize_student(
 
     def batches() -> Iterator[Batch]:
         for step in range(spec.steps):
-            batch = data.batch(step)
-            index = torch.from_numpy(batch.template_B), torch.from_numpy(batch.character_B)
-            with torch.inference_mode():
-                image_BE = unit_image_features(guide.net, guide.normalise(batch.pixels_B3HH))
-                text_BE = unit_text_features(guide.net, guide_ids_PKT[index])
-            yield student.normalise(batch.pixels_B3HH), ids_PKT[index], image_BE.clone(), text_BE.clone()
+            batch = data.batch(step, slice(None), geometries)
+            with torch.no_grad():
+                image_BE = live.image_features(batch.pixels[guide.geometry])
+                text_BE = live.text_features(guide.tokenize(batch.captions_B))
+            yield (
+                student.normalise(batch.pixels[student.geometry]),
+                student.tokenize(batch.captions_B),
+                image_BE,
+                text_BE,
+            )
 
-    logit_scale, guide_scale = student.logit_scale.detach(), guide.logit_scale.detach()
+    logit_scale = student.logit_scale.detach()
 
     def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: Batch) -> Tensor:
         assert batch[2] is not None
         assert batch[3] is not None
-        guided = TeacherBatch(batch[2], batch[3], guide_scale)
+        guided = TeacherBatch(batch[2], batch[3], live.logit_scale)
         features = heads(image_features_BD, text_features_BD, guided)
         terms = loss_terms(features, logit_scale, guided, heads, weights)
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
-    sample_B = np.random.default_rng(data.seed).permutation(len(data.samples.character_N))[: spec.calibration_samples]
-    shown = data.view_of(sample_B, 0)
-    ids_BT = ids_PKT[torch.from_numpy(shown.template_B), torch.from_numpy(shown.character_B)]
+    sample_B = np.random.default_rng(seed).permutation(data.num_samples)[: spec.calibration_samples]
+    shown = data.view_of(sample_B, 0, geometries)
     progress("calibrating", 0, spec.steps)
     save_model(student, folder)  # configuration and tokenizer; quantize replaces the weights
     quantize(
         student,
         batches(),
-        (student.normalise(shown.pixels_B3HH), ids_BT),
+        (student.normalise(shown.pixels[student.geometry]), student.tokenize(shown.captions_B)),
         steps=spec.steps,
         lr=spec.lr,
         folder=folder,

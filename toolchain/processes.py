@@ -55,6 +55,17 @@ class Processes:
         """[B, D]: the rows of all processes in order of rank, with exact gradients (see the module)."""
         return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)  # type: ignore[no-any-return]
 
+    def gather_rows(self, rows_bD: Tensor, count: int) -> Tensor:
+        """[count, D] without gradient: rows rank, rank + W, rank + 2 W, ... of every process, put in order."""
+        if self.size == 1:
+            return rows_bD
+        share = -(-count // self.size)
+        padded_bD = rows_bD.new_zeros(share, rows_bD.shape[1])
+        padded_bD[: len(rows_bD)] = rows_bD
+        gathered_WbD = rows_bD.new_empty(self.size, *padded_bD.shape)
+        dist.all_gather_into_tensor(gathered_WbD.flatten(0, 1), padded_bD)
+        return gathered_WbD.transpose(0, 1).flatten(0, 1)[:count]
+
     def together(self, module: nn.Module) -> nn.Module:
         """The module with its gradients averaged over processes, and its parameters those of the first."""
         if self.size == 1:

@@ -253,6 +253,18 @@ class Recipe(_Section):
             raise ValueError("export.precisions has int8 but there is no quantize section; add one or drop int8")
         return self
 
+    @model_validator(mode="after")
+    def _baseline_needs_a_teacher(self) -> "Recipe":
+        if self.baseline and self.teacher is None:
+            raise ValueError("baseline: true asks for the student without its teacher, and there is no teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluating_needs_a_set(self) -> "Recipe":
+        if self.distill.evaluate_every and self.evaluate is None:
+            raise ValueError("distill.evaluate_every needs an evaluate section, which names the headline set")
+        return self
+
 
 def recipe_path(name: str) -> Path:
     """A recipe by the name of one that ships, or by path.

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toolchain.data import TrainingData
+from toolchain.feed import Fed
 from toolchain.models import ClipModel, encode_text
 from toolchain.objectives import TeacherBatch
 from toolchain.recipe import Precision
@@ -25,32 +25,6 @@ class Progress(Protocol):
     """How a long stage says where it is; `clipkd.py` draws it."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
-
-
-@dataclass(frozen=True)
-class Fed:
-    """A process's rows of a batch, prepared once for every distinct preprocessing and tokenizer."""
-
-    student_pixels: Tensor
-    """uint8 [b, 3, H, H]"""
-
-    student_ids: Tensor
-    """int64 [b, T]"""
-
-    teacher_pixels: Tensor | None
-    teacher_ids: Tensor | None
-    captions_b: list[str]
-    sample_b: NDArray[np.int64]
-    view: int
-
-    def to(self, device: torch.device) -> "Fed":
-        if device.type == "cpu":
-            return self
-        tensors = (self.student_pixels, self.student_ids, self.teacher_pixels, self.teacher_ids)
-        pixels, ids, t_pixels, t_ids = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-        assert pixels is not None
-        assert ids is not None
-        return Fed(pixels, ids, t_pixels, t_ids, self.captions_b, self.sample_b, self.view)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A row, all of it a function of the recipe and the data but the last three fields
 
     step, loss, lr, grad_norm, logit_scale, cross_logit_scale, fusion_logit_scale
     terms        {objective: {unweighted, weighted}}
-    similarity   {image, text}: mean cosine of the student's features to the teacher's (what CLIP-KD explains its gain by)
+    similarity   {image, text}: mean cosine of the student's features to the teacher's (how CLIP-KD explains its gain)
     accuracy     {top1, top5, n}: of the headline set, at the steps that evaluate
     images_per_s, data_fraction, teacher_fraction
 """

@@ -1,0 +1,204 @@
+"""Two processes with half the batch each compute what one does with all of it: real gloo processes, in float64."""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.multiprocessing as mp
+from golden import golden_values
+from torch import Tensor
+
+from toolchain.distil import _forward, _Trained
+from toolchain.errors import UsageError
+from toolchain.feed import Fed
+from toolchain.objectives import OBJECTIVES, DistillationHeads, TeacherBatch, gathered, loss_terms, paper_weight
+from toolchain.processes import ALONE, Processes
+from toolchain.recipe import DistillSpec, LossWeights
+
+BATCH, STUDENT_WIDTH, TOKENS, STEP, SEED = 8, 16, 10, 5, 3
+MAX_GRADIENT_ERROR = 1e-9  # of the norm of all gradients: float64, summed in another order
+GOLDEN_RTOL = 1e-10
+TOWER = {
+    "embed_dim": STUDENT_WIDTH,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4},
+    "text_cfg": {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
+}
+CASES = [*({name: 1.0} for name in OBJECTIVES), dict.fromkeys(OBJECTIVES, 1.0)]
+WIDTHS = [STUDENT_WIDTH, 24]
+
+
+def spawn(jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
+    """What each job, a function and its arguments after the processes, returns in each of two processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entered, (jobs, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        both = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [list(found) for found in zip(*both, strict=True)]
+
+
+def _entered(rank: int, jobs: list[tuple[Any, ...]], folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    processes = Processes(rank, 2, torch.device("cpu"))
+    torch.save([work(processes, *arguments) for work, *arguments in jobs], Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both() -> dict[str, list[Any]]:
+    """Every job below, by two processes that start once."""
+    jobs = {
+        **{f"{names(weights)} {width}": (gradients, weights, width, 0.0) for weights in CASES for width in WIDTHS},
+        "patch dropout": (gradients, {"task": 1.0}, 24, 0.5),
+        "golden": (golden_rows,),
+        "collectives": (collectives,),
+    }
+    return dict(zip(jobs, spawn(list(jobs.values())), strict=True))
+
+
+def names(weights: dict[str, float]) -> str:
+    return "+".join(weights)
+
+
+# The whole path: towers, masks, heads, gathering, every objective.
+
+
+def gradients(processes: Processes, weights: dict[str, float], teacher_width: int, patch_dropout: float) -> Any:
+    """One step's loss terms and gradients, heads included, as the training loop computes them."""
+    torch.manual_seed(SEED if processes.leads else 77)  # the others start elsewhere, and are brought into line
+    tower = TOWER | {"vision_cfg": TOWER["vision_cfg"] | {"patch_dropout": patch_dropout}}  # type: ignore[operator]
+    net = open_clip.CLIP(**tower)
+    spec = DistillSpec(
+        steps=9, batch_size=BATCH, lr=1, warmup=0, mask_ratio=0.5,
+        loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | weights),
+    )  # fmt: skip
+    student = SimpleNamespace(net=net, embed_dim=STUDENT_WIDTH, normalise=lambda pixels: pixels.double() / 127.5 - 1)
+    trained = _Trained(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
+    module = processes.together(trained.train())
+    random = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (BATCH, 3, 16, 16), generator=random, dtype=torch.uint8)
+    ids = torch.randint(1, 63, (BATCH, TOKENS), generator=random)
+    ids[:, 6], ids[:, 7:] = 63, 0  # the end of the text, and padding
+    unit = [torch.randn(BATCH, teacher_width, generator=random, dtype=torch.float64) for _ in range(2)]
+    image_BE, text_BE = (torch.nn.functional.normalize(x, dim=-1) for x in unit)
+    rows = processes.rows(BATCH)
+    batch = Fed(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
+    taught = TeacherBatch(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
+    done = _forward(module, trained, student, batch, taught, spec, processes, SEED, STEP)  # type: ignore[arg-type]
+    done.loss.backward()  # type: ignore[no-untyped-call]
+    found = {name: p.grad for name, p in trained.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in found.values()), [n for n, g in found.items() if g is None]
+    return found | {f"term {name}": term.detach() for name, term in done.terms.items()}
+
+
+@pytest.mark.parametrize("teacher_width", WIDTHS)
+@pytest.mark.parametrize("weights", CASES, ids=names)
+def test_two_processes_have_the_gradients_of_one(
+    both: dict[str, list[Any]], weights: dict[str, float], teacher_width: int
+) -> None:
+    expected = gradients(ALONE, weights, teacher_width, 0.0)
+    norm = torch.stack([value.norm() for name, value in expected.items() if not name.startswith("term")]).norm()
+    assert norm > 0
+    for found in both[f"{names(weights)} {teacher_width}"]:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            error = (found[name] - value).norm()
+            assert error <= MAX_GRADIENT_ERROR * norm, (name, error)
+
+
+def test_patch_dropout_is_drawn_by_sample(both: dict[str, list[Any]]) -> None:
+    weights = {"task": 1.0}
+    expected, whole = gradients(ALONE, weights, 24, 0.5), gradients(ALONE, weights, 24, 0.0)
+    assert not torch.equal(expected["term task"], whole["term task"]), "patches were dropped"
+    for found in both["patch dropout"]:
+        torch.testing.assert_close(found["term task"], expected["term task"], rtol=MAX_GRADIENT_ERROR, atol=0)
+
+
+# Against the reference's own two processes.
+
+
+def golden_rows(processes: Processes) -> dict[str, Tensor]:
+    """The gradient of the published recipe in one process's raw features, as the released code ran it."""
+    inputs = {name: torch.from_numpy(value) for name, value in golden_values("eq32.in").items()}
+    rows = processes.rows(8)
+    image, text = (inputs[name][rows].clone().requires_grad_() for name in ("s_img_raw", "s_txt_raw"))
+    width = inputs["t_img"].shape[1]
+    weights = {"task": 1.0, "crd": 1.0, "icl": 1.0, "fd": paper_weight("fd", width=width), "gd": 1.0}
+    heads = DistillationHeads(width, width, weights, reference_compat=True).double()
+    with torch.no_grad():
+        heads.log_cross_logit_scale.fill_(math.log(1 / 0.07))  # type: ignore[union-attr]
+    local = TeacherBatch(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
+    features = gathered(heads(image, text, local), processes.gather)
+    whole = TeacherBatch(processes.gather(local.image_BE), processes.gather(local.text_BE), local.logit_scale)
+    terms = loss_terms(features, inputs["s_scale"], whole, heads, weights)
+    recipe = [weights[name] * term for name, term in terms.items() if name != "gd"]
+    torch.stack(recipe).sum().backward()  # type: ignore[no-untyped-call]
+    assert image.grad is not None
+    assert text.grad is not None
+    return {"s_img_raw_local": image.grad, "s_txt_raw_local": text.grad} | {n: t.detach() for n, t in terms.items()}
+
+
+def test_rows_are_those_of_the_released_code_times_the_number_of_processes(both: dict[str, list[Any]]) -> None:
+    """Without gather_with_grad its mean over processes is the gradient over their number; ours is the gradient."""
+    factors = {"fd": 32, "gd": 8**2 * 32}
+    for rank, found in enumerate(both["golden"]):
+        expected = golden_values(f"ddp2.eq32.gather_with_grad=False.rank{rank}")
+        for name in ("task", "crd", "icl", "fd", "gd"):
+            assert found[name].item() == pytest.approx(factors.get(name, 1) * expected[f"loss.{name}"], rel=GOLDEN_RTOL)
+        for name in ("s_img_raw_local", "s_txt_raw_local"):
+            value = expected[f"grad_total.{name}"]
+            largest = np.abs(value).max()
+            np.testing.assert_allclose(found[name].numpy() / 2, value, rtol=GOLDEN_RTOL, atol=1e-12 * largest)
+
+
+# Small things.
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"batch_size 10 cannot be shared evenly among 4 processes.* can: 8"):
+        Processes(0, 4, torch.device("cpu")).rows(10)
+
+
+def test_alone_nothing_is_copied() -> None:
+    rows = torch.randn(3, 2)
+    assert ALONE.gather(rows) is rows
+    assert ALONE.together(torch.nn.Linear(1, 1)).__class__ is torch.nn.Linear
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
+    assert ALONE.share("x") == "x"
+
+
+def collectives(processes: Processes) -> dict[str, Any]:
+    mine = torch.arange(processes.rank, 5, 2, dtype=torch.float32)[:, None]
+    return {
+        "any": processes.any(processes.rank == 1),
+        "none": processes.any(False),
+        "share": processes.share(f"from {processes.rank}"),
+        "rows": processes.gather_rows(mine, 5),
+    }
+
+
+def test_collectives(both: dict[str, list[Any]]) -> None:
+    for found in both["collectives"]:
+        assert found["any"] is True
+        assert found["none"] is False
+        assert found["share"] == "from 0"
+        assert found["rows"][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_processes_that_cannot_meet_say_how_to_start() -> None:
+    script = "from toolchain.processes import join_processes; join_processes()"
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
+    environment.pop("MASTER_ADDR", None)
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "torchrun --nproc-per-node" in ended.stderr
