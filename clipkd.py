@@ -264,7 +264,7 @@ def verify(
 
 def _train(recipe: "Recipe", out: Path, screen: "_Screen") -> "dict[str, Stage]":
     """The frozen teacher, the student it teaches, and the same student, seed and batches without it."""
-    from toolchain.recipe import model_folder
+    from toolchain.sources import model_folder
     from toolchain.stages import folder_fingerprint, run_stage
 
     if recipe.teacher is None:
@@ -290,7 +290,7 @@ def _train(recipe: "Recipe", out: Path, screen: "_Screen") -> "dict[str, Stage]"
 
 def _train_one(recipe: "Recipe", out: Path, name: str, teacher: "Stage | None", screen: "_Screen") -> "Stage":
     from toolchain import glyphs
-    from toolchain.recipe import model_folder
+    from toolchain.sources import model_folder
     from toolchain.stages import folder_fingerprint, run_stage
 
     spec = recipe.distill
