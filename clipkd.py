@@ -353,8 +353,7 @@ def _train_one(
 
         student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
         frozen = load_model(teacher.path) if teacher else None
-        if frozen is not None:
-            check_pair(student, frozen, spec.loss_weights.model_dump())
+        check_pair(student, frozen, spec.loss_weights)
         data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
         accuracy = None
         if spec.evaluate_every and recipe.evaluate:

@@ -34,7 +34,7 @@ def write_tokenizer(clip_model: ClipModel, folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: the model's tokenizer cannot be reproduced without open_clip.
     """
-    tokenizer, where = clip_model.tokenize, clip_model.folder
+    tokenizer, where = clip_model.tokenize, clip_model.name
     zeroed_id = appended_id = None
     if isinstance(tokenizer, SimpleTokenizer):
         if tokenizer.reduction_fn is not None:

@@ -15,7 +15,6 @@ from PIL import Image
 from toolchain.errors import ArtifactError
 from toolchain.models import (
     CONFIG,
-    TOKENIZER_FILES,
     WEIGHTS,
     load_model,
     num_parameters,
@@ -48,7 +47,8 @@ def test_a_saved_model_opens_in_plain_open_clip_anywhere(
     tokenize = open_clip.get_tokenizer("local-dir:elsewhere/moved")
     net.eval()
 
-    assert sorted(path.name for path in moved.iterdir()) == sorted([CONFIG, WEIGHTS, *TOKENIZER_FILES])
+    expected = {CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in moved.iterdir()} == expected
     plain = net.state_dict()
     assert plain.keys() == ours.net.state_dict().keys()
     assert all(torch.equal(value, plain[key]) for key, value in ours.net.state_dict().items())
@@ -133,13 +133,20 @@ def edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[
             edit(lambda config: config.pop("preprocess_cfg")),
             "FOLDER/open_clip_config.json: no preprocess_cfg; expected",
         ),
-        (edit(lambda config: config["model_cfg"].update(embed_dim=64)), "FOLDER: open_clip cannot build this model: "),
+        (
+            edit(lambda config: config["model_cfg"].update(embed_dim=64)),
+            "FOLDER/open_clip_model.safetensors: these weights do not fit FOLDER: 2 of another shape: text_projection "
+            "[64, 128] for [64, 64], visual.head.proj.weight [128, 256] for [64, 256]. Most likely they are another ",
+        ),
         (edit(lambda config: config["model_cfg"].update(vision=3)), "FOLDER: open_clip cannot build this model: "),
         (
             lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100]),
-            "FOLDER: open_clip cannot build this model: ",
+            "FOLDER/open_clip_model.safetensors: not a file of weights, or damaged: ",
         ),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "FOLDER: open_clip cannot build this model: "),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes(b""),
+            "FOLDER/open_clip_model.safetensors: not a file of weights, or damaged: ",
+        ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "FOLDER: "),
         (edit(lambda config: config["preprocess_cfg"].update(sise=3)), "FOLDER: "),
     ],

@@ -30,7 +30,7 @@ from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.feed import Fed, feed
 from toolchain.losses import MAX_LOGIT_SCALE
 from toolchain.masking import check_can_mask, kept_patches, masked_image_features, num_patches
-from toolchain.models import ClipModel, encode_text, is_transformer, save_model
+from toolchain.models import ClipModel, is_vision_transformer, save_model
 from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
@@ -223,6 +223,7 @@ class _Trained(nn.Module):
     def __init__(self, student: ClipModel, teacher: ClipModel | None, spec: DistillSpec, processes: Processes) -> None:
         super().__init__()
         self.net = student.net
+        self._student = student
         weights = spec.loss_weights.model_dump()
         teacher_width = teacher.embed_dim if teacher else student.embed_dim
         self.heads = DistillationHeads(
@@ -257,7 +258,7 @@ class _Trained(nn.Module):
             masked_image_features(net.visual, pixel_values, kept_bK) if dropped else net.encode_image(pixel_values)
         )
         masked_bD = masked_image_features(net.visual, pixel_values, shown_bK) if shown_bK is not None else None
-        features = self.heads(image_bD, encode_text(net, input_ids_bT), teacher, masked_bD)
+        features = self.heads(image_bD, self._student.encode_text(input_ids_bT), teacher, masked_bD)
         scales = {"logit_scale": net.logit_scale.exp()}
         if self.heads.log_cross_logit_scale is not None:
             scales["cross_logit_scale"] = self.heads.cross_logit_scale
@@ -302,7 +303,7 @@ def _optimizer(trained: _Trained, spec: DistillSpec) -> torch.optim.AdamW:
         {"params": [p for p in heads if p.ndim >= 2], "weight_decay": _HEADS_WEIGHT_DECAY},
         {"params": [p for p in heads if p.ndim < 2], "weight_decay": vectors_decay},
     ]
-    transformer = is_transformer(trained.net.visual)  # type: ignore[arg-type]
+    transformer = is_vision_transformer(trained.net.visual)  # type: ignore[arg-type]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=spec.lr,

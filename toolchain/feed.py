@@ -76,7 +76,7 @@ class _Steps(Dataset[Fed]):
         teacher_pixels = teacher_ids_bT = None
         if self.teacher:
             teacher_pixels = batch.pixels[self.teacher[0]]
-            teacher_ids_bT = ids_bT if self.teacher[1] is tokenize else self.teacher[1](batch.captions_B)
+            teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
         pixels, captions_b, sample_b = batch.pixels[geometry], batch.captions_B, batch.sample_B
         return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, batch.view)
 
@@ -87,9 +87,9 @@ def feed(
     """A process's rows of the batches of some steps, for a student and, where it runs live, a teacher."""
     taught = None
     if teacher is not None:
-        tokenize = student.tokenize if teacher.tokenizes_like(student) else teacher.tokenize
+        tokenize = student.ids_of if teacher.tokenizes_like(student) else teacher.ids_of
         taught = teacher.geometry, tokenize
-    dataset = _Steps(data, rows, (student.geometry, student.tokenize), taught)
+    dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught)
     return iter(
         DataLoader(
             dataset,

@@ -54,7 +54,7 @@ def quantize_student(
             batch = data.batch(step, slice(None), geometries)
             with torch.no_grad():
                 image_BE = live.image_features(batch.pixels[guide.geometry])
-                text_BE = live.text_features(guide.tokenize(batch.captions_B))
+                text_BE = live.text_features(guide.ids_of(batch.captions_B))
             yield (
                 student.normalise(batch.pixels[student.geometry]),
                 student.tokenize(batch.captions_B),

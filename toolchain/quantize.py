@@ -33,7 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from toolchain.errors import ArtifactError, MissingDependency
-from toolchain.models import WEIGHTS, ClipModel
+from toolchain.models import ClipModel
+from toolchain.sources import WEIGHTS
 
 CONFIG, QUANTIZERS = "nncf.json", "nncf.safetensors"
 
@@ -204,7 +205,7 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
             quantized.load_state_dict(state)
             towers.append(quantized.eval())
     except (RuntimeError, KeyError, ValueError) as error:  # state of another architecture, or JSON of another version
-        raise ArtifactError(f"{folder}: does not fit the model in {source.folder}: {error}") from error
+        raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
     return towers[0], towers[1]
 
 

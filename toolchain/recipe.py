@@ -12,8 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import UsageError
-
-SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+from toolchain.sources import SHIPPED, anchored
 
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(ge=2)]  # a contrastive loss of one pair is 0
@@ -23,7 +22,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class GlyphsSpec(_Section):
@@ -54,7 +55,7 @@ DataSpec = GlyphsSpec | WebdatasetSpec
 
 
 class ModelSpec(_Section):
-    """An open_clip model: `model` says the architecture, and with nothing else its weights too.
+    """An open_clip model: `model` says the architecture, the rest its changes and its weights.
 
     `model` is a folder that ships with clipkd (glyphs_teacher, vit_t_16, ...), a path (an open_clip local-dir, or a run
     of clipkd's, whose student it then is), `hf-hub:ORG/NAME`, or the name of an architecture of open_clip's (ViT-B-16).
@@ -71,8 +72,16 @@ class ModelSpec(_Section):
     model_cfg: dict[str, Any] = {}
     """Changes to the architecture, as in {vision_cfg: {width: 64}}, merged into open_clip's configuration."""
 
+    preprocess_cfg: dict[str, Any] = {}
+    """Changes to the preprocessing, as in {mean: [0.5, 0.5, 0.5]}: a checkpoint file does not say its own."""
+
     init: Literal["weights", "random"] | None = None
     """Whether to start from the model's weights.  Absent: a teacher does, a student only from those it names."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the model starts from the seed and not from weights."""
+        return self.init == "random" or (self.init is None and self.pretrained is None and self.checkpoint is None)
 
     @model_validator(mode="after")
     def _one_source_of_weights(self) -> "ModelSpec":
@@ -89,12 +98,19 @@ class TeacherSpec(ModelSpec):
     recipe: str | None = None
     """In place of `model`: a recipe without a teacher, trained first; its student is this run's teacher."""
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the teacher's weights are drawn from the seed, as only a test of the machinery would want."""
+        return self.init == "random"
+
     @model_validator(mode="after")
     def _model_or_recipe(self) -> "TeacherSpec":
         if bool(self.model) == bool(self.recipe):
             raise ValueError("give either model or recipe")
-        if self.recipe and (self.pretrained or self.checkpoint or self.model_cfg or self.init):
-            raise ValueError("a teacher that a recipe trains takes no pretrained, checkpoint, model_cfg or init")
+        if self.recipe and (self.pretrained or self.checkpoint or self.model_cfg or self.preprocess_cfg or self.init):
+            raise ValueError(
+                "a teacher that a recipe trains takes no pretrained, checkpoint, model_cfg, preprocess_cfg or init"
+            )
         return self
 
 
@@ -266,27 +282,28 @@ class Recipe(_Section):
         return self
 
 
-def recipe_path(name: str) -> Path:
-    """A recipe by the name of one that ships, or by path.
+def recipe_path(name: str, folder: Path = Path()) -> Path:
+    """A recipe by the name of one that ships, or by path, relative to `folder`.
 
     Raises:
         UsageError: there is no such recipe.
     """
-    shipped = SHIPPED / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    path = Path(name)
+    names = shipped_recipes()
+    if name in names:
+        return SHIPPED / f"{name}.yaml"
+    path = folder / name
     if path.is_file():
         return path
-    names = shipped_recipes()
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {near[0]}?" if near else "clipkd recipes lists those that ship"
+    last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
+    near = last_parts.get(name) or next(iter(difflib.get_close_matches(name, [*names, *last_parts], 1)), None)
+    hint = f"did you mean {last_parts.get(near, near)}?" if near else "clipkd recipes lists those that ship"
     raise UsageError(f"{name}: no recipe of this name ships and no such file exists; {hint}")
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes installed with clipkd."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Names of the recipes installed with clipkd, those in a folder with its name: paper/vit_t_16."""
+    paths = [path.relative_to(SHIPPED) for path in (*SHIPPED.glob("*.yaml"), *SHIPPED.glob("*/*.yaml"))]
+    return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -310,24 +327,42 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except ValidationError as error:
         problems = [_sentence(problem) for problem in error.errors()]
         raise UsageError("\n".join([f"{path}: {len(problems)} problem(s)", *problems])) from None
-    models = {name: _anchored(spec, path.parent) for name in ("teacher", "student") if (spec := getattr(recipe, name))}
-    return recipe.model_copy(update=models)
+    changes: dict[str, Any] = {"student": anchored(recipe.student, path.parent, "student")}
+    if recipe.teacher is not None and recipe.teacher.recipe is not None:
+        changes["teacher"] = _anchored_recipe(recipe.teacher, path.parent)
+    elif recipe.teacher is not None:
+        changes["teacher"] = anchored(recipe.teacher, path.parent, "teacher")
+    return recipe.model_copy(update=changes)
 
 
-def model_folder(spec: ModelSpec) -> Path:
-    """Where a loaded recipe's model lies."""
-    return SHIPPED / spec.model  # an absolute path replaces the folder on its left
+def teacher_recipe(spec: TeacherSpec) -> Recipe:
+    """The recipe that trains a loaded recipe's teacher."""
+    assert spec.recipe is not None
+    return load_recipe(recipe_path(spec.recipe))
 
 
-def _anchored(spec: ModelSpec, recipe_folder: Path) -> ModelSpec:
-    """The same model by a name that ships or by an absolute path, so that a resolved recipe means the same anywhere."""
-    shipped = sorted(path.parent.name for path in SHIPPED.glob("*/open_clip_config.json"))
-    if spec.model in shipped:
-        return spec
-    folder = (recipe_folder / spec.model).resolve()
-    if folder.is_dir():
-        return ModelSpec(model=str(folder))
-    raise UsageError(f"model '{spec.model}': not one that ships ({', '.join(shipped)}) and no folder at {folder}")
+def _anchored_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
+    """The same recipe by a name that ships or by an absolute path, once it is known to be one that trains a teacher.
+
+    Raises:
+        UsageError: there is no such recipe, it is wrong, or it has a teacher itself.
+    """
+    assert spec.recipe is not None
+    try:
+        path = recipe_path(spec.recipe, recipe_folder).resolve()
+    except UsageError as error:
+        raise UsageError(f"teacher.recipe {error}") from None
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raw = None  # load_recipe says it better
+    if isinstance(raw, dict) and raw.get("teacher") is not None:  # before loading: it may name itself
+        raise UsageError(
+            f"teacher.recipe {spec.recipe}: this recipe has a teacher itself; expected plain contrastive training. "
+            f"To distil from its student, run it and write teacher: {{model: runs/NAME}}"
+        )
+    load_recipe(path)
+    return spec if spec.recipe in shipped_recipes() else spec.model_copy(update={"recipe": str(path)})
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

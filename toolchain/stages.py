@@ -150,6 +150,11 @@ def folder_fingerprint(folder: Path) -> str:
     return _digest(_hashes(folder))
 
 
+def file_fingerprint(file: Path) -> str:
+    """A hash of a file that no stage made: a checkpoint, say."""
+    return _sha256(file)
+
+
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
     """Hold a run directory: two commands at once would redo each other's stages.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from toolchain.data import TrainingData
 from toolchain.feed import Fed
-from toolchain.models import ClipModel, encode_text
+from toolchain.models import ClipModel
 from toolchain.objectives import TeacherBatch
 from toolchain.recipe import Precision
 
@@ -51,7 +51,7 @@ class LiveTeacher:
 
     def text_features(self, input_ids_BT: Tensor) -> Tensor:
         """[B, E] float32, unit rows."""
-        return nn.functional.normalize(encode_text(self.model.net, input_ids_BT).float(), dim=-1)
+        return nn.functional.normalize(self.model.encode_text(input_ids_BT).float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -112,5 +112,5 @@ def store_teacher_features(live: LiveTeacher, data: TrainingData, num_views: int
             progress("teacher features", done, num_views * data.num_samples)
     texts = list(captions)
     chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
-    text_CE = torch.cat([live.text_features(live.model.tokenize(chunk).to(device)).cpu() for chunk in chunks])
+    text_CE = torch.cat([live.text_features(live.model.ids_of(chunk).to(device)).cpu() for chunk in chunks])
     return StoredTeacher(image_VNE, text_CE, captions, live.logit_scale)

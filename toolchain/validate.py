@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from toolchain.evaluate import ranks, wilson
-from toolchain.models import ClipModel, encode_text
+from toolchain.models import ClipModel
 from toolchain.processes import Processes
 
 _CHUNK = 256  # samples per forward
@@ -34,9 +34,7 @@ def headline_accuracy(
         prompts = [[template.format(names[index]) for index in mine] for template in templates]
         with torch.inference_mode():
             image_KD = _encoded(model.net.encode_image, torch.stack(pixels), processes)
-            text_PKD = torch.stack(
-                [_encoded(lambda ids: encode_text(model.net, ids), model.tokenize(row), processes) for row in prompts]
-            )
+            text_PKD = torch.stack([_encoded(model.encode_text, model.ids_of(row), processes) for row in prompts])
         class_KD = nn.functional.normalize(text_PKD.mean(0), dim=-1)
         gathered = processes.gather_rows(torch.cat([image_KD, class_KD], dim=1), len(names))
         features_KD, classes_KD = gathered.chunk(2, dim=1)
