@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from golden import ATOL, CASES, RAW_SCALE, RTOL, Golden, golden_values
 from torch import Tensor
 
@@ -135,6 +136,12 @@ def test_the_papers_weights_in_our_units() -> None:
     assert at_512["cross_kd"] == 0
     assert {at_512[name] for name in ("task", "crd", "icl", "afd")} == {1.0}
     assert paper_weight("gd", width=768) * 768 == pytest.approx(at_512["gd"] * 512, rel=SAME_NUMBERS_RTOL)
+
+
+def test_the_method_tells_every_objectives_weight() -> None:
+    rows = [line.split("|") for line in (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8").splitlines()]
+    told = [(row[2].strip(" `"), row[4].split()[-1]) for row in rows if len(row) == 8]
+    assert told[2:] == [(name, f"{paper_weight(name):.3g}") for name in OBJECTIVES]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
