@@ -78,3 +78,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student_folder(tmp_path: Path) -> Path:
     """A copy of the glyphs student's configuration and tokenizer, to be changed at will."""
     return Path(shutil.copytree(STUDENT, tmp_path / "student_config"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors too small for a second thread to pay, least of all on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from golden import ATOL, CASES, INTENDED_SCALE, RAW_SCALE, RTOL, Golden
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolchain.losses import (
     MAX_LOGIT_SCALE,
@@ -20,6 +21,8 @@ from toolchain.losses import (
     gd_loss,
     icl_loss,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOOP_RTOL = 1e-12  # the same float64 numbers, added one by one
 FLOAT32_RTOL = 1e-5  # float32 has 6e-8; logits of about 20 and sums over 32 terms lose two digits
@@ -121,11 +124,24 @@ def fd(features: list[Tensor]) -> Tensor:
     return fd_loss(*features)
 
 
+def gd(features: list[Tensor]) -> Tensor:
+    return gd_loss(features[0], features[1], STUDENT_SCALE, features[2], features[3], TEACHER_SCALE)
+
+
 def icl(features: list[Tensor]) -> Tensor:
     return icl_loss(*features, CROSS_SCALE)
 
 
-ON_FEATURES = pytest.mark.parametrize("loss", [task, crd, fd, icl])
+def afd(features: list[Tensor]) -> Tensor:
+    return afd_loss(features[0], features[1], CROSS_SCALE)
+
+
+def cross_kd(features: list[Tensor]) -> Tensor:
+    return cross_kd_loss(*features, CROSS_SCALE, TEACHER_SCALE)
+
+
+ON_FEATURES = pytest.mark.parametrize("loss", [task, crd, fd, gd, icl, afd, cross_kd])
+OF_THE_TEACHER = pytest.mark.parametrize("loss", [crd, fd, gd, icl, cross_kd])
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -142,13 +158,31 @@ def cross_entropy_by_definition(anchors: Tensor, candidates: Tensor, scale: floa
     return -math.fsum(row[i] for i, row in enumerate(rows)) / len(rows)
 
 
-def kl_by_definition(student: tuple[Tensor, Tensor, float], teacher: tuple[Tensor, Tensor, float]) -> float:
+Similarities = tuple[Tensor, Tensor, float]  # anchors, candidates, scale
+
+
+def kl_by_definition(student: Similarities, teacher: Similarities) -> float:
     total = 0.0
     for i in range(len(student[0])):
         log_q = log_softmax([student[2] * dot(student[0][i], candidate) for candidate in student[1]])
         log_p = log_softmax([teacher[2] * dot(teacher[0][i], candidate) for candidate in teacher[1]])
         total += math.fsum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
     return total / len(student[0])
+
+
+def gradients_by_definition(anchors: Tensor, candidates: Tensor, scale: float) -> list[list[float]]:
+    """Rows of B dCE/danchors, then rows of B dCE/dcandidates, element by element."""
+    batch, width = anchors.shape
+    of_anchors = [[0.0] * width for _ in range(batch)]
+    of_candidates = [[0.0] * width for _ in range(batch)]
+    for i in range(batch):
+        log_p = log_softmax([scale * dot(anchors[i], candidate) for candidate in candidates])
+        for j in range(batch):
+            of_logit = math.exp(log_p[j]) - (i == j)  # B dCE/dlogit_ij
+            for d in range(width):
+                of_anchors[i][d] += scale * of_logit * candidates[j, d].item()
+                of_candidates[j][d] += scale * of_logit * anchors[i, d].item()
+    return of_anchors + of_candidates
 
 
 def by_definition(name: str, features: list[Tensor]) -> float:
@@ -162,9 +196,20 @@ def by_definition(name: str, features: list[Tensor]) -> float:
             return (forth + kl_by_definition((w, u, STUDENT_SCALE), (t, v, TEACHER_SCALE))) / 2
         case "fd":
             return math.fsum(2 - 2 * dot(a, b) for a, b in [*zip(u, v, strict=True), *zip(w, t, strict=True)]) / len(u)
+        case "gd":
+            student = gradients_by_definition(u, w, STUDENT_SCALE) + gradients_by_definition(w, u, STUDENT_SCALE)
+            teacher = gradients_by_definition(v, t, TEACHER_SCALE) + gradients_by_definition(t, v, TEACHER_SCALE)
+            rows = zip(student, teacher, strict=True)
+            return math.fsum(math.dist(ours, theirs) ** 2 for ours, theirs in rows) / len(u)
         case "icl":
             forth = cross_entropy_by_definition(u, t, CROSS_SCALE)
             return (forth + cross_entropy_by_definition(w, v, CROSS_SCALE)) / 2
+        case "afd":
+            forth = cross_entropy_by_definition(u, w, CROSS_SCALE)
+            return (forth + cross_entropy_by_definition(w, u, CROSS_SCALE)) / 2
+        case "cross_kd":
+            forth = kl_by_definition((u, t, CROSS_SCALE), (v, t, TEACHER_SCALE))
+            return (forth + kl_by_definition((w, v, CROSS_SCALE), (t, v, TEACHER_SCALE))) / 2
     raise AssertionError(name)
 
 
@@ -185,7 +230,10 @@ def test_scales_have_the_gradient_of_finite_differences() -> None:
 
     def sum_of_losses(student: Tensor, teacher: Tensor, cross: Tensor) -> Tensor:
         total = clip_loss(features[0], features[1], student) + icl_loss(*features, cross)
-        return total + crd_loss(features[0], features[1], student, features[2], features[3], teacher)
+        total = total + afd_loss(features[0], features[1], cross) + cross_kd_loss(*features, cross, teacher)
+        for relational in (crd_loss, gd_loss):
+            total = total + relational(features[0], features[1], student, features[2], features[3], teacher)
+        return total
 
     scales = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (5.0, 7.0, 3.0)]
     assert torch.autograd.gradcheck(sum_of_losses, scales)
@@ -210,6 +258,98 @@ def test_crd_is_zero_iff_the_distributions_agree() -> None:
     assert crd_loss(u, w, STUDENT_SCALE, *wider, STUDENT_SCALE).item() == pytest.approx(0, abs=LOOP_RTOL)
 
 
+def test_cross_kd_is_zero_iff_the_distributions_agree() -> None:
+    u, w, v, t = made_features()
+    assert cross_kd_loss(v, t, v, t, TEACHER_SCALE, TEACHER_SCALE).item() == pytest.approx(0, abs=LOOP_RTOL)
+    assert cross_kd_loss(v, t, v, t, 2 * TEACHER_SCALE, TEACHER_SCALE).item() > 1e-3
+    assert cross_kd_loss(u, w, v, t, TEACHER_SCALE, TEACHER_SCALE).item() > 1e-3
+
+
+def test_cross_kd_of_a_silent_student_is_log_batch_less_the_teachers_entropy() -> None:
+    """0 where the teacher is silent too, log B where it is certain."""
+    _, _, v, t = made_features()
+    silent = torch.zeros_like(v)
+    assert cross_kd_loss(silent, silent, v, t, CROSS_SCALE, 0.0).item() == pytest.approx(0, abs=LOOP_RTOL)
+    certain = torch.eye(6, dtype=torch.float64)
+    found = cross_kd_loss(0 * certain, 0 * certain, certain, certain, CROSS_SCALE, MAX_LOGIT_SCALE)
+    assert found.item() == pytest.approx(math.log(6), abs=LOOP_RTOL)
+
+
+def test_cross_kd_is_crd_where_a_models_candidates_are_its_own() -> None:
+    _, _, v, t = made_features()
+    crossed = cross_kd_loss(v, t, v, t, CROSS_SCALE, TEACHER_SCALE)
+    assert crossed.item() == pytest.approx(crd_loss(v, t, CROSS_SCALE, v, t, TEACHER_SCALE).item(), rel=LOOP_RTOL)
+
+
+def test_gd_compares_what_autograd_says_of_the_task_loss() -> None:
+    """Each direction's loss differentiated by autograd: the closed form is nowhere on this side."""
+    u, w, v, t = made_features()
+
+    def gradients(image: Tensor, text: Tensor, scale: float) -> list[Tensor]:
+        leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+        logits, target = scale * leaves[0] @ leaves[1].T, torch.arange(len(image))
+        forth = torch.autograd.grad(F.cross_entropy(logits, target), leaves, retain_graph=True)
+        return [*forth, *torch.autograd.grad(F.cross_entropy(logits.T, target), leaves)]
+
+    pairs = zip(gradients(u, w, STUDENT_SCALE), gradients(v, t, TEACHER_SCALE), strict=True)
+    means = [F.mse_loss(ours, theirs) for ours, theirs in pairs]
+    expected = len(u) ** 2 * u.shape[1] * sum(means).item()
+    assert gd([u, w, v, t]).item() == pytest.approx(expected, rel=LOOP_RTOL)
+
+
+def test_gd_is_zero_where_student_and_teacher_agree() -> None:
+    u, w, _, _ = made_features()
+    assert gd_loss(u, w, STUDENT_SCALE, u, w, STUDENT_SCALE).item() == 0
+    assert gd_loss(u, w, 2 * STUDENT_SCALE, u, w, STUDENT_SCALE).item() > 1e-3
+    assert gd_loss(w, u, STUDENT_SCALE, u, w, STUDENT_SCALE).item() > 1e-3
+
+
+def test_gd_of_a_student_with_nothing_left_to_learn_is_the_teachers_own_gradient() -> None:
+    """Certain and right, the student's gradient is 0; a silent teacher's is r (mean - own) in all four terms."""
+    batch, scale = 5, 3.0
+    e = torch.eye(batch, dtype=torch.float64)
+    found = gd_loss(e, e, 1e4, 0 * e, e, scale)  # the teacher's images are 0: its logits are too
+    of_texts = scale**2 * (1 - 1 / batch)  # |s (mean_j e_j - e_i)|^2, in the images' place of both directions
+    assert found.item() == pytest.approx(2 * of_texts, rel=LOOP_RTOL)
+
+
+def padded(features: list[Tensor]) -> list[Tensor]:
+    return [F.pad(x, (0, 11)) for x in features]
+
+
+def tiled(features: list[Tensor]) -> list[Tensor]:
+    return [x.repeat(3, 1) for x in features]
+
+
+@pytest.mark.parametrize("grown", [padded, tiled])
+@pytest.mark.parametrize("loss", [fd, gd])
+def test_the_weight_means_the_same_at_every_width_and_batch(loss, grown) -> None:
+    """Zeros appended to the features, or every sample shown three times, say nothing new and change no value."""
+    features = made_features()
+    assert loss(grown(features)).item() == pytest.approx(loss(features).item(), rel=LOOP_RTOL)
+
+
+def test_gd_is_linear_in_memory_beyond_the_similarities() -> None:
+    """No tensor larger than B x B or B x D, forward or backward: the reference's is B x B x D."""
+    batch, width = 24, 16
+    leaves = [x.requires_grad_() for x in made_features(batch, width)]
+    with LargestTensor() as seen:
+        gd(leaves).backward()
+    assert 0 < seen.numel <= max(batch * batch, batch * width)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
 def test_fd_is_0_at_equality_4_when_orthogonal_8_when_opposite() -> None:
     e = torch.eye(4, dtype=torch.float64)
     u, w = e[:2], e[1:3]
@@ -223,6 +363,7 @@ def test_uninformative_features_give_log_batch(batch: int) -> None:
     same = F.normalize(torch.ones(batch, 3, dtype=torch.float64), dim=1)
     assert clip_loss(same, same, 100.0).item() == pytest.approx(math.log(batch), abs=LOOP_RTOL)
     assert icl_loss(same, same, same, same, 100.0).item() == pytest.approx(math.log(batch), abs=LOOP_RTOL)
+    assert afd_loss(same, same, 100.0).item() == pytest.approx(math.log(batch), abs=LOOP_RTOL)
 
 
 @ON_FEATURES
@@ -262,7 +403,7 @@ def test_one_nan_makes_the_loss_nan(loss) -> None:
         assert math.isnan(loss(features).item()), f"NaN in input {which} was lost"
 
 
-@pytest.mark.parametrize("loss", [crd, fd, icl])
+@OF_THE_TEACHER
 def test_one_nan_of_the_teacher_makes_the_loss_nan(loss) -> None:
     for which in (2, 3):
         features = made_features()
@@ -300,5 +441,8 @@ def test_losses_at_the_largest_scale_are_finite_in_float32() -> None:
         clip_loss(u, -u, MAX_LOGIT_SCALE),
         crd_loss(u, -u, MAX_LOGIT_SCALE, u, u, MAX_LOGIT_SCALE),
         icl_loss(u, w, -u, -w, MAX_LOGIT_SCALE),
+        afd_loss(u, -u, MAX_LOGIT_SCALE),
+        cross_kd_loss(u, w, -u, -w, MAX_LOGIT_SCALE, MAX_LOGIT_SCALE),
+        gd_loss(u, -u, MAX_LOGIT_SCALE, u, u, MAX_LOGIT_SCALE),
     ]
     assert all(value.isfinite() for value in values)

@@ -42,7 +42,8 @@ def paper_weight(objective: str, *, width: int = 512) -> float:
 
     The recipes say 1 for `task`, `crd`, `icl` and `afd`, 2000 for `fd` and `mfd`, 1e8 for `gd` at a batch of 1024, and
     leave `cross_kd` out.  Their FD and GD are means over the width, GD also falls with the square of the batch; here
-    both are sums (see `fd_loss` and `gd_loss`), so that what is 3.9 and 0.186 at D = 512 is right at any batch.
+    both are sums (see `fd_loss` and `gd_loss`), so that what is 3.9 and 0.186 at D = 512 is right at any batch.  GD's
+    belongs to their inverted temperature (`reference_compat`): with the equation's, the term is far larger.
     """
     weights = dict.fromkeys(OBJECTIVES, 1.0) | {"cross_kd": 0.0}
     weights |= {"fd": 2000 / width, "mfd": 2000 / width, "gd": 1e8 / (1024**2 * width)}
