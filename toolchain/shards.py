@@ -88,7 +88,7 @@ class ShardBatches:
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
             raise UsageError(
-                f"data.shards: {self.num_samples:,} samples in {len(self.shards)} shard(s) are fewer than one batch of "
+                f"data.shards: {self.num_samples:,} sample(s) in {len(self.shards)} shard(s) are fewer than a batch of "
                 f"{self.batch_size:,}; {'; '.join(left_out(self.shards)) or 'nothing was left out'}. "
                 "Name more shards, or lower distill.batch_size"
             )
@@ -171,14 +171,16 @@ class ShardBatches:
 def left_out(shards: Sequence[Shard]) -> list[str]:
     """What the shards hold that training will not show, a sentence each."""
     said = [
-        f"{shard.path}: {shard.damage}; {shard.num_samples:,} samples before that are used"
+        f"{shard.path}: {shard.damage}; samples used before that: {shard.num_samples:,}"
         for shard in shards
         if shard.damage
     ]
-    for what in ("image", "caption"):
-        number = sum(getattr(shard, f"num_without_{what}") for shard in shards)
+    for what, number in (
+        ("image", sum(shard.num_without_image for shard in shards)),
+        ("caption", sum(shard.num_without_caption for shard in shards)),
+    ):
         if number:
-            said.append(f"{number:,} samples without {'an' if what == 'image' else 'a'} {what} left out")
+            said.append(f"samples left out for want of {what}s: {number:,}")
     return said
 
 
@@ -240,7 +242,8 @@ def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
         stat = path.stat()
         stamp = [_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns]
         kept = user_cache_folder() / "shards" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.npz"
-        with contextlib.suppress(Exception), np.load(kept) as saved:  # whatever is wrong with it, it is made again
+        # Whatever is wrong with a kept index, it is made again; numpy leaves a file open that is no archive.
+        with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
             if saved["stamp"].tolist() == stamp:
                 pair_N, (no_image, no_caption) = saved["pairs"], saved["left_out"].tolist()
                 shard = Shard(
