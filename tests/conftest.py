@@ -1,22 +1,33 @@
 """What several test modules share: a command line in this process, and a training run of a few dozen samples."""
 
+import io
+import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from toolchain.glyphs import TrainingSet
 
 REPOSITORY = Path(__file__).parents[1]
 STUDENT = REPOSITORY / "recipes" / "glyphs_student"
 
 NUM_CHARACTERS = 12
+
+_WORDS = (
+    "a the of in on with and old young small red blue wooden white portrait photo view person man woman child dog cat "
+    "street house river mountain sunset beach boat car table window flowers garden kitchen city night winter holding "
+    "standing sitting looking walking near behind background isolated vector illustration stock design pattern"
+)
 
 
 @dataclass(frozen=True)
@@ -89,3 +100,63 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def make_picture(width: int, height: int, seed: int, noise: float = 4.0) -> "Image.Image":
+    """Something like a photograph: random fields whose contrast falls with scale, and grain."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    coarse = np.full((128, 128, 3), random.uniform(80, 170, 3))
+    for octave in range(1, 8):
+        cells = 32 * 0.7**octave * random.standard_normal((2**octave, 2**octave, 3))
+        coarse += np.kron(cells, np.ones((128 >> octave, 128 >> octave, 1)))
+    smooth = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    grain_HW1 = noise * random.standard_normal((height, width, 1), np.float32)
+    return Image.fromarray((smooth + grain_HW1).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(picture: "Image.Image", **options: Any) -> bytes:
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", **{"quality": 92, **options})
+    return encoded.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """A tar archive of named contents, in this order, as often as they are named."""
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def make_shards(
+    folder: Path, num_shards: int, samples_per_shard: int, sizes: tuple[int, int] = (300, 512), seed: int = 0
+) -> list[Path]:
+    """Webdataset shards `00000.tar` and on, as img2dataset writes them: KEY.jpg, KEY.json and KEY.txt for each sample.
+
+    Width and height are drawn from `sizes`, captions are of 4 to 20 words; every sample differs from every other.
+    """
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for shard in range(num_shards):
+        members = []
+        for row in range(samples_per_shard):
+            random = np.random.default_rng([seed, shard, row])
+            width, height = random.integers(sizes[0], sizes[1], 2, endpoint=True).tolist()
+            key = f"{shard:05d}{row:04d}"
+            caption = " ".join(random.choice(_WORDS.split(), random.integers(4, 21)))
+            about = {"caption": caption, "url": f"https://example.org/{key}.jpg", "key": key, "status": "success"}
+            about |= {"error_message": None, "width": width, "height": height, "exif": "{}"}
+            members += [
+                (f"{key}.jpg", jpeg(make_picture(width, height, int(random.integers(1 << 32))))),
+                (f"{key}.json", json.dumps(about).encode()),
+                (f"{key}.txt", caption.encode()),
+            ]
+        paths.append(write_tar(folder / f"{shard:05d}.tar", members))
+    return paths

@@ -21,6 +21,7 @@ MAY_IMPORT = {"clipkd.py": {"export", "toolchain"}, "export": {"export", "toolch
 TORCH_FREE = [
     "toolchain.stages",
     "toolchain.recipe",
+    "toolchain.shard_files",
     "toolchain.errors",
     "toolchain.evaluate",
     "toolchain.report",

@@ -76,9 +76,14 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
+def user_cache_folder() -> Path:
+    """Where clipkd keeps, for this user, what it can make again."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "clipkd" / f"glyphs-{fingerprint()[:16]}"
+    return Path(root) / "clipkd"
+
+
+def cache_folder() -> Path:
+    return user_cache_folder() / f"glyphs-{fingerprint()[:16]}"
 
 
 @cache

@@ -1,0 +1,419 @@
+"""Image-text pairs from webdataset shards on local disks, every batch a pure function of (seed, step).
+
+A shard is a tar archive as img2dataset writes it: KEY.jpg (jpeg, png, webp) beside KEY.txt, or KEY.json with a
+"caption".  An index of each, made once from the tar headers and kept in the user's cache folder, says where its pairs
+lie; batches then read only what they show.  Nothing remembers a position, neither a generator nor an open file, so any
+process makes any batch: a resumed run continues exactly, and the number of workers and processes changes no pixel.
+
+The order of an epoch is random at the scale a disk likes: the shards are shuffled, then cut into windows of `WINDOW`
+shards, and the samples are shuffled within each window.  At img2dataset's 10,000 samples a shard that is a pool of
+80,000, some 2 to 4 GB, which the page cache of a training machine holds: each file is read from the disk once an epoch.
+
+    N samples   B batch   S shards   W windows   T tries   H image size
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+
+from toolchain.data import Batch, Geometry
+from toolchain.errors import ClipkdError, UsageError
+from toolchain.glyphs import user_cache_folder
+from toolchain.recipe import WebdatasetSpec
+from toolchain.shard_files import Member, expand, read_members
+from toolchain.views import uniforms
+
+WINDOW = 8
+"""Shards among which samples are shuffled; a batch reads from few more than these."""
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow has decoders that should not see strangers' files
+_ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
+_TRIES = 10
+_GAP = 2.0  # how much finer than asked for an image must stay where it is scaled cheaply first: > 45 dB (test_shards)
+
+# Columns of `uniforms`: what each random number of a sample in an epoch is for.
+_ORDER, _CROP, _CAPTION = 0, 1, 1 + 4 * _TRIES
+
+_INDEX_FORMAT = 1
+_INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
+_PAIR = np.dtype(
+    [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
+)
+
+
+class Shard(NamedTuple):
+    """What the index says of a shard as a whole."""
+
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+    num_samples: int
+    num_without_image: int
+    num_without_caption: int
+    damage: str
+    """Why reading its headers ended early; "" if it did not."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardBatches:
+    """Pairs of the shards by step.  A sample's number is its place among all pairs of all shards, as these are listed.
+
+    Raises:
+        UsageError: there are fewer samples than a batch has.
+    """
+
+    shards: tuple[Shard, ...]
+    seed: int
+    batch_size: int
+    crop_scale: tuple[float, float]
+    """Share of the picture's area that a crop keeps, from and to."""
+
+    num_views = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < self.batch_size:
+            raise UsageError(
+                f"data.shards: {self.num_samples:,} sample(s) in {len(self.shards)} shard(s) are fewer than a batch of "
+                f"{self.batch_size:,}; {'; '.join(left_out(self.shards)) or 'nothing was left out'}. "
+                "Name more shards, or lower distill.batch_size"
+            )
+
+    @classmethod
+    def open(
+        cls,
+        spec: WebdatasetSpec,
+        *,
+        seed: int,
+        batch_size: int,
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> "ShardBatches":
+        """The data that a recipe names; its shards are indexed first, which is slow once.
+
+        Raises:
+            UsageError: shards are missing or misnamed, or hold fewer samples than one batch.
+            ClipkdError: a shard cannot be read, or its index cannot be kept.
+        """
+        paths = expand(spec.shards)
+        shards: list[Shard] = []
+        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+            try:
+                for shard, _ in pool.map(_index, paths):
+                    shards.append(shard)
+                    progress("indexing shards", len(shards), len(paths))
+            finally:
+                pool.shutdown(cancel_futures=True)  # an error or an interrupt does not wait for those not begun
+        return cls(tuple(shards), seed, batch_size, spec.crop_scale)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only: what is left over in one epoch comes elsewhere in the next."""
+        return self.num_samples // self.batch_size
+
+    def samples_of(self, step: int) -> NDArray[np.int64]:
+        """[B] the samples of an optimizer step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return _in_order(self, epoch, index * self.batch_size, (index + 1) * self.batch_size)
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        """The rows of the batch of an optimizer step; nothing else is read.
+
+        Raises:
+            ClipkdError: a shard has changed or gone, or a picture or caption cannot be read.
+        """
+        return self.view_of(self.samples_of(step)[rows], step // self.steps_per_epoch, geometries)
+
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+        """One view of chosen samples; every geometry shows the same crop.
+
+        Raises:
+            ClipkdError: a shard has changed or gone, or a picture or caption cannot be read.
+        """
+        pixels = {g: np.empty((len(sample_B), 3, g.size, g.size), np.uint8) for g in geometries}
+        captions_B = [""] * len(sample_B)
+        random_BR = uniforms(self.seed, sample_B, view, _CAPTION + 1)
+        end_S = np.cumsum([shard.num_samples for shard in self.shards])
+        shard_B = np.searchsorted(end_S, sample_B, side="right")
+        for s in np.unique(shard_B).tolist():
+            shard = self.shards[s]
+            pair_N = _pairs(shard)
+            row_B = sample_B - (end_S[s] - shard.num_samples)
+            chosen_B = np.flatnonzero(shard_B == s)
+            with _opened(shard) as file:
+                for b in chosen_B[np.argsort(row_B[chosen_B])].tolist():  # as they lie on the disk
+                    views, captions_B[b] = _read_pair(
+                        shard, file, pair_N[row_B[b]], self.crop_scale, random_BR[b], geometries
+                    )
+                    for geometry, view_HH3 in zip(geometries, views, strict=True):
+                        pixels[geometry][b] = view_HH3.transpose(2, 0, 1)
+        tensors = {geometry: torch.from_numpy(pixels_B3HH) for geometry, pixels_B3HH in pixels.items()}
+        return Batch(tensors, captions_B, sample_B, view)
+
+
+def left_out(shards: Sequence[Shard]) -> list[str]:
+    """What the shards hold that training will not show, a sentence each."""
+    said = [
+        f"{shard.path}: {shard.damage}; samples used before that: {shard.num_samples:,}"
+        for shard in shards
+        if shard.damage
+    ]
+    for what, number in (
+        ("image", sum(shard.num_without_image for shard in shards)),
+        ("caption", sum(shard.num_without_caption for shard in shards)),
+    ):
+        if number:
+            said.append(f"samples left out for want of {what}s: {number:,}")
+    return said
+
+
+# The order
+
+
+def _in_order(data: ShardBatches, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+    """The samples at some places of an epoch's order."""
+    first_W = _first_of_windows(data, epoch)
+    window = int(np.searchsorted(first_W, start, side="right")) - 1
+    pieces = []
+    while start < stop:
+        pieces.append(_window(data, epoch, window)[start - first_W[window] : stop - first_W[window]])
+        start += len(pieces[-1])
+        window += 1
+    return np.concatenate(pieces)
+
+
+def _shard_order(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
+    shard_S = -1 - np.arange(len(data.shards))  # shards hash as no sample does
+    return np.argsort(uniforms(data.seed, shard_S, epoch, 1)[:, _ORDER], kind="stable")
+
+
+@lru_cache(maxsize=4)
+def _first_of_windows(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
+    """[W] places in an epoch's order at which its windows start."""
+    counts_S = np.array([data.shards[s].num_samples for s in _shard_order(data, epoch)])
+    return np.cumsum(np.concatenate([[0], counts_S]))[:-1:WINDOW]
+
+
+@lru_cache(maxsize=4)
+def _window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
+    """The samples of one window of an epoch, shuffled."""
+    end_S = np.cumsum([shard.num_samples for shard in data.shards])
+    chosen = _shard_order(data, epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
+    sample_N = np.concatenate([np.arange(end_S[s] - data.shards[s].num_samples, end_S[s]) for s in chosen])
+    return sample_N[np.argsort(uniforms(data.seed, sample_N, epoch, 1)[:, _ORDER], kind="stable")]
+
+
+# The index
+
+
+@lru_cache(maxsize=4 * WINDOW)
+def _pairs(shard: Shard) -> NDArray[np.void]:
+    """Where the pairs of a shard lie."""
+    now, pair_N = _index(shard.path)
+    if now != shard:
+        raise _changed(shard)
+    return pair_N
+
+
+def _changed(shard: Shard) -> ClipkdError:
+    return ClipkdError(f"{shard.path}: has changed since training began; samples are numbered anew. Start again")
+
+
+def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
+    """A shard and its pairs, from the user's cache folder, where they are put if they are not there."""
+    try:
+        stat = path.stat()
+        stamp = [_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns]
+        kept = user_cache_folder() / "shards" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.npz"
+        # Whatever is wrong with a kept index, it is made again; numpy leaves a file open that is no archive.
+        with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
+            if saved["stamp"].tolist() == stamp:
+                pair_N, (no_image, no_caption) = saved["pairs"], saved["left_out"].tolist()
+                shard = Shard(
+                    path, stat.st_size, stat.st_mtime_ns, len(pair_N), no_image, no_caption, str(saved["damage"])
+                )
+                return shard, pair_N
+        members, damage = read_members(path)
+    except OSError as error:
+        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
+    pair_N, no_image, no_caption = _paired(members)
+    _keep(kept, stamp=stamp, pairs=pair_N, left_out=[no_image, no_caption], damage=damage)
+    return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), no_image, no_caption, damage), pair_N
+
+
+def _keep(path: Path, **arrays: Any) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        partial.replace(path)  # several processes may index a shard: each writes the same
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ClipkdError(
+            f"{path.parent}: the index of the shards cannot be kept there: {error.strerror}. "
+            "Make room, or set XDG_CACHE_HOME to another folder"
+        ) from None
+
+
+def _paired(members: list[Member]) -> tuple[NDArray[np.void], int, int]:
+    """Pairs in the order of their first members, and how many samples lack an image or a caption.
+
+    A name up to the first dot of its last part is the sample's key, the rest its kind (webdataset's convention).  Of
+    files of the same name the first counts, of a .txt and a .json the .txt; an empty file counts as none.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members:
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, kind = base.partition(".")
+        if stem and kind:
+            samples.setdefault(folder + slash + stem, {}).setdefault(kind.lower(), member)
+    rows, without_image, without_caption = [], 0, 0
+    for kinds in samples.values():
+        image = next((kinds[kind] for kind in _IMAGES if kind in kinds), None)
+        caption = kinds.get("txt") or kinds.get("json")
+        if image is None or not 0 < image.size_bytes < 1 << 32:
+            without_image += 1
+        elif caption is None or not 0 < caption.size_bytes < 1 << 32:
+            without_caption += 1
+        else:
+            row = (image.offset, caption.offset, image.size_bytes, caption.size_bytes, "txt" not in kinds)
+            rows.append(row)
+    return np.array(rows, _PAIR), without_image, without_caption
+
+
+# Reading and cropping
+
+
+@contextlib.contextmanager
+def _opened(shard: Shard) -> Iterator[BinaryIO]:
+    try:
+        file = shard.path.open("rb")
+    except OSError as error:
+        raise ClipkdError(f"{shard.path}: cannot be read: {error.strerror}") from None
+    with file:
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
+            raise _changed(shard)
+        yield file
+
+
+def _read_pair(
+    shard: Shard,
+    file: BinaryIO,
+    pair: np.void,
+    crop_scale: tuple[float, float],
+    random_R: NDArray[np.float64],
+    geometries: Sequence[Geometry],
+) -> tuple[list[NDArray[np.uint8]], str]:
+    part = "image"
+    try:
+        views = (
+            _cropped(_read(file, pair, "image"), crop_scale, random_R[_CROP:_CAPTION], geometries) if geometries else []
+        )
+        part = "caption"
+        caption = _caption(_read(file, pair, "caption"), bool(pair["is_json"]), float(random_R[_CAPTION]))
+    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
+        offset = int(pair["image"])
+        name = next((member.name for member in read_members(shard.path)[0] if member.offset == offset), "?")
+        raise ClipkdError(
+            f"{shard.path}: the {part} of sample {name.rpartition('/')[2].partition('.')[0]} cannot be read: {error} "
+            f"({type(error).__name__}). Mend or remove the sample, or leave the shard out of data.shards"
+        ) from error
+    return views, caption
+
+
+def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:
+    file.seek(int(pair[part]))
+    return file.read(int(pair[f"{part}_bytes"]))
+
+
+def _caption(content: bytes, is_json: bool, random: float) -> str:
+    """A sample's caption, or of several a random one, stripped."""
+    said: Any = content.decode("utf-8-sig")
+    if is_json:
+        record = json.loads(said)
+        said = record.get("caption") if isinstance(record, dict) else None
+    texts = [said] if isinstance(said, str) else said
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('"caption" is neither text nor a list of texts')
+    captions: list[str] = [text.strip() for text in texts if text.strip()]
+    if not captions:
+        raise ValueError("it is blank")
+    return captions[int(random * len(captions))]
+
+
+def crop_box(
+    width: int, height: int, crop_scale: tuple[float, float], random_R: NDArray[np.float64]
+) -> tuple[int, int, int, int]:
+    """CLIP-KD's random crop (arXiv:2307.12732; torchvision's RandomResizedCrop): left, top, right, bottom in pixels.
+
+    The area is uniform in `crop_scale` of the picture's, the logarithm of the aspect ratio uniform between those of 3:4
+    and 4:3, the place uniform.  What does not fit is drawn again, at the tenth time replaced by the largest centred box
+    of a permitted ratio.  `random_R` are 4 uniform numbers for each try.
+    """
+    low, high = map(math.log, _ASPECT)
+    for area, ratio, x, y in random_R.reshape(_TRIES, 4).tolist():
+        target = width * height * (crop_scale[0] + (crop_scale[1] - crop_scale[0]) * area)
+        aspect = math.exp(low + (high - low) * ratio)
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * _ASPECT[1])), min(height, round(width / _ASPECT[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _cropped(
+    content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: Sequence[Geometry]
+) -> list[NDArray[np.uint8]]:
+    """[H, H, 3] the same crop of a picture for every geometry, decoded once."""
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these turn it by a quarter
+        box = crop_box(*size, crop_scale, random_R)
+        scale = 1
+        if orientation == 1:  # turned, a size that does not divide would put the box between pixels
+            room = min(box[2] - box[0], box[3] - box[1]) / (_GAP * max(geometry.size for geometry in geometries))
+            fitting = next((scale for scale in (8, 4, 2) if scale <= room), 1)
+            # Only a JPEG can: it then decodes a half, quarter or eighth of the size, in a fraction of the time.
+            if fitting > 1 and image.draft(None, (image.width // fitting, image.height // fitting)):
+                scale = fitting
+        upright = _rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
+        left, top, right, bottom = (edge / scale for edge in box)
+        scaled = (left, top, right, bottom)
+        return [
+            np.asarray(
+                upright.resize((size, size), Image.Resampling[interpolation.upper()], box=scaled, reducing_gap=_GAP)
+            )
+            for size, interpolation in geometries
+        ]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent on white, of 16 bits the upper 8."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
