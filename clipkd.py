@@ -204,7 +204,8 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from toolchain.recipe import SHIPPED, shipped_recipes
+    from toolchain.recipe import shipped_recipes
+    from toolchain.sources import SHIPPED
 
     described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
     headlines = {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}

@@ -122,7 +122,8 @@ def _resized(pixels_B3HH: Tensor, geometry: Geometry) -> Tensor:
     if pixels_B3HH.shape[-2:] == size:
         return pixels_B3HH
     mode = InterpolationMode(geometry.interpolation)
-    return tvf.resize(pixels_B3HH, list(size), mode, antialias=True)
+    resized: Tensor = tvf.resize(pixels_B3HH, list(size), mode, antialias=True)
+    return resized
 
 
 @lru_cache(maxsize=2)

@@ -29,7 +29,7 @@ from toolchain.data import TrainingData
 from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.feed import Fed, feed
 from toolchain.losses import MAX_LOGIT_SCALE
-from toolchain.masking import check_can_mask, kept_patches, masked_image_features, num_patches
+from toolchain.masking import kept_patches, masked_image_features, num_patches
 from toolchain.models import ClipModel, is_vision_transformer, save_model
 from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
 from toolchain.processes import ALONE, Processes
@@ -231,17 +231,15 @@ class _Trained(nn.Module):
         )
         # data-parallel training refuses parameters without a gradient
         reads_scale = any(weights[name] for name in (("task", "crd", "gd") if teacher else ("task",)))
-        self.net.logit_scale.requires_grad_(reads_scale)  # type: ignore[operator]
+        self.net.logit_scale.requires_grad_(reads_scale)
         if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
             bias.requires_grad_(False)  # of a sigmoid loss, which is not ours
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
-        if self._mask_ratio is not None:
-            check_can_mask(self.net.visual)  # type: ignore[arg-type]
         self.to(processes.device)
         if spec.compile:
-            self.net.visual.compile()  # type: ignore[operator]
+            self.net.visual.compile()  # type: ignore[union-attr]
 
     def forward(
         self,
@@ -253,11 +251,11 @@ class _Trained(nn.Module):
     ) -> tuple[StudentFeatures, dict[str, Tensor]]:
         """A process's rows of everything the objectives read, and the multipliers by name."""
         net: Any = self.net
-        dropped = kept_bK is not None
-        image_bD = (
-            masked_image_features(net.visual, pixel_values, kept_bK) if dropped else net.encode_image(pixel_values)
-        )
-        masked_bD = masked_image_features(net.visual, pixel_values, shown_bK) if shown_bK is not None else None
+        if kept_bK is None:
+            image_bD = net.encode_image(pixel_values)
+        else:
+            image_bD = masked_image_features(net.visual, pixel_values, kept_bK)
+        masked_bD = None if shown_bK is None else masked_image_features(net.visual, pixel_values, shown_bK)
         features = self.heads(image_bD, self._student.encode_text(input_ids_bT), teacher, masked_bD)
         scales = {"logit_scale": net.logit_scale.exp()}
         if self.heads.log_cross_logit_scale is not None:
@@ -429,7 +427,7 @@ class _Clock:
     def __call__(self, part: str) -> Iterator[None]:
         started = time.monotonic()
         if self._device.type == "cuda" and part != "data":
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events = _event(), _event()
             events[0].record()
             yield
             events[1].record()
@@ -447,6 +445,10 @@ class _Clock:
         return {"images_per_s": round(batch_size / seconds, 1)} | shares
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
 @contextmanager
 def _log(folder: Path, step: int, processes: Processes) -> Iterator[Any]:
     if not processes.leads:
@@ -460,7 +462,7 @@ def _log(folder: Path, step: int, processes: Processes) -> Iterator[Any]:
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Ask whether SIGTERM or SIGINT has come; a second one acts at once."""
     asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, _: FrameType | None) -> None:
         asked.append(number)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from toolchain.data import Geometry
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.masking import check_can_mask
 from toolchain.recipe import LossWeights, ModelSpec
 from toolchain.sources import CONFIG, HUB, WEIGHTS, model_folder, suggestion
 from toolchain.trimming import encode_tokens, is_trimmable, trim_tokens
@@ -374,9 +375,7 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
             "in which a bias cancels and is never trained. Write student.model_cfg: {init_logit_bias: null}"
         )
     if teacher is not None and weights.mfd > 0:
-        from toolchain.masking import check_can_mask  # type: ignore[import-not-found,unused-ignore]
-
-        check_can_mask(student.net.visual)
+        check_can_mask(student.net.visual)  # type: ignore[arg-type]
 
 
 def is_vision_transformer(visual: nn.Module) -> bool:

@@ -53,7 +53,7 @@ class Processes:
 
     def gather(self, rows_bD: Tensor) -> Tensor:
         """[B, D]: the rows of all processes in order of rank, with exact gradients (see the module)."""
-        return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)  # type: ignore[no-any-return]
+        return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)
 
     def gather_rows(self, rows_bD: Tensor, count: int) -> Tensor:
         """[count, D] without gradient: rows rank, rank + W, rank + 2 W, ... of every process, put in order."""

@@ -49,5 +49,5 @@ def headline_accuracy(
 
 def _encoded(encode: Any, inputs: Tensor, processes: Processes) -> Tensor:
     """Unit features [K, D], float32, on the process's device."""
-    chunks = [encode(chunk.to(processes.device)).float() for chunk in inputs.split(_CHUNK)]
+    chunks = [encode(chunk.to(processes.device)).float() for chunk in torch.split(inputs, _CHUNK)]
     return nn.functional.normalize(torch.cat(chunks), dim=-1)
