@@ -341,7 +341,7 @@ def _train_one(
 
     spec = recipe.distill
     if teacher is None:  # nothing it reads depends on the weights of losses it does not have
-        alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_fields, 0.0) | {"task": 1.0})
+        alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_dump(), 0.0) | {"task": 1.0})
         changes = {"loss_weights": alone, "stored_teacher_features": False, "teacher_precision": "fp32"}
         spec = spec.model_copy(update=changes | {"reference_compat": False})
 

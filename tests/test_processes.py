@@ -23,6 +23,7 @@ from toolchain.feed import Fed
 from toolchain.objectives import OBJECTIVES, DistillationHeads, TeacherBatch, gathered, loss_terms, paper_weight
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, LossWeights
+from toolchain.trimming import encode_tokens, trim_tokens
 
 BATCH, STUDENT_WIDTH, TOKENS, STEP, SEED = 8, 16, 10, 5, 3
 MAX_GRADIENT_ERROR = 1e-9  # of the norm of all gradients: float64, summed in another order
@@ -80,7 +81,12 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         steps=9, batch_size=BATCH, lr=1, warmup=0, mask_ratio=0.5,
         loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | weights),
     )  # fmt: skip
-    student = SimpleNamespace(net=net, embed_dim=STUDENT_WIDTH, normalise=lambda pixels: pixels.double() / 127.5 - 1)
+    student = SimpleNamespace(
+        net=net,
+        embed_dim=STUDENT_WIDTH,
+        normalise=lambda pixels: pixels.double() / 127.5 - 1,
+        encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
+    )
     trained = _Trained(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
     with torch.no_grad():
         net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
