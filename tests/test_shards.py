@@ -602,7 +602,7 @@ def test_decoding_at_reduced_scale_is_close_to_the_plain_path(monkeypatch: pytes
 
     monkeypatch.setattr(JpegImageFile, "draft", counted)
     for name, picture in photographs():
-        for subsampling, size, sample in itertools.product((0, 2), (31, 60, 100, 224, 336), range(2)):
+        for subsampling, size, sample in itertools.product((0, 2), (48, 60, 100, 224, 336), range(2)):
             content, geometry = jpeg(picture, subsampling=subsampling), Geometry(size, "bicubic")
             (view,) = cropped(content, geometry, crop_scale=(0.9, 1.0), sample=sample)
             expected = plain(Image.open(io.BytesIO(content)), geometry, (0.9, 1.0), sample)
@@ -611,11 +611,13 @@ def test_decoding_at_reduced_scale_is_close_to_the_plain_path(monkeypatch: pytes
     assert set(drafts) == {2, 4, 8}
 
 
-def test_the_smallest_geometry_beside_the_largest_is_close_too() -> None:
-    content = jpeg(dict(photographs())["2047x2398"])
-    geometries = [Geometry(224, "bicubic"), Geometry(32, "bicubic")]
-    for view, geometry in zip(cropped(content, *geometries), geometries, strict=True):
-        assert psnr_db(view, plain(Image.open(io.BytesIO(content)), geometry, (0.5, 0.9), 0)) >= MIN_PSNR_DB
+def test_no_geometry_changes_what_another_shows() -> None:
+    """Though one is decoded at a quarter of the size and the other not: baselines are trained without the teacher's."""
+    content = jpeg(make_picture(1100, 900, seed=7))
+    geometries = [Geometry(size, "bicubic") for size in (336, 96, 224)]
+    together = cropped(content, *geometries, crop_scale=(0.9, 1.0))
+    for geometry, view in zip(geometries, together, strict=True):
+        assert np.array_equal(view, cropped(content, geometry, crop_scale=(0.9, 1.0))[0])
 
 
 # Pictures of every mode
