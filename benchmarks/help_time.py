@@ -7,13 +7,12 @@ does not hold.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
+
+from claims import claim, finish
 
 MAX_RATIO = 2.5
 
@@ -24,7 +23,7 @@ def seconds(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
@@ -42,19 +41,8 @@ def main() -> int:
     for name, median in medians.items():
         print(f"{name:<28} median {1000 * median:.0f} ms of {rounds}")
     ratio = medians["clipkd --help"] / medians["import typer, rich.table"]
-    claim = {
-        "claim": "clipkd --help over the bare imports, median",
-        "value": round(ratio, 3),
-        "unit": "ratio",
-        "bound": f"<= {MAX_RATIO}",
-        "holds": ratio <= MAX_RATIO,
-    }
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    machine = {"system": platform.platform(), "cores": os.cpu_count()}
-    commit = described.stdout.strip() or None
-    print(json.dumps({"benchmark": "help_time", "commit": commit, "machine": machine, "claims": [claim]}))
-    return 0 if claim["holds"] else 5
+    finish("help_time", [claim("clipkd --help over the bare imports, median", ratio, "ratio", "<=", MAX_RATIO)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,17 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from claims import claim, finish
+
 MIN_GAIN = 0.05  # of top-1 on stix, distilled over baseline
 MAX_INT8_DROP = 0.01  # of top-1 on stix, int8 below the same student's fp32
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart_gain"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     claims: list[dict[str, Any]] = []
-    machine, revision = {}, None
     print("| seed | baseline top-1 | distilled top-1 | gain | teacher | int8 | baseline train | distilled train |")
     print("|---|---|---|---|---|---|---|---|")
     for seed in arguments.seeds:
@@ -43,8 +44,6 @@ def main() -> int:
         ]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows = {(row["role"], row["precision"]): row for row in json.loads(finished.stdout)["rows"]}
-        manifest = json.loads((out / "student" / "manifest.json").read_text(encoding="utf-8"))
-        machine, revision = manifest["machine"], manifest["revision"]
         baseline, student = rows["baseline", "fp32"], rows["student", "fp32"]
         teacher, int8 = rows["teacher", "fp32"], rows["student", "int8"]
         gain = student["top1"] - baseline["top1"]
@@ -56,30 +55,16 @@ def main() -> int:
             f"| {100 * int8['top1']:.1f} % | {baseline['train_s']:.0f} s | {student['train_s']:.0f} s |"
         )
         claims += [
-            _claim(
-                f"seed {seed}: distilled beats baseline on stix",
-                gain,
-                "top-1 fraction",
-                f">= {MIN_GAIN}",
-                gain >= MIN_GAIN,
-            ),
-            _claim(f"seed {seed}: space between the 95 % intervals", apart, "top-1 fraction", "> 0", apart > 0),
-            _claim(
-                f"seed {seed}: int8 below fp32", drop, "top-1 fraction", f"<= {MAX_INT8_DROP}", drop <= MAX_INT8_DROP
-            ),
+            claim(f"seed {seed}: distilled beats baseline on stix", gain, "top-1 fraction", ">=", MIN_GAIN),
+            claim(f"seed {seed}: space between the 95 % intervals", apart, "top-1 fraction", ">", 0),
+            claim(f"seed {seed}: int8 below fp32", drop, "top-1 fraction", "<=", MAX_INT8_DROP),
         ]
-    result = {"benchmark": "quickstart_gain", "commit": revision, "machine": machine, "claims": claims}
-    print(json.dumps(result))
-    return 0 if all(claim["holds"] for claim in claims) else 5
+    finish("quickstart_gain", claims)
 
 
 def _interval(row: dict[str, Any]) -> str:
     return f"{100 * row['top1']:.1f} % [{100 * row['top1_low']:.1f}, {100 * row['top1_high']:.1f}]"
 
 
-def _claim(claim: str, value: float, unit: str, bound: str, holds: bool) -> dict[str, Any]:
-    return {"claim": claim, "value": round(value, 5), "unit": unit, "bound": bound, "holds": holds}
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

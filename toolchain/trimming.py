@@ -17,6 +17,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+_TOKENS_OF_A_PASS = 32  # what running one more group costs a text tower on a CPU, in tokens (benchmarks/train_step.py)
 _MAX_ERROR = 1e-6  # of unit features in float32: products of other shapes are summed in another order
 
 
@@ -59,10 +60,38 @@ def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
     """[B, D] text features of captions in as many tokens as are given, every caption's end token among them.
 
     What open_clip's encode_text computes at full length, but that only the end tokens' features are normalised and
-    projected.
+    projected.  On a CPU, captions of like length run together, so that one long caption does not make all of them long;
+    a GPU is better served by one large batch, and would have to be waited for to know the lengths.
     """
     tower = _text_tower(net)
     assert tower is not None
+    if input_ids_BL.device.type != "cpu":
+        return _encode(tower, input_ids_BL)
+    length_B = _end_positions(tower, input_ids_BL) + 1
+    order_B = length_B.argsort(stable=True)
+    groups = groups_of_like_length(length_B[order_B].tolist())
+    if len(groups) == 1:
+        return _encode(tower, input_ids_BL[:, : int(length_B.max())])
+    rows = [(order_B[start:end], int(length_B[order_B[end - 1]])) for start, end in groups]
+    encoded_BD = torch.cat([_encode(tower, input_ids_BL[members, :length]) for members, length in rows])
+    return encoded_BD[order_B.argsort()]
+
+
+def groups_of_like_length(ascending: list[int]) -> list[tuple[int, int]]:
+    """Where to cut captions, in order of length, into groups [start, end) that each run at their longest's length.
+
+    A cut is made where it saves the most tokens, and where that is more than what another pass costs.
+    """
+    count, longest = len(ascending), ascending[-1]
+    saved = [cut * (longest - ascending[cut - 1]) for cut in range(1, count)]
+    if not saved or max(saved) <= _TOKENS_OF_A_PASS:
+        return [(0, count)]
+    cut = saved.index(max(saved)) + 1
+    behind = groups_of_like_length(ascending[cut:])
+    return groups_of_like_length(ascending[:cut]) + [(cut + start, cut + end) for start, end in behind]
+
+
+def _encode(tower: "_TextTower", input_ids_BL: Tensor) -> Tensor:
     parts, length = tower.parts, input_ids_BL.shape[1]
     dtype = parts.transformer.get_cast_dtype()
     x_BLD = parts.token_embedding(input_ids_BL).to(dtype) + parts.positional_embedding[:length].to(dtype)

@@ -1,0 +1,30 @@
+"""What a benchmark says at the end: its claims, against bounds, as one JSON document and an exit code."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from typing import Any, NoReturn
+
+from toolchain.stages import machine
+
+
+def claim(what: str, value: float, unit: str, relation: str, bound: float) -> dict[str, Any]:
+    """One claim; `relation` is >=, <= or >, and NaN holds nothing."""
+    holds = {">=": value >= bound, "<=": value <= bound, ">": value > bound}[relation]
+    return {"claim": what, "value": round(value, 5), "unit": unit, "bound": f"{relation} {bound:g}", "holds": holds}
+
+
+def finish(benchmark: str, claims: list[dict[str, Any]], **more: Any) -> NoReturn:
+    """Print the document as the last line of stdout, and exit with 5 if a claim does not hold."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    document = {
+        "benchmark": benchmark,
+        "commit": described.stdout.strip() or None,
+        "machine": machine() | {"kernel": platform.release(), "usable_cores": len(os.sched_getaffinity(0))},
+        **more,
+        "claims": claims,
+    }
+    print(json.dumps(document))
+    sys.exit(0 if all(item["holds"] for item in claims) else 5)
