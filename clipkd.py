@@ -355,13 +355,17 @@ def _train_one(
         student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
         frozen = load_model(teacher.path) if teacher else None
         check_pair(student, frozen, spec.loss_weights)
-        data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
+        processes = join_processes()
+        with processes.first_alone():  # shards are indexed once
+            data = training_data(
+                recipe.data, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
+            )
         accuracy = None
         if spec.evaluate_every and recipe.evaluate:
             headline = glyphs.eval_set(recipe.evaluate.headline)
             accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
         engine = Engine(
-            join_processes(),
+            processes,
             _num_workers(recipe, how),
             how.checkpoint_steps,
             60 * how.checkpoint_minutes,

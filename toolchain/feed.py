@@ -7,7 +7,7 @@ which batch changes nothing.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,20 +17,33 @@ from torch.utils.data import DataLoader, Dataset
 
 from toolchain import glyphs
 from toolchain.data import Geometry, GlyphBatches, TrainingData
+from toolchain.errors import ClipkdError
 from toolchain.models import ClipModel
 from toolchain.recipe import DataSpec, GlyphsSpec
-from toolchain.shards import ShardBatches
+from toolchain.shards import ShardBatches, left_out
 
 
-def training_data(spec: DataSpec, *, seed: int, batch_size: int) -> TrainingData:
+def training_data(
+    spec: DataSpec,
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> TrainingData:
     """The data a recipe names.
+
+    `progress` hears of the indexing of shards, which is slow once, `say` of what in them training will not show.
 
     Raises:
         UsageError: it is not there, or too small for one batch.
     """
     if isinstance(spec, GlyphsSpec):
         return GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
-    return ShardBatches.open(spec, seed=seed, batch_size=batch_size)
+    data = ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    for sentence in left_out(data.shards):
+        say(sentence)
+    return data
 
 
 @dataclass(frozen=True)
@@ -50,28 +63,37 @@ class Fed:
     view: int
 
     def to(self, device: torch.device) -> "Fed":
-        if device.type == "cpu":
-            return self
-        tensors = (self.student_pixels, self.student_ids, self.teacher_pixels, self.teacher_ids)
-        pixels, ids, t_pixels, t_ids = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
-        assert pixels is not None
-        assert ids is not None
-        return Fed(pixels, ids, t_pixels, t_ids, self.captions_b, self.sample_b, self.view)
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Fed":
+        """For the loader, so that copying to a GPU overlaps with computing."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Fed":
+        taught = [None if tensor is None else change(tensor) for tensor in (self.teacher_pixels, self.teacher_ids)]
+        pixels, ids = change(self.student_pixels), change(self.student_ids)
+        return replace(self, student_pixels=pixels, student_ids=ids, teacher_pixels=taught[0], teacher_ids=taught[1])
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Fed]):
-    """Batches by step, for a loader to make in any process."""
+class _Steps(Dataset[Fed | ClipkdError]):
+    """Batches by step, for a loader to make in any process; or why there is none.
+
+    An error is a result here, because a loader's process would wrap it in a traceback of torch's.
+    """
 
     data: TrainingData
     rows: slice
     student: tuple[Geometry, Callable[[list[str]], Tensor]]
     teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
 
-    def __getitem__(self, step: int) -> Fed:
+    def __getitem__(self, step: int) -> Fed | ClipkdError:
         geometry, tokenize = self.student
         wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
-        batch = self.data.batch(step, self.rows, sorted(wanted))
+        try:
+            batch = self.data.batch(step, self.rows, sorted(wanted))
+        except ClipkdError as error:
+            return error
         ids_bT = tokenize(batch.captions_B)
         teacher_pixels = teacher_ids_bT = None
         if self.teacher:
@@ -84,19 +106,25 @@ class _Steps(Dataset[Fed]):
 def feed(
     data: TrainingData, steps: range, rows: slice, student: ClipModel, teacher: ClipModel | None, workers: int
 ) -> Iterator[Fed]:
-    """A process's rows of the batches of some steps, for a student and, where it runs live, a teacher."""
+    """A process's rows of the batches of some steps, for a student and, where it runs live, a teacher.
+
+    Raises:
+        ClipkdError: a sample cannot be read.
+    """
     taught = None
     if teacher is not None:
         tokenize = student.ids_of if teacher.tokenizes_like(student) else teacher.ids_of
         taught = teacher.geometry, tokenize
     dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            pin_memory=torch.cuda.is_available() and workers > 0,
-        )
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available() and workers > 0,
     )
+    for fed in loader:
+        if isinstance(fed, ClipkdError):
+            raise fed
+        yield fed

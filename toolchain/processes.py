@@ -13,6 +13,8 @@ CLIP-KD's released code leaves that factor out, so its student's gradients are 1
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,15 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process enters and leaves before the others enter: what it writes, they find."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
 
     def wait(self) -> None:
         """Until every process is here."""
