@@ -20,6 +20,7 @@ from torch import Tensor
 from toolchain.distil import _forward, _Trained
 from toolchain.errors import UsageError
 from toolchain.feed import Fed
+from toolchain.last_block import encode_class_token
 from toolchain.objectives import OBJECTIVES, DistillationHeads, TeacherBatch, gathered, loss_terms, paper_weight
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, LossWeights
@@ -85,6 +86,7 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         net=net,
         embed_dim=STUDENT_WIDTH,
         normalise=lambda pixels: pixels.double() / 127.5 - 1,
+        encode_image=lambda values: encode_class_token(net.visual, values),
         encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
     )
     trained = _Trained(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.feed import Fed, feed
 from toolchain.losses import MAX_LOGIT_SCALE
 from toolchain.masking import kept_patches, masked_image_features, num_patches
-from toolchain.models import ClipModel, is_vision_transformer, save_model
+from toolchain.models import ClipModel, compile_towers, is_vision_transformer, save_model
 from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
@@ -239,7 +239,7 @@ class _Trained(nn.Module):
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
         self.to(processes.device)
         if spec.compile:
-            self.net.visual.compile()  # type: ignore[union-attr]
+            compile_towers(self.net)
 
     def forward(
         self,
@@ -251,11 +251,14 @@ class _Trained(nn.Module):
     ) -> tuple[StudentFeatures, dict[str, Tensor]]:
         """A process's rows of everything the objectives read, and the multipliers by name."""
         net: Any = self.net
+        encode = self._student.encode_image
         if kept_bK is None:
-            image_bD = net.encode_image(pixel_values)
+            image_bD = encode(pixel_values)
         else:
-            image_bD = masked_image_features(net.visual, pixel_values, kept_bK)
-        masked_bD = None if shown_bK is None else masked_image_features(net.visual, pixel_values, shown_bK)
+            image_bD = masked_image_features(net.visual, pixel_values, kept_bK, encode)
+        masked_bD = None
+        if shown_bK is not None:
+            masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
         features = self.heads(image_bD, self._student.encode_text(input_ids_bT), teacher, masked_bD)
         scales = {"logit_scale": net.logit_scale.exp()}
         if self.heads.log_cross_logit_scale is not None:

@@ -8,7 +8,7 @@ the worker or a resume changes them.
     B batch   L patches   K kept patches   P class and register tokens   W token width   D feature width
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -73,8 +73,15 @@ def num_patches(visual: nn.Module) -> int:
     return _slot_of(visual).num_patches
 
 
-def masked_image_features(visual: nn.Module, pixel_values_BCHW: Tensor, kept_BK: Tensor) -> Tensor:
+def masked_image_features(
+    visual: nn.Module,
+    pixel_values_BCHW: Tensor,
+    kept_BK: Tensor,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Raw features [B, D] of an image tower that sees the patches `kept_BK` of each image, at their own positions.
+
+    `encode` runs the tower; by default the tower runs itself.
 
     With all patches kept these are its ordinary features; patch dropout of the tower's own is replaced, not added to.
 
@@ -84,7 +91,7 @@ def masked_image_features(visual: nn.Module, pixel_values_BCHW: Tensor, kept_BK:
     slot = _slot_of(visual)
     keep = _KeepPatches(slot.num_prefix_tokens, kept_BK)
     with _in_place(slot, keep):
-        features_BD: Tensor = visual(pixel_values_BCHW)
+        features_BD: Tensor = (encode or visual)(pixel_values_BCHW)
     assert keep.calls == 1, f"{type(visual).__name__} passed its patch-dropout slot {keep.calls} times"
     return features_BD
 

@@ -24,7 +24,7 @@ from open_clip.coca_model import CoCa
 from open_clip.factory import get_model_config
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import Transformer, VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.eva import Eva
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from toolchain.data import Geometry
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.last_block import encode_class_token, reads_class_token
 from toolchain.masking import check_can_mask
 from toolchain.recipe import LossWeights, ModelSpec
 from toolchain.sources import CONFIG, HUB, WEIGHTS, model_folder, suggestion
@@ -117,6 +118,13 @@ class ClipModel:
         layout = torch.channels_last if self._is_convolutional else torch.contiguous_format
         return torch.addcmul(shift_311, pixels_BCHW.to(torch.float32, memory_format=layout), scale_311)
 
+    def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
+        """[B, D] features, as open_clip's encode_image gives them."""
+        if self._reads_class_token:
+            return encode_class_token(self.net.visual, pixel_values_BCHW)  # type: ignore[arg-type]
+        features_BD: Tensor = self.net.encode_image(pixel_values_BCHW)  # type: ignore[operator]
+        return features_BD
+
     def ids_of(self, captions: list[str]) -> Tensor:
         """input_ids [B, L] of captions, without the padding that their features do not depend on."""
         input_ids_BT = self.tokenize(captions)
@@ -140,6 +148,10 @@ class ClipModel:
             and self.tokenizer_files == other.tokenizer_files
             and self._trims == other._trims
         )
+
+    @cached_property
+    def _reads_class_token(self) -> bool:
+        return reads_class_token(self.net.visual)  # type: ignore[arg-type]
 
     @cached_property
     def _trims(self) -> bool:
@@ -395,6 +407,17 @@ def is_vision_transformer(visual: nn.Module) -> bool:
 def is_convolutional(visual: nn.Module) -> bool:
     """Whether an image tower convolves beyond cutting its patches, and so runs faster with channels last."""
     return sum(isinstance(module, nn.Conv2d) for module in visual.modules()) > 1
+
+
+def compile_towers(net: nn.Module) -> None:
+    """torch.compile in place: block by block where a tower is a stack of equal blocks, so that one compilation serves
+    all of them, and as a whole where it is not."""
+    stacks = [module for module in net.modules() if isinstance(module, Transformer)]
+    for stack in stacks:
+        for block in stack.resblocks:
+            block.compile()
+    if not any(isinstance(module, Transformer) for module in net.visual.modules()):  # type: ignore[union-attr]
+        net.visual.compile()  # type: ignore[union-attr]
 
 
 def unit_image_features(net: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from toolchain.data import TrainingData
 from toolchain.feed import Fed
-from toolchain.models import ClipModel
+from toolchain.models import ClipModel, compile_towers
 from toolchain.objectives import TeacherBatch
 from toolchain.recipe import Precision
 
@@ -45,8 +45,7 @@ class LiveTeacher:
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """[B, E] float32, unit rows, of uint8 pixels."""
-        net: Any = self.model.net
-        raw_BE: Tensor = net.encode_image(self.model.normalise(pixels).to(self.dtype))
+        raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
         return nn.functional.normalize(raw_BE.float(), dim=-1)
 
     def text_features(self, input_ids_BT: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def live_teacher(
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if compiled:
-        net.visual.compile()
+        compile_towers(net)
     return LiveTeacher(teacher, logit_scale, DTYPES[precision])
 
 

@@ -17,6 +17,8 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from toolchain.last_block import block_at
+
 _TOKENS_OF_A_PASS = 32  # what running one more group costs a text tower on a CPU, in tokens (benchmarks/train_step.py)
 _MAX_ERROR = 1e-6  # of unit features in float32: products of other shapes are summed in another order
 
@@ -59,9 +61,9 @@ def trim_tokens(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
 def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
     """[B, D] text features of captions in as many tokens as are given, every caption's end token among them.
 
-    What open_clip's encode_text computes at full length, but that only the end tokens' features are normalised and
-    projected.  On a CPU, captions of like length run together, so that one long caption does not make all of them long;
-    a GPU is better served by one large batch, and would have to be waited for to know the lengths.
+    What open_clip's encode_text computes at full length, but that the last block and what follows it run for the end
+    tokens alone.  On a CPU, captions of like length run together, so that one long caption does not make all of them
+    long; a GPU is better served by one large batch, and would have to be waited for to know the lengths.
     """
     tower = _text_tower(net)
     assert tower is not None
@@ -95,9 +97,11 @@ def _encode(tower: "_TextTower", input_ids_BL: Tensor) -> Tensor:
     parts, length = tower.parts, input_ids_BL.shape[1]
     dtype = parts.transformer.get_cast_dtype()
     x_BLD = parts.token_embedding(input_ids_BL).to(dtype) + parts.positional_embedding[:length].to(dtype)
-    x_BLD = parts.transformer(x_BLD, attn_mask=parts.attn_mask[:length, :length])
-    rows_B = torch.arange(len(x_BLD), device=x_BLD.device)
-    x_BD: Tensor = parts.ln_final(x_BLD[rows_B, _end_positions(tower, input_ids_BL)])
+    mask_LL = parts.attn_mask[:length, :length].to(dtype)
+    *blocks, last = parts.transformer.resblocks
+    for block in blocks:
+        x_BLD = block(x_BLD, attn_mask=mask_LL)
+    x_BD: Tensor = parts.ln_final(block_at(last, x_BLD, _end_positions(tower, input_ids_BL), mask_LL))
     if parts.text_projection is None:
         return x_BD
     if isinstance(parts.text_projection, nn.Linear):

@@ -33,7 +33,7 @@ def headline_accuracy(
         pixels = [model.preprocess(Image.fromarray(images_KHWC[index])) for index in mine]
         prompts = [[template.format(names[index]) for index in mine] for template in templates]
         with torch.inference_mode():
-            image_KD = _encoded(model.net.encode_image, torch.stack(pixels), processes)
+            image_KD = _encoded(model.encode_image, torch.stack(pixels), processes)
             text_PKD = torch.stack([_encoded(model.encode_text, model.ids_of(row), processes) for row in prompts])
         class_KD = nn.functional.normalize(text_PKD.mean(0), dim=-1)
         gathered = processes.gather_rows(torch.cat([image_KD, class_KD], dim=1), len(names))
