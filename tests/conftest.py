@@ -18,6 +18,13 @@ STUDENT = REPOSITORY / "recipes" / "glyphs_student"
 
 NUM_CHARACTERS = 12
 
+# ViT-B-16 of open_clip's with small towers; the vocabulary and the context stay, so its tokenizer fits.
+SMALL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
+    "text_cfg": {"width": 32, "heads": 2, "layers": 2},
+}
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -45,6 +52,17 @@ def clipkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     yield call
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other are slower than one, for products of this size on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
