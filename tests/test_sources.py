@@ -19,13 +19,14 @@ from toolchain.sources import CONFIG, SHIPPED, anchored, architectures, fingerpr
 
 
 @pytest.fixture
-def recipes(tmp_path: Path) -> Path:
-    """A folder for recipes, with a model, a run of clipkd's and a checkpoint in it."""
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for recipes, with a model, a run of clipkd's and a checkpoint in it; the current folder."""
     folder = tmp_path / "recipes"
     shutil.copytree(STUDENT, folder / "models" / "mine")
     shutil.copytree(STUDENT, folder / "run" / "student")
     (folder / "run" / "recipe.yaml").write_text("name: run\n")
     (folder / "weights.pt").write_bytes(b"weights")
+    monkeypatch.chdir(folder)
     return folder
 
 
