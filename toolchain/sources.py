@@ -129,7 +129,8 @@ def _anchored_model(model: str, recipe_folder: Path, role: str) -> str:
     hint = f"Did you mean {near}? " if near else ""
     raise UsageError(
         f"{role}.model '{model}': no such model, and no folder at {path}{_or_here(path)}. {hint}"
-        f"A model is one that ships ({', '.join(shipped_models())}), an architecture of open_clip's (ViT-B-16), {HUB}ORG/NAME, or a folder"
+        f"A model is one that ships ({', '.join(shipped_models())}), "
+        f"an architecture of open_clip's (ViT-B-16), {HUB}ORG/NAME, or a folder"
     )
 
 
