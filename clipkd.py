@@ -212,10 +212,11 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     if as_json:
         stdout.print_json(json.dumps(headlines))
         return
-    table = Table("recipe", "what it does")
+    table = Table(Column("recipe", no_wrap=True), "what it does")
     for name, headline in headlines.items():
         table.add_row(name, escape(headline))
-    stdout.print(table)
+    wide = stdout if stdout.is_terminal else Console(width=160)  # a file or a pipe gets whole cells
+    wide.print(table)
 
 
 @recipes_app.command("copy")

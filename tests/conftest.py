@@ -29,6 +29,13 @@ _WORDS = (
     "standing sitting looking walking near behind background isolated vector illustration stock design pattern"
 )
 
+# ViT-B-16 of open_clip's with small towers; the vocabulary and the context stay, so its tokenizer fits.
+SMALL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2},
+    "text_cfg": {"width": 32, "heads": 2, "layers": 2},
+}
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -56,6 +63,17 @@ def clipkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     yield call
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other are slower than one, for products of this size on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -89,17 +107,6 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student_folder(tmp_path: Path) -> Path:
     """A copy of the glyphs student's configuration and tokenizer, to be changed at will."""
     return Path(shutil.copytree(STUDENT, tmp_path / "student_config"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tensors too small for a second thread to pay, least of all on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_picture(width: int, height: int, seed: int, noise: float = 4.0) -> "Image.Image":

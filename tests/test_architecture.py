@@ -20,6 +20,7 @@ MAY_IMPORT = {"clipkd.py": {"export", "toolchain"}, "export": {"export", "toolch
 
 TORCH_FREE = [
     "toolchain.stages",
+    "toolchain.sources",
     "toolchain.recipe",
     "toolchain.shard_files",
     "toolchain.errors",

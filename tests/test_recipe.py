@@ -1,5 +1,6 @@
 """Recipes: what ships loads, what is wrong is said with its place, and what is resolved means the same anywhere."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,10 +11,21 @@ import yaml
 from conftest import REPOSITORY, STUDENT
 
 from toolchain.errors import UsageError
-from toolchain.recipe import Recipe, load_recipe, recipe_path, shipped_recipes
-from toolchain.sources import SHIPPED, model_folder
+from toolchain.recipe import (
+    ModelSpec,
+    Recipe,
+    TeacherSpec,
+    WebdatasetSpec,
+    load_recipe,
+    recipe_path,
+    shipped_recipes,
+    teacher_recipe,
+)
+from toolchain.sources import SHIPPED, architectures, model_folder
 
-RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+PAPER = [path for path in RECIPES if path.parent.name == "paper"]
+NAMES = [path.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix() for path in RECIPES]
 MINIMAL: dict[str, Any] = {
     "name": "mine",
     "data": {"kind": "glyphs"},
@@ -44,28 +56,130 @@ def problem(path: Path, overrides: list[str] | None = None, **changes: Any) -> s
 
 
 def test_recipes_were_found() -> None:
-    assert {"glyphs", "glyphs_teacher"} <= {path.stem for path in RECIPES}
-    assert shipped_recipes() == [path.stem for path in RECIPES]
+    assert {"glyphs", "glyphs_teacher", "paper/vit_b_16", "paper/vit_t_16_fd"} <= set(NAMES)
+    assert shipped_recipes() == sorted(NAMES)
+    assert len(PAPER) == 31
+    assert len(RECIPES) == 33, "one more: count it here"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_that_ships_loads_and_its_header_shows_the_command_that_runs_it(path: Path) -> None:
-    recipe = load_recipe(recipe_path(path.stem))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_that_ships_loads_and_its_header_shows_the_command_that_runs_it(name: str) -> None:
+    path = recipe_path(name)
+    recipe = load_recipe(path)
+    assert path == SHIPPED / f"{name}.yaml"
     assert recipe.name == path.stem
     header = path.read_text().partition("\nname:")[0]
-    verb = "run" if recipe.teacher else "distill"
+    verb = "run" if recipe.teacher and recipe.evaluate else "distill"
     commands = re.findall(r"^#   clipkd (.*)$", header, re.MULTILINE)
     assert commands, "a recipe says how it is run"
-    assert re.fullmatch(rf"{verb} {path.stem} --out runs/\w+", commands[0])
+    assert re.fullmatch(rf"{verb} {name} --out runs/\w+", commands[0])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_models_of_a_recipe_that_ships_ship(path: Path) -> None:
-    recipe = load_recipe(path)
-    for spec in filter(None, (recipe.student, recipe.teacher)):
-        assert model_folder(spec).parent == SHIPPED
-        assert (model_folder(spec) / "open_clip_config.json").is_file()
-        assert (model_folder(spec) / "tokenizer.json").is_file()
+@pytest.mark.parametrize("name", NAMES)
+def test_models_of_a_recipe_that_ships_ship_or_are_open_clips(name: str) -> None:
+    recipe = load_recipe(recipe_path(name))
+    specs = [recipe.student]
+    if recipe.teacher is not None and recipe.teacher.recipe is not None:
+        specs.append(teacher_recipe(recipe.teacher).student)
+    elif recipe.teacher is not None:
+        specs.append(recipe.teacher)
+    for spec in specs:
+        folder = model_folder(spec)
+        if folder is None:
+            assert spec.model in architectures()
+            continue
+        assert folder.parent == SHIPPED
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        assert (folder / "tokenizer.json").is_file() is ("hf_tokenizer_name" in config["model_cfg"]["text_cfg"])
+
+
+# Every row of CLIP-KD's tables: student, teacher, its loss or all of them, and the published number beside those it is
+# to be compared with: the baseline's and the teacher's.
+ROWS = {
+    "vit_b_16": ("ViT-B-16", None, None, "36.99"),
+    "rn101": ("RN101", None, None, "36.76"),
+    "rn50": ("RN50", None, None, "35.3"),
+    "vit_t_16": ("vit_t_16", None, None, "30.55"),
+    "mobilevit_s": ("mobilevit_s", None, None, "32.60"),
+    "swin_t": ("swin_t", None, None, "36.38"),
+    "mobilenetv3_small": ("mobilenetv3_small", None, None, "25.11"),
+    "efficientnet_b0": ("efficientnet_b0", None, None, "32.55"),
+    "resnet18": ("resnet18", None, None, "28.55"),
+    "vit_t_16_crd": ("vit_t_16", "ViT-B-16", "crd", "31.94 30.55 36.99"),
+    "vit_t_16_fd": ("vit_t_16", "ViT-B-16", "fd", "34.23 30.55 36.99"),
+    "vit_t_16_mfd": ("vit_t_16", "ViT-B-16", "mfd", "34.09 30.55 36.99"),
+    "vit_t_16_gd": ("vit_t_16", "ViT-B-16", "gd", "31.54 30.55 36.99"),
+    "vit_t_16_icl": ("vit_t_16", "ViT-B-16", "icl", "33.11 30.55 36.99"),
+    "vit_t_16_afd": ("vit_t_16", "ViT-B-16", "afd", "31.42 30.55 36.99"),
+    "vit_t_16_from_vit_b_16": ("vit_t_16", "ViT-B-16", "all", "34.90 30.55 36.99"),
+    "mobilevit_s_from_vit_b_16": ("mobilevit_s", "ViT-B-16", "all", "35.96 32.60 36.99"),
+    "swin_t_from_vit_b_16": ("swin_t", "ViT-B-16", "all", "40.18 36.38 36.99"),
+    "mobilenetv3_small_from_vit_b_16": ("mobilenetv3_small", "ViT-B-16", "all", "26.95 25.11 36.99"),
+    "efficientnet_b0_from_vit_b_16": ("efficientnet_b0", "ViT-B-16", "all", "35.44 32.55 36.99"),
+    "resnet18_from_vit_b_16": ("resnet18", "ViT-B-16", "all", "31.36 28.55 36.99"),
+    "mobilevit_s_from_rn101": ("mobilevit_s", "RN101", "all", "34.97 32.60 36.76"),
+    "swin_t_from_rn101": ("swin_t", "RN101", "all", "39.51 36.38 36.76"),
+    "mobilenetv3_small_from_rn101": ("mobilenetv3_small", "RN101", "all", "26.15 25.11 36.76"),
+    "efficientnet_b0_from_rn101": ("efficientnet_b0", "RN101", "all", "34.64 32.55 36.76"),
+    "resnet18_from_rn101": ("resnet18", "RN101", "all", "30.88 28.55 36.76"),
+    "vit_b_16_from_laion_vit_l_14": ("ViT-B-16", "ViT-L-14 laion400m_e32", "all", "57.5 37.0 72.8"),
+    "vit_t_16_from_laion_vit_l_14": ("vit_t_16", "ViT-L-14 laion400m_e32", "all", "40.9 30.6 72.8"),
+    "vit_t_16_from_laion_vit_b_16": ("vit_t_16", "ViT-B-16 laion400m_e32", "all", "42.6 30.6 67.1"),
+    "rn50_from_laion_vit_b_16": ("RN50", "ViT-B-16 laion400m_e32", "all", "55.4 35.3 67.1"),
+    "vit_t_16_from_laion_vit_b_16_no_task": ("vit_t_16", "ViT-B-16 laion400m_e32", "no task", "40.1 42.6 67.1"),
+}
+WIDTHS = {"ViT-L-14": 768, "ViT-B-16": 512, "RN101": 512}
+MAX_ROUNDING = 2e-3  # of a weight as a recipe writes it
+
+
+def test_every_row_of_the_tables_has_its_recipe() -> None:
+    assert {path.stem for path in PAPER} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_paper_recipe_is_its_row_of_the_tables(name: str) -> None:
+    student, teacher, losses, published = ROWS[name]
+    path = SHIPPED / "paper" / f"{name}.yaml"
+    recipe, header = load_recipe(path), path.read_text().partition("\nname:")[0]
+    assert recipe.student == ModelSpec(model=student)
+    numbers = re.search(r"^# Published: (.*\n# )?.*\(arXiv:2307\.12732", header, re.MULTILINE)
+    assert numbers is not None
+    assert re.findall(r"([\d.]+) %", numbers[0]) == published.split()
+    assert "Budget: 32 epochs of 12.86 M pairs at batch 1,024: 401,900 steps, on 8 GPUs" in header
+    assert "Not run here." in header
+    spec = recipe.distill
+    assert (spec.epochs, spec.steps, spec.batch_size, spec.warmup) == (32, None, 1024, 10_000)
+    assert (spec.lr, spec.weight_decay, spec.precision, spec.grad_clip_norm) == (1e-3, 0.1, "fp16", None)
+    assert not spec.reference_compat
+    assert not recipe.baseline
+    assert recipe.data == WebdatasetSpec(
+        kind="webdataset",
+        shards=("data/cc3m/{00000..00331}.tar", "data/cc12m/{00000..01242}.tar"),
+        crop_scale=(0.9, 1.0),
+    )
+    if teacher is None:
+        assert recipe.teacher is None
+        return
+    assert recipe.teacher is not None
+    model, _, tag = teacher.partition(" ")
+    if tag:
+        assert recipe.teacher == TeacherSpec(model=model, pretrained=tag)
+    else:
+        trained = teacher_recipe(recipe.teacher)
+        assert (trained.teacher, trained.student) == (None, ModelSpec(model=model))
+    # The released code's weights, of means over the width and, for GD, of gradients that shrink with the batch.
+    width, batch = WIDTHS[model], 1024
+    released = {"task": 1, "crd": 1, "fd": 2000 / width, "icl": 1, "afd": 1}
+    released |= {"mfd": 2000 / width, "gd": 1e8 / (batch**2 * width)}
+    kept = {"all": ("task", "crd", "fd", "icl"), "no task": ("crd", "fd", "icl")}.get(losses or "", ("task", losses))
+    for loss, weight in spec.loss_weights.model_dump().items():
+        assert weight == pytest.approx(released[loss] if loss in kept else 0, rel=MAX_ROUNDING, abs=0)
+    assert spec.mask_ratio == 0.75
+    assert spec.teacher_precision == "fp16"
+
+
+def test_the_papers_budget() -> None:
+    assert round(32 * (12_860_000 / 1024), -2) == 401_900
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -80,6 +194,7 @@ def test_a_resolved_recipe_is_the_same_recipe(path: Path, tmp_path: Path) -> Non
 
 def test_a_recipe_is_found_by_name_and_by_path(path: Path) -> None:
     assert recipe_path("glyphs") == SHIPPED / "glyphs.yaml"
+    assert recipe_path("paper/vit_t_16_fd") == SHIPPED / "paper" / "vit_t_16_fd.yaml"
     path.write_text("")
     assert recipe_path(str(path)) == path
 
@@ -88,6 +203,11 @@ def test_a_recipe_is_found_by_name_and_by_path(path: Path) -> None:
     ("name", "hint"),
     [
         ("glyhps", "did you mean glyphs?"),
+        ("paper/vit_t_16_fdd", "did you mean paper/vit_t_16_fd?"),
+        ("vit_t_16_fd", "did you mean paper/vit_t_16_fd?"),
+        ("vit_t16_fd", "did you mean paper/vit_t_16_fd?"),
+        ("paper", "clipkd recipes lists those that ship"),
+        ("../recipes/glyphs", "did you mean glyphs?"),
         ("imagenet.yaml", "clipkd recipes lists those that ship"),
         ("", "clipkd recipes"),
     ],
@@ -284,3 +404,69 @@ def test_a_path_to_a_model_is_relative_to_the_recipe(path: Path, monkeypatch: py
 def test_a_path_is_never_looked_up_among_the_recipes_that_ship(path: Path) -> None:
     assert (SHIPPED / "../tests").is_dir()
     assert "student.model '../tests': no such model, and no folder at " in problem(path, student={"model": "../tests"})
+
+
+def test_a_path_that_is_not_beside_the_recipe_is_one_from_here(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = path.parent / "here"
+    shutil.copytree(STUDENT, here / "runs" / "mine" / "student")
+    (here / "runs" / "mine" / "recipe.yaml").write_text("")
+    (here / "weights.pt").write_bytes(b"")
+    monkeypatch.chdir(here)
+    recipe = load(path, ["student.model=runs/mine", "student.checkpoint=weights.pt"])
+    assert recipe.student.model == str(here.resolve() / "runs" / "mine" / "student")
+    assert recipe.student.checkpoint == str(here.resolve() / "weights.pt")
+    said = problem(path, ["student.model=runs/absent"])
+    assert f"no folder at {path.parent.resolve() / 'runs' / 'absent'}, nor in {here.resolve()}. A model is" in said
+
+
+def test_the_spec_of_a_model(path: Path) -> None:
+    both = "keep one"
+    assert problem(path, student={"model": "ViT-B-16", "pretrained": "openai", "checkpoint": "x.pt"}).endswith(
+        f"student: pretrained and checkpoint both name weights; {both}"
+    )
+    for weights in ({"pretrained": "openai"}, {"checkpoint": "x.pt"}):
+        assert problem(path, student={"model": "ViT-B-16", "init": "random", **weights}).endswith(
+            f"student: init: random contradicts pretrained and checkpoint; {both}"
+        )
+    for teacher in ({}, {"model": "ViT-B-16", "recipe": "glyphs_teacher"}):
+        assert problem(path, teacher=teacher).endswith("teacher: give either model or recipe")
+    for extra in ({"init": "random"}, {"model_cfg": {"embed_dim": 3}}, {"pretrained": "openai"}):
+        assert "a teacher that a recipe trains takes no " in problem(
+            path, teacher={"recipe": "glyphs_teacher", **extra}
+        )
+    recipe = load(path, teacher={"model": "glyphs_teacher", "model_cfg": {"text_cfg": {"layers": 1}}})
+    assert recipe.teacher == TeacherSpec(model="glyphs_teacher", model_cfg={"text_cfg": {"layers": 1}})
+
+
+# A teacher that a recipe trains.
+
+
+def test_a_teacher_of_a_recipe_that_ships_keeps_its_name(path: Path) -> None:
+    recipe = load(path, teacher={"recipe": "glyphs_teacher"})
+    assert recipe.teacher == TeacherSpec(recipe="glyphs_teacher")
+    assert teacher_recipe(recipe.teacher) == load_recipe(SHIPPED / "glyphs_teacher.yaml")
+
+
+def test_a_teacher_of_a_recipe_beside_this_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = path.with_name("teacher.yaml")
+    teacher.write_text(yaml.safe_dump(MINIMAL | {"name": "teacher"}))
+    monkeypatch.chdir("/")
+    recipe = load(path, teacher={"recipe": "teacher.yaml"})
+    assert recipe.teacher == TeacherSpec(recipe=str(teacher.resolve()))
+    assert teacher_recipe(recipe.teacher).name == "teacher"
+
+
+def test_a_teacher_of_a_recipe_that_is_wrong_is_said(path: Path) -> None:
+    assert problem(path, teacher={"recipe": "glyphs_taecher"}) == (
+        "teacher.recipe glyphs_taecher: no recipe of this name ships and no such file exists; "
+        "did you mean glyphs_teacher?"
+    )
+    taught = "teacher.recipe {}: this recipe has a teacher itself; expected plain contrastive training. "
+    assert problem(path, teacher={"recipe": "glyphs"}).startswith(taught.format("glyphs"))
+    assert problem(path, teacher={"recipe": "mine.yaml"}).startswith(taught.format("mine.yaml")), "itself"
+    broken = path.with_name("broken.yaml")
+    for content, said in (("name: x\n", "problem(s)"), ("name: [", "not YAML"), ("", "a mapping of sections")):
+        broken.write_text(content)
+        message = problem(path, teacher={"recipe": "broken.yaml"})
+        assert message.startswith(f"{broken.resolve()}: ")
+        assert said in message

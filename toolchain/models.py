@@ -192,12 +192,8 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
     changed_tokenizer = "hf_tokenizer_name" in spec.model_cfg.get("text_cfg", {})
     with tempfile.TemporaryDirectory() as staging:
         tokenizer = _tokenizer_files(config, None if changed_tokenizer else folder, Path(staging), say)
-    try:
-        model = _assembled(spec.model, config, tokenizer, seed if spec.is_random else None)
-    except ArtifactError as error:
-        if spec.model_cfg or spec.preprocess_cfg:  # then the recipe is what has to change
-            raise UsageError(f"{error}; the recipe changes model_cfg or preprocess_cfg") from error
-        raise
+    changed = bool(spec.model_cfg or spec.preprocess_cfg)
+    model = _assembled(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
     if weights is not None:
         load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg)
     return model
@@ -231,8 +227,13 @@ def save_model(model: ClipModel, folder: Path) -> None:
     _write_configuration(folder, model.config, model.tokenizer_files)
 
 
-def _assembled(name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None) -> ClipModel:
-    """The model that plain open_clip makes of this configuration, its weights drawn at random."""
+def _assembled(
+    name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None, changed: bool
+) -> ClipModel:
+    """The model that plain open_clip makes of this configuration, its weights drawn at random.
+
+    `changed`: by the recipe, which then is to blame for what open_clip does not take.
+    """
     hf_model = config["model_cfg"].get("text_cfg", {}).get("hf_model_name")
     with tempfile.TemporaryDirectory() as staging, _quiet():
         _write_configuration(Path(staging), config, tokenizer)
@@ -243,15 +244,20 @@ def _assembled(name: str, config: dict[str, Any], tokenizer: dict[str, bytes], s
             net = open_clip.create_model(local_dir, load_weights=False, pretrained_text=False)
             tokenize = open_clip.get_tokenizer(local_dir)
             preprocess_cfg = json.loads(json.dumps(net.visual.preprocess_cfg))
-            preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg | config["preprocess_cfg"]), is_train=False)
+            PreprocessCfg(**config["preprocess_cfg"])  # create_model passes over what it does not know
+            preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
         except ModuleNotFoundError:
             raise
         except Exception as error:  # open_clip raises whatever the constructors, transformers or tokenizers raised
             if hf_model and isinstance(error, OSError):
                 raise not_downloaded(f"{name}: the configuration of its text tower {hf_model}", error) from error
             said = one_line(error).replace(local_dir, name).replace(staging, name)
+            if changed:
+                raise UsageError(
+                    f"{name}: open_clip cannot build this model as the recipe changes it: {said}"
+                ) from error
             raise ArtifactError(f"{name}: open_clip cannot build this model: {said}") from error
-    _check_input_size(net.visual, name)
+    _check_input_size(net.visual, name, changed)
     if is_convolutional(net.visual):
         net.visual.to(memory_format=torch.channels_last)  # convolutions run twice as fast so
     complete = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess_cfg}
@@ -264,12 +270,12 @@ def _write_configuration(folder: Path, config: dict[str, Any], tokenizer: Mappin
         (folder / name).write_bytes(content)
 
 
-def _check_input_size(visual: Any, name: str) -> None:
+def _check_input_size(visual: Any, name: str, changed: bool) -> None:
     """timm's towers of patches are built for one size, and open_clip does not tell them another."""
     patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     built, asked = getattr(patches, "img_size", None), visual.image_size
     if built is not None and getattr(patches, "strict_img_size", False) and tuple(built) != tuple(asked):
-        raise ArtifactError(
+        raise (UsageError if changed else ArtifactError)(
             f"{name}: its image tower takes {built[0]} x {built[1]} pixels, image_size says {asked[0]} x {asked[1]}, "
             "and open_clip cannot resize this tower. Choose the timm_model_name made for that size"
         )

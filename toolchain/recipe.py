@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import UsageError
-from toolchain.sources import SHIPPED, anchored
+from toolchain.sources import SHIPPED, anchored, resolved
 
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(ge=2)]  # a contrastive loss of one pair is 0
@@ -282,8 +282,8 @@ class Recipe(_Section):
         return self
 
 
-def recipe_path(name: str, folder: Path = Path()) -> Path:
-    """A recipe by the name of one that ships, or by path, relative to `folder`.
+def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
+    """A recipe by the name of one that ships, or by path, in a recipe relative to that.
 
     Raises:
         UsageError: there is no such recipe.
@@ -291,12 +291,12 @@ def recipe_path(name: str, folder: Path = Path()) -> Path:
     names = shipped_recipes()
     if name in names:
         return SHIPPED / f"{name}.yaml"
-    path = folder / name
+    path = Path(name) if recipe_folder is None else resolved(name, recipe_folder)
     if path.is_file():
         return path
     last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
-    near = last_parts.get(name) or next(iter(difflib.get_close_matches(name, [*names, *last_parts], 1)), None)
-    hint = f"did you mean {last_parts.get(near, near)}?" if near else "clipkd recipes lists those that ship"
+    near = difflib.get_close_matches(name.rpartition("/")[2], last_parts, 1)
+    hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists those that ship"
     raise UsageError(f"{name}: no recipe of this name ships and no such file exists; {hint}")
 
 

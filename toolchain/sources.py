@@ -33,7 +33,8 @@ HUB, LOCAL_DIR = "hf-hub:", "local-dir:"
 def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
     """The same model by a name or an absolute path, so that a resolved recipe means the same in any folder.
 
-    Names go before paths: write ./ViT-B-16 for a folder of that name.  `role` is for messages.
+    Names go before paths: write ./ViT-B-16 for a folder of that name.  A path is relative to the recipe or, where there
+    is nothing beside that, to the current folder, which is what --set means by one.  `role` is for messages.
 
     Raises:
         UsageError: nothing of this name is known, or what is there is no model.
@@ -46,9 +47,9 @@ def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
         )
     changes: dict[str, Any] = {"model": model}
     if spec.checkpoint is not None:
-        path = _resolved(spec.checkpoint, recipe_folder)
+        path = resolved(spec.checkpoint, recipe_folder)
         if not path.is_file():
-            raise UsageError(f"{role}.checkpoint '{spec.checkpoint}': no file at {path}")
+            raise UsageError(f"{role}.checkpoint '{spec.checkpoint}': no file at {path}{_or_here(path)}")
         changes["checkpoint"] = str(path)
     return spec.model_copy(update=changes)
 
@@ -111,7 +112,7 @@ def _anchored_model(model: str, recipe_folder: Path, role: str) -> str:
             raise UsageError(f"{role}.model '{model}': expected {HUB}ORG/NAME")
         return model
     written = model.removeprefix(LOCAL_DIR)
-    path = _resolved(written, recipe_folder)
+    path = resolved(written, recipe_folder)
     if path.is_dir():
         return str(_opened(path, role))
     if path.is_file():
@@ -127,8 +128,9 @@ def _anchored_model(model: str, recipe_folder: Path, role: str) -> str:
     near = suggestion(spelled, [*shipped_models(), *architectures()])
     hint = f"Did you mean {near}? " if near else ""
     raise UsageError(
-        f"{role}.model '{model}': no such model, and no folder at {path}. {hint}A model is one that ships "
-        f"({', '.join(shipped_models())}), an architecture of open_clip's (ViT-B-16), {HUB}ORG/NAME, or a folder"
+        f"{role}.model '{model}': no such model, and no folder at {path}{_or_here(path)}. {hint}"
+        f"A model is one that ships ({', '.join(shipped_models())}), "
+        f"an architecture of open_clip's (ViT-B-16), {HUB}ORG/NAME, or a folder"
     )
 
 
@@ -162,5 +164,12 @@ def _stage_kind(folder: Path) -> str | None:
     return kind
 
 
-def _resolved(path: str, folder: Path) -> Path:
-    return (folder / Path(path).expanduser()).resolve()
+def resolved(path: str, recipe_folder: Path) -> Path:
+    """The absolute path of what a recipe names, beside the recipe or else in the current folder."""
+    places = [(folder / Path(path).expanduser()).resolve() for folder in (recipe_folder, Path.cwd())]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def _or_here(path: Path) -> str:
+    """The other place where a path was looked for, for a message."""
+    return "" if path.is_relative_to(Path.cwd()) else f", nor in {Path.cwd()}"

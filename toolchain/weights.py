@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,11 @@ def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], s
         return from_hub(spec.model.removeprefix(HUB), None, say)
     if not tag:
         tags = open_clip_pretrained.list_pretrained_tags_by_model(spec.model)
-        choose = f"pretrained: {tags[0]} (or another of {', '.join(tags[1:])})" if tags[1:] else "pretrained: TAG"
+        others = f" (or another of {', '.join(tags[1:])})" if tags[1:] else ""
+        choose = f"pretrained: {tags[0]}{others}, " if tags else ""
         raise UsageError(
             f"model {spec.model}: an architecture, and the recipe names no weights for it. "
-            f"Add {choose}, checkpoint: FILE, or init: random"
+            f"Add {choose}checkpoint: FILE, or init: random"
         )
     what = f"{spec.model}, weights {spec.pretrained}"
     say(f"{what}: from {tag.get('hf_hub') or tag.get('url')}, or its cache on this machine")
@@ -143,7 +145,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of pickle protocols that it then refuses
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"{path}: holds Python objects besides tensors, or is no file of torch's; clipkd unpickles tensors only. "
