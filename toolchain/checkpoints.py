@@ -5,7 +5,6 @@ A checkpoint's name holds its step and the hash of its bytes: step-00001200-9f86
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` steps, then remove what is older than the last `keep`."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "checkpoint.partial"
         with partial.open("wb") as file:
             torch.save(state | {"step": step}, file)
@@ -63,10 +62,6 @@ class Checkpoints:
         if paths:
             raise ClipkdError(f"{self.folder}: every checkpoint is damaged. Remove the folder to train from the start")
         return None
-
-    def remove(self) -> None:
-        """All of them: the run is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob(_PATTERN), reverse=True)

@@ -34,6 +34,7 @@ from toolchain.models import ClipModel, is_vision_transformer, save_model
 from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
+from toolchain.stages import SCRATCH
 from toolchain.teacher import (
     DTYPES,
     LiveTeacher,
@@ -45,7 +46,8 @@ from toolchain.teacher import (
 )
 from toolchain.training_log import TrainingLog, logs
 
-CHECKPOINTS, HEADS, _TEACHER_FEATURES = "checkpoints", "heads.safetensors", "teacher_features.pt"
+HEADS = "heads.safetensors"
+CHECKPOINTS, _TEACHER_FEATURES = Path(SCRATCH, "checkpoints"), Path(SCRATCH, "teacher_features.pt")
 _HEADS_WEIGHT_DECAY = 0.01  # of the projections that distillation adds: the released code leaves AdamW's default
 
 
@@ -81,8 +83,9 @@ def distil(
 ) -> dict[str, Any]:
     """Train `student` in place and save it in `folder`; returns what the manifest should say.
 
-    An interrupted call leaves its checkpoints in `folder`, and the same call continues from them.  `accuracy` scores
-    the student every `spec.evaluate_every` steps, every process taking part.
+    Checkpoints are left in `folder`'s scratch, for whoever made the folder to remove: the same call continues from the
+    last, and where that is of the last step only saves again.  `accuracy` scores the student every
+    `spec.evaluate_every` steps, every process taking part.
 
     Raises:
         ClipkdError: a loss or a gradient became NaN or infinite, or the memory of the GPU does not suffice.
@@ -156,8 +159,6 @@ def distil(
         save_model(student, folder)
         if heads := trained.heads.state_dict():
             save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, folder / HEADS)
-        checkpoints.remove()
-        (folder / _TEACHER_FEATURES).unlink(missing_ok=True)
     processes.wait()
     return {
         "train_s": round(train_s, 1),
