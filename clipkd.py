@@ -157,6 +157,7 @@ def report(run: RunArg, as_json: JsonOpt = False) -> None:
     from toolchain.report import write_report
     from toolchain.stages import run_lock
 
+    _refuse_torchrun()
     _require_run(run)
     with run_lock(run):
         document = write_report(run)
@@ -716,13 +717,12 @@ def _run_directory(
     from toolchain.recipe import load_recipe, recipe_path
     from toolchain.stages import RESOLVED, run_lock
 
+    if not shared:
+        _refuse_torchrun()
     if name is None:
         _require_run(out)
     recipe = load_recipe(out / "recipe.yaml" if name is None else recipe_path(name), overrides)
-    how = _How()
-    if how.size > 1 and not shared:
-        raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
-    if not how.leads:
+    if not _How().leads:
         yield recipe, _Screen(Progress(disable=True), silent=True)
         return
     with run_lock(out):
@@ -735,6 +735,11 @@ def _run_directory(
         note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
         with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
             yield recipe, _Screen(bar)
+
+
+def _refuse_torchrun() -> None:
+    if _How().size > 1:
+        raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
 
 
 def _require_run(run: Path) -> None:
@@ -773,7 +778,8 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def main() -> NoReturn:
     """The `clipkd` command: one place where errors become messages and exit codes."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130))
     try:
         if problem := _foreign_package():
             raise UsageError(problem)

@@ -5,7 +5,6 @@ A checkpoint's name holds its step and the hash of its bytes: step-00001200-9f86
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,16 +35,21 @@ class Checkpoints:
         return by_step or time.monotonic() - self._saved_at >= self.every_s
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps, then remove what is older than the last `keep`."""
-        self.folder.mkdir(exist_ok=True)
+        """Write the state after `step` steps, then remove what is older than the last `keep`.
+
+        And what is as new: damaged ones, which `load` passed over when the run continued before them.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "checkpoint.partial"
         with partial.open("wb") as file:
             torch.save(state | {"step": step}, file)
             file.flush()
             os.fsync(file.fileno())  # a machine that loses power keeps the checkpoint its name promises
-        partial.replace(self.folder / f"step-{step:08}-{_hash(partial)}.pt")
-        for old in self._newest_first()[self.keep :]:
-            old.unlink()
+        saved = partial.replace(self.folder / f"step-{step:08}-{_hash(partial)}.pt")
+        before = [path for path in self._newest_first() if _step(path) < step]
+        for path in self._newest_first():
+            if path != saved and path not in before[: self.keep - 1]:
+                path.unlink()
         self._saved_at = time.monotonic()
 
     def load(self, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -64,12 +68,12 @@ class Checkpoints:
             raise ClipkdError(f"{self.folder}: every checkpoint is damaged. Remove the folder to train from the start")
         return None
 
-    def remove(self) -> None:
-        """All of them: the run is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _newest_first(self) -> list[Path]:
         return sorted(self.folder.glob(_PATTERN), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def _hash(path: Path) -> str:

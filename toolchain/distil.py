@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ from toolchain.models import ClipModel, compile_towers, is_vision_transformer, s
 from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
+from toolchain.stages import SCRATCH
 from toolchain.teacher import (
     DTYPES,
     LiveTeacher,
@@ -45,7 +46,8 @@ from toolchain.teacher import (
 )
 from toolchain.training_log import TrainingLog, logs
 
-CHECKPOINTS, HEADS, _TEACHER_FEATURES = "checkpoints", "heads.safetensors", "teacher_features.pt"
+HEADS = "heads.safetensors"
+CHECKPOINTS, _TEACHER_FEATURES = Path(SCRATCH, "checkpoints"), Path(SCRATCH, "teacher_features.pt")
 _HEADS_WEIGHT_DECAY = 0.01  # of the projections that distillation adds: the released code leaves AdamW's default
 
 
@@ -81,8 +83,9 @@ def distil(
 ) -> dict[str, Any]:
     """Train `student` in place and save it in `folder`; returns what the manifest should say.
 
-    An interrupted call leaves its checkpoints in `folder`, and the same call continues from them.  `accuracy` scores
-    the student every `spec.evaluate_every` steps, every process taking part.
+    Checkpoints are left in `folder`'s scratch, for whoever made the folder to remove: the same call continues from the
+    last, and where that is of the last step only saves again.  `accuracy` scores the student every
+    `spec.evaluate_every` steps, every process taking part.
 
     Raises:
         ClipkdError: a loss or a gradient became NaN or infinite, or the memory of the GPU does not suffice.
@@ -92,6 +95,7 @@ def distil(
     if spec.warmup >= steps:
         raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
     processes, weights = engine.processes, spec.loss_weights.model_dump()
+    rows = processes.rows(spec.batch_size)
     if teacher is None and not weights["task"]:
         raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
     started = time.monotonic()
@@ -107,15 +111,15 @@ def distil(
     step, before_s = _resume(checkpoints, trained, optimizer, scaler, engine.say if processes.leads else lambda _: None)
     module = processes.together(trained)
     live = teacher if isinstance(guide, LiveTeacher) else None
-    batches = feed(data, range(step, steps), processes.rows(spec.batch_size), student, live, engine.workers)
+    batches = closing(feed(data, range(step, steps), rows, student, live, engine.workers))
     clock = _Clock(processes.device)
     started = time.monotonic()
     trained.train()
-    with _log(folder, step, processes) as log, _stop_requests() as stop_requested, _explaining_full_memory(spec):
+    with batches as fed, _log(folder, step, processes) as log, _stop_requests() as stop_requested, _full_memory(spec):
         while step < steps:
             clock.restart()
             with clock("data"):
-                batch = next(batches).to(processes.device)
+                batch = next(fed).to(processes.device)
             with clock("teacher"):
                 taught = guide.of(batch) if guide else None
             done = _forward(module, trained, student, batch, taught, spec, processes, seed, step)
@@ -129,7 +133,7 @@ def distil(
             row = _row(step, lr, grad_norm, done, weights)
             if not _is_finite(row, scaler):
                 again = _forward(trained, trained, student, batch, taught, spec, processes, seed, step)
-                raise _not_finite(folder, row, trained, again, data)
+                raise _not_finite(folder, row, trained, again, data, processes)
             scaler.step(optimizer)
             scaler.update()
             trained.clamp_parameters_()
@@ -137,6 +141,7 @@ def distil(
             row |= clock.shares(spec.batch_size)
             if accuracy and spec.evaluate_every and (step % spec.evaluate_every == 0 or step == steps):
                 trained.eval()
+                processes.share_buffers(trained)
                 row["accuracy"] = accuracy(student, processes)
                 trained.train()
             if processes.leads:
@@ -149,6 +154,7 @@ def distil(
                 elapsed_s = teacher_s + before_s + time.monotonic() - started
                 checkpoints.save(step, _state(trained, optimizer, scaler) | {"elapsed_s": elapsed_s})
             if stopping and step < steps:
+                processes.wait()  # for the checkpoint: torchrun ends the others when one process has ended
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
     trained.eval()
     train_s = teacher_s + before_s + time.monotonic() - started
@@ -156,8 +162,6 @@ def distil(
         save_model(student, folder)
         if heads := trained.heads.state_dict():
             save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, folder / HEADS)
-        checkpoints.remove()
-        (folder / _TEACHER_FEATURES).unlink(missing_ok=True)
     processes.wait()
     return {
         "train_s": round(train_s, 1),
@@ -260,7 +264,7 @@ class _Trained(nn.Module):
         if shown_bK is not None:
             masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
         features = self.heads(image_bD, self._student.encode_text(input_ids_bT), teacher, masked_bD)
-        scales = {"logit_scale": net.logit_scale.exp()}
+        scales = {"logit_scale": net.logit_scale.exp().reshape(())}  # some models keep it as a vector of one
         if self.heads.log_cross_logit_scale is not None:
             scales["cross_logit_scale"] = self.heads.cross_logit_scale
         if self.heads.log_fusion_logit_scale is not None:
@@ -394,7 +398,9 @@ def _is_finite(row: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:
     return True
 
 
-def _not_finite(folder: Path, row: dict[str, Any], trained: _Trained, again: _Pass, data: TrainingData) -> ClipkdError:
+def _not_finite(
+    folder: Path, row: dict[str, Any], trained: _Trained, again: _Pass, data: TrainingData, processes: Processes
+) -> ClipkdError:
     """What to tell the user: the step, the terms to blame, and the samples."""
     sample_B = data.batch(row["step"], slice(None), []).sample_B
     values = {name: term["unweighted"] for name, term in row["terms"].items()}
@@ -405,7 +411,8 @@ def _not_finite(folder: Path, row: dict[str, Any], trained: _Trained, again: _Pa
         parameters = list(trained.parameters())
         for name, term in again.terms.items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+            # Each process has the gradient through its own rows.
+            if processes.any(not all(gradient is None or gradient.isfinite().all() for gradient in gradients)):
                 blamed.append(name)
     more = " and others" if len(sample_B) > 8 else ""
     return ClipkdError(
@@ -481,7 +488,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _explaining_full_memory(spec: DistillSpec) -> Iterator[None]:
+def _full_memory(spec: DistillSpec) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -6,7 +6,8 @@ which batch changes nothing.
     b rows of one process   T tokens   H image size
 """
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,8 +106,10 @@ class _Steps(Dataset[Fed | ClipkdError]):
 
 def feed(
     data: TrainingData, steps: range, rows: slice, student: ClipModel, teacher: ClipModel | None, workers: int
-) -> Iterator[Fed]:
+) -> Generator[Fed, None, None]:
     """A process's rows of the batches of some steps, for a student and, where it runs live, a teacher.
+
+    To be closed, which is what ends the loaders' processes: they heed no signal.
 
     Raises:
         ClipkdError: a sample cannot be read.
@@ -115,6 +118,9 @@ def feed(
     if teacher is not None:
         tokenize = student.ids_of if teacher.tokenizes_like(student) else teacher.ids_of
         taught = teacher.geometry, tokenize
+    for model in (student, teacher):
+        if model is not None:
+            model.ids_of([""])  # what it finds out of its net once is found here: a loader's process has no GPU
     dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught)
     loader = DataLoader(
         dataset,
@@ -123,8 +129,15 @@ def feed(
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available() and workers > 0,
+        worker_init_fn=_leave_signals,
     )
     for fed in loader:
         if isinstance(fed, ClipkdError):
             raise fed
         yield fed
+
+
+def _leave_signals(worker: int) -> None:
+    """A loader's process leaves them to the one it works for: Ctrl-C reaches both, and a dead loader ends a run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from toolchain.errors import ClipkdError, UsageError
+
+_PATIENCE = timedelta(hours=2)  # while the first process indexes shards, say, or downloads the teacher
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ class Processes:
             return module
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process the first's buffers, batch norms' statistics above all: each has them of its own rows."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so; every process must ask."""
         if self.size == 1:
@@ -122,7 +131,7 @@ def join_processes() -> Processes:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise ClipkdError(
                 f"process {rank} of {size} cannot join the others: {error}. Start them with: "

@@ -31,7 +31,11 @@ from toolchain.errors import ArtifactError, ClipkdError
 MANIFEST = "manifest.json"
 RESOLVED = "resolved by clipkd:"  # in the header of a run's recipe.yaml
 _FORMAT = 1
-_LOGS = frozenset({MANIFEST, "train.jsonl"})  # how a stage went, with times: recorded, but nothing depends on it
+SCRATCH = ".scratch"
+"""A folder, in a stage's directory, of what only continuing an interrupted attempt needs; a complete stage has none."""
+
+# How a stage went, with times: recorded, but nothing depends on it.
+_LOGS = frozenset({MANIFEST, "train.jsonl", "tensorboard"})
 _KEY, _LOCK = "key", "lock"
 _FULL_BYTES = 1 << 20
 _PACKAGES = ("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
@@ -86,32 +90,46 @@ def run_stage(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with _locked(partial), _explaining_full_disk(partial):
-        if not (partial / _KEY).exists() or (partial / _KEY).read_text() != key:
-            _empty(partial)  # an interrupted attempt at something else: its checkpoints do not belong here
-        (partial / _KEY).write_text(key)
-        started, started_at = time.monotonic(), datetime.now(timezone.utc)
-        summary = work(partial)
-        for torn in partial.rglob("*.partial"):  # a file that an earlier, killed attempt was replacing
-            torn.unlink()
-        files = _hashes(partial)
-        manifest = {
-            "format": _FORMAT,
-            "key": key,
-            **depends,
-            "digest": _digest(files),
-            "files": files,
-            "summary": summary,
-            "started_at": started_at.isoformat(timespec="seconds"),
-            "took_s": round(time.monotonic() - started, 2),
-            "machine": machine(),
-            "versions": _versions(),
-            "revision": _revision(),
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        (partial / _KEY).unlink()
+        manifest = _manifest_of(partial, key)  # of an attempt that was killed while its directory was moved into place
+        if manifest is None:
+            if not (partial / _KEY).exists() or (partial / _KEY).read_text() != key:
+                _empty(partial)  # an interrupted attempt at something else: its checkpoints do not belong here
+                (partial / _KEY).write_text(key)
+            started, started_at = time.monotonic(), datetime.now(timezone.utc)
+            summary = work(partial)
+            for torn in partial.rglob("*.partial"):  # a file that an earlier, killed attempt was replacing
+                torn.unlink()
+            files = _hashes(partial)
+            manifest = {
+                "format": _FORMAT,
+                "key": key,
+                **depends,
+                "digest": _digest(files),
+                "files": files,
+                "summary": summary,
+                "started_at": started_at.isoformat(timespec="seconds"),
+                "took_s": round(time.monotonic() - started, 2),
+                "machine": machine(),
+                "versions": _versions(),
+                "revision": _revision(),
+            }
+            unfinished = partial / f"{MANIFEST}.partial"
+            unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(partial / MANIFEST)
+        shutil.rmtree(partial / SCRATCH, ignore_errors=True)  # only now: until here, a killed attempt continues
+        (partial / _KEY).unlink(missing_ok=True)
         (partial / _LOCK).unlink()
         _swap_in(partial, path)
     return Stage(path, manifest, cached=False)
+
+
+def _manifest_of(partial: Path, key: str) -> dict[str, Any] | None:
+    """The manifest of an attempt that finished its work; None where it did not, or was at something else."""
+    try:
+        manifest: dict[str, Any] = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return manifest if manifest["key"] == key else None
 
 
 def open_stage(path: Path) -> Stage:
@@ -170,7 +188,7 @@ def run_lock(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{run}: cannot make this directory: {error.strerror}. Choose another --out") from None
-    with _flock(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
+    with _held(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
         yield
 
 
@@ -183,16 +201,16 @@ def _resolved_here(run: Path) -> bool:
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
-    with _flock(partial / _LOCK, f"{partial}: another process is at work on this stage; wait for it"):
+    with _held(partial / _LOCK, f"{partial}: another process is at work on this stage; wait for it"):
         yield
 
 
 @contextmanager
-def _flock(path: Path, busy: str) -> Iterator[None]:
+def _held(path: Path, busy: str) -> Iterator[None]:
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loaders of a killed process would keep it
+        except (BlockingIOError, PermissionError):  # POSIX allows either
             raise ArtifactError(busy) from None
         yield
 
@@ -235,7 +253,8 @@ def _empty(folder: Path) -> None:
 def _hashes(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     skipped = {_LOCK, _KEY, MANIFEST}
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files if path.name not in skipped}
+    kept = [path for path in files if path.name not in skipped and path.relative_to(folder).parts[0] != SCRATCH]
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in kept}
 
 
 def _sha256(path: Path) -> str:
@@ -247,7 +266,7 @@ def _sha256(path: Path) -> str:
 
 
 def _digest(files: Mapping[str, str]) -> str:
-    kept = {name: sha for name, sha in files.items() if name not in _LOGS}
+    kept = {name: sha for name, sha in files.items() if name.partition("/")[0] not in _LOGS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

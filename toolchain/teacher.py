@@ -71,6 +71,7 @@ class StoredTeacher:
 
     def save(self, path: Path) -> None:
         """Keep it, atomically, for a run that is interrupted and for the other processes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         stored = {"image": self.image_VNE, "text": self.text_CE, "captions": self.captions}
         torch.save(stored | {"logit_scale": self.logit_scale.cpu()}, partial)

@@ -10,6 +10,7 @@ A row, all of it a function of the recipe and the data but the last three fields
 """
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,6 +50,7 @@ class TrainingLog:
     def flush(self) -> None:
         """Before a checkpoint is saved: a checkpoint's rows are on disk when it is."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         self._curves.flush()
 
     def __enter__(self) -> "TrainingLog":

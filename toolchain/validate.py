@@ -29,13 +29,14 @@ def headline_accuracy(
     """
 
     def accuracy(model: ClipModel, processes: Processes) -> dict[str, float]:
-        mine = range(processes.rank, len(names), processes.size)  # images and classes of this process
+        # Images and classes of this process; one at the least, which is then not counted.
+        mine = range(processes.rank, len(names), processes.size) or range(1)
         pixels = [model.preprocess(Image.fromarray(images_KHWC[index])) for index in mine]
         prompts = [[template.format(names[index]) for index in mine] for template in templates]
         with torch.inference_mode():
             image_KD = _encoded(model.encode_image, torch.stack(pixels), processes)
             text_PKD = torch.stack([_encoded(model.encode_text, model.ids_of(row), processes) for row in prompts])
-        class_KD = nn.functional.normalize(text_PKD.mean(0), dim=-1)
+        class_KD = nn.functional.normalize(text_PKD.double().sum(0), dim=-1).float()  # as `class_embeddings` rounds
         gathered = processes.gather_rows(torch.cat([image_KD, class_KD], dim=1), len(names))
         features_KD, classes_KD = gathered.chunk(2, dim=1)
         rank_K = ranks(features_KD.cpu().numpy(), classes_KD.cpu().numpy())
