@@ -112,7 +112,7 @@ def distill(
 
     Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
 
-    Many GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill paper/vit_t_16 --out runs/vit_t_16[/]
+    Many GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill paper/vit_t_16_from_vit_b_16 --out runs/vit_t_16[/]
     """
     how = _How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     with _run_directory(recipe, out, overrides, shared=True) as (loaded, screen):

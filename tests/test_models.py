@@ -622,19 +622,13 @@ def test_a_coca_model_teaches_only() -> None:
         check_pair(coca, small(), LossWeights())
 
 
-def test_masks_are_asked_of_the_student_where_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher, asked = small(), small(), []
-
-    def refuse(visual: nn.Module) -> None:
-        asked.append(visual)
-        raise UsageError("cannot mask")
-
-    monkeypatch.setattr("toolchain.models.check_can_mask", refuse)
-    with pytest.raises(UsageError, match="cannot mask"):
-        check_pair(student, teacher, LossWeights(mfd=1))
-    assert asked == [student.net.visual]
-    check_pair(student, teacher, LossWeights(mfd=0))
-    check_pair(student, None, LossWeights(mfd=1))
+def test_masks_are_asked_of_the_student_where_they_are_needed() -> None:
+    sees_patches, convolves = small(), build_model(KINDS["ResNet"], seed=0)
+    check_pair(sees_patches, convolves, LossWeights(mfd=1))
+    check_pair(convolves, sees_patches, LossWeights(mfd=0))
+    check_pair(convolves, None, LossWeights(mfd=1))
+    with pytest.raises(UsageError, match="mfd"):
+        check_pair(convolves, sees_patches, LossWeights(mfd=1))
 
 
 # Broken folders.
