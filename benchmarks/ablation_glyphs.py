@@ -32,12 +32,8 @@ BEGIN, END = "<!-- ablation: written by benchmarks/ablation_glyphs.py -->", "<!-
 STEPS, BATCH, LR, WARMUP, VIEWS = 900, 128, 1.5e-3, 60, 1
 WIDTH = 128  # of the teacher's embedding
 GD_WEIGHT = 0.1
-STUDENT = {
-    "model": "glyphs_student",
-    "model_cfg": {
-        "vision_cfg": {"timm_model_name": None, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
-    },
-}
+_TOWER = {"timm_model_name": None, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
+STUDENT = {"model": "glyphs_student", "model_cfg": {"vision_cfg": _TOWER}}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}  # two-sided quantiles of Student's t, by freedom
 PAPER_GAP_CLOSED = (34.90 - 30.55) / (36.99 - 30.55)  # ViT-T/16 from ViT-B/16, README of the released code: 0.68
 PAPER = {  # zero-shot ImageNet top-1 in per cent, the same table
