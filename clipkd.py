@@ -110,9 +110,9 @@ def distill(
 
     Interrupted, even by kill -9, the same command continues at the last checkpoint and ends with the same bytes.
 
-    Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
+    On many GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill RECIPE --out RUN[/]
 
-    Many GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill paper/vit_t_16_from_vit_b_16 --out runs/vit_t_16[/]
+    Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
     """
     how = _How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     with _run_directory(recipe, out, overrides, shared=True) as (loaded, screen):

@@ -56,10 +56,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path: Path, teacher_folder: Path) -> Path:
     """A recipe of one's own, with the teacher's weights beside it."""
-    teacher = shutil.copytree(REPOSITORY / "recipes" / "glyphs_student", tmp_path / "teacher")
-    (teacher / "open_clip_model.safetensors").write_bytes(b"weights")
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
     content = (REPOSITORY / "recipes" / "glyphs.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(content.replace("model: glyphs_teacher", "model: teacher"))
     return tmp_path / "mine.yaml"
@@ -155,7 +154,7 @@ def work(folder):
     sys.stderr.flush()
     time.sleep(60)
 
-def train(recipe, out, asked):
+def train(recipe, out, asked, how):
     global screen
     screen = asked
     stage = run_stage(out / "student", kind="x", version=1, fields={}, fingerprints={}, inputs={}, work=work)
@@ -260,7 +259,7 @@ def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeyp
     run = tmp_path / "run"
     first = clipkd("distill", recipe, "--out", run)
     assert "teacher" in first.err
-    assert "done in 0 s" in first.err
+    assert "done in " in first.err
     assert first.err.endswith("error: stop after the teacher\n")
     weights = run / "teacher" / "open_clip_model.safetensors"
     weights.write_bytes(b"wEights")

@@ -90,7 +90,7 @@ def write_graphs(folder: Path, context_length: int) -> None:
 
 
 def clip_model(tokenizer, context_length):
-    return SimpleNamespace(folder=Path("a-model"), tokenize=tokenizer, context_length=context_length)
+    return SimpleNamespace(name="a-model", tokenize=tokenizer, context_length=context_length)
 
 
 def export_to(folder: Path, tokenizer, context_length: int, image_spec=IMAGE_SPEC) -> Path:
