@@ -2,8 +2,8 @@
 
     python benchmarks/ablation_glyphs.py [--out runs/ablation] [--seeds 0 1 2] [--only fd gd] [--write]
 
-The quickstart's convolutional student is trained from each seed with the task loss alone, with each objective beside it,
-and with CLIP-KD's combination, from the same initialisation and the same batches; the teacher is the one that ships.
+The quickstart's convolutional student is trained from each seed with the task loss alone, with each objective beside
+it, and with CLIP-KD's combination, from the same initialisation and batches; the teacher is the one that ships.
 MFD needs a student that can leave patches out: a small vision transformer has a baseline, FD and MFD of its own.
 Zero-shot top-1 is over the images of the three glyph sets together (each classified among its own set's names).
 Weights are the paper's, converted (docs/method.md), but for GD's, which the paper tuned for an inverted temperature and
@@ -227,13 +227,13 @@ def summary(
         (gain, half), (gap, gap_half) = interval(gains), interval(closed)
         spread = statistics.stdev(pooled) if len(pooled) > 1 else math.nan
         sets = " / ".join(f"{100 * statistics.fmean(run['sets'][name]['top1'] for run in runs):.1f}" for name in SETS)
-        published, paper = PAPER[variant], "– | – | –"
+        published, paper = PAPER[variant], "- | - | -"
         if published is not None:
             points = published - PAPER_BASELINE
             paper = f"{published:.2f} | {points:+.2f} | {points / (PAPER_TEACHER - PAPER_BASELINE):.2f}"
         mine = f"{100 * gain:+.2f} ± {100 * half:.2f} | {gap:.2f} ± {gap_half:.2f}"
         if variant == "baseline":
-            mine, paper = "– | –", f"{PAPER_BASELINE:.2f} | – | –"
+            mine, paper = "- | -", f"{PAPER_BASELINE:.2f} | - | -"
         name = "nothing (baseline)" if variant == "baseline" else variant.upper().replace("_", "-").replace("+", " + ")
         lines.append(
             f"| {tower} | {name} | {100 * statistics.fmean(pooled):.2f} ± {100 * spread:.2f} | {mine} | {sets} "
@@ -244,7 +244,7 @@ def summary(
         if variant == COMBINATION:
             claims.append(claim(f"{variant}: share of the gap closed", gap, "fraction", ">=", PAPER_GAP_CLOSED))
     top = " / ".join(f"{100 * teacher['sets'][name]['top1']:.1f}" for name in SETS)
-    lines.append(f"| teacher | – | {100 * teacher['pooled']:.2f} | – | – | {top} | – | {PAPER_TEACHER:.2f} | – | – |")
+    lines.append(f"| teacher | - | {100 * teacher['pooled']:.2f} | - | - | {top} | - | {PAPER_TEACHER:.2f} | - | - |")
     lines += ["", f"Seeds {', '.join(map(str, seeds))}; intervals are of the mean over seeds, by Student's t."]
     return "\n".join(lines), claims
 
