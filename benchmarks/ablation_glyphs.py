@@ -36,8 +36,8 @@ GD_WEIGHT = 0.1
 STUDENT = "glyphs_student"
 TOWER = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 4}
 TOWERS: dict[str, dict[str, Any]] = {  # the image tower, how long it trains, and how fast
-    "convolutional": {"model_cfg": {}, "steps": 1500, "lr": 3e-3},
-    "transformer": {"model_cfg": {"vision_cfg": TOWER}, "steps": 900, "lr": 2e-3},
+    "convolutional": {"model_cfg": {}, "steps": 1000, "lr": 3e-3},
+    "transformer": {"model_cfg": {"vision_cfg": TOWER}, "steps": 700, "lr": 2e-3},
 }
 COMBINATION = "crd+fd+icl"
 VARIANTS = {
