@@ -294,6 +294,8 @@ def _train(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "dict
     """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it."""
     from toolchain.recipe import teacher_recipe
 
+    if not (out / "student").exists():
+        _refuse_misfits(recipe, screen)
     if recipe.teacher is None:
         return {"student": _train_one(recipe, out, "student", None, screen, how)}
     if recipe.teacher.recipe is not None:
@@ -304,6 +306,20 @@ def _train(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "dict
     if recipe.baseline:
         made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
     return made | {"student": _train_one(recipe, out, "student", teacher, screen, how)}
+
+
+def _refuse_misfits(recipe: "Recipe", screen: "_Screen") -> None:
+    """Say that models cannot be trained together before anything is read, downloaded or trained for them."""
+    from toolchain.models import build_model, check_pair
+    from toolchain.recipe import teacher_recipe
+
+    without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
+    student = build_model(recipe.student.model_copy(update=without_weights), seed=0, say=screen.say)
+    teacher = None
+    if recipe.teacher is not None:
+        spec = teacher_recipe(recipe.teacher).student if recipe.teacher.recipe else recipe.teacher
+        teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
+    check_pair(student, teacher, recipe.distill.loss_weights)
 
 
 def _adopt_teacher(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "Stage":
@@ -350,13 +366,12 @@ def _train_one(
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.distil import Engine, distil
         from toolchain.feed import training_data
-        from toolchain.models import build_model, check_pair, load_model
+        from toolchain.models import build_model, load_model
         from toolchain.processes import join_processes
         from toolchain.validate import headline_accuracy
 
         student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
         frozen = load_model(teacher.path) if teacher else None
-        check_pair(student, frozen, spec.loss_weights)
         processes = join_processes()
         with processes.first_alone():  # shards are indexed once
             data = training_data(
@@ -610,7 +625,7 @@ def _exports(recipe: "Recipe") -> list[tuple[str, str, str]]:
 def _stage_paths(recipe: "Recipe") -> list[str]:
     trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
     quantized = ["student-int8"] if "int8" in recipe.export.precisions else []
-    names = [name for name, _, _ in _exports(recipe)]
+    names = [name for name, _, _ in _exports(recipe)] if recipe.evaluate else []
     return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]
 
 

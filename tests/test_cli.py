@@ -20,7 +20,7 @@ from conftest import REPOSITORY, Ended
 
 import clipkd as command
 from toolchain.errors import ClipkdError
-from toolchain.recipe import load_recipe
+from toolchain.recipe import load_recipe, shipped_recipes
 from toolchain.stages import Stage, run_stage
 
 Clipkd = Callable[..., Ended]
@@ -365,6 +365,35 @@ def test_show_is_a_recipe_again(clipkd: Clipkd, tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(ended.out)
     assert load_recipe(tmp_path / "again.yaml") == load_recipe(REPOSITORY / "recipes" / "glyphs.yaml", ["seed=3"])
     assert "# student-int8: not made\n" in ended.out
+
+
+def test_show_resolves_every_recipe_that_ships(clipkd: Clipkd) -> None:
+    names = shipped_recipes()
+    assert len(names) > 30
+    for name in names:
+        ended = clipkd("show", name)
+        assert (ended.code, ended.err) == (0, ""), name
+        recipe = yaml.safe_load(ended.out)
+        assert recipe["name"] == name.rpartition("/")[2]
+        stages = [line for line in ended.out.splitlines() if line.startswith("# ")]
+        assert "# student: not made" in stages
+        assert ("# teacher: not made" in stages) == (recipe["teacher"] is not None)
+        assert any("exported/" in stage for stage in stages) == (recipe["evaluate"] is not None)
+
+
+def test_models_that_do_not_fit_are_refused_before_the_teacher_is_trained(clipkd: Clipkd, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = clipkd("distill", "glyphs", "--out", run, "--set", "distill.loss_weights.mfd=1")
+    assert (ended.code, ended.out) == (2, "")
+    assert "cannot leave patches out" in ended.err
+    assert [path.name for path in run.iterdir() if not path.name.startswith(".")] == ["recipe.yaml"]
+
+
+def test_training_alone_needs_no_evaluation_and_reporting_does(clipkd: Clipkd, tmp_path: Path) -> None:
+    ended = clipkd("run", "glyphs", "--out", tmp_path / "run", "--set", "evaluate=null")
+    assert (ended.code, ended.out) == (2, "")
+    assert "recipe glyphs has no evaluate section" in ended.err
+    assert "clipkd distill" in ended.err
 
 
 def test_show_says_what_a_run_has(clipkd: Clipkd, tmp_path: Path) -> None:
