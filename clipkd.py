@@ -484,7 +484,7 @@ def _quantize(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_S
     stage = run_stage(
         out / name,
         kind="quantize",
-        version=1,
+        version=2,
         fields={
             "seed": recipe.seed,
             "data": recipe.data.model_dump(),

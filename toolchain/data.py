@@ -10,13 +10,14 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 import torchvision.transforms.functional as tvf
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from toolchain.errors import UsageError
-from toolchain.glyphs import TEMPLATES, TrainingSet
+from toolchain.glyphs import TEMPLATES, TrainingSet, clean_images
 from toolchain.views import draw_views, template_picks
 
 
@@ -68,6 +69,10 @@ class TrainingData(Protocol):
         """One view of chosen samples."""
         ...
 
+    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+        """uint8 [B, 3, H, H] chosen samples as evaluation would show them: no augmentation."""
+        ...
+
 
 @dataclass(frozen=True)
 class GlyphBatches:
@@ -115,6 +120,11 @@ class GlyphBatches:
         drawn_B3HH = draw_views(self.samples.masks_NSS[sample_B], self.seed, sample_B, view)
         pixels = {geometry: _resized(drawn_B3HH, geometry) for geometry in geometries}
         return Batch(pixels, captions_B, sample_B, view)
+
+    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+        """uint8 [B, 3, H, H] chosen samples, black on white."""
+        clean_BHH3 = torch.from_numpy(clean_images(self.samples.masks_NSS[sample_B]))
+        return _resized(clean_BHH3.movedim(-1, 1).contiguous(), geometry)
 
 
 def _resized(pixels_B3HH: Tensor, geometry: Geometry) -> Tensor:

@@ -174,8 +174,12 @@ def eval_set(name: str) -> EvalSet:
             for code_point, mask_SS in zip(face.code_points_N.tolist(), face.masks_NSS, strict=True)
         ]
     )
-    masks_KSS = face.masks_NSS[wanted_N]
-    size = _DRAWN_SIZE // 2
-    gray_KHW = 255 - masks_KSS.reshape(-1, size, 2, size, 2).mean((2, 4)).round().astype(np.uint8)
     names = [name_of(code_point) for code_point in face.code_points_N[wanted_N].tolist()]
-    return EvalSet(np.repeat(gray_KHW[..., None], 3, axis=-1), names)
+    return EvalSet(clean_images(face.masks_NSS[wanted_N]), names)
+
+
+def clean_images(masks_KSS: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[K, H, H, 3] black on white, undistorted: how evaluation shows a glyph."""
+    size = _DRAWN_SIZE // 2
+    gray_KHH = 255 - masks_KSS.reshape(-1, size, 2, size, 2).mean((2, 4)).round().astype(np.uint8)
+    return np.repeat(gray_KHH[..., None], 3, axis=-1)

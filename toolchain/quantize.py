@@ -5,6 +5,9 @@ channel, activations 8 bits per tensor, all zero points are zero.  An activation
 (after a ReLU) is unsigned: ONNX Runtime then drops the ReLU and keeps the convolution in integers.  TensorRT knows
 signed activations only; `signed_activations` is for it, at the price of one bit.
 
+The range of an activation is the largest value that calibration saw.  NNCF's default, the mean of each image's largest
+value, is less than half of what a picture of full contrast needs where most calibration images have little.
+
 A convolutional tower first has its batch norms folded into its convolutions and is quantized throughout, residual
 additions included.  A transformer has only its linear layers and embeddings quantized: the outliers of its residual
 stream do not survive 8 bits (onnxsim#1742).
@@ -19,6 +22,7 @@ import copy
 import io
 import json
 import logging
+import math
 import os
 import sys
 import types
@@ -45,6 +49,7 @@ LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
 
 _FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "normalize", "layer_norm"]
 _ADDITIONS = ["add", "add_", "__add__", "__iadd__", "__radd__"]
+_CALIBRATION_BATCH = 64
 _OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float16 scales
 
 
@@ -148,8 +153,10 @@ def quantize(
         open_clip_model.safetensors   the float weights that int8 rounds, in plain open_clip's own layout
         nncf.safetensors, nncf.json   scales and places of the quantizers
 
-    `loss_of(image_features_BD, text_features_BD, batch)` is minimised with AdamW at constant `lr`.  By default it is
-    mean(1 - cos) to the batch's teacher features, or where the batch has none, to the float student's own.
+    `calibration` has to hold what the model will meet, the most contrasting inputs included: it sets the ranges.
+    `loss_of(image_features_BD, text_features_BD, batch)` is minimised with AdamW at a rate that falls from `lr` to 0
+    along half a cosine.  By default it is mean(1 - cos) to the batch's teacher features, or where the batch has none,
+    to the float student's own.
     """
     nncf = _import_nncf()
     device = next(student.net.parameters()).device
@@ -169,6 +176,8 @@ def quantize(
             batch = (pixel_values.to(device), input_ids.to(device), image_target_BD, text_target_BD)
             features = image_tower(batch[0]), text_tower(batch[1])
             loss = loss_of(*features, batch) if loss_of else _cosine_loss(*features, batch, own_features)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -373,18 +382,24 @@ def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
 
 def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional: bool) -> nn.Module:
     """The tower with fake quantization, ranges set from `inputs`, ready for fine-tuning."""
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
     floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _ADDITIONS
     off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
+    batches = list(
+        torch.split(inputs, _CALIBRATION_BATCH)
+    )  # as good as one by one, because extremes are all that is taken
     with redirect_stdout(io.StringIO()):  # NNCF draws its progress there
         quantized: nn.Module = nncf.quantize(
             tower,
-            nncf.Dataset([row[None] for row in inputs]),  # one by one: batch statistics are inexact for transformers
+            nncf.Dataset(batches),
             preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric activations
-            subset_size=len(inputs),
+            subset_size=len(batches),
             ignored_scope=nncf.IgnoredScope(types=floating, validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 smooth_quant_alphas=off,  # SmoothQuant ignores the ignored scope (nncf#4172)
                 disable_bias_correction=True,  # fine-tuning moves the biases anyway
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             ),
         )
     return quantized.eval()  # dropout off: the rounding is all the noise that the student should learn

@@ -205,6 +205,8 @@ class QuantizeSpec(_Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: BatchSize = 128
     calibration_samples: Positive = 256
+    anchor: Weight = 100.0
+    """Weight of the squared distance to the float student's features, beside the distillation losses."""
 
 
 class ExportSpec(_Section):

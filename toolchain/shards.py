@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
 
 from toolchain.data import Batch, Geometry
 from toolchain.errors import ClipkdError, UsageError
@@ -167,6 +168,14 @@ class ShardBatches:
                         pixels[geometry][b] = view_HH3.transpose(2, 0, 1)
         tensors = {geometry: torch.from_numpy(pixels_B3HH) for geometry, pixels_B3HH in pixels.items()}
         return Batch(tensors, captions_B, sample_B, view)
+
+    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+        """uint8 [B, 3, H, H] chosen samples, as much of the picture as a crop can hold.
+
+        Raises:
+            ClipkdError: as `view_of`.
+        """
+        return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
 
 
 def left_out(shards: Sequence[Shard]) -> list[str]:
