@@ -1,0 +1,97 @@
+"""The int8 student of a run: what it is calibrated on, what its loss reads, and that it stays near the float one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STUDENT
+
+from toolchain import finetune
+from toolchain.data import GlyphBatches
+from toolchain.finetune import quantize_student
+from toolchain.glyphs import TrainingSet
+from toolchain.models import ClipModel, load_model, unit_image_features
+from toolchain.quantize import load_quantized
+from toolchain.recipe import LossWeights, QuantizeSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SAMPLES = 16
+
+
+def silent(what: str, done: int, total: int, note: str = "") -> None:
+    pass
+
+
+def quantized(
+    folder: Path, samples: TrainingSet, teacher: ClipModel | None, weights: LossWeights, **changes: Any
+) -> tuple[ClipModel, dict[str, Any]]:
+    folder.mkdir()
+    student = load_model(STUDENT, random_seed=0)
+    spec = QuantizeSpec(**({"steps": 2, "batch_size": 8, "calibration_samples": SAMPLES} | changes))
+    data = GlyphBatches(samples, 0, 8, 2)
+    return student, quantize_student(spec, weights, student, teacher, data, folder, silent, seed=0)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [LossWeights(), LossWeights(task=0, crd=0, fd=0, icl=0, afd=1), LossWeights(task=0, crd=0, fd=0, icl=0, mfd=2)],
+    ids=["published", "a head it has not", "a mask it has not"],
+)
+def test_any_objectives_fine_tune(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, weights: LossWeights
+) -> None:
+    student, said = quantized(tmp_path / "int8", tiny_samples, load_model(teacher_folder), weights)
+    assert said["steps"] == 2
+    image_tower, _ = load_quantized(tmp_path / "int8", student)
+    pixels = student.normalise(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8))
+    with torch.no_grad():
+        features, expected = image_tower(pixels), unit_image_features(student.net, pixels)
+    assert features.isfinite().all()
+    assert (features * expected).sum(-1).min() > 0.8, "as near as int8 of random weights is (test_quantize.py)"
+
+
+def test_without_a_teacher_the_float_student_teaches(tmp_path: Path, tiny_samples: TrainingSet) -> None:
+    student, said = quantized(tmp_path / "int8", tiny_samples, None, LossWeights())
+    assert said["steps"] == 2
+    fresh = load_model(STUDENT, random_seed=0)
+    assert all(torch.equal(value, fresh.net.state_dict()[key]) for key, value in student.net.state_dict().items())
+
+
+def test_calibration_sees_every_sample_as_a_view_and_undistorted(
+    tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(finetune, "quantize", lambda student, batches, calibration, **_: calls.append(calibration))
+    student, _ = quantized(tmp_path / "int8", tiny_samples, None, LossWeights())
+    ((pixel_values, input_ids),) = calls
+    assert len(pixel_values) == 2 * SAMPLES
+    assert len(input_ids) == SAMPLES
+    white = student.normalise(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0, :, 0, 0]
+    corners = pixel_values[SAMPLES:, :, 0, 0]
+    assert torch.equal(corners, white.expand_as(corners)), "black on white"
+    assert not torch.equal(pixel_values[:SAMPLES, :, 0, 0], corners)
+
+
+def test_the_anchor_is_the_distance_to_the_float_students_features(
+    tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: dict[float, float] = {}
+    distances: dict[float, float] = {}
+    for anchor in (0.0, 3.0):
+
+        def keep(
+            student: Any, batches: Any, calibration: Any, *, loss_of: Any, anchor: float = anchor, **_: Any
+        ) -> None:
+            batch = next(batches)
+            image_BD = torch.nn.functional.normalize(torch.ones(8, 128), dim=-1)
+            losses[anchor] = loss_of(image_BD, image_BD, batch).item()
+            own_BD = unit_image_features(student.net, batch[0])
+            distances[anchor] = (image_BD - own_BD).square().sum(-1).mean().item()
+
+        monkeypatch.setattr(finetune, "quantize", keep)
+        quantized(tmp_path / f"int8-{anchor}", tiny_samples, None, LossWeights(), anchor=anchor)
+    added = (losses[3.0] - losses[0.0]) / 3
+    assert added > distances[3.0] > 0, "the images' distance, and the texts' on top"
+    assert added < distances[3.0] + 4
