@@ -150,7 +150,7 @@ def test_a_paper_recipe_is_its_row_of_the_tables(name: str) -> None:
     spec = recipe.distill
     assert (spec.epochs, spec.steps, spec.batch_size, spec.warmup) == (32, None, 1024, 10_000)
     assert (spec.lr, spec.weight_decay, spec.precision, spec.grad_clip_norm) == (1e-3, 0.1, "fp16", None)
-    assert not spec.reference_compat
+    assert spec.reference_compat == (losses == "gd"), "whose published weight belongs to the released code"
     assert not recipe.baseline
     assert recipe.data == WebdatasetSpec(
         kind="webdataset",
