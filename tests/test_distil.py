@@ -886,9 +886,7 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "vit_t_16" else pytest.param(name, marks=pytest.mark.slow) for name in STUDENTS]
-)
+@pytest.mark.parametrize("name", STUDENTS)
 def test_groups_and_moments_are_the_papers(name: str) -> None:
     """Its rule is by name too; the counts of ViT-T/16 were taken from its own optimizer."""
     asked = spec(weight_decay=0.1)
