@@ -98,6 +98,31 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def tiny_recipe(
+    tmp_path: Path, tiny_samples: "TrainingSet", teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`tiny_recipe(NAME, SECTION=...)`: a recipe of three steps on the tiny samples, some of its sections changed."""
+    import yaml
+
+    monkeypatch.setattr("toolchain.glyphs.training_set", lambda: tiny_samples)
+
+    def write(name: str = "mine", **changes: Any) -> Path:
+        content = {
+            "name": name,
+            "data": {"kind": "glyphs", "views": 2},
+            "teacher": {"model": str(teacher_folder)},
+            "student": {"model": "glyphs_student"},
+            "distill": {"steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 0},
+            "export": {"precisions": ["fp32"]},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in (content | changes).items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
 def student_folder(tmp_path: Path) -> Path:
     """A copy of the glyphs student's configuration and tokenizer, to be changed at will."""
     return Path(shutil.copytree(STUDENT, tmp_path / "student_config"))

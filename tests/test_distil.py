@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import REPOSITORY, STUDENT, Ended
 from golden import golden_values
 from torch import Tensor, nn
@@ -971,29 +970,6 @@ def test_a_clipped_run_logs_the_norm_before_clipping(
 # Stages: which models a recipe trains, and from where.
 
 
-@pytest.fixture
-def recipe(
-    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
-    """A recipe of few steps on the tiny samples, some of its sections changed."""
-    monkeypatch.setattr("toolchain.glyphs.training_set", lambda: tiny_samples)
-
-    def write(name: str = "mine", **changes: Any) -> Path:
-        content = {
-            "name": name,
-            "data": {"kind": "glyphs", "views": 2},
-            "teacher": {"model": str(teacher_folder)},
-            "student": {"model": "glyphs_student"},
-            "distill": {"steps": 3, "batch_size": BATCH_SIZE, "lr": 1e-3, "warmup": 0},
-            "export": {"precisions": ["fp32"]},
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}))
-        return path
-
-    return write
-
-
 Clipkd = Callable[..., Ended]
 
 
@@ -1002,11 +978,11 @@ def stages(run: Path) -> list[str]:
 
 
 def test_a_baseline_is_trained_where_a_recipe_asks_for_one(
-    clipkd: Clipkd, recipe: Callable[..., Path], tmp_path: Path
+    clipkd: Clipkd, tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     for baseline in (False, True):
         run = tmp_path / f"run {baseline}"
-        assert clipkd("distill", recipe(baseline=baseline), "--out", run).code == 0
+        assert clipkd("distill", tiny_recipe(baseline=baseline), "--out", run).code == 0
         assert stages(run) == (["baseline", "student", "teacher"] if baseline else ["student", "teacher"])
     terms = {name: list(rows(run / name)[0]["terms"]) for name in ("baseline", "student")}
     assert terms == {"baseline": ["task"], "student": ["task", "crd", "fd", "icl"]}
@@ -1015,9 +991,9 @@ def test_a_baseline_is_trained_where_a_recipe_asks_for_one(
     assert files(run / "student") == files(tmp_path / "run False" / "student")
 
 
-def test_a_teachers_recipe_is_trained_first(clipkd: Clipkd, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    taught = recipe("teacher_of_mine", teacher=None, seed=5)
-    mine = recipe(teacher={"recipe": taught.name})
+def test_a_teachers_recipe_is_trained_first(clipkd: Clipkd, tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    taught = tiny_recipe("teacher_of_mine", teacher=None, seed=5)
+    mine = tiny_recipe(teacher={"recipe": taught.name})
     ended = clipkd("distill", mine, "--out", tmp_path / "run")
     assert ended.code == 0
     assert ended.out == f"{tmp_path / 'run' / 'teacher'}\n{tmp_path / 'run' / 'student'}\n"
@@ -1029,9 +1005,9 @@ def test_a_teachers_recipe_is_trained_first(clipkd: Clipkd, recipe: Callable[...
     assert [line.split() for line in again.err.splitlines()] == [["teacher", "cached"], ["student", "cached"]]
 
 
-def test_training_again_gives_the_same_digest(clipkd: Clipkd, recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_training_again_gives_the_same_digest(clipkd: Clipkd, tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     """So that what comes after the student is not made again: nothing dated or of this machine is in it."""
-    path, digests = recipe(), []
+    path, digests = tiny_recipe(), []
     for _ in range(2):
         assert clipkd("distill", path, "--out", tmp_path / "run").code == 0
         manifest = json.loads((tmp_path / "run" / "student" / "manifest.json").read_text())
@@ -1044,7 +1020,7 @@ def test_training_again_gives_the_same_digest(clipkd: Clipkd, recipe: Callable[.
 
 
 def test_a_student_starts_from_weights_it_names(
-    clipkd: Clipkd, recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
+    clipkd: Clipkd, tiny_recipe: Callable[..., Path], tmp_path: Path, teacher_folder: Path
 ) -> None:
     weights = tmp_path / "start.safetensors"
     shutil.copyfile(teacher_folder / "open_clip_model.safetensors", weights)
@@ -1055,7 +1031,7 @@ def test_a_student_starts_from_weights_it_names(
         ("weights", {"model": str(teacher_folder), "init": "weights"}),
         ("random", {"model": "glyphs_student"}),
     ):
-        path = recipe(name, student=student, teacher=None, distill=barely)
+        path = tiny_recipe(name, student=student, teacher=None, distill=barely)
         assert clipkd("distill", path, "--out", tmp_path / name).code == 0
         found = dict(load_model(tmp_path / name / "student").net.named_parameters())
         far = {key for key, value in expected.items() if not (found[key] - value).abs().max() < 1e-9}
@@ -1063,9 +1039,9 @@ def test_a_student_starts_from_weights_it_names(
 
 
 def test_refused_under_torchrun(
-    clipkd: Clipkd, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clipkd: Clipkd, tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = recipe()
+    path = tiny_recipe()
     assert clipkd("distill", path, "--out", tmp_path / "run").code == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
