@@ -70,8 +70,7 @@ def clipkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="session")
-def tiny_samples() -> "TrainingSet":
+def tiny_training_set() -> "TrainingSet":
     """Twelve Latin letters in each of the seven training faces."""
     import numpy as np
 
@@ -85,6 +84,12 @@ def tiny_samples() -> "TrainingSet":
         everything.character_N[index_N] - first,
         everything.names[first : first + NUM_CHARACTERS],
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_samples() -> "TrainingSet":
+    """`tiny_training_set`, read once."""
+    return tiny_training_set()
 
 
 @pytest.fixture(scope="session")
