@@ -674,7 +674,7 @@ class _Screen:
     spoken_at: float = 0.0
 
     def starts(self, stage: str) -> None:
-        self.stage = stage
+        self.stage, self.what = stage, ""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         if self.bar.disable:
@@ -688,7 +688,7 @@ class _Screen:
     def _now_and_then(self, what: str, done: int, total: int, note: str) -> None:
         """Where there is no terminal to draw on: a line every half minute, with the time left at the rate since."""
         now = time.monotonic()
-        if what != self.what or done < self.first[1]:
+        if what != self.what:
             self.what, self.first, self.spoken_at = what, (now, done), now
         if now - self.spoken_at < _LINE_EVERY_S or self.silent:
             return

@@ -37,6 +37,17 @@ SMALL = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: takes more than some ten seconds; run it with --slow"))
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""
@@ -51,7 +62,7 @@ def clipkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     """The `clipkd` command, in this process: `clipkd("show", "glyphs")`."""
     import clipkd as command
 
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("COLUMNS", "120")
 
     def call(*arguments: str | Path) -> Ended:
@@ -62,7 +73,8 @@ def clipkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Ended(int(ended.value.code or 0), said.out, said.err)
 
     yield call
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -76,8 +88,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def tiny_samples() -> "TrainingSet":
+def tiny_training_set() -> "TrainingSet":
     """Twelve Latin letters in each of the seven training faces."""
     import numpy as np
 
@@ -94,6 +105,12 @@ def tiny_samples() -> "TrainingSet":
 
 
 @pytest.fixture(scope="session")
+def tiny_samples() -> "TrainingSet":
+    """`tiny_training_set`, read once."""
+    return tiny_training_set()
+
+
+@pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The glyphs student's architecture with random weights of another seed."""
     from toolchain.models import load_model, save_model
@@ -101,6 +118,31 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     save_model(load_model(STUDENT, random_seed=99), folder)
     return folder
+
+
+@pytest.fixture
+def tiny_recipe(
+    tmp_path: Path, tiny_samples: "TrainingSet", teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`tiny_recipe(NAME, SECTION=...)`: a recipe of three steps on the tiny samples, some of its sections changed."""
+    import yaml
+
+    monkeypatch.setattr("toolchain.glyphs.training_set", lambda: tiny_samples)
+
+    def write(name: str = "mine", **changes: Any) -> Path:
+        content = {
+            "name": name,
+            "data": {"kind": "glyphs", "views": 2},
+            "teacher": {"model": str(teacher_folder)},
+            "student": {"model": "glyphs_student"},
+            "distill": {"steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 0},
+            "export": {"precisions": ["fp32"]},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in (content | changes).items() if value is not None}))
+        return path
+
+    return write
 
 
 @pytest.fixture

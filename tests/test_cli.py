@@ -177,8 +177,11 @@ def working(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
-def test_ctrl_c_ends_with_130_and_leaves_what_continues(working: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    working.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_asked_to_stop_it_ends_with_130_and_leaves_what_continues(
+    working: "subprocess.Popen[str]", tmp_path: Path, number: signal.Signals
+) -> None:
+    working.send_signal(number)
     out, err = working.communicate(timeout=30)
     assert working.returncode == 130
     assert out == ""
@@ -319,10 +322,11 @@ def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(command, "_train", train)
     monkeypatch.setattr(sys, "argv", ["clipkd", "export", str(run)])
-    before = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(ModuleNotFoundError):
         command.main()
-    signal.signal(signal.SIGINT, before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_a_full_disk_outside_of_stages(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

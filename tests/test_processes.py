@@ -4,8 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +11,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.multiprocessing as mp
 from golden import golden_values
 from torch import Tensor
+from two_processes import spawn
 
 from toolchain.distil import _forward, _Trained
 from toolchain.errors import UsageError
@@ -36,22 +34,6 @@ TOWER = {
 }
 CASES = [*({name: 1.0} for name in OBJECTIVES), dict.fromkeys(OBJECTIVES, 1.0)]
 WIDTHS = [STUDENT_WIDTH, 24]
-
-
-def spawn(jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
-    """What each job, a function and its arguments after the processes, returns in each of two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entered, (jobs, folder), nprocs=2)  # type: ignore[no-untyped-call]
-        both = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    return [list(found) for found in zip(*both, strict=True)]
-
-
-def _entered(rank: int, jobs: list[tuple[Any, ...]], folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    processes = Processes(rank, 2, torch.device("cpu"))
-    torch.save([work(processes, *arguments) for work, *arguments in jobs], Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
