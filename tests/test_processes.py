@@ -68,6 +68,7 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         net=net,
         embed_dim=STUDENT_WIDTH,
         normalise=lambda pixels: pixels.double() / 127.5 - 1,
+        settle=lambda: None,
         encode_image=lambda values: encode_class_token(net.visual, values),
         encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
     )

@@ -226,6 +226,7 @@ class _Trained(nn.Module):
 
     def __init__(self, student: ClipModel, teacher: ClipModel | None, spec: DistillSpec, processes: Processes) -> None:
         super().__init__()
+        student.settle()
         self.net = student.net
         self._student = student
         weights = spec.loss_weights.model_dump()

@@ -120,7 +120,7 @@ def feed(
         taught = teacher.geometry, tokenize
     for model in (student, teacher):
         if model is not None:
-            model.ids_of([""])  # what it finds out of its net once is found here: a loader's process has no GPU
+            model.settle()
     dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught)
     loader = DataLoader(
         dataset,

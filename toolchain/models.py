@@ -118,6 +118,13 @@ class ClipModel:
         layout = torch.channels_last if self._is_convolutional else torch.contiguous_format
         return torch.addcmul(shift_311, pixels_BCHW.to(torch.float32, memory_format=layout), scale_311)
 
+    def settle(self) -> None:
+        """Find out now what of the model can be computed for less, which is else found out at the first use.
+
+        Before the net is masked, and before it is in a loader's process, which has no GPU.
+        """
+        _ = self._reads_class_token, self._trims
+
     def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
         """[B, D] features, as open_clip's encode_image gives them."""
         if self._reads_class_token:
