@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
+from toolchain import stages
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.stages import MANIFEST, Stage, folder_fingerprint, machine, open_stage, run_lock, run_stage
+from toolchain.stages import MANIFEST, SCRATCH, Stage, folder_fingerprint, machine, open_stage, run_lock, run_stage
 
 DEPENDS: dict[str, Any] = {
     "kind": "test",
@@ -154,6 +155,8 @@ def test_the_digest_excludes_how_it_went(tmp_path: Path) -> None:
     def logged(log: str) -> Callable[[Path], dict[str, Any]]:
         def work(folder: Path) -> dict[str, Any]:
             (folder / "train.jsonl").write_text(log)
+            (folder / "tensorboard").mkdir()
+            (folder / "tensorboard" / f"events.out.tfevents.{len(log)}.host").write_text(log)
             (folder / "weights").write_text("same")
             return {"train_s": len(log)}
 
@@ -161,6 +164,7 @@ def test_the_digest_excludes_how_it_went(tmp_path: Path) -> None:
 
     slow, fast = make(tmp_path / "slow", logged("12 images/s")), make(tmp_path / "fast", logged("900 images/s"))
     assert slow.digest == fast.digest
+    assert len([name for name in slow.manifest["files"] if name.startswith("tensorboard/")]) == 1
     assert slow.manifest["files"]["train.jsonl"] != fast.manifest["files"]["train.jsonl"], "it is still verified"
 
 
@@ -253,6 +257,77 @@ def test_a_partial_that_does_not_say_what_it_is_of_is_emptied(tmp_path: Path) ->
     (tmp_path / ".student.partial" / "checkpoint").write_text("of who knows what")
     make(tmp_path / "student", continued)
     assert (tmp_path / "student" / "weights").read_text() == "from scratch"
+
+
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def scratched(folder: Path) -> dict[str, Any]:
+    """Work that keeps its checkpoints where they stay until the stage is complete."""
+    scratch = folder / SCRATCH
+    found = "from scratch" if not scratch.exists() else (scratch / "checkpoint").read_text()
+    scratch.mkdir(exist_ok=True)
+    (scratch / "checkpoint").write_text("all of it")
+    (scratch / "torn.partial").write_text("torn")
+    (folder / "weights").write_text("result")
+    return {"began": found}
+
+
+@pytest.mark.parametrize("moment", ["_hashes", "_versions", "_swap_in", "the last rename"])
+def test_killed_after_its_work_a_stage_does_not_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    with monkeypatch.context() as patch:
+        if moment == "the last rename":
+            patch.setattr(Path, "rename", stopped)
+        else:
+            patch.setattr(stages, moment, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "student", scratched)
+    assert not (tmp_path / "student").exists()
+    had_manifest = moment in ("_swap_in", "the last rename")
+    stage = make(tmp_path / "student", must_not_run if had_manifest else scratched)
+    assert stage.cached == had_manifest
+    assert stage.manifest["summary"] == {"began": "from scratch" if had_manifest else "all of it"}
+    assert sorted(tree(tmp_path / "student")) == [MANIFEST, "weights"]
+    assert list(stage.manifest["files"]) == ["weights"]
+    assert not (tmp_path / "student" / SCRATCH).exists()
+    assert make(tmp_path / "student").cached
+
+
+def test_another_stages_finished_attempt_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_swap_in", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "student", scratched)
+    stage = make(tmp_path / "student", scratched, fields={"steps": 4})
+    assert (stage.cached, stage.manifest["summary"]) == (False, {"began": "from scratch"})
+
+
+def test_a_manifest_without_its_content_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "student", lambda folder: scratched(folder) and stopped())  # type: ignore[arg-type]
+    (tmp_path / ".student.partial" / MANIFEST).write_text("")
+    assert make(tmp_path / "student", scratched).manifest["summary"] == {"began": "all of it"}
+
+
+def test_continuing_writes_nothing_that_a_kill_could_leave_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is empty says that what is there is of something else, and must go."""
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "student", lambda folder: scratched(folder) and stopped())  # type: ignore[arg-type]
+    real = Path.write_text
+
+    def torn(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.name == "key":
+            real(path, "")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    assert make(tmp_path / "student", scratched).manifest["summary"] == {"began": "all of it"}
 
 
 # The disk is full.
@@ -423,6 +498,29 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
         holder.kill()
     with run_lock(run):
         pass
+
+
+def test_what_a_killed_process_forked_does_not_hold_its_run(tmp_path: Path) -> None:
+    """Loader processes outlive a kill -9 by seconds, in which the same command is repeated."""
+    run = tmp_path / "run"
+    script = (
+        "import os, sys, time; from pathlib import Path; from toolchain.stages import run_lock\n"
+        "with run_lock(Path(sys.argv[1])):\n"
+        "    child = os.fork() or (time.sleep(60), os._exit(0))\n"
+        "    print(child, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(run)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        with pytest.raises(ArtifactError), run_lock(run):
+            pass
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it is still there
+        with run_lock(run):
+            pass
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "recipe.yaml"])

@@ -90,7 +90,8 @@ def run_stage(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with _locked(partial), _explaining_full_disk(partial):
-        manifest = _manifest_of(partial, key)  # of an attempt that was killed while its directory was moved into place
+        manifest = _manifest_of(partial, key)
+        cached = manifest is not None  # killed only while the directory was moved into place
         if manifest is None:
             if not (partial / _KEY).exists() or (partial / _KEY).read_text() != key:
                 _empty(partial)  # an interrupted attempt at something else: its checkpoints do not belong here
@@ -120,14 +121,14 @@ def run_stage(
         (partial / _KEY).unlink(missing_ok=True)
         (partial / _LOCK).unlink()
         _swap_in(partial, path)
-    return Stage(path, manifest, cached=False)
+    return Stage(path, manifest, cached)
 
 
 def _manifest_of(partial: Path, key: str) -> dict[str, Any] | None:
     """The manifest of an attempt that finished its work; None where it did not, or was at something else."""
     try:
         manifest: dict[str, Any] = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a machine that loses power may leave the name without the content
         return None
     return manifest if manifest["key"] == key else None
 
