@@ -786,6 +786,7 @@ def test_convolutional_towers_run_with_channels_last(
     student, seen = load_model(folder, random_seed=0), []
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
     visual: Any = student.net.visual
+    student.settle()
     with watched(visual if tower == "convolutional" else visual.conv1, seen):
         distil(spec(), student, None, data, tmp_path, silent)
     assert len(seen) == STEPS - 2
