@@ -32,6 +32,7 @@ from toolchain.quantize import (
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NUM_SAMPLES = 24
 CAPTIONS = [f"latin small letter {chr(97 + index)} with {'acute' if index % 2 else 'hook'}" for index in range(24)]
+ROUNDING = 1e-5  # relative, of a largest activation: batches of other sizes add in another order, 4e-7 measured
 FOLDING_NOISE = 1e-5  # of a unit feature: float32 rounding of the folded weights
 MIN_PTQ_COSINE = 0.8  # float against calibrated int8, random weights, whose features lie close together: 0.85 measured
 
@@ -183,6 +184,32 @@ def test_calibrated_towers_resemble_the_float_ones(checkpoint, model, inputs):
             cosine_B = F.cosine_similarity(quantized(values), original(values))
             assert cosine_B.min() > MIN_PTQ_COSINE
             assert cosine_B.max() < 1 - 1e-6  # something was quantized
+
+
+def test_faint_inputs_do_not_narrow_a_range(model, inputs, tmp_path):
+    """NNCF's default averages the largest values of images, and so clips those of more contrast than most."""
+    ranges = []
+    faint = 0.01 * inputs[0].repeat(9, 1, 1, 1), inputs[1].repeat(9, 1)
+    for name, shown in (("alone", ()), ("outnumbered", faint)):
+        folder = tmp_path / name
+        folder.mkdir()
+        calibration = tuple(torch.cat(parts) for parts in zip(*([shown] if shown else []), inputs, strict=True))
+        quantize(model, forever(*inputs, None, None), calibration, steps=0, lr=1e-4, folder=folder)
+        image_tower, _ = load_quantized(folder, model)
+        ranges.append({name: quantizer.scale.detach() for name, quantizer in _quantizers(image_tower)})
+    alone, outnumbered = ranges
+    assert alone.keys() == outnumbered.keys()
+    assert all((outnumbered[name] >= (1 - ROUNDING) * alone[name]).all() for name in alone)
+
+
+def test_fine_tuning_starts_at_the_given_rate_and_ends_near_zero(model, inputs, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    quantized_folder(tmp_path, model, inputs, steps=4)
+    assert rates == pytest.approx([1e-4 * share for share in (1, 0.8535534, 0.5, 0.1464466)])
 
 
 def test_frozen_fake_quantized_and_exported_agree(checkpoint, frozen, graphs, inputs):

@@ -386,9 +386,7 @@ def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional:
 
     floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _ADDITIONS
     off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
-    batches = list(
-        torch.split(inputs, _CALIBRATION_BATCH)
-    )  # as good as one by one, because extremes are all that is taken
+    batches = list(torch.split(inputs, _CALIBRATION_BATCH))  # extremes of a batch are those of its rows: exact
     with redirect_stdout(io.StringIO()):  # NNCF draws its progress there
         quantized: nn.Module = nncf.quantize(
             tower,
