@@ -1,0 +1,327 @@
+"""Killed anywhere, the same command continues and ends as if it never had been: weights, optimizer and log, by bits."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, make_shards
+from killable import MOMENTS, Killable, start
+from training import assert_same_state, files, rows
+
+from toolchain.checkpoints import Checkpoints
+from toolchain.distil import CHECKPOINTS
+
+BATCH_SIZE = 4
+STEPS_OF_A_LIFE = 4  # an attempt is killed after so many steps at the most, and what it does before the kill arrives
+DATA = ("glyphs", "webdataset")
+
+
+@dataclass(frozen=True)
+class Command:
+    """`clipkd distill` on a recipe, again and again."""
+
+    recipe: Path
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def student(self) -> Path:
+        return self.run / "student"
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+    def start(self, *arguments: str | int, waiting: tuple[str, int] | None = None) -> Killable:
+        everywhere = {"cache": self.folder.parent / "cache", "said": self.folder / "said", "keep": self.folder / "kept"}
+        self.folder.mkdir(exist_ok=True)
+        words = ["distill", self.recipe, "--out", self.run, "--checkpoint-steps", "1", *map(str, arguments)]
+        return start(*words, waiting=waiting, **everywhere)  # type: ignore[arg-type]
+
+    def completes(self, *arguments: str | int) -> Killable:
+        process = self.start(*arguments)
+        assert process.ends()[0] == 0, self.said
+        return process
+
+    def last_state(self, stage: str = "student") -> dict[str, Any]:
+        """The last checkpoint of a finished stage: weights, heads, the optimizer's and the scaler's state."""
+        state = Checkpoints(self.folder / "kept" / f".{stage}.partial").load(lambda text: None)
+        assert state is not None
+        return {name: value for name, value in state.items() if name != "elapsed_s"}
+
+
+@pytest.fixture
+def commands(tmp_path: Path, tiny_recipe: Callable[..., Path]) -> Callable[..., tuple[Command, Command]]:
+    """The same command twice, in two run directories: one for a run that nothing interrupts."""
+
+    def make(data: str, steps: int, baseline: bool = False, **changes: Any) -> tuple[Command, Command]:
+        sections: dict[str, Any] = {"baseline": baseline}
+        if data == "webdataset":
+            make_shards(tmp_path / "shards", 3, 7, sizes=(40, 60))
+            sections["data"] = {"kind": data, "shards": [str(tmp_path / "shards" / "{00000..00002}.tar")]}
+        sections["distill"] = {"steps": steps, "batch_size": BATCH_SIZE, "lr": 1e-3, "warmup": 2} | changes
+        recipe = tiny_recipe(**sections)
+        return Command(recipe, tmp_path / "whole"), Command(recipe, tmp_path / "parts")
+
+    return make
+
+
+def assert_same(parts: Command, whole: Command, stages: tuple[str, ...] = ("student",)) -> None:
+    for stage in stages:
+        found, expected = files(parts.run / stage), files(whole.run / stage)
+        assert "open_clip_model.safetensors" in found
+        assert found == expected
+        assert rows(parts.run / stage) == rows(whole.run / stage)
+        assert_same_state(parts.last_state(stage), whole.last_state(stage))
+        manifests = [json.loads((command.run / stage / "manifest.json").read_text()) for command in (parts, whole)]
+        assert manifests[0]["digest"] == manifests[1]["digest"]
+        assert sorted(path.name for path in (parts.run / stage).iterdir()) == sorted(
+            path.name for path in (whole.run / stage).iterdir()
+        )
+    assert not [path for path in parts.run.iterdir() if path.name.endswith((".partial", ".old"))]
+
+
+# At random.
+
+
+def killed_at_random(parts: Command, kills: int, seed: int) -> list[int]:
+    """Kill the command so often, then let it complete; the steps from which the attempts that trained began."""
+    chosen, began = random.Random(seed), []
+    for number in range(kills):
+        workers, every, kept = 2 * (number % 2), chosen.choice([1, 1, 2]), chosen.randint(1, 3)
+        process = parts.start("--workers", workers, "--checkpoint-steps", every, "--keep-checkpoints", kept)
+        steps = chosen.randint(0, STEPS_OF_A_LIFE)
+        if steps == 0:  # while it starts, or soon after
+            time.sleep(chosen.uniform(0, 1.5))
+        else:
+            assert process.hears(lambda heard, steps=steps, process=process: len(process.steps) == steps), parts.said
+            time.sleep(chosen.uniform(0, 0.05))  # somewhere in the steps and checkpoints that follow
+        process.kill()
+        assert process.process.exitcode == -signal.SIGKILL, f"it ended before it was killed: {parts.said}"
+        if process.steps:
+            began.append(process.steps[0])
+    last = parts.completes("--workers", 2 * (kills % 2))
+    return [*began, last.steps[0]]
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize(
+    ("kills", "changes"),
+    [
+        pytest.param(3, {}, id="3 kills"),
+        pytest.param(24, {"precision": "bf16", "grad_clip_norm": 1.0}, id="24 kills", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments(
+    commands: Callable[..., tuple[Command, Command]],
+    request: pytest.FixtureRequest,
+    data: str,
+    kills: int,
+    changes: dict[str, Any],
+) -> None:
+    given = request.config.getoption("--kill-seed")
+    seed = int.from_bytes(os.urandom(4), "big") if given is None else given
+    print(f"repeat with --kill-seed {seed}")  # noqa: T201  # pytest shows it where the test fails
+    whole, parts = commands(data, steps=kills * (STEPS_OF_A_LIFE + 5) + 4, **changes)
+    began = killed_at_random(parts, kills, seed)
+    whole.completes("--workers", 0)
+    assert began == sorted(began), "no attempt lost what an earlier one had kept"
+    assert began[-1] > 1, "the last attempt continued"
+    assert_same(parts, whole)
+
+
+# At each moment that matters, one after the other.
+
+
+@pytest.mark.parametrize("data", ["glyphs", pytest.param("webdataset", marks=pytest.mark.slow)])
+def test_killed_at_every_moment_of_writing(commands: Callable[..., tuple[Command, Command]], data: str) -> None:
+    whole, parts = commands(data, steps=12)
+    whole.completes()
+    continues = 1
+    for number, moment in enumerate(MOMENTS):
+        # Of a checkpoint the third occurrence in an attempt, so that there is something to fall back to.
+        occurrence = 3 if "checkpoint " in f"{moment} " and "log" not in moment else 1
+        process = parts.start("--workers", 2 * (number % 2), waiting=(moment, occurrence))
+        assert process.hears(lambda heard: heard == "waiting"), (moment, parts.said)
+        if process.steps:
+            assert process.steps[0] == continues, moment
+            continues = process.steps[-1] + (moment == "an old checkpoint before its removal")
+        process.kill()
+    assert continues <= 12
+    last = parts.start()
+    code, _ = last.ends()
+    assert (code, last.steps) == (0, []), parts.said
+    assert re.search(r"^student +cached$", parts.said, re.MULTILINE), "what was finished is not made again"
+    assert_same(parts, whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(commands: Callable[..., tuple[Command, Command]]) -> None:
+    whole, parts = commands("glyphs", steps=8)
+    process = parts.start()
+    assert process.hears(lambda heard: heard == 6)
+    process.kill()
+    newest = max((parts.run / ".student.partial" / CHECKPOINTS).glob("step-*.pt"))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    step = int(newest.name.split("-")[1])
+    last = parts.completes()
+    assert last.steps[0] == step, "the one before is a step older"
+    assert re.search(
+        f"^{re.escape(str(newest))}: damaged, its hash is [0-9a-f]{{16}}; passing", parts.said, re.MULTILINE
+    )
+    whole.completes()
+    assert_same(parts, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_killed_after_each_step_in_turn(commands: Callable[..., tuple[Command, Command]], precision: str) -> None:
+    """Teacher, baseline and student, the second killed too; twenty kills and more."""
+    whole, parts = commands("glyphs", steps=12, baseline=True, precision=precision)
+    whole.completes()
+    killed = 0
+    while True:
+        process = parts.start("--workers", 2 * (killed % 2))
+        if not process.hears(lambda heard: isinstance(heard, int)):
+            break
+        assert process.hears(lambda heard: isinstance(heard, int)) or process.steps[-1] == 12
+        process.kill()
+        killed += 1
+    assert process.ends()[0] == 0, parts.said
+    assert killed >= 20
+    assert_same(parts, whole, ("baseline", "student"))
+
+
+# As a user does it: a process that imports everything itself, and torchrun.
+
+
+def environment(parts: Command) -> dict[str, str]:
+    cache = {"XDG_CACHE_HOME": str(parts.folder.parent / "cache")}
+    return os.environ | cache | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+
+
+def until(what: Callable[[], Any], process: "subprocess.Popen[str]") -> Any:
+    """What it gives as soon as it gives something, while a process works."""
+    while not (found := what()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return found
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def test_a_signal_to_the_whole_group_checkpoints_and_ends_with_130(
+    commands: Callable[..., tuple[Command, Command]],
+) -> None:
+    """As Ctrl-C in a terminal, or a job's end: the loaders get it too."""
+    whole, parts = commands("webdataset", steps=30)
+    parts.folder.mkdir()
+    words = [sys.executable, "-m", "clipkd", "distill", parts.recipe, "--out", parts.run, "--workers", "2"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    checkpoints = parts.run / ".student.partial" / CHECKPOINTS
+    with subprocess.Popen(
+        [*words, "--checkpoint-steps", "2"], cwd=REPOSITORY, env=environment(parts), start_new_session=True, **pipes
+    ) as process:
+        until(lambda: list(checkpoints.glob("step-*.pt")), process)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    saved = max(map(step_of, checkpoints.glob("step-*.pt")))
+    assert err.splitlines()[-1] == (
+        f"error: {parts.run / '.student.partial'}: stopped after step {saved} of 30; the same command continues there"
+    )
+    assert "Traceback" not in err
+    last = parts.completes("--workers", 0)
+    assert last.steps == list(range(saved + 1, 31))
+    whole.completes("--workers", 0)
+    assert_same(parts, whole)
+
+
+def torchrun(parts: Command, *arguments: str) -> list[str | Path]:
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, "-m", "clipkd", "distill", parts.recipe, "--out", parts.run, *arguments]
+
+
+def test_torchrun_continues_what_one_process_began_and_then_finds_it_cached(
+    commands: Callable[..., tuple[Command, Command]],
+) -> None:
+    _, parts = commands("webdataset", steps=8)
+    process = parts.start()
+    assert process.hears(lambda heard: heard == 4)
+    process.kill()
+    saved = max(map(step_of, (parts.run / ".student.partial" / CHECKPOINTS).glob("step-*.pt")))
+    before = rows(parts.run / ".student.partial")[:saved]
+    ended = [
+        subprocess.run(torchrun(parts), env=environment(parts), cwd=REPOSITORY, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    for each in ended:
+        assert each.returncode == 0, each.stderr
+        assert each.stdout == f"{parts.run / 'teacher'}\n{parts.run / 'student'}\n"
+        assert "Traceback" not in each.stderr
+    done = [re.findall(r"^(teacher|student) +(cached|done in \d+ s)$", each.stderr, re.MULTILINE) for each in ended]
+    assert done[0][0] == ("teacher", "cached")
+    assert done[0][1][1].startswith("done in")
+    assert done[1] == [("teacher", "cached"), ("student", "cached")]
+    logged = rows(parts.student)
+    assert [row["step"] for row in logged] == list(range(8))
+    assert logged[:saved] == before, "what one process had logged stays"
+    assert json.loads((parts.student / "manifest.json").read_text())["summary"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_continues_exactly(commands: Callable[..., tuple[Command, Command]]) -> None:
+    whole, parts = commands("webdataset", steps=60)
+    for command in (whole, parts):
+        command.folder.mkdir()
+    again: dict[str, Any] = {"env": environment(parts), "cwd": REPOSITORY, "text": True}
+    checkpoints = parts.run / ".student.partial" / CHECKPOINTS
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before = max(map(step_of, checkpoints.glob("step-*.pt")), default=0)
+        words = torchrun(parts, "--checkpoint-steps", "1", "--workers", "1")
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **again
+        ) as process:
+            until(lambda b=before: max(map(step_of, checkpoints.glob("step-*.pt")), default=0) > b + 3, process)
+            if number == signal.SIGTERM:
+                process.terminate()
+            else:  # torchrun and what it started, each of which has a session of its own
+                listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+                for pid in [*listed.stdout.split(), str(process.pid)]:
+                    os.kill(int(pid), signal.SIGKILL)
+            _, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        if number == signal.SIGTERM:
+            assert "the same command continues there" in err
+    for command in (parts, whole):
+        ended = subprocess.run(torchrun(command), capture_output=True, **again)
+        assert ended.returncode == 0, ended.stderr
+    assert files(parts.student) == files(whole.student)
+    assert rows(parts.student) == rows(whole.student)
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_batch_that_cannot_be_shared(commands: Callable[..., tuple[Command, Command]]) -> None:
+    _, parts = commands("webdataset", steps=8, batch_size=5)
+    parts.folder.mkdir()
+    ended = subprocess.run(torchrun(parts), env=environment(parts), cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode != 0
+    said = "error: distill.batch_size 5 cannot be shared evenly among 2 processes; the nearest that can: 4"
+    assert said in ended.stderr.splitlines()
+    assert not parts.student.exists()
