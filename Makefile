@@ -3,7 +3,8 @@
 # make check        format, lint, types: the gate before a commit; make fix repairs the first two
 # make wheel        dist/clipkd-*.whl
 #
-# PYTHON=python3.12 chooses the interpreter, OUT=runs/other the quickstart's run, PYTEST='-k losses' what to test.
+# PYTHON=python3.12 chooses the interpreter, OUT=runs/other the quickstart's run, PYTEST='-k losses' what to test
+# (PYTEST=--slow: the tests of more than some ten seconds too).
 
 PYTHON ?= python3
 OUT ?= runs/quickstart
