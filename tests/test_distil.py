@@ -51,7 +51,7 @@ from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.feed import feed
 from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.losses import MAX_LOGIT_SCALE
-from toolchain.models import load_model, save_model, unit_image_features, unit_text_features
+from toolchain.models import CONFIG, load_model, save_model, unit_image_features, unit_text_features
 from toolchain.objectives import OBJECTIVES, DistillationHeads, StudentFeatures, TeacherBatch, loss_terms
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import LossWeights
@@ -301,6 +301,20 @@ def test_everything_that_a_step_depends_on_is_in_a_checkpoint(
             train(tmp_path / "parts", tiny_samples, teacher_folder, stopping(at), **changes)
     train(tmp_path / "parts", tiny_samples, teacher_folder, **changes)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_towers_own_dropout_is_a_function_of_the_step(tmp_path: Path, tiny_samples: TrainingSet) -> None:
+    config = json.loads((STUDENT / CONFIG).read_text())["model_cfg"]["vision_cfg"] | {"timm_drop": 0.5}
+    student = configured(tmp_path / "config", model_cfg={"vision_cfg": config})
+    for name in ("whole", "again"):
+        train(tmp_path / name, tiny_samples, None, student=student)
+    with pytest.raises(Stop):
+        train(tmp_path / "parts", tiny_samples, None, stopping(6), student=student, engine=EVERY_STEP)
+    train(tmp_path / "parts", tiny_samples, None, student=student)
+    for name in ("again", "parts"):
+        assert_same_run(tmp_path / name, tmp_path / "whole")
+    train(tmp_path / "without", tiny_samples, None)
+    assert rows(tmp_path / "without") != rows(tmp_path / "whole"), "something is dropped"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
