@@ -73,6 +73,8 @@ NORM_RELATIVE_ERROR = 1e-5
 # bfloat16 keeps 8 bits: 0.4 % a rounding, some of which add up through a tower, a step and the steps before it.
 MAX_BF16_RELATIVE_TERM_ERROR = 0.15
 MIN_BF16_TEACHER_COSINE = 0.999
+# float16 keeps 11 bits, and so does every rounding on the way back through a tower.
+MAX_FP16_RELATIVE_NORM_ERROR = 0.02
 # exp(float32(ln 100)) is 100 but for rounding.
 MAX_SCALE = MAX_LOGIT_SCALE * (1 + 1e-6)
 
@@ -458,6 +460,18 @@ def test_half_precision_skips_a_step_that_overflows(
     for before, after, norm in zip(kept, kept[1:], norms[1:], strict=False):
         moved = any(not torch.equal(before[name], after[name]) for name in parameters)
         assert moved == (norm is not None)
+
+
+def test_half_precision_logs_and_clips_gradients_without_the_scalers_factor(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path
+) -> None:
+    """At weights that stay where they are: by 65,536 and less, they would be far from float32's."""
+    for precision in ("fp32", "fp16"):
+        train(tmp_path / precision, tiny_samples, teacher_folder, precision=precision, lr=1e-12)
+    norms = [[row["grad_norm"] for row in rows(tmp_path / precision)] for precision in ("fp32", "fp16")]
+    assert sum(norm is not None for norm in norms[1]) > 3
+    for exact, norm in zip(*norms, strict=True):
+        assert norm is None or norm == pytest.approx(exact, rel=MAX_FP16_RELATIVE_NORM_ERROR)
 
 
 def test_half_precision_that_always_overflows_stops(
