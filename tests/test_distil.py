@@ -51,7 +51,7 @@ from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.feed import feed
 from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.losses import MAX_LOGIT_SCALE
-from toolchain.models import load_model, save_model, unit_image_features, unit_text_features
+from toolchain.models import CONFIG, load_model, save_model, unit_image_features, unit_text_features
 from toolchain.objectives import OBJECTIVES, DistillationHeads, StudentFeatures, TeacherBatch, loss_terms
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import LossWeights
@@ -73,6 +73,8 @@ NORM_RELATIVE_ERROR = 1e-5
 # bfloat16 keeps 8 bits: 0.4 % a rounding, some of which add up through a tower, a step and the steps before it.
 MAX_BF16_RELATIVE_TERM_ERROR = 0.15
 MIN_BF16_TEACHER_COSINE = 0.999
+# float16 keeps 11 bits, and so does every rounding on the way back through a tower.
+MAX_FP16_RELATIVE_NORM_ERROR = 0.02
 # exp(float32(ln 100)) is 100 but for rounding.
 MAX_SCALE = MAX_LOGIT_SCALE * (1 + 1e-6)
 
@@ -303,6 +305,20 @@ def test_everything_that_a_step_depends_on_is_in_a_checkpoint(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_towers_own_dropout_is_a_function_of_the_step(tmp_path: Path, tiny_samples: TrainingSet) -> None:
+    config = json.loads((STUDENT / CONFIG).read_text())["model_cfg"]["vision_cfg"] | {"timm_drop": 0.5}
+    student = configured(tmp_path / "config", model_cfg={"vision_cfg": config})
+    for name in ("whole", "again"):
+        train(tmp_path / name, tiny_samples, None, student=student)
+    with pytest.raises(Stop):
+        train(tmp_path / "parts", tiny_samples, None, stopping(6), student=student, engine=EVERY_STEP)
+    train(tmp_path / "parts", tiny_samples, None, student=student)
+    for name in ("again", "parts"):
+        assert_same_run(tmp_path / name, tmp_path / "whole")
+    train(tmp_path / "without", tiny_samples, None)
+    assert rows(tmp_path / "without") != rows(tmp_path / "whole"), "something is dropped"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_asked_to_stop_it_keeps_the_step_it_is_in(
@@ -444,6 +460,18 @@ def test_half_precision_skips_a_step_that_overflows(
     for before, after, norm in zip(kept, kept[1:], norms[1:], strict=False):
         moved = any(not torch.equal(before[name], after[name]) for name in parameters)
         assert moved == (norm is not None)
+
+
+def test_half_precision_logs_and_clips_gradients_without_the_scalers_factor(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path
+) -> None:
+    """At weights that stay where they are: by 65,536 and less, they would be far from float32's."""
+    for precision in ("fp32", "fp16"):
+        train(tmp_path / precision, tiny_samples, teacher_folder, precision=precision, lr=1e-12)
+    norms = [[row["grad_norm"] for row in rows(tmp_path / precision)] for precision in ("fp32", "fp16")]
+    assert sum(norm is not None for norm in norms[1]) > 3
+    for exact, norm in zip(*norms, strict=True):
+        assert norm is None or norm == pytest.approx(exact, rel=MAX_FP16_RELATIVE_NORM_ERROR)
 
 
 def test_half_precision_that_always_overflows_stops(
