@@ -101,6 +101,7 @@ def _run(
     with said.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    connection.send("started")
     samples = tiny_training_set()
     glyphs.training_set = lambda: samples  # type: ignore[assignment]
     os.environ["XDG_CACHE_HOME"] = str(cache)

@@ -103,18 +103,17 @@ def killed_at_random(parts: Command, kills: int, seed: int) -> list[int]:
     for number in range(kills):
         workers, every, kept = 2 * (number % 2), chosen.choice([1, 1, 2]), chosen.randint(1, 3)
         process = parts.start("--workers", workers, "--checkpoint-steps", every, "--keep-checkpoints", kept)
-        steps = chosen.randint(0, STEPS_OF_A_LIFE)
-        if steps == 0:  # while it starts, or soon after
-            time.sleep(chosen.uniform(0, 1.5))
-        else:
-            assert process.hears(lambda heard, steps=steps, process=process: len(process.steps) == steps), parts.said
-            time.sleep(chosen.uniform(0, 0.05))  # somewhere in the steps and checkpoints that follow
+        last = number == kills - 1  # which leaves something to continue
+        steps = chosen.randint(3 if last else 0, STEPS_OF_A_LIFE)
+        assert process.hears(lambda heard, steps=steps, process=process: len(process.steps) == steps), parts.said
+        # While it starts; or somewhere in the steps and checkpoints that follow, of which it then does not do many.
+        time.sleep(chosen.uniform(0, 0.03 if steps else 0.3))
         process.kill()
         assert process.process.exitcode == -signal.SIGKILL, f"it ended before it was killed: {parts.said}"
         if process.steps:
             began.append(process.steps[0])
-    last = parts.completes("--workers", 2 * (kills % 2))
-    return [*began, last.steps[0]]
+    completed = parts.completes("--workers", 2 * (kills % 2))
+    return [*began, completed.steps[0]]
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -135,7 +134,7 @@ def test_killed_at_random_moments(
     given = request.config.getoption("--kill-seed")
     seed = int.from_bytes(os.urandom(4), "big") if given is None else given
     print(f"repeat with --kill-seed {seed}")  # noqa: T201  # pytest shows it where the test fails
-    whole, parts = commands(data, steps=kills * (STEPS_OF_A_LIFE + 5) + 4, **changes)
+    whole, parts = commands(data, steps=kills * (STEPS_OF_A_LIFE + 6) + 4, **changes)
     began = killed_at_random(parts, kills, seed)
     whole.completes("--workers", 0)
     assert began == sorted(began), "no attempt lost what an earlier one had kept"

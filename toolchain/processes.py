@@ -9,6 +9,9 @@ the mean leaves it as it is.
 
 CLIP-KD's released code leaves that factor out, so its student's gradients are 1/W of what the loss says.
 
+Batch norms are the exception: each process normalises by its own b rows, as in the released code, and the first one's
+running statistics are those that are kept.
+
     B batch of all processes   b rows of one process   D width   W number of processes
 """
 
