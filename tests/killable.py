@@ -97,7 +97,6 @@ def _run(
     from toolchain import checkpoints, distil, glyphs, stages
 
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as where a command is not forked by a server
     with said.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -186,6 +186,21 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(commands: Callable[..., tuple
     assert_same(parts, whole)
 
 
+def test_loaders_end_with_a_process_that_is_killed(commands: Callable[..., tuple[Command, Command]]) -> None:
+    """Though they heed no signal, and though a server forks by default here, as everywhere from Python 3.14 on."""
+    _, parts = commands("glyphs", steps=1000)
+    process = parts.start("--workers", 2)
+    assert process.hears(lambda heard: heard == 1)
+    listed = subprocess.run(["pgrep", "-P", str(process.process.pid)], capture_output=True, text=True, check=True)
+    loaders = [Path("/proc", pid) for pid in listed.stdout.split()]
+    assert len(loaders) == 2, "its own children"
+    process.kill()
+    deadline = time.monotonic() + 30  # they look every 5 s
+    while alive := [loader for loader in loaders if loader.exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_killed_after_each_step_in_turn(commands: Callable[..., tuple[Command, Command]], precision: str) -> None:

@@ -26,7 +26,6 @@ def spawn(jobs: list[tuple[Any, ...]]) -> list[list[Any]]:
 
 def _entered(rank: int, jobs: list[tuple[Any, ...]], folder: str) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as where torchrun starts a process
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     processes = Processes(rank, 2, torch.device("cpu"))
     torch.save([work(processes, *arguments) for work, *arguments in jobs], Path(folder) / f"{rank}.pt")

@@ -7,6 +7,7 @@ which batch changes nothing.
 """
 
 import signal
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
@@ -130,6 +131,8 @@ def feed(
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available() and workers > 0,
         worker_init_fn=_leave_signals,
+        # Python 3.14 would have a server fork them, whose end of the run they never notice, and copy the nets to them.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     for fed in loader:
         if isinstance(fed, ClipkdError):
