@@ -87,9 +87,14 @@ def load_stored_teacher(path: Path, device: torch.device) -> StoredTeacher:
 def live_teacher(
     teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
 ) -> LiveTeacher:
-    """The teacher, frozen, its weights in the precision it computes in; its features are float32 again."""
+    """The teacher, frozen, its weights in the precision it computes in; its features are float32 again.
+
+    On a CPU the text tower stays in float32: PyTorch's attention there copies 16-bit weights for every token of captions
+    this short, and is slower for it (`benchmarks/train_step.py`).
+    """
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
-    net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
+    net: Any = teacher.net.eval().requires_grad_(False).to(device)
+    (net.visual if device.type == "cpu" else net).to(DTYPES[precision])
     if compiled:
         compile_towers(net)
     return LiveTeacher(teacher, logit_scale, DTYPES[precision])
