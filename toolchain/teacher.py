@@ -89,7 +89,7 @@ def live_teacher(
 ) -> LiveTeacher:
     """The teacher, frozen, its weights in the precision it computes in; its features are float32 again.
 
-    On a CPU the text tower stays in float32: PyTorch's attention there copies 16-bit weights for every token of captions
+    On a CPU the text tower stays in float32: PyTorch's attention there copies 16-bit weights for every token of texts
     this short, and is slower for it (`benchmarks/train_step.py`).
     """
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
