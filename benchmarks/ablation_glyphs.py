@@ -63,8 +63,9 @@ PAPER = {  # zero-shot ImageNet top-1 in per cent, the same table
 
 def weights_of(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]:
     """The task at 1, and what the variant adds at its own weight."""
-    alone = {"crd": 1.0, "fd": 2000 / WIDTH, "mfd": 2000 / WIDTH, "gd": gd_weight, "icl": 1.0, "afd": 1.0}
-    alone |= {"cross_kd": 1.0}
+    from toolchain.objectives import OBJECTIVES, paper_weight
+
+    alone = {name: paper_weight(name, width=WIDTH) for name in OBJECTIVES} | {"gd": gd_weight, "cross_kd": 1.0}
     added = {name: alone[name] for name in variant.split("+") if name != "baseline"}
     return dict.fromkeys(alone, 0.0) | {"task": 1.0} | added
 
