@@ -724,12 +724,11 @@ def test_a_teacher_in_bfloat16_is_near_the_float32_one(
         (batch,) = feed(data, range(1), slice(None), load_model(STUDENT, random_seed=0), teacher, 0)
         live = live_teacher(teacher, precision, torch.device("cpu"))  # type: ignore[arg-type]
         said.append(live.of(batch))
-        assert {p.dtype for p in teacher.net.visual.parameters()} == {live.dtype}  # type: ignore[union-attr]
-        assert teacher.net.token_embedding.weight.dtype == torch.float32, "on a CPU the text tower stays"  # type: ignore[union-attr]
+        assert {p.dtype for p in teacher.net.parameters()} == {live.dtype}
     for name in ("image_BE", "text_BE"):
         exact_BE, near_BE = (getattr(taught, name) for taught in said)
         assert near_BE.dtype == torch.float32
-        assert torch.equal(near_BE, exact_BE) == (name == "text_BE")
+        assert not torch.equal(near_BE, exact_BE)
         assert (near_BE.norm(dim=1) - 1).abs().max() < MAX_FEATURE_ERROR
         assert (near_BE * exact_BE).sum(1).min() > MIN_BF16_TEACHER_COSINE
     assert said[0].logit_scale.item() == said[1].logit_scale.item(), "not rounded with the weights"

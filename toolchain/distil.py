@@ -32,6 +32,7 @@ from toolchain.losses import MAX_LOGIT_SCALE
 from toolchain.masking import kept_patches, masked_image_features, num_patches
 from toolchain.models import ClipModel, compile_towers, is_vision_transformer, save_model
 from toolchain.objectives import DistillationHeads, StudentFeatures, TeacherBatch, gathered, loss_terms
+from toolchain.onednn import on_onednn
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
 from toolchain.stages import SCRATCH
@@ -197,7 +198,7 @@ def _forward(
 ) -> _Pass:
     torch.manual_seed(_seed_of(seed, step, processes.rank))  # of dropout, where a tower has any
     masks = trained.masks(seed, batch.sample_b, step)
-    with _autocast(spec.precision, processes.device):
+    with _autocast(spec.precision, processes.device), on_onednn(processes.device, compiled=spec.compile):
         rows, scales = module(student.normalise(batch.student_pixels), batch.student_ids, taught, *masks)
     features = gathered(rows, processes.gather)
     teacher = None

@@ -15,6 +15,7 @@ from toolchain.data import TrainingData
 from toolchain.feed import Fed
 from toolchain.models import ClipModel, compile_towers
 from toolchain.objectives import TeacherBatch
+from toolchain.onednn import on_onednn
 from toolchain.recipe import Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +35,7 @@ class LiveTeacher:
     model: ClipModel
     logit_scale: Tensor
     dtype: torch.dtype
+    compiled: bool = False
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
     def of(self, batch: Fed) -> TeacherBatch:
@@ -45,12 +47,15 @@ class LiveTeacher:
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """[B, E] float32, unit rows, of uint8 pixels."""
-        raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
+        with on_onednn(pixels.device, compiled=self.compiled):
+            raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
         return nn.functional.normalize(raw_BE.float(), dim=-1)
 
     def text_features(self, input_ids_BT: Tensor) -> Tensor:
         """[B, E] float32, unit rows."""
-        return nn.functional.normalize(self.model.encode_text(input_ids_BT).float(), dim=-1)
+        with on_onednn(input_ids_BT.device, compiled=self.compiled):
+            raw_BE = self.model.encode_text(input_ids_BT)
+        return nn.functional.normalize(raw_BE.float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,12 @@ def load_stored_teacher(path: Path, device: torch.device) -> StoredTeacher:
 def live_teacher(
     teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
 ) -> LiveTeacher:
-    """The teacher, frozen, its weights in the precision it computes in; its features are float32 again.
-
-    On a CPU the text tower stays in float32: PyTorch's attention there copies 16-bit weights for every token of texts
-    this short, and is slower for it (`benchmarks/train_step.py`).
-    """
+    """The teacher, frozen, its weights in the precision it computes in; its features are float32 again."""
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
-    net: Any = teacher.net.eval().requires_grad_(False).to(device)
-    (net.visual if device.type == "cpu" else net).to(DTYPES[precision])
+    net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if compiled:
         compile_towers(net)
-    return LiveTeacher(teacher, logit_scale, DTYPES[precision])
+    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled)
 
 
 @torch.inference_mode()
