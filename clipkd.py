@@ -7,13 +7,12 @@ Heavy packages are imported inside the functions that need them, so that help an
 import errno
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,7 +48,7 @@ except ImportError:  # somebody else's toolchain, which `main` would refuse
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from toolchain.recipe import EvaluateSpec, Recipe
+    from toolchain.recipe import Recipe
     from toolchain.stages import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -85,14 +84,17 @@ def run(
 
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
+    from export import deployment_stages as deployment
+    from toolchain import training_stages as training
+
     with _run_directory(recipe, out, overrides) as (loaded, screen):
-        _evaluated(loaded)  # before hours of training
-        checkpoints = _train(loaded, out, screen, _How(workers))  # teacher, baseline, student
-        checkpoints |= _quantize(loaded, out, checkpoints, screen)  # student-int8
-        exported = _export(loaded, out, checkpoints, screen)  # graphs that passed parity
-        measured = _measure(loaded, out, exported, screen)  # accuracy and latency of what ships
-        report = _report(out, measured, screen)  # the table, and the front
-    _print_report(report, out, as_json)
+        training.evaluated(loaded)  # before hours of training
+        checkpoints = training.train(loaded, out, screen, training.How(workers))  # teacher, baseline, student
+        checkpoints |= training.quantize(loaded, out, checkpoints, screen)  # student-int8
+        exported = deployment.export(loaded, out, checkpoints, screen)  # graphs that passed parity
+        measured = deployment.measure(loaded, out, exported, screen)  # accuracy and latency of what ships
+        document = deployment.report(out, measured, screen)  # the table, and the front
+    _print_report(document, out, as_json)
 
 
 @app.command()
@@ -114,9 +116,11 @@ def distill(
 
     Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
     """
-    how = _How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
+    from toolchain.training_stages import How, train
+
+    how = How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     with _run_directory(recipe, out, overrides, shared=True) as (loaded, screen):
-        checkpoints = _train(loaded, out, screen, how)
+        checkpoints = train(loaded, out, screen, how)
     if how.leads:
         _print_stages(checkpoints, as_json)
 
@@ -127,9 +131,11 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
 
     Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
     """
+    from toolchain import training_stages as training
+
     with _run_directory(None, run, overrides) as (loaded, screen):
-        checkpoints = _train(loaded, run, screen, _How())
-        made = _quantize(loaded, run, checkpoints, screen)
+        checkpoints = training.train(loaded, run, screen, training.How())
+        made = training.quantize(loaded, run, checkpoints, screen)
     if not made:
         raise UsageError(f"{run}: its recipe has no int8 in export.precisions; nothing to quantize")
     _print_stages(made, as_json)
@@ -141,10 +147,13 @@ def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> N
 
     Example: [bold]clipkd export runs/quickstart[/]
     """
+    from export import deployment_stages as deployment
+    from toolchain import training_stages as training
+
     with _run_directory(None, run, overrides) as (loaded, screen):
-        checkpoints = _train(loaded, run, screen, _How())
-        checkpoints |= _quantize(loaded, run, checkpoints, screen)
-        exported = _export(loaded, run, checkpoints, screen)
+        checkpoints = training.train(loaded, run, screen, training.How())
+        checkpoints |= training.quantize(loaded, run, checkpoints, screen)
+        exported = deployment.export(loaded, run, checkpoints, screen)
     _print_stages(exported, as_json)
 
 
@@ -251,10 +260,11 @@ def show(
     """
     import yaml
 
+    from export.deployment_stages import stage_paths
     from toolchain.recipe import load_recipe, recipe_path
 
     loaded = load_recipe(recipe_path(recipe), overrides)
-    stages = [{"stage": path, "state": _state(out / path) if out else "not made"} for path in _stage_paths(loaded)]
+    stages = [{"stage": path, "state": _state(out / path) if out else "not made"} for path in stage_paths(loaded)]
     if as_json:
         stdout.print_json(json.dumps({"recipe": loaded.model_dump(mode="json"), "stages": stages}))
         return
@@ -287,348 +297,6 @@ def verify(
         stdout.print(f"ok {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-# The stages -----------------------------------------------------------------------------------------------------------
-
-
-def _train(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "dict[str, Stage]":
-    """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it."""
-    from toolchain.recipe import teacher_recipe
-
-    if not (out / "student").exists():
-        _refuse_misfits(recipe, screen)
-    if recipe.teacher is None:
-        return {"student": _train_one(recipe, out, "student", None, screen, how)}
-    if recipe.teacher.recipe is not None:
-        teacher = _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
-    else:
-        teacher = _adopt_teacher(recipe, out, screen, how)
-    made = {"teacher": teacher}
-    if recipe.baseline:
-        made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
-    return made | {"student": _train_one(recipe, out, "student", teacher, screen, how)}
-
-
-def _refuse_misfits(recipe: "Recipe", screen: "_Screen") -> None:
-    """Say that models cannot be trained together before anything is read, downloaded or trained for them."""
-    from toolchain.models import build_model, check_pair
-    from toolchain.recipe import teacher_recipe
-
-    without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
-    student = build_model(recipe.student.model_copy(update=without_weights), seed=0, say=screen.say)
-    teacher = None
-    if recipe.teacher is not None:
-        spec = teacher_recipe(recipe.teacher).student if recipe.teacher.recipe else recipe.teacher
-        teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
-    check_pair(student, teacher, recipe.distill.loss_weights)
-
-
-def _adopt_teacher(recipe: "Recipe", out: Path, screen: "_Screen", how: "_How") -> "Stage":
-    """The teacher from wherever it comes, as an open_clip local-dir in the run."""
-    from toolchain.sources import fingerprint
-
-    spec = recipe.teacher
-    assert spec is not None
-
-    def work(folder: Path) -> dict[str, Any]:
-        from toolchain.models import build_model, save_model
-
-        if how.leads:
-            save_model(build_model(spec, seed=recipe.seed, say=screen.say), folder)
-        return {"role": "teacher", "source": spec.model_dump(exclude_defaults=True), "train_s": None}
-
-    screen.starts("teacher")
-    fields = {"seed": recipe.seed} if spec.is_random else {}
-    stage = _make_stage(
-        how,
-        out / "teacher",
-        kind="adopt",
-        version=2,
-        fields=fields,
-        fingerprints={"model": fingerprint(spec)},
-        inputs={},
-        work=work,
-    )
-    screen.done("teacher", stage)
-    return stage
-
-
-def _train_one(
-    recipe: "Recipe", out: Path, name: str, teacher: "Stage | None", screen: "_Screen", how: "_How"
-) -> "Stage":
-    from toolchain.sources import fingerprint
-
-    spec = recipe.distill
-    if teacher is None:  # nothing it reads depends on the weights of losses it does not have
-        alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_dump(), 0.0) | {"task": 1.0})
-        changes = {"loss_weights": alone, "stored_teacher_features": False, "teacher_precision": "fp32"}
-        spec = spec.model_copy(update=changes | {"reference_compat": False})
-
-    def work(folder: Path) -> dict[str, Any]:
-        from toolchain.distil import Engine, distil
-        from toolchain.feed import training_data
-        from toolchain.models import build_model, load_model
-        from toolchain.processes import join_processes
-        from toolchain.validate import headline_accuracy
-
-        student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
-        frozen = load_model(teacher.path) if teacher else None
-        processes = join_processes()
-        with processes.first_alone():  # shards are indexed once
-            data = training_data(
-                recipe.data, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
-            )
-        accuracy = None
-        if spec.evaluate_every and recipe.evaluate:
-            headline = glyphs.eval_set(recipe.evaluate.headline)
-            accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
-        engine = Engine(
-            processes,
-            _num_workers(recipe, how),
-            how.checkpoint_steps,
-            60 * how.checkpoint_minutes,
-            how.keep_checkpoints,
-            screen.say,
-        )
-        progress = screen.progress
-        trained = distil(
-            spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
-        )
-        return {"role": name} | trained
-
-    from toolchain import glyphs
-
-    screen.starts(name)
-    evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
-    stage = _make_stage(
-        how,
-        out / name,
-        kind="distil",
-        version=2,
-        fields={"seed": recipe.seed, "data": recipe.data.model_dump(), "distill": spec.model_dump()} | evaluated,
-        fingerprints={"data": _data_fingerprint(recipe), "student": fingerprint(recipe.student)},
-        inputs={"teacher": teacher} if teacher else {},
-        work=work,
-    )
-    screen.done(name, stage)
-    return stage
-
-
-def _data_fingerprint(recipe: "Recipe") -> str:
-    """What a stage that reads the training data depends on."""
-    if recipe.data.kind == "glyphs":
-        from toolchain import glyphs
-
-        return glyphs.fingerprint()
-    from toolchain.shard_files import expand, fingerprint
-
-    return fingerprint(expand(recipe.data.shards))
-
-
-def _num_workers(recipe: "Recipe", how: "_How") -> int:
-    """Unless told: none for glyphs, which cost little to draw; else the cores that training leaves free."""
-    if how.workers is not None:
-        return how.workers
-    return 0 if recipe.data.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
-
-
-def _make_stage(how: "_How", path: Path, *, work: Callable[[Path], dict[str, Any]], **depends: Any) -> "Stage":
-    """A stage of one process, or of those that torchrun started: the first makes it, the others work along."""
-    from toolchain.stages import open_stage, run_stage
-
-    if how.size == 1:
-        return run_stage(path, work=work, **depends)
-    from toolchain.processes import join_processes
-
-    together = join_processes()
-    if together.leads:
-
-        def working(folder: Path) -> dict[str, Any]:
-            together.share(str(folder))
-            return work(folder)
-
-        stage = run_stage(path, work=working, **depends)
-        if stage.cached:
-            together.share(None)
-        together.wait()
-        return stage
-    folder = together.share(None)
-    if folder is not None:
-        work(Path(folder))
-    together.wait()
-    return open_stage(path)
-
-
-def _quantize(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
-    """The int8 student, calibrated and fine-tuned against the teacher."""
-    spec = recipe.quantize
-    if spec is None or "int8" not in recipe.export.precisions:
-        return {}
-    from toolchain.stages import run_stage
-
-    name, student, teacher = "student-int8", made["student"], made.get("teacher")
-
-    def work(folder: Path) -> dict[str, Any]:
-        from toolchain.feed import training_data
-        from toolchain.finetune import quantize_student
-        from toolchain.models import load_model
-
-        data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
-        frozen = load_model(teacher.path) if teacher else None
-        weights, float_student = recipe.distill.loss_weights, load_model(student.path)
-        quantized = quantize_student(
-            spec, weights, float_student, frozen, data, folder, screen.progress, seed=recipe.seed
-        )
-        return {"role": "student"} | quantized
-
-    screen.starts(name)
-    stage = run_stage(
-        out / name,
-        kind="quantize",
-        version=2,
-        fields={
-            "seed": recipe.seed,
-            "data": recipe.data.model_dump(),
-            "quantize": spec.model_dump(),
-            "loss_weights": recipe.distill.loss_weights.model_dump(),
-        },
-        fingerprints={"data": _data_fingerprint(recipe)},
-        inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
-        work=work,
-    )
-    screen.done(name, stage)
-    return {name: stage}
-
-
-def _export(recipe: "Recipe", out: Path, made: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
-    """ONNX graphs of every model, each held against its PyTorch model before it counts as made."""
-    from toolchain import glyphs
-    from toolchain.stages import run_stage
-
-    exported = {}
-    evaluated = _evaluated(recipe)
-    for name, role, precision in _exports(recipe):
-        checkpoint = made[f"{role}-int8" if precision == "int8" else role]
-
-        def work(
-            folder: Path, role: str = role, precision: str = precision, checkpoint: "Stage" = checkpoint
-        ) -> dict[str, Any]:
-            from export.parity import check_parity
-            from export.to_onnx import export_onnx
-            from toolchain.models import load_model
-            from toolchain.quantize import example_pixels, freeze, load_quantized
-
-            model = load_model(checkpoint.path)
-            image_tower, text_tower = None, None
-            if precision == "int8":
-                image, text = load_quantized(checkpoint.path, model)
-                image_tower = freeze(image, example_pixels(model.net))
-                text_tower = freeze(text, model.tokenize(list(glyphs.TEMPLATES)))
-            headline = glyphs.eval_set(evaluated.headline)
-            screen.progress("to ONNX", 0, 2)
-            summary = export_onnx(
-                model,
-                folder,
-                role=role,
-                precision=precision,
-                eval_images=headline.images_KHWC,
-                names=headline.names,
-                templates=glyphs.TEMPLATES,
-                opset=recipe.export.opset,
-                image_tower=image_tower,
-                text_tower=text_tower,
-            )
-            screen.progress("parity", 1, 2)
-            summary["parity"] = check_parity(folder, precision=precision)
-            return summary
-
-        screen.starts(name)
-        exported[name] = run_stage(
-            out / "exported" / name,
-            kind="export",
-            version=1,
-            fields={"precision": precision, "opset": recipe.export.opset, "headline": evaluated.headline},
-            fingerprints={"glyphs": glyphs.fingerprint()},
-            inputs={"checkpoint": checkpoint},
-            work=work,
-        )
-        screen.done(name, exported[name])
-    return exported
-
-
-def _measure(recipe: "Recipe", out: Path, exported: "dict[str, Stage]", screen: "_Screen") -> "dict[str, Stage]":
-    """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
-    from toolchain import glyphs
-    from toolchain.stages import machine, run_stage
-
-    measured = {}
-    evaluated = _evaluated(recipe)
-    for name, model in exported.items():
-
-        def work(folder: Path, model: "Stage" = model) -> dict[str, Any]:
-            from export.measure import measure
-
-            return measure(model.path, folder, evaluated, recipe.profile, screen.progress)
-
-        screen.starts(f"measured/{name}")
-        measured[name] = run_stage(
-            out / "measured" / name / "cpu",
-            kind="measure",
-            version=1,
-            fields={"evaluate": evaluated.model_dump(), "profile": recipe.profile.model_dump()},
-            fingerprints={"glyphs": glyphs.fingerprint(), "machine": json.dumps(machine(), sort_keys=True)},
-            inputs={"model": model},
-            work=work,
-        )
-        screen.done(f"measured/{name}", measured[name])
-    return measured
-
-
-def _report(out: Path, measured: "dict[str, Stage]", screen: "_Screen") -> dict[str, Any]:
-    """report.json and its readable forms, written again only when something measured is new."""
-    from toolchain.stages import MANIFEST
-
-    path = out / "report.json"
-    screen.starts("report")
-    newest = max((stage.path / MANIFEST).stat().st_mtime_ns for stage in measured.values())
-    files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".png", ".html")]
-    if all(file.exists() and file.stat().st_mtime_ns >= newest for file in files):
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        screen.line("report", "cached")
-        return report
-    from toolchain.report import write_report
-
-    report = write_report(out)
-    screen.line("report", "written")
-    return report
-
-
-def _evaluated(recipe: "Recipe") -> "EvaluateSpec":
-    if recipe.evaluate is None:
-        raise UsageError(
-            f"recipe {recipe.name} has no evaluate section, so that there is nothing to export for and report on; "
-            "add one, or train only, with: clipkd distill"
-        )
-    return recipe.evaluate
-
-
-def _exports(recipe: "Recipe") -> list[tuple[str, str, str]]:
-    """Name, role and precision of every exported model."""
-    others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
-    pairs = [(role, "fp32") for role in others] + [("student", precision) for precision in recipe.export.precisions]
-    return [
-        (f"{role}-{runtime}-{precision}", role, precision)
-        for runtime in recipe.export.runtimes
-        for role, precision in pairs
-    ]
-
-
-def _stage_paths(recipe: "Recipe") -> list[str]:
-    trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
-    quantized = ["student-int8"] if "int8" in recipe.export.precisions else []
-    names = [name for name, _, _ in _exports(recipe)] if recipe.evaluate else []
-    return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]
-
-
 def _state(path: Path) -> str:
     from toolchain.stages import open_stage
 
@@ -639,26 +307,6 @@ def _state(path: Path) -> str:
 
 
 # The terminal ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _How:
-    """What of training the command line decides, and no number of the result depends on."""
-
-    workers: int | None = None
-    checkpoint_steps: int | None = None
-    checkpoint_minutes: float = 1.0
-    keep_checkpoints: int = 2
-
-    @property
-    def size(self) -> int:
-        """How many processes torchrun started."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the first of them, the one that writes and speaks."""
-        return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
@@ -731,13 +379,14 @@ def _run_directory(
 
     from toolchain.recipe import load_recipe, recipe_path
     from toolchain.stages import RESOLVED, run_lock
+    from toolchain.training_stages import How
 
     if not shared:
         _refuse_torchrun()
     if name is None:
         _require_run(out)
     recipe = load_recipe(out / "recipe.yaml" if name is None else recipe_path(name), overrides)
-    if not _How().leads:
+    if not How().leads:
         yield recipe, _Screen(Progress(disable=True), silent=True)
         return
     with run_lock(out):
@@ -753,7 +402,9 @@ def _run_directory(
 
 
 def _refuse_torchrun() -> None:
-    if _How().size > 1:
+    from toolchain.training_stages import How
+
+    if How().size > 1:
         raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
 
 

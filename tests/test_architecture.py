@@ -20,6 +20,8 @@ MAY_IMPORT = {"clipkd.py": {"export", "toolchain"}, "export": {"export", "toolch
 
 TORCH_FREE = [
     "toolchain.stages",
+    "toolchain.training_stages",
+    "export.deployment_stages",
     "toolchain.sources",
     "toolchain.recipe",
     "toolchain.shard_files",

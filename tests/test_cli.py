@@ -19,6 +19,8 @@ import yaml
 from conftest import REPOSITORY, Ended
 
 import clipkd as command
+from export import deployment_stages
+from toolchain import training_stages
 from toolchain.errors import ClipkdError
 from toolchain.recipe import load_recipe, shipped_recipes
 from toolchain.stages import Stage, run_stage
@@ -145,6 +147,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import clipkd
+from toolchain import training_stages
 from toolchain.stages import run_stage
 
 def work(folder):
@@ -160,7 +163,7 @@ def train(recipe, out, asked, how):
     stage = run_stage(out / "student", kind="x", version=1, fields={}, fingerprints={}, inputs={}, work=work)
     return {"student": stage}
 
-clipkd._train = train
+training_stages.train = train
 clipkd.main()
 """
 
@@ -258,7 +261,7 @@ def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeyp
     def stop(*_: object) -> Stage:
         raise ClipkdError("stop after the teacher")
 
-    monkeypatch.setattr(command, "_train_one", stop)
+    monkeypatch.setattr(training_stages, "_train_one", stop)
     run = tmp_path / "run"
     first = clipkd("distill", recipe, "--out", run)
     assert "teacher" in first.err
@@ -310,7 +313,7 @@ def test_a_missing_package_names_its_extra(clipkd: Clipkd, run: Path, monkeypatc
     def train(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'open_clip.model'", name="open_clip.model")
 
-    monkeypatch.setattr(command, "_train", train)
+    monkeypatch.setattr(training_stages, "train", train)
     ended = clipkd("export", run)
     assert ended.code == 3
     assert ended.err == "error: this command needs open_clip.model: pip install 'clipkd[train]'\n"
@@ -320,7 +323,7 @@ def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -
     def train(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'toolchain.nothing'", name="toolchain.nothing")
 
-    monkeypatch.setattr(command, "_train", train)
+    monkeypatch.setattr(training_stages, "train", train)
     monkeypatch.setattr(sys, "argv", ["clipkd", "export", str(run)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(ModuleNotFoundError):
@@ -333,7 +336,7 @@ def test_a_full_disk_outside_of_stages(clipkd: Clipkd, run: Path, monkeypatch: p
     def train(*_: object) -> None:
         raise OSError(28, "No space left on device", "report.json")
 
-    monkeypatch.setattr(command, "_train", train)
+    monkeypatch.setattr(training_stages, "train", train)
     ended = clipkd("export", run)
     assert ended.code == 1
     assert ended.err == (
@@ -433,14 +436,14 @@ def test_verify_checks_every_stage_of_a_run(clipkd: Clipkd, tmp_path: Path) -> N
 def test_a_run_keeps_its_resolved_recipe_and_its_command(
     clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_train", lambda *_: {})
+    monkeypatch.setattr(training_stages, "train", lambda *_: {})
     run = tmp_path / "run"
     assert clipkd("distill", "glyphs", "--out", run, "--set", 'name="two\nseed: 99"').code == 0
     first = (run / "recipe.yaml").read_text()
     assert first.startswith("# clipkd distill glyphs --out ")
     assert load_recipe(run / "recipe.yaml").seed == 0, "a line break in an argument must not leave the comment"
-    monkeypatch.setattr(command, "_quantize", lambda *_: {})
-    monkeypatch.setattr(command, "_export", lambda *_: {})
+    monkeypatch.setattr(training_stages, "quantize", lambda *_: {})
+    monkeypatch.setattr(deployment_stages, "export", lambda *_: {})
     assert clipkd("export", run, "--set", "seed=5", "--set", "export.opset=18").code == 0
     again = load_recipe(run / "recipe.yaml")
     assert (again.seed, again.export.opset) == (5, 18), "a later verb records its flags"
@@ -449,7 +452,7 @@ def test_a_run_keeps_its_resolved_recipe_and_its_command(
 
 def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path / "student", {"summary": {"role": "student", "train_s": 1.5}}, cached=True)
-    monkeypatch.setattr(command, "_train", lambda *_: {"student": stage})
+    monkeypatch.setattr(training_stages, "train", lambda *_: {"student": stage})
     assert json.loads(clipkd("distill", "glyphs", "--out", tmp_path / "run", "--json").out) == {
         "student": {"path": str(tmp_path / "student"), "role": "student", "train_s": 1.5}
     }
@@ -473,10 +476,10 @@ def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monk
     monkeypatch.setattr("toolchain.report.write_report", write_report)
     screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
     for _ in range(2):
-        assert command._report(tmp_path, measured, screen) == {"rows": []}  # type: ignore[arg-type]
+        assert deployment_stages.report(tmp_path, measured, screen) == {"rows": []}  # type: ignore[arg-type]
     assert written == [tmp_path], "written once, then reused"
     manifest = measured["student"].path / "manifest.json"
     newer = (tmp_path / "report.json").stat().st_mtime + 1
     os.utime(manifest, (newer, newer))
-    command._report(tmp_path, measured, screen)  # type: ignore[arg-type]
+    deployment_stages.report(tmp_path, measured, screen)  # type: ignore[arg-type]
     assert written == [tmp_path, tmp_path]

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from toolchain.errors import ArtifactError, ClipkdError
 
@@ -54,6 +54,24 @@ class Stage:
     def digest(self) -> str:
         """What later stages depend on."""
         return str(self.manifest["digest"])
+
+
+class Screen(Protocol):
+    """How stages say where they are; `clipkd.py` draws it."""
+
+    def starts(self, stage: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+    def say(self, text: str) -> None:
+        """Something the user should know that is neither progress nor an error."""
+        ...
+
+    def line(self, name: str, text: str) -> None:
+        """How a stage ended."""
+        ...
+
+    def done(self, name: str, stage: Stage) -> None: ...
 
 
 def run_stage(

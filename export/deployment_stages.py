@@ -1,0 +1,132 @@
+"""The stages from the checkpoints on: exported models, each held against its PyTorch model, and what they measure.
+
+Heavy packages are imported inside the work, so that a run whose stages are all complete needs none of them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from toolchain.recipe import Recipe
+from toolchain.stages import MANIFEST, Screen, Stage
+from toolchain.training_stages import evaluated
+
+
+def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """ONNX graphs of every model, each held against its PyTorch model before it counts as made."""
+    from toolchain import glyphs
+    from toolchain.stages import run_stage
+
+    exported = {}
+    accuracy = evaluated(recipe)
+    for name, role, precision in exports(recipe):
+        checkpoint = made[f"{role}-int8" if precision == "int8" else role]
+
+        def work(
+            folder: Path, role: str = role, precision: str = precision, checkpoint: Stage = checkpoint
+        ) -> dict[str, Any]:
+            from export.parity import check_parity
+            from export.to_onnx import export_onnx
+            from toolchain.models import load_model
+            from toolchain.quantize import example_pixels, freeze, load_quantized
+
+            model = load_model(checkpoint.path)
+            image_tower, text_tower = None, None
+            if precision == "int8":
+                image, text = load_quantized(checkpoint.path, model)
+                image_tower = freeze(image, example_pixels(model.net))
+                text_tower = freeze(text, model.tokenize(list(glyphs.TEMPLATES)))
+            headline = glyphs.eval_set(accuracy.headline)
+            screen.progress("to ONNX", 0, 2)
+            summary = export_onnx(
+                model,
+                folder,
+                role=role,
+                precision=precision,
+                eval_images=headline.images_KHWC,
+                names=headline.names,
+                templates=glyphs.TEMPLATES,
+                opset=recipe.export.opset,
+                image_tower=image_tower,
+                text_tower=text_tower,
+            )
+            screen.progress("parity", 1, 2)
+            summary["parity"] = check_parity(folder, precision=precision)
+            return summary
+
+        screen.starts(name)
+        exported[name] = run_stage(
+            out / "exported" / name,
+            kind="export",
+            version=1,
+            fields={"precision": precision, "opset": recipe.export.opset, "headline": accuracy.headline},
+            fingerprints={"glyphs": glyphs.fingerprint()},
+            inputs={"checkpoint": checkpoint},
+            work=work,
+        )
+        screen.done(name, exported[name])
+    return exported
+
+
+def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
+    from toolchain import glyphs
+    from toolchain.stages import machine, run_stage
+
+    measured = {}
+    accuracy = evaluated(recipe)
+    for name, model in exported.items():
+
+        def work(folder: Path, model: Stage = model) -> dict[str, Any]:
+            from export.measure import measure
+
+            return measure(model.path, folder, accuracy, recipe.profile, screen.progress)
+
+        screen.starts(f"measured/{name}")
+        measured[name] = run_stage(
+            out / "measured" / name / "cpu",
+            kind="measure",
+            version=1,
+            fields={"evaluate": accuracy.model_dump(), "profile": recipe.profile.model_dump()},
+            fingerprints={"glyphs": glyphs.fingerprint(), "machine": json.dumps(machine(), sort_keys=True)},
+            inputs={"model": model},
+            work=work,
+        )
+        screen.done(f"measured/{name}", measured[name])
+    return measured
+
+
+def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, Any]:
+    """report.json and its readable forms, written again only when something measured is new."""
+    path = out / "report.json"
+    screen.starts("report")
+    newest = max((stage.path / MANIFEST).stat().st_mtime_ns for stage in measured.values())
+    files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".png", ".html")]
+    if all(file.exists() and file.stat().st_mtime_ns >= newest for file in files):
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        screen.line("report", "cached")
+        return document
+    from toolchain.report import write_report
+
+    document = write_report(out)
+    screen.line("report", "written")
+    return document
+
+
+def exports(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Name, role and precision of every exported model."""
+    others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
+    pairs = [(role, "fp32") for role in others] + [("student", precision) for precision in recipe.export.precisions]
+    return [
+        (f"{role}-{runtime}-{precision}", role, precision)
+        for runtime in recipe.export.runtimes
+        for role, precision in pairs
+    ]
+
+
+def stage_paths(recipe: Recipe) -> list[str]:
+    """The directories in a run that a recipe asks for."""
+    trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
+    quantized = ["student-int8"] if "int8" in recipe.export.precisions else []
+    names = [name for name, _, _ in exports(recipe)] if recipe.evaluate else []
+    return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]

@@ -1,0 +1,250 @@
+"""The stages up to the checkpoints: the frozen teacher, the baseline, the student, and the int8 student.
+
+Heavy packages are imported inside the work, so that a run whose stages are all complete needs none of them.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import UsageError
+from toolchain.recipe import EvaluateSpec, Recipe
+from toolchain.stages import Screen, Stage
+
+
+@dataclass(frozen=True)
+class How:
+    """What of training the command line decides, and no number of the result depends on."""
+
+    workers: int | None = None
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float = 1.0
+    keep_checkpoints: int = 2
+
+    @property
+    def size(self) -> int:
+        """How many processes torchrun started."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of them, the one that writes and speaks."""
+        return os.environ.get("RANK", "0") == "0"
+
+
+def train(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stage]:
+    """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it."""
+    from toolchain.recipe import teacher_recipe
+
+    if not (out / "student").exists():
+        _refuse_misfits(recipe, screen)
+    if recipe.teacher is None:
+        return {"student": _train_one(recipe, out, "student", None, screen, how)}
+    if recipe.teacher.recipe is not None:
+        teacher = _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
+    else:
+        teacher = _adopt_teacher(recipe, out, screen, how)
+    made = {"teacher": teacher}
+    if recipe.baseline:
+        made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
+    return made | {"student": _train_one(recipe, out, "student", teacher, screen, how)}
+
+
+def _refuse_misfits(recipe: Recipe, screen: Screen) -> None:
+    """Say that models cannot be trained together before anything is read, downloaded or trained for them."""
+    from toolchain.models import build_model, check_pair
+    from toolchain.recipe import teacher_recipe
+
+    without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
+    student = build_model(recipe.student.model_copy(update=without_weights), seed=0, say=screen.say)
+    teacher = None
+    if recipe.teacher is not None:
+        spec = teacher_recipe(recipe.teacher).student if recipe.teacher.recipe else recipe.teacher
+        teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
+    check_pair(student, teacher, recipe.distill.loss_weights)
+
+
+def _adopt_teacher(recipe: Recipe, out: Path, screen: Screen, how: How) -> Stage:
+    """The teacher from wherever it comes, as an open_clip local-dir in the run."""
+    from toolchain.sources import fingerprint
+
+    spec = recipe.teacher
+    assert spec is not None
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.models import build_model, save_model
+
+        if how.leads:
+            save_model(build_model(spec, seed=recipe.seed, say=screen.say), folder)
+        return {"role": "teacher", "source": spec.model_dump(exclude_defaults=True), "train_s": None}
+
+    screen.starts("teacher")
+    fields = {"seed": recipe.seed} if spec.is_random else {}
+    stage = _make_stage(
+        how,
+        out / "teacher",
+        kind="adopt",
+        version=2,
+        fields=fields,
+        fingerprints={"model": fingerprint(spec)},
+        inputs={},
+        work=work,
+    )
+    screen.done("teacher", stage)
+    return stage
+
+
+def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, screen: Screen, how: How) -> Stage:
+    from toolchain.sources import fingerprint
+
+    spec = recipe.distill
+    if teacher is None:  # nothing it reads depends on the weights of losses it does not have
+        alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_dump(), 0.0) | {"task": 1.0})
+        changes = {"loss_weights": alone, "stored_teacher_features": False, "teacher_precision": "fp32"}
+        spec = spec.model_copy(update=changes | {"reference_compat": False})
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.distil import Engine, distil
+        from toolchain.feed import training_data
+        from toolchain.models import build_model, load_model
+        from toolchain.processes import join_processes
+        from toolchain.validate import headline_accuracy
+
+        student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
+        frozen = load_model(teacher.path) if teacher else None
+        processes = join_processes()
+        with processes.first_alone():  # shards are indexed once
+            data = training_data(
+                recipe.data, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
+            )
+        accuracy = None
+        if spec.evaluate_every and recipe.evaluate:
+            headline = glyphs.eval_set(recipe.evaluate.headline)
+            accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
+        engine = Engine(
+            processes,
+            _num_workers(recipe, how),
+            how.checkpoint_steps,
+            60 * how.checkpoint_minutes,
+            how.keep_checkpoints,
+            screen.say,
+        )
+        progress = screen.progress
+        trained = distil(
+            spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
+        )
+        return {"role": name} | trained
+
+    from toolchain import glyphs
+
+    screen.starts(name)
+    evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
+    stage = _make_stage(
+        how,
+        out / name,
+        kind="distil",
+        version=2,
+        fields={"seed": recipe.seed, "data": recipe.data.model_dump(), "distill": spec.model_dump()} | evaluated,
+        fingerprints={"data": _data_fingerprint(recipe), "student": fingerprint(recipe.student)},
+        inputs={"teacher": teacher} if teacher else {},
+        work=work,
+    )
+    screen.done(name, stage)
+    return stage
+
+
+def _data_fingerprint(recipe: Recipe) -> str:
+    """What a stage that reads the training data depends on."""
+    if recipe.data.kind == "glyphs":
+        from toolchain import glyphs
+
+        return glyphs.fingerprint()
+    from toolchain.shard_files import expand, fingerprint
+
+    return fingerprint(expand(recipe.data.shards))
+
+
+def _num_workers(recipe: Recipe, how: How) -> int:
+    """Unless told: none for glyphs, which cost little to draw; else the cores that training leaves free."""
+    if how.workers is not None:
+        return how.workers
+    return 0 if recipe.data.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
+
+
+def _make_stage(how: How, path: Path, *, work: Callable[[Path], dict[str, Any]], **depends: Any) -> Stage:
+    """A stage of one process, or of those that torchrun started: the first makes it, the others work along."""
+    from toolchain.stages import open_stage, run_stage
+
+    if how.size == 1:
+        return run_stage(path, work=work, **depends)
+    from toolchain.processes import join_processes
+
+    together = join_processes()
+    if together.leads:
+
+        def working(folder: Path) -> dict[str, Any]:
+            together.share(str(folder))
+            return work(folder)
+
+        stage = run_stage(path, work=working, **depends)
+        if stage.cached:
+            together.share(None)
+        together.wait()
+        return stage
+    folder = together.share(None)
+    if folder is not None:
+        work(Path(folder))
+    together.wait()
+    return open_stage(path)
+
+
+def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """The int8 student, calibrated and fine-tuned against the teacher."""
+    spec = recipe.quantize
+    if spec is None or "int8" not in recipe.export.precisions:
+        return {}
+    from toolchain.stages import run_stage
+
+    name, student, teacher = "student-int8", made["student"], made.get("teacher")
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.feed import training_data
+        from toolchain.finetune import quantize_student
+        from toolchain.models import load_model
+
+        data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
+        frozen = load_model(teacher.path) if teacher else None
+        weights, float_student = recipe.distill.loss_weights, load_model(student.path)
+        quantized = quantize_student(
+            spec, weights, float_student, frozen, data, folder, screen.progress, seed=recipe.seed
+        )
+        return {"role": "student"} | quantized
+
+    screen.starts(name)
+    stage = run_stage(
+        out / name,
+        kind="quantize",
+        version=2,
+        fields={
+            "seed": recipe.seed,
+            "data": recipe.data.model_dump(),
+            "quantize": spec.model_dump(),
+            "loss_weights": recipe.distill.loss_weights.model_dump(),
+        },
+        fingerprints={"data": _data_fingerprint(recipe)},
+        inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
+        work=work,
+    )
+    screen.done(name, stage)
+    return {name: stage}
+
+
+def evaluated(recipe: Recipe) -> EvaluateSpec:
+    if recipe.evaluate is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no evaluate section, so that there is nothing to export for and report on; "
+            "add one, or train only, with: clipkd distill"
+        )
+    return recipe.evaluate
