@@ -135,3 +135,11 @@ def test_every_geometry_shows_the_same_view(tiny_samples: TrainingSet) -> None:
     error = (halved_B3HH - batch.pixels[OWN].float()).abs().mean().item()
     other = (halved_B3HH - batch.pixels[OWN].float().roll(1, 0)).abs().mean().item()
     assert error < other / 5, "the same characters at twice the size"
+
+
+def test_a_batch_says_which_of_its_captions_each_sample_shows(tiny_samples: TrainingSet) -> None:
+    data = GlyphBatches(tiny_samples, 0, 8, 2)
+    batch = data.batch(1, slice(None), [])
+    captions_B = data.captions_of(batch.sample_B)
+    assert [captions[pick] for captions, pick in zip(captions_B, batch.pick_B, strict=True)] == batch.captions_B
+    assert all(captions.count(caption) == 1 for captions in captions_B for caption in captions)

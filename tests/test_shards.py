@@ -421,9 +421,16 @@ def test_rows_of_a_batch_are_the_batch(data: ShardBatches, cuts: list[int]) -> N
         {geometry: torch.cat([part.pixels[geometry] for part in parts]) for geometry in (SMALL, LARGE)},
         [caption for part in parts for caption in part.captions_B],
         np.concatenate([part.sample_B for part in parts]),
+        np.concatenate([part.pick_B for part in parts]),
         parts[0].view,
     )
     assert same(joined, whole)
+
+
+def test_a_batch_says_which_of_its_captions_each_sample_shows(data: ShardBatches) -> None:
+    batch = data.view_of(np.arange(data.num_samples), 3, [SMALL])
+    captions_B = data.captions_of(batch.sample_B)
+    assert [captions[pick] for captions, pick in zip(captions_B, batch.pick_B, strict=True)] == batch.captions_B
 
 
 def test_only_the_rows_asked_for_are_read(data: ShardBatches, monkeypatch: pytest.MonkeyPatch) -> None:

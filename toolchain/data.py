@@ -30,9 +30,24 @@ class Geometry(NamedTuple):
     interpolation: str
 
 
+class Damage(NamedTuple):
+    """A sample that cannot be shown."""
+
+    sample: int
+    reason: str
+    """The kind of damage, in few words, the same for every sample of the kind: what is counted by."""
+
+    where: str
+    """Which file, and where in it, and what was wrong there, for a message."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Image-text pairs of one optimizer step, or a process's share of them."""
+    """Image-text pairs of one optimizer step, or a process's share of them.
+
+    Damaged samples are not among its rows: a batch of a step shows others in their place, a view of chosen samples is
+    shorter for them.
+    """
 
     pixels: dict[Geometry, Tensor]
     """uint8 [B, 3, H, H], the same views for every geometry asked for."""
@@ -41,7 +56,11 @@ class Batch:
     sample_B: NDArray[np.int64]
     """Which samples of the data these are: what masks are drawn by and messages name."""
 
+    pick_B: NDArray[np.int64]
+    """Which of its sample's captions, as `captions_of` lists them, each row shows."""
+
     view: int
+    damaged: tuple[Damage, ...] = ()
 
 
 class TrainingData(Protocol):
@@ -67,6 +86,10 @@ class TrainingData(Protocol):
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples."""
+        ...
+
+    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """[B] every caption that chosen samples may be shown with; none for a damaged one."""
         ...
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
@@ -115,11 +138,16 @@ class GlyphBatches:
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples."""
         names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
-        template_B = template_picks(self.seed, sample_B, view).tolist()
-        captions_B = [TEMPLATES[template].format(name) for template, name in zip(template_B, names_B, strict=True)]
+        template_B = template_picks(self.seed, sample_B, view)
+        captions_B = [TEMPLATES[t].format(name) for t, name in zip(template_B.tolist(), names_B, strict=True)]
         drawn_B3HH = draw_views(self.samples.masks_NSS[sample_B], self.seed, sample_B, view)
         pixels = {geometry: _resized(drawn_B3HH, geometry) for geometry in geometries}
-        return Batch(pixels, captions_B, sample_B, view)
+        return Batch(pixels, captions_B, sample_B, template_B, view)
+
+    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """[B] the character's name in every template."""
+        names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
+        return [tuple(template.format(name) for template in TEMPLATES) for name in names_B]
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """uint8 [B, 3, H, H] chosen samples, black on white."""

@@ -150,24 +150,28 @@ class ShardBatches:
             ClipkdError: a shard has changed or gone, or a picture or caption cannot be read.
         """
         pixels = {g: np.empty((len(sample_B), 3, g.size, g.size), np.uint8) for g in geometries}
-        captions_B = [""] * len(sample_B)
+        captions_B, pick_B = [""] * len(sample_B), np.zeros(len(sample_B), np.int64)
         random_BR = uniforms(self.seed, sample_B, view, _CAPTION + 1)
-        end_S = np.cumsum([shard.num_samples for shard in self.shards])
-        shard_B = np.searchsorted(end_S, sample_B, side="right")
-        for s in np.unique(shard_B).tolist():
-            shard = self.shards[s]
-            pair_N = _pairs(shard)
-            row_B = sample_B - (end_S[s] - shard.num_samples)
-            chosen_B = np.flatnonzero(shard_B == s)
-            with _opened(shard) as file:
-                for b in chosen_B[np.argsort(row_B[chosen_B])].tolist():  # as they lie on the disk
-                    views, captions_B[b] = _read_pair(
-                        shard, file, pair_N[row_B[b]], self.crop_scale, random_BR[b], geometries
-                    )
-                    for geometry, view_HH3 in zip(geometries, views, strict=True):
-                        pixels[geometry][b] = view_HH3.transpose(2, 0, 1)
+        for b, shard, file, pair in _as_they_lie(self.shards, sample_B):
+            views, captions = _read_pair(shard, file, pair, self.crop_scale, random_BR[b], geometries)
+            pick_B[b] = int(random_BR[b, _CAPTION] * len(captions))
+            captions_B[b] = captions[pick_B[b]]
+            for geometry, view_HH3 in zip(geometries, views, strict=True):
+                pixels[geometry][b] = view_HH3.transpose(2, 0, 1)
         tensors = {geometry: torch.from_numpy(pixels_B3HH) for geometry, pixels_B3HH in pixels.items()}
-        return Batch(tensors, captions_B, sample_B, view)
+        return Batch(tensors, captions_B, sample_B, pick_B, view)
+
+    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """[B] the captions of chosen samples; their pictures are not read.
+
+        Raises:
+            ClipkdError: a shard has changed or gone, or a caption cannot be read.
+        """
+        captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
+        for b, shard, file, pair in _as_they_lie(self.shards, sample_B):
+            with _explained(shard, pair, "caption"):
+                captions_B[b] = _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
+        return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """uint8 [B, 3, H, H] chosen samples, as much of the picture as a crop can hold.
@@ -331,6 +335,21 @@ def _opened(shard: Shard) -> Iterator[BinaryIO]:
         yield file
 
 
+def _as_they_lie(
+    shards: Sequence[Shard], sample_B: NDArray[np.int64]
+) -> Iterator[tuple[int, Shard, BinaryIO, np.void]]:
+    """Each place b of chosen samples, with the sample's shard, opened, and where its pair lies: in the disk's order."""
+    end_S = np.cumsum([shard.num_samples for shard in shards])
+    shard_B = np.searchsorted(end_S, sample_B, side="right")
+    for s in np.unique(shard_B).tolist():
+        pair_N = _pairs(shards[s])
+        row_B = sample_B - (end_S[s] - shards[s].num_samples)
+        chosen_B = np.flatnonzero(shard_B == s)
+        with _opened(shards[s]) as file:
+            for b in chosen_B[np.argsort(row_B[chosen_B])].tolist():
+                yield b, shards[s], file, pair_N[row_B[b]]
+
+
 def _read_pair(
     shard: Shard,
     file: BinaryIO,
@@ -338,18 +357,22 @@ def _read_pair(
     crop_scale: tuple[float, float],
     random_R: NDArray[np.float64],
     geometries: Sequence[Geometry],
-) -> tuple[list[NDArray[np.uint8]], str]:
-    part = "image"
-    try:
+) -> tuple[list[NDArray[np.uint8]], tuple[str, ...]]:
+    with _explained(shard, pair, "image"):
         views = _cropped(_read(file, pair, "image"), crop_scale, random_R[_CROP:_CAPTION], geometries)
-        part = "caption"
-        caption = _caption(_read(file, pair, "caption"), bool(pair["is_json"]), float(random_R[_CAPTION]))
+    with _explained(shard, pair, "caption"):
+        return views, _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
+
+
+@contextlib.contextmanager
+def _explained(shard: Shard, pair: np.void, part: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
         raise ClipkdError(
             f"{shard.path}: the {part} of sample {_key_at(shard.path, int(pair['image']))} cannot be read: {error} "
             f"({type(error).__name__}). Mend or remove the sample, or leave the shard out of data.shards"
         ) from error
-    return views, caption
 
 
 def _key_at(path: Path, offset: int) -> str:
@@ -366,8 +389,8 @@ def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:
     return file.read(int(pair[f"{part}_bytes"]))
 
 
-def _caption(content: bytes, is_json: bool, random: float) -> str:
-    """A sample's caption, or of several a random one, stripped."""
+def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
+    """A sample's captions, stripped, without blank ones."""
     said: Any = content.decode("utf-8-sig")
     if is_json:
         record = json.loads(said)
@@ -375,10 +398,10 @@ def _caption(content: bytes, is_json: bool, random: float) -> str:
     texts = [said] if isinstance(said, str) else said
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError('"caption" is neither text nor a list of texts')
-    captions: list[str] = [text.strip() for text in texts if text.strip()]
+    captions = tuple(text.strip() for text in texts if text.strip())
     if not captions:
         raise ValueError("it is blank")
-    return captions[int(random * len(captions))]
+    return captions
 
 
 def crop_box(
