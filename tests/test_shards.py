@@ -31,12 +31,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
+from toolchain import pictures
 from toolchain import shards as module
 from toolchain.data import Batch, Geometry, TrainingData
 from toolchain.errors import ClipkdError, UsageError
+from toolchain.pictures import crop_box
 from toolchain.recipe import WebdatasetSpec
 from toolchain.shard_files import expand, fingerprint, read_members
-from toolchain.shards import WINDOW, Shard, ShardBatches, crop_box, left_out
+from toolchain.shards import WINDOW, Shard, ShardBatches, left_out
 from toolchain.views import uniforms
 
 SMALL, LARGE = Geometry(32, "bicubic"), Geometry(64, "bicubic")
@@ -435,7 +437,7 @@ def test_a_batch_says_which_of_its_captions_each_sample_shows(data: ShardBatches
 
 def test_only_the_rows_asked_for_are_read(data: ShardBatches, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr(module, "_cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)])
+    monkeypatch.setattr(module, "cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)])
     data.batch(2, slice(3, 6), [SMALL])
     assert len(read) == 3
 
@@ -549,7 +551,7 @@ def cropped(
     content: bytes, *geometries: Geometry, crop_scale: tuple[float, float] = (0.5, 0.9), sample: int = 0
 ) -> Any:
     random_R = uniforms(0, np.array([sample]), 0, 40)[0]
-    return module._cropped(content, crop_scale, random_R, geometries)
+    return pictures.cropped(content, crop_scale, random_R, geometries)
 
 
 def plain(picture: Image.Image, geometry: Geometry, crop_scale: tuple[float, float], sample: int) -> Image.Image:

@@ -9,14 +9,12 @@ The order of an epoch is random at the scale a disk likes: the shards are shuffl
 shards, and the samples are shuffled within each window.  At img2dataset's 10,000 samples a shard that is a pool of
 80,000, some 2 to 4 GB, which the page cache of a training machine holds: each file is read from the disk once an epoch.
 
-    N samples   B batch   S shards   W windows   T tries   H image size
+    N samples   B batch   S shards   W windows
 """
 
 import contextlib
 import hashlib
-import io
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +26,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from toolchain.data import Batch, Geometry
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.glyphs import user_cache_folder
+from toolchain.pictures import CROP_NUMBERS, cropped
 from toolchain.recipe import WebdatasetSpec
 from toolchain.shard_files import Member, expand, read_members
 from toolchain.views import uniforms
@@ -43,13 +40,8 @@ WINDOW = 8
 """Shards among which samples are shuffled; a batch reads from few more than these."""
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-_FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow has decoders that should not see strangers' files
-_ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
-_TRIES = 10
-_GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
-
 # Columns of `uniforms`: what each random number of a sample in an epoch is for.
-_ORDER, _CROP, _CAPTION = 0, 1, 1 + 4 * _TRIES
+_ORDER, _CROP, _CAPTION = 0, 1, 1 + CROP_NUMBERS
 
 _INDEX_FORMAT = 1
 _INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
@@ -319,7 +311,7 @@ def _key_and_kind(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind if stem else ""
 
 
-# Reading and cropping
+# Reading
 
 
 @contextlib.contextmanager
@@ -359,7 +351,7 @@ def _read_pair(
     geometries: Sequence[Geometry],
 ) -> tuple[list[NDArray[np.uint8]], tuple[str, ...]]:
     with _explained(shard, pair, "image"):
-        views = _cropped(_read(file, pair, "image"), crop_scale, random_R[_CROP:_CAPTION], geometries)
+        views = cropped(_read(file, pair, "image"), crop_scale, random_R[_CROP:_CAPTION], geometries)
     with _explained(shard, pair, "caption"):
         return views, _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
 
@@ -402,69 +394,3 @@ def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
     if not captions:
         raise ValueError("it is blank")
     return captions
-
-
-def crop_box(
-    width: int, height: int, crop_scale: tuple[float, float], random_R: NDArray[np.float64]
-) -> tuple[int, int, int, int]:
-    """CLIP-KD's random crop (arXiv:2307.12732; torchvision's RandomResizedCrop): left, top, right, bottom in pixels.
-
-    The area is uniform in `crop_scale` of the picture's, the logarithm of the aspect ratio uniform between those of 3:4
-    and 4:3, the place uniform.  What does not fit is drawn again, at the tenth time replaced by the largest centred box
-    of a permitted ratio.  `random_R` are 4 uniform numbers for each try.
-    """
-    low, high = map(math.log, _ASPECT)
-    for area, ratio, x, y in random_R.reshape(_TRIES, 4).tolist():
-        target = width * height * (crop_scale[0] + (crop_scale[1] - crop_scale[0]) * area)
-        aspect = math.exp(low + (high - low) * ratio)
-        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * _ASPECT[1])), min(height, round(width / _ASPECT[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def _cropped(
-    content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: Sequence[Geometry]
-) -> list[NDArray[np.uint8]]:
-    """[H, H, 3] the same crop of a picture for every geometry, each as if no other had been asked for.
-
-    It is decoded once; again only for a geometry so small that a JPEG gives it enough at a half, quarter or eighth of
-    the size, which takes a fraction of the time.
-    """
-    views: list[NDArray[np.uint8]] = []
-    decoded: dict[int, Image.Image] = {}
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these turn it by a quarter
-        left, top, right, bottom = crop_box(*size, crop_scale, random_R)
-        for geometry in geometries:
-            scale = 1
-            if isinstance(image, JpegImageFile) and orientation == 1:  # turned, a box might fall between scaled pixels
-                room = min(right - left, bottom - top) / (_GAP * geometry.size)
-                scale = next((scale for scale in (8, 4, 2) if scale <= room), 1)
-            if scale not in decoded:
-                fresh = Image.open(io.BytesIO(content), formats=_FORMATS) if decoded else image
-                if scale > 1:
-                    fresh.draft(None, (size[0] // scale, size[1] // scale))
-                decoded[scale] = _rgb(fresh if orientation == 1 else ImageOps.exif_transpose(fresh))
-            view = decoded[scale].resize(
-                (geometry.size, geometry.size),
-                Image.Resampling[geometry.interpolation.upper()],
-                box=(left / scale, top / scale, right / scale, bottom / scale),
-                reducing_gap=_GAP,
-            )
-            views.append(np.asarray(view))
-    return views
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """In RGB, what is transparent on white, of 16 bits the upper 8."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
