@@ -13,8 +13,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -40,7 +40,7 @@ def _foreign_package() -> str | None:
 
 
 try:
-    from toolchain.errors import ClipkdError, MissingDependency, UsageError
+    from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
 except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
@@ -48,7 +48,9 @@ except ImportError:  # somebody else's toolchain, which `main` would refuse
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from toolchain.choose import Choice
     from toolchain.recipe import Recipe
+    from toolchain.regression import Comparison
     from toolchain.stages import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -64,6 +66,7 @@ RecipeArg = Annotated[
 ]
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The run directory.")]
 RunArg = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+RunsArg = Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")]
 SetOpt = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a recipe field: section.field=value. Repeatable.", metavar="FIELD=VALUE"),
@@ -158,19 +161,79 @@ def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> N
 
 
 @app.command()
-def report(run: RunArg, as_json: JsonOpt = False) -> None:
-    """Write a run's report again, and print its table.
+def report(
+    runs: RunsArg,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; one run: into it.")] = None,
+    external: Annotated[
+        list[Path] | None, typer.Option(help="Rows measured elsewhere: CSV or JSON (docs/report.md). Repeatable.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="An older report.json: exit 5 if anything got worse.")] = None,
+    max_slower: Annotated[float, typer.Option(min=0, help="--against tolerates this, as a fraction of p50.")] = 0.05,
+    max_top1_loss: Annotated[float, typer.Option(min=0, help="--against tolerates this fraction of top-1.")] = 0.005,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write the report of runs again, together if there are several, and print its table.
 
-    Example: [bold]clipkd report runs/quickstart --json[/]
+    Example: [bold]clipkd report runs/small runs/large --out runs/compared --external jetson.csv[/]
     """
-    from toolchain.report import write_report
+    from toolchain.external_rows import external_rows
+    from toolchain.regression import compare
+    from toolchain.report import read_report, write_report
     from toolchain.stages import run_lock
 
     _refuse_torchrun()
-    _require_run(run)
-    with run_lock(run):
-        document = write_report(run)
-    _print_report(document, run, as_json)
+    for run in runs:
+        _require_run(run)
+    if len(runs) > 1 and out is None:
+        raise UsageError(f"--out: {len(runs)} runs have one report together; say where to write it: --out DIR")
+    folder = runs[0] if out is None else out
+    older = None if against is None else read_report(against)  # before it may be written over
+    elsewhere = [row for path in external or [] for row in external_rows(path)]
+    with run_lock(folder) if folder in runs else nullcontext():
+        document = write_report(runs, folder, elsewhere)
+    if older is None:
+        _print_report(document, folder, as_json)
+        return
+    compared = compare(older, document, max_slower=max_slower, max_top1_loss=max_top1_loss)
+    _print_comparison(compared, as_json)
+    if not compared.holds:
+        raise GateError(f"{folder}: worse than {against} beyond what is tolerated; see the table")
+
+
+@app.command()
+def best(
+    runs: RunsArg,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Which device's rows to choose among.")] = None,
+    where: Annotated[str, typer.Option(help="Conditions: 'p90_ms<=10, top1_drop_vs_teacher<=0.02'.")] = "",
+    by: Annotated[str, typer.Option(help="What to be best by: a field of report.json.")] = "top1",
+    external: Annotated[list[Path] | None, typer.Option(help="Rows measured elsewhere: CSV or JSON.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Choose the model to ship: the best that meets conditions, the runner-up, and why not each of the others.
+
+    Exit code 5 if none does.
+
+    Example: [bold]clipkd best runs/quickstart --device cpu --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2' --by top1[/]
+    """
+    from toolchain.choose import choose, conditions
+    from toolchain.external_rows import external_rows
+    from toolchain.report import collect
+
+    wanted = conditions(where)
+    for run in runs:
+        _require_run(run)
+    rows = collect(runs, [row for path in external or [] for row in external_rows(path)])["rows"]
+    choice = choose(rows, wanted, by, device)
+    if as_json:
+        rejected = [{"name": row["name"], "reasons": reasons} for row, reasons in choice.rejected]
+        answer = {"best": choice.best, "runner_up": choice.runner_up, "rejected": rejected, "warnings": choice.warnings}
+        stdout.print_json(json.dumps(answer))
+    else:
+        _print_choice(choice)
+    if choice.best is None:
+        raise GateError(
+            f"no model meets: {', '.join(map(str, wanted)) or 'what was asked'}; relax a condition, or see the reasons"
+        )
 
 
 @app.command()
@@ -225,8 +288,7 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     table = Table(Column("recipe", no_wrap=True), "what it does")
     for name, headline in headlines.items():
         table.add_row(name, escape(headline))
-    wide = stdout if stdout.is_terminal else Console(width=160)  # a file or a pipe gets whole cells
-    wide.print(table)
+    _wide(table)
 
 
 @recipes_app.command("copy")
@@ -437,9 +499,50 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     table = Table(*(Column(header, overflow="fold") for header in headers))
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    wide = stdout if stdout.is_terminal else Console(width=160)  # a file or a pipe gets whole cells
-    wide.print(table)
+    _wide(table)
     stderr.print(f"{out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_comparison(compared: "Comparison", as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(json.dumps(asdict(compared) | {"holds": compared.holds}))
+        return
+    table = Table("name", "p50 new / old", "top-1 change", "worse")
+    for change in compared.changes:
+        ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
+        if change.p50_ratio is not None and not change.is_told_apart:
+            ratio += " (intervals overlap)"
+        points = "-" if change.top1_change is None else f"{100 * change.top1_change:+.1f} pp"
+        table.add_row(escape(change.name), ratio, points, escape("; ".join(change.worse)))
+    for name in compared.only_old:
+        table.add_row(escape(name), "-", "-", "gone")
+    for name in compared.only_new:
+        table.add_row(escape(name), "-", "-", "(new)")
+    _wide(table)
+
+
+def _print_choice(choice: "Choice") -> None:
+    for title, row in (("best", choice.best), ("runner-up", choice.runner_up)):
+        if row is not None:
+            facts = [f"top-1 {100 * row['top1']:.1f} %"] if row["top1"] is not None else []
+            facts += [f"p50 {row['p50_ms']:.3g} ms"] if row["p50_ms"] is not None else []
+            facts += [f"{row['size_bytes'] / 1e6:.3g} MB"] if row["size_bytes"] else []
+            place = f"{row['run']}/exported/{row['model']}" if row["run"] else str(row["source"])
+            stdout.print(
+                f"{title}: {row['name']} ({', '.join(facts)})  {place}", soft_wrap=True, highlight=False, markup=False
+            )
+    for warning in choice.warnings:
+        stderr.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+    if choice.rejected:
+        table = Table("rejected", "why")
+        for row, reasons in choice.rejected:
+            table.add_row(escape(str(row["name"])), escape("; ".join(reasons)))
+        _wide(table)
+
+
+def _wide(table: Table) -> None:
+    """A file or a pipe gets whole cells."""
+    (stdout if stdout.is_terminal else Console(width=160)).print(table)
 
 
 def main() -> NoReturn:

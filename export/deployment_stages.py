@@ -101,14 +101,14 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
     path = out / "report.json"
     screen.starts("report")
     newest = max((stage.path / MANIFEST).stat().st_mtime_ns for stage in measured.values())
-    files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".png", ".html")]
+    files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".png", ".svg", ".html")]
     if all(file.exists() and file.stat().st_mtime_ns >= newest for file in files):
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         screen.line("report", "cached")
         return document
     from toolchain.report import write_report
 
-    document = write_report(out)
+    document = write_report([out], out)
     screen.line("report", "written")
     return document
 

@@ -467,9 +467,9 @@ def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monk
     assert measured["student"].cached
     written: list[Path] = []
 
-    def write_report(run: Path) -> dict[str, Any]:
+    def write_report(runs: list[Path], run: Path) -> dict[str, Any]:
         written.append(run)
-        for suffix in ("json", "csv", "md", "png", "html"):
+        for suffix in ("json", "csv", "md", "png", "svg", "html"):
             (run / f"report.{suffix}").write_text('{"rows": []}')
         return {"rows": []}
 

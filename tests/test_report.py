@@ -20,15 +20,14 @@ from toolchain.report import (
     collect,
     duration,
     findings,
-    latency_axis,
     machine_name,
     pareto_front,
     render_csv,
     render_markdown,
-    render_png,
     terminal_rows,
     write_report,
 )
+from toolchain.report_picture import latency_axis, render_picture
 
 ROUNDING = 1e-12  # float64 against float64, one operation
 MACHINE = {"cpu": "Example CPU <2>", "cores": 2, "system": "Linux x86_64"}
@@ -157,7 +156,7 @@ def test_every_row_has_every_field_of_the_contract(run):
     make_run(run, models={("adopted", "fp16"): (1.0, 1000, 1)})
     for path in (run / "measured" / "adopted-onnxruntime-fp16" / "cpu").iterdir():
         path.unlink()
-    report = collect(run)
+    report = collect([run])
     assert report["schema"] == 1
     assert len(report["rows"]) == 5
     for row in report["rows"]:
@@ -167,7 +166,7 @@ def test_every_row_has_every_field_of_the_contract(run):
 
 
 def test_rows_say_what_the_files_say(run):
-    rows = by_name(collect(run))
+    rows = by_name(collect([run]))
     assert list(rows) == ["teacher fp32", "baseline fp32", "student fp32", "student int8"]
     row = rows["student int8"]
     assert row["role"] == "student"
@@ -188,18 +187,18 @@ def test_rows_say_what_the_files_say(run):
 
 
 def test_train_time_is_that_of_the_checkpoint_exported(run):
-    assert {name: row["train_s"] for name, row in by_name(collect(run)).items()} == {
+    assert {name: row["train_s"] for name, row in by_name(collect([run])).items()} == {
         "teacher fp32": 1810.0,
         "baseline fp32": 61.0,
         "student fp32": 95.5,
         "student int8": 14.2,
     }
     (run / "student-int8" / "manifest.json").unlink()
-    assert by_name(collect(run))["student int8"]["train_s"] == 95.5  # quantized without training of its own
+    assert by_name(collect([run]))["student int8"]["train_s"] == 95.5  # quantized without training of its own
 
 
 def test_drops_are_reference_minus_row(run):
-    rows = by_name(collect(run))
+    rows = by_name(collect([run]))
     assert rows["teacher fp32"]["top1_drop_vs_teacher"] == 0
     assert rows["student fp32"]["top1_drop_vs_teacher"] == pytest.approx((1640 - 1420) / N, abs=ROUNDING)
     assert rows["student int8"]["top1_drop_vs_teacher"] == pytest.approx((1640 - 1391) / N, abs=ROUNDING)
@@ -209,7 +208,7 @@ def test_drops_are_reference_minus_row(run):
 
 def test_without_a_teacher_there_is_no_drop_against_it(tmp_path):
     run = make_run(tmp_path / "adopted", models={("adopted", "int8"): (1.0, 900, 1)})
-    (row,) = collect(run)["rows"]
+    (row,) = collect([run])["rows"]
     assert row["top1_drop_vs_teacher"] is None
     assert row["top1_drop_vs_fp32"] is None
 
@@ -217,24 +216,24 @@ def test_without_a_teacher_there_is_no_drop_against_it(tmp_path):
 def test_other_images_are_no_reference(run):
     path = run / "measured" / "teacher-onnxruntime-fp32" / "cpu" / "evaluation.json"
     edit(path, headline="serif")
-    assert by_name(collect(run))["student int8"]["top1_drop_vs_teacher"] is None
+    assert by_name(collect([run]))["student int8"]["top1_drop_vs_teacher"] is None
 
 
 def test_the_front_needs_grade_a_or_b(run):
-    assert {name for name, row in by_name(collect(run)).items() if row["pareto"]} == {
+    assert {name for name, row in by_name(collect([run])).items() if row["pareto"]} == {
         "teacher fp32",
         "student fp32",
         "student int8",
     }
     edit(run / "measured" / "student-onnxruntime-int8" / "cpu" / "profile.json", grade="C", flags=["BUSY"])
-    rows = by_name(collect(run))
+    rows = by_name(collect([run]))
     assert not rows["student int8"]["pareto"]
     assert rows["student int8"]["flags"] == ["BUSY"]
     assert rows["student fp32"]["pareto"]
 
 
 def test_where_everything_is_noisy_the_front_says_so(tmp_path):
-    rows = by_name(collect(make_run(tmp_path / "noisy", grade="C")))
+    rows = by_name(collect([make_run(tmp_path / "noisy", grade="C")]))
     assert all(row["flags"] == ["noisy"] for row in rows.values())
     assert [name for name, row in rows.items() if not row["pareto"]] == ["baseline fp32"]
 
@@ -248,17 +247,17 @@ def test_each_device_and_machine_has_its_own_front(run):
         run / "measured" / "baseline-onnxruntime-fp32" / "orin" / "profile.json",
         image={"p50_ms": 0.01, "p50_low_ms": 0.01, "p50_high_ms": 0.01},
     )
-    rows = by_name(collect(run))
+    rows = by_name(collect([run]))
     assert len(rows) == 8
-    assert rows["baseline fp32 onnxruntime orin"]["pareto"]
-    assert rows["baseline fp32 onnxruntime orin"]["machine"] == "Orin"
-    assert not rows["baseline fp32 onnxruntime cpu"]["pareto"]
+    assert rows["baseline fp32 orin"]["pareto"]
+    assert rows["baseline fp32 orin"]["machine"] == "Orin"
+    assert not rows["baseline fp32 cpu"]["pareto"]
 
 
 def test_names_say_no_more_than_it_takes(run):
     manifest_path = run / "exported" / "student-openvino-int8" / "manifest.json"
     write_json(manifest_path, manifest({"role": "student", "runtime": "openvino", "precision": "int8"}))
-    names = [row["name"] for row in collect(run)["rows"]]
+    names = [row["name"] for row in collect([run])["rows"]]
     assert len(set(names)) == 5
     assert {"student int8 onnxruntime", "student int8 openvino"} < set(names)
 
@@ -273,10 +272,10 @@ def test_names_say_no_more_than_it_takes(run):
 def test_a_gap_has_a_reason_and_no_place_on_the_front(run, missing, status):
     for name in missing:
         (run / "measured" / "student-onnxruntime-int8" / "cpu" / name).unlink()
-    row = by_name(collect(run))["student int8"]
+    row = by_name(collect([run]))["student int8"]
     assert row["status"] == status
     assert not row["pareto"]
-    write_report(run)
+    write_report([run], run)
 
 
 def test_work_in_progress_is_not_reported(run):
@@ -284,7 +283,7 @@ def test_work_in_progress_is_not_reported(run):
     (run / "measured" / "student-onnxruntime-fp32" / "cpu").rename(
         run / "measured" / "student-onnxruntime-fp32" / ".cpu.partial"
     )
-    rows = by_name(collect(run))
+    rows = by_name(collect([run]))
     assert list(rows) == ["teacher fp32", "baseline fp32", "student fp32"]
     assert rows["student fp32"]["status"] == "not measured"
     assert rows["student fp32"]["top1_drop_vs_teacher"] is None
@@ -293,14 +292,14 @@ def test_work_in_progress_is_not_reported(run):
 def test_nan_in_a_measurement_is_null_and_never_on_the_front(run):
     path = run / "measured" / "student-onnxruntime-int8" / "cpu" / "evaluation.json"
     path.write_text(path.read_text().replace(str(1391 / N), "NaN"))
-    row = by_name(write_report(run))["student int8"]
+    row = by_name(write_report([run], run))["student int8"]
     assert row["top1"] is None
     assert not row["pareto"]
 
 
 def test_nothing_exported_is_an_error_with_the_next_command(tmp_path):
     with pytest.raises(ArtifactError) as raised:
-        collect(tmp_path)
+        collect([tmp_path])
     assert str(raised.value) == (
         f"{tmp_path}: no exported/*/manifest.json, nothing to report. Export a model first:\n"
         f"  clipkd export {tmp_path} --onnx --precision fp32"
@@ -312,7 +311,7 @@ def test_a_damaged_file_is_named(run, content, complaint):
     path = run / "measured" / "student-onnxruntime-int8" / "cpu" / "profile.json"
     path.write_text(content)
     with pytest.raises(ArtifactError, match=f"^{re.escape(f'{path}: {complaint}')}"):
-        collect(run)
+        collect([run])
 
 
 def test_a_machine_keeps_its_name_when_its_load_changes():
@@ -322,7 +321,7 @@ def test_a_machine_keeps_its_name_when_its_load_changes():
 
 
 def test_terminal_rows_by_hand(run):
-    headers, rows = terminal_rows(collect(run))
+    headers, rows = terminal_rows(collect([run]))
     assert headers == [
         *["name", "runtime", "precision", "p50 ms", "images/s", "size MB", "stix top-1 %", "drop vs teacher"],
         *["train time", "grade", "front"],
@@ -337,7 +336,7 @@ def test_terminal_rows_by_hand(run):
 
 def test_unknown_cells_are_dashes(run):
     write_json(run / "exported" / "extra" / "manifest.json", manifest({}))
-    _, rows = terminal_rows(collect(run))
+    _, rows = terminal_rows(collect([run]))
     assert [row[3:] for row in rows if row[0] == "extra"] == [["-"] * 7 + ["", "not measured"]]
 
 
@@ -349,7 +348,7 @@ def test_duration(seconds, text):
 
 
 def test_findings_name_what_distillation_bought(run):
-    distillation, compression, quantization = findings(collect(run)["rows"])
+    distillation, compression, quantization = findings(collect([run])["rows"])
     assert (distillation.value, compression.value, quantization.value) == (
         "+12.0 points",
         "3.52x faster",
@@ -362,14 +361,14 @@ def test_findings_name_what_distillation_bought(run):
 
 def test_findings_admit_that_intervals_overlap(tmp_path):
     models = MODELS | {("baseline", "fp32"): (0.92, 1400, 1), ("student", "int8"): (0.93, 1391, 1)}
-    distillation, _, quantization = findings(collect(make_run(tmp_path / "close", models=models))["rows"])
+    distillation, _, quantization = findings(collect([make_run(tmp_path / "close", models=models)])["rows"])
     assert "(intervals overlap)" in distillation.detail
     assert quantization.value == "1.02x slower"
     assert "(intervals overlap)" in quantization.detail
 
 
 def test_csv_has_the_same_rows(run):
-    report = collect(run)
+    report = collect([run])
     lines = list(csv.DictReader(io.StringIO(render_csv(report))))
     assert [line["name"] for line in lines] == [row["name"] for row in report["rows"]]
     for line, row in zip(lines, report["rows"], strict=True):
@@ -381,7 +380,7 @@ def test_csv_has_the_same_rows(run):
 
 def test_markdown_tables_are_rectangular_whatever_names_hold(run):
     edit(run / "measured" / "student-onnxruntime-int8" / "cpu" / "profile.json", grade="C", flags=["a|b\nc"])
-    text = render_markdown(collect(run), title="quickstart")
+    text = render_markdown(collect([run]), title="quickstart")
     assert "![Accuracy against latency](report.png)" in text
     assert "C (a\\|b c)" in text
     tables = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("\n\n")]
@@ -393,12 +392,12 @@ def test_markdown_tables_are_rectangular_whatever_names_hold(run):
 
 def test_write_report_leaves_five_files_and_nothing_else(run):
     before = {path.name for path in run.iterdir()}
-    report = write_report(run)
+    report = write_report([run], run)
     written = {path.name for path in run.iterdir()} - before
-    assert written == {"report.json", "report.csv", "report.md", "report.png", "report.html"}
-    assert json.loads((run / "report.json").read_text()) == report == collect(run)
+    assert written == {"report.json", "report.csv", "report.md", "report.png", "report.svg", "report.html"}
+    assert json.loads((run / "report.json").read_text()) == report == collect([run])
     again = {name: (run / name).read_bytes() for name in written}
-    write_report(run)
+    write_report([run], run)
     assert {name: (run / name).read_bytes() for name in written} == again
 
 
@@ -424,7 +423,7 @@ def labels_and_points(monkeypatch, report):
         kept.append(self)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "__init__", keep)
-    render_png(report)
+    render_picture(report, "png")
     (figure,) = kept
     (axes,) = figure.axes
     labels = [text for text in axes.texts if type(text).__name__ == "Annotation"]
@@ -443,7 +442,7 @@ CROWDED = {
 
 @pytest.mark.parametrize("models", [MODELS, CROWDED, {("student", "fp32"): (1.0, 1000, 1)}], ids=["4", "8", "1"])
 def test_labels_cover_neither_each_other_nor_a_marker(tmp_path, monkeypatch, models):
-    report = collect(make_run(tmp_path / "made", models=models))
+    report = collect([make_run(tmp_path / "made", models=models)])
     extents, points, axes = labels_and_points(monkeypatch, report)
     assert set(extents) == {row["name"] for row in report["rows"]}
     boxes = list(extents.values())
@@ -455,16 +454,16 @@ def test_labels_cover_neither_each_other_nor_a_marker(tmp_path, monkeypatch, mod
 
 
 def test_png_is_a_picture_with_ink(run):
-    image = np.asarray(Image.open(io.BytesIO(render_png(collect(run)))).convert("L"))
+    image = np.asarray(Image.open(io.BytesIO(render_picture(collect([run]), "png"))).convert("L"))
     assert min(image.shape) > 600
     assert 0.01 < (image < 200).mean() < 0.3
 
 
 def test_png_without_any_measurement_says_so(run):
-    report = collect(run)
+    report = collect([run])
     for row in report["rows"]:
         row["p50_ms"] = None
-    assert render_png(report).startswith(b"\x89PNG")
+    assert render_picture(report, "png").startswith(b"\x89PNG")
 
 
 def test_collecting_needs_no_plotting_and_no_torch(run):
@@ -473,7 +472,7 @@ def test_collecting_needs_no_plotting_and_no_torch(run):
         "for name in ('torch', 'matplotlib', 'plotly', 'export'): sys.modules[name] = None\n"
         "from pathlib import Path\n"
         "from toolchain.report import collect, terminal_rows, render_csv, render_markdown\n"
-        "report = collect(Path(sys.argv[1])); terminal_rows(report); render_csv(report)\n"
+        "report = collect([Path(sys.argv[1])]); terminal_rows(report); render_csv(report)\n"
         "render_markdown(report, title='x')"
     )
     root = Path(__file__).resolve().parent.parent
@@ -483,8 +482,9 @@ def test_collecting_needs_no_plotting_and_no_torch(run):
 
 def test_drawing_leaves_pyplot_alone(run):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom toolchain.report import collect, render_png\n"
-        "render_png(collect(Path(sys.argv[1])))\n"
+        "import sys\nfrom pathlib import Path\nfrom toolchain.report import collect\n"
+        "from toolchain.report_picture import render_picture\n"
+        "render_picture(collect([Path(sys.argv[1])]), 'png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     root = Path(__file__).resolve().parent.parent

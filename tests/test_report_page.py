@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_refers_to_nothing_outside_itself(run):
-    page = Page(render_page(run, collect(run)))
+    page = Page(render_page([run], collect([run]), title=run.name))
     for tag, attributes in page.tags:
         assert tag not in ("img", "iframe", "object", "embed", "base", "form")
         assert "src" not in attributes
@@ -62,7 +62,7 @@ def test_the_page_refers_to_nothing_outside_itself(run):
 
 
 def test_the_page_can_be_read_without_its_script(run):
-    text = Page(render_page(run, collect(run))).text
+    text = Page(render_page([run], collect([run]), title=run.name)).text
     for expected in (
         "quickstart",
         "0.480 [0.466, 0.499]",
@@ -76,8 +76,8 @@ def test_the_page_can_be_read_without_its_script(run):
 
 
 def test_the_script_gets_the_numbers_of_the_report(run):
-    report = collect(run)
-    data = json.loads(Page(render_page(run, report)).scripts[0])
+    report = collect([run])
+    data = json.loads(Page(render_page([run], report, title=run.name)).scripts[0])
     (front,) = data["fronts"]
     assert [(point["name"], point["p50_ms"], point["top1"]) for point in front["points"]] == [
         (row["name"], row["p50_ms"], row["top1"]) for row in report["rows"]
@@ -103,9 +103,9 @@ def make_hostile(run: Path) -> None:
 
 
 def test_text_of_a_run_stays_text(run):
-    plain = Page(render_page(run, collect(run)))
+    plain = Page(render_page([run], collect([run]), title=run.name))
     make_hostile(run)
-    page = Page(render_page(run, collect(run)))
+    page = Page(render_page([run], collect([run]), title=run.name))
     assert len(page.scripts) == len(plain.scripts) == 3
     assert {tag for tag, _ in page.tags} == {tag for tag, _ in plain.tags}
     assert HOSTILE in page.text
@@ -117,7 +117,7 @@ def test_a_run_without_curves_recipe_or_measurements_has_a_page(tmp_path):
     for name in ("student", "baseline", "teacher", "student-int8", "measured"):
         shutil.rmtree(run / name)
     (run / "recipe.yaml").unlink()
-    text = Page(render_page(run, collect(run))).text
+    text = Page(render_page([run], collect([run]), title=run.name)).text
     assert "not measured" in text
     assert "No model has both a latency and an accuracy yet." in text
     assert "Training" not in text
@@ -157,7 +157,7 @@ def test_a_diverged_loss_is_a_gap(tmp_path):
 
 def test_an_empty_curve_is_no_error(run):
     (run / "student" / "train.jsonl").write_text("")
-    assert "Training loss of baseline" in render_page(run, collect(run))
+    assert "Training loss of baseline" in render_page([run], collect([run]), title=run.name)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", '{"loss": 1}', '{"step": "x"}'])
@@ -207,7 +207,7 @@ def visit(browser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("page") / "quickstart")
-    write_report(run)
+    write_report([run], run)
     return run / "report.html"
 
 
@@ -235,7 +235,7 @@ def test_the_policy_stops_a_request(visit, written, tmp_path):
 @pytest.mark.browser
 def test_a_run_full_of_markup_runs_nothing(visit, run):
     make_hostile(run)
-    write_report(run)
+    write_report([run], run)
     visited = visit(run / "report.html")
     assert visited.said == []
     assert visited.page.title() == "quickstart - clipkd report"
@@ -296,7 +296,7 @@ def test_a_click_sorts_and_another_reverses(visit, written):
 @pytest.mark.browser
 def test_what_is_unknown_sorts_last_both_ways(visit, run):
     write_json(run / "exported" / "a-model" / "manifest.json", {"summary": {}})
-    write_report(run)
+    write_report([run], run)
     page = visit(run / "report.html").page
     button, cells = column(page, "p50 ms")
     for _ in range(2):

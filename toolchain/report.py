@@ -1,8 +1,9 @@
-"""The accuracy-latency front of a run, and the tables and pictures around it.
+"""The accuracy-latency front of runs, and the tables around it.
 
 `report.json` is the contract with everything outside: one row per exported model and device, every field present in
-every row, null where it is not known.  Everything else here is drawn from it.  Matplotlib and Plotly are imported
-where they draw: `collect` and `pareto_front` also serve devices on which neither is installed.
+every row, null where it is not known.  Everything else is drawn from it (report_picture.py, report_page.py).
+
+    N images of the headline set
 """
 
 import csv
@@ -11,16 +12,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from toolchain.errors import ArtifactError
+import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
+from toolchain.errors import ArtifactError, UsageError
+from toolchain.paired import paired_drop
 
 Row: TypeAlias = dict[str, Any]
 
@@ -37,7 +36,6 @@ ROLE_COLORS = {
     "adopted": "#009E73",
     "external": "#CC79A7",
 }
-_MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D", "int8-fp16": "P"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,27 @@ class Finding:
     detail: str
 
 
-def collect(run: Path) -> dict[str, Any]:
-    """The content of report.json: what `exported/`, `measured/` and the training stages' manifests of a run say.
+def collect(runs: Sequence[Path], external: Sequence[Row] = ()) -> dict[str, Any]:
+    """The content of report.json: what `exported/`, `measured/` and the training stages' manifests of runs say, and
+    rows measured elsewhere (external_rows.py).
 
     Raises: ArtifactError if nothing was exported, or for a file that is not what its name says.
     """
+    rows = [row for run in runs for row in _rows_of(run)] + [_empty_row() | row for row in external]
+    rows.sort(key=_reading_order)
+    for row, name in zip(rows, _unique_names(rows), strict=True):
+        row["name"] = row["name"] or name
+    right = {id(row): _right_answers(row) for row in rows}
+    for row in rows:
+        for against, role, precision in (("teacher", "teacher", None), ("fp32", row["role"], "fp32")):
+            reference = _reference(rows, row, role=role, precision=precision)
+            row |= _drop(row, reference, right, against)
+    for group in front_groups(rows).values():
+        _mark_front(group)
+    return {"schema": SCHEMA, "rows": rows}
+
+
+def _rows_of(run: Path) -> list[Row]:
     manifests = sorted(path for path in run.glob("exported/*/manifest.json") if not path.parent.name.startswith("."))
     if not manifests:
         raise ArtifactError(
@@ -75,14 +89,7 @@ def collect(run: Path) -> dict[str, Any]:
         measured = run / "measured" / manifest.parent.name
         devices = sorted(path for path in measured.glob("*") if path.is_dir() and not path.name.startswith("."))
         rows += [_row(run, manifest, summary, device) for device in (devices or (None,))]
-    rows.sort(key=_reading_order)
-    for row, name in zip(rows, _unique_names(rows), strict=True):
-        row["name"] = name
-        row["top1_drop_vs_teacher"] = _drop(row, _reference(rows, row, role="teacher", precision=None))
-        row["top1_drop_vs_fp32"] = _drop(row, _reference(rows, row, role=row["role"], precision="fp32"))
-    for group in front_groups(rows).values():
-        _mark_front(group)
-    return {"schema": SCHEMA, "rows": rows}
+    return rows
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -117,22 +124,40 @@ def group_title(rows: Sequence[Row]) -> str:
     return ", ".join(str(part) for part in (first["device"], first["machine"], f"batch {first['batch']}") if part)
 
 
-def write_report(run: Path) -> dict[str, Any]:
-    """`collect`, written to the run as report.json, .csv, .md, .png and .html, each replaced in one step."""
+def write_report(runs: Sequence[Path], out: Path, external: Sequence[Row] = ()) -> dict[str, Any]:
+    """`collect`, written to a folder as report.json, .csv, .md, .png, .svg and .html, each replaced in one step."""
     from toolchain.report_page import render_page  # brings Plotly
+    from toolchain.report_picture import render_picture
 
-    report = collect(run)
+    report = collect(runs, external)
+    title = out.resolve().name
     contents = {
         "report.csv": render_csv(report).encode(),
-        "report.md": render_markdown(report, title=run.resolve().name).encode(),
-        "report.png": render_png(report),
-        "report.html": render_page(run, report).encode(),
+        "report.md": render_markdown(report, title=title).encode(),
+        "report.png": render_picture(report, "png"),
+        "report.svg": render_picture(report, "svg"),
+        "report.html": render_page(runs, report, title=title).encode(),
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
+    out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        partial = run / f".{name}.partial"
+        partial = out / f".{name}.partial"
         partial.write_bytes(content)
-        partial.replace(run / name)
+        partial.replace(out / name)
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report.json, or the one in a folder.
+
+    Raises: UsageError if there is none; ArtifactError if it is not one that this clipkd reads.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file}: no such report. Write it with: clipkd report RUN")
+    report = read_json(file)
+    if report.get("schema") != SCHEMA or not isinstance(report.get("rows"), list):
+        raise ArtifactError(f"{file}: expected a report of schema {SCHEMA}, got schema {report.get('schema')!r}")
     return report
 
 
@@ -166,8 +191,8 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
     sets = evaluation.get("sets") or {}
     headline = evaluation.get("headline")
     scores = sets.get(headline) or {}
-    return {
-        "name": None,
+    return _empty_row() | {
+        "run": run.as_posix(),
         "model": manifest.parent.name,
         "role": role,
         "runtime": summary.get("runtime"),
@@ -183,8 +208,6 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
         "headline": headline,
         **{key: scores.get(key) for key in ("top1", "top1_low", "top1_high")},
         "num_eval_images": scores.get("n"),
-        "top1_drop_vs_teacher": None,
-        "top1_drop_vs_fp32": None,
         "accuracy": {
             name: {
                 "top1": values.get("top1"),
@@ -205,9 +228,21 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
         "grade": profile.get("grade"),
         "flags": list(profile.get("flags") or []),
         "status": _status(measured, parity, evaluation, profile),
-        "pareto": False,
         "source": manifest.relative_to(run).as_posix(),
     }
+
+
+def _empty_row() -> Row:
+    """Every field that a row has, unknown."""
+    unknown = (
+        *("name", "run", "model", "role", "runtime", "precision", "device", "machine", "batch", "threads"),
+        *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "images_per_s"),
+        *("headline", "top1", "top1_low", "top1_high", "num_eval_images"),
+        *(f"top1_drop_vs_{other}{part}" for other in ("teacher", "fp32") for part in ("", "_low", "_high", "_p")),
+        *("accuracy", "retrieval", "min_cosine", "params_image", "params_text", "size_bytes", "peak_memory_bytes"),
+        *("train_s", "grade", "flags", "status", "pareto", "source"),
+    )
+    return dict.fromkeys(unknown) | {"accuracy": {}, "retrieval": {}, "flags": [], "status": "ok", "pareto": False}
 
 
 def _status(measured: Path | None, parity: Row, evaluation: Row, profile: Row) -> str:
@@ -246,25 +281,33 @@ def _reading_order(row: Row) -> tuple[Any, ...]:
         return order.index(value) if value in order else len(order)
 
     where = (row["device"] is None, row["device"] or "", row["machine"] or "")
-    return *where, place(row["role"], ROLES), place(row["precision"], PRECISIONS), row["runtime"] or "", row["model"]
+    what = (place(row["role"], ROLES), place(row["precision"], PRECISIONS), row["runtime"] or "", row["model"] or "")
+    return *where, *what, row["run"] or "", row["name"] or ""
 
 
 def _unique_names(rows: Sequence[Row]) -> list[str]:
     """Role and precision, and as much more as it takes to tell all rows of the report apart."""
-    names = [f"{row['role']} {row['precision']}" if row["role"] else row["model"] for row in rows]
-    for detail in ("runtime", "device", "machine", "model"):
+    details = {
+        "run": [Path(row["run"]).name if row["run"] else None for row in rows],
+        **{key: [row[key] for row in rows] for key in ("runtime", "device", "machine", "model")},
+    }
+    names = [row["name"] or (f"{row['role']} {row['precision']}" if row["role"] else row["model"]) for row in rows]
+    for values in details.values():
         if len(set(names)) == len(names):
             break
-        names = [f"{name} {row[detail]}" for name, row in zip(names, rows, strict=True)]
+        if len(set(values)) > 1:
+            names = [f"{name} {value or ''}".strip() for name, value in zip(names, values, strict=True)]
     return names
 
 
 def _reference(rows: Sequence[Row], row: Row, *, role: str | None, precision: str | None) -> Row | None:
-    """The row to compare with on the same images: fp32, then the same runtime, then the same device."""
+    """The row of the same run to compare with on the same images: fp32, then the same runtime, then device."""
     candidates = [
         other
         for other in rows
-        if other["role"] == role
+        if other["run"] is not None
+        and other["run"] == row["run"]
+        and other["role"] == role
         and precision in (None, other["precision"])
         and other["top1"] is not None
         and (other["headline"], other["num_eval_images"]) == (row["headline"], row["num_eval_images"])
@@ -277,10 +320,31 @@ def _reference(rows: Sequence[Row], row: Row, *, role: str | None, precision: st
     return max(candidates, key=closeness, default=None)
 
 
-def _drop(row: Row, reference: Row | None) -> float | None:
-    if reference is None or row["top1"] is None:
+def _right_answers(row: Row) -> NDArray[np.bool_] | None:
+    """[N] which images of the headline set a row's model got right; None where that was not kept."""
+    if row["run"] is None or row["headline"] is None:
         return None
-    return float(reference["top1"] - row["top1"])
+    samples = Path(row["run"]) / "measured" / row["model"] / str(row["device"]) / "samples.npz"
+    if not samples.exists():
+        return None
+    try:
+        with np.load(samples, allow_pickle=False) as saved:
+            rank_N = saved.get(f"{row['headline']}_rank")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{samples}: cannot be read: {error}. Delete its folder and measure again") from None
+    return None if rank_N is None or len(rank_N) != row["num_eval_images"] else rank_N < 1
+
+
+def _drop(row: Row, reference: Row | None, right: dict[int, NDArray[np.bool_] | None], against: str) -> Row:
+    """Fields of what top-1 loses to a reference on the same images, where the answers were kept with a paired test."""
+    key = f"top1_drop_vs_{against}"
+    if reference is None or row["top1"] is None:
+        return {}
+    first, second = right[id(reference)], right[id(row)]
+    if first is None or second is None or row is reference:
+        return {key: float(reference["top1"] - row["top1"])}
+    found = paired_drop(first, second)
+    return {key: found.drop, f"{key}_low": found.low, f"{key}_high": found.high, f"{key}_p": found.p}
 
 
 def _mark_front(group: Sequence[Row]) -> None:
@@ -511,182 +575,3 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> st
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     return "\n".join([line(headers), line(["---"] * len(headers)), *(line(row) for row in rows)])
-
-
-# --- picture ---------------------------------------------------------------------------------------------------------
-
-_INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
-_LABEL_DARKNESS = 0.62  # of a role's colour: at least 4.5 : 1 against white for every one of them
-
-
-def render_png(report: dict[str, Any]) -> bytes:
-    """p50 (log) against top-1 with both intervals, one panel per device, the front drawn through its points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups = list(front_groups(report["rows"]).values())
-    figure = Figure(figsize=(8, 5.2 * max(1, len(groups))), dpi=160, facecolor="white", layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if not groups:
-        figure.text(0.5, 0.5, "no row has both a latency and an accuracy yet", ha="center", color=_QUIET)
-    panels = [(figure.add_subplot(len(groups), 1, place), group) for place, group in enumerate(groups, 1)]
-    for axes, group in panels:
-        _draw_panel(axes, group)
-    figure.draw_without_rendering()  # settles the layout, without which labels cannot be placed
-    figure.set_layout_engine("none")
-    for axes, group in panels:
-        _place_labels(axes, group)
-    png = io.BytesIO()
-    canvas.print_png(png)  # type: ignore[no-untyped-call]  # Matplotlib leaves it untyped
-    return png.getvalue()
-
-
-def latency_axis(rows: Sequence[Row]) -> tuple[tuple[float, float], list[float]]:
-    """Limits in ms that leave room around the intervals, and round ticks on a logarithmic axis."""
-    ends = [row[key] for row in rows for key in ("p50_ms", "p50_low_ms", "p50_high_ms") if row[key] is not None]
-    low, high = math.log10(min(ends)), math.log10(max(ends))
-    room = max(0.18 * (high - low), 0.1)
-    low, high = low - room, high + room
-    for mantissas in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        decades = range(math.floor(low), math.ceil(high) + 1)
-        ticks = [m * 10.0**decade for decade in decades for m in mantissas if low <= math.log10(m) + decade <= high]
-        if len(ticks) >= 4:
-            return (10**low, 10**high), ticks
-    # less than about half a decade: evenly spaced, the step the largest of 1, 2 or 5 times 10^n that gives four
-    wanted = (10**high - 10**low) / 5
-    decade = 10.0 ** math.floor(math.log10(wanted))
-    step = max(m * decade for m in (1, 2, 5) if m * decade <= wanted)
-    ticks = [step * count for count in range(math.ceil(10**low / step), math.floor(10**high / step) + 1)]
-    return (10**low, 10**high), ticks
-
-
-def accuracy_axis(rows: Sequence[Row]) -> tuple[float, float]:
-    """Limits in percent that leave room around the intervals."""
-    ends = [100 * row[key] for row in rows for key in ("top1", "top1_low", "top1_high") if row[key] is not None]
-    room = max(0.14 * (max(ends) - min(ends)), 1.0)
-    return max(min(ends) - room, -1.0), min(max(ends) + room, 101.0)
-
-
-def front_line(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """The front's points (ms, percent) from fast to slow."""
-    return sorted((float(row["p50_ms"]), 100 * float(row["top1"])) for row in rows if row["pareto"])
-
-
-def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    limits, ticks = latency_axis(group)
-    axes.set_xscale("log")
-    axes.set_xlim(*limits)
-    axes.set_ylim(*accuracy_axis(group))
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(colors=_QUIET, labelsize=9)
-    headline = group[0]["headline"]
-    axes.set_title(f"{headline}: zero-shot accuracy against latency", loc="left", color=_INK, fontsize=12, pad=22)
-    axes.text(
-        0, 1.02, f"{group_title(group)}; up and left is better", transform=axes.transAxes, color=_QUIET, fontsize=9
-    )
-    axes.set_xlabel("median latency of the image tower, ms", color=_INK, fontsize=10)
-    axes.set_ylabel("top-1, %", color=_INK, fontsize=10)
-    line = front_line(group)
-    axes.plot(*zip(*line, strict=True), color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
-    for row in group:
-        color = ROLE_COLORS.get(row["role"], _INK)
-        p50_ms, top1 = row["p50_ms"], 100 * row["top1"]
-        for key, unit, factor, draw in (("p50", "_ms", 1, axes.hlines), ("top1", "", 100, axes.vlines)):
-            ends = [row[f"{key}_low{unit}"], row[f"{key}_high{unit}"]]
-            if None not in ends:
-                across = top1 if key == "p50" else p50_ms
-                draw(across, factor * ends[0], factor * ends[1], color=color, linewidth=1.4, zorder=3)
-        trusted = row["grade"] in TRUSTED_GRADES
-        axes.plot(
-            p50_ms,
-            top1,
-            marker=_MARKERS.get(row["precision"], "o"),
-            markersize=8,
-            markerfacecolor=color if trusted else "white",
-            markeredgecolor=color,
-            markeredgewidth=1.6,
-            zorder=4,
-        )
-    key = "dashed: Pareto front    lines: 95 % intervals    hollow: grade C"
-    axes.text(1, -0.16, key, transform=axes.transAxes, ha="right", va="top", color=_QUIET, fontsize=8)
-
-
-def _place_labels(axes: "Axes", group: Sequence[Row]) -> None:
-    """Writes every name where it covers least: no marker, interval, front or other name if there is such a place."""
-    from matplotlib.transforms import Bbox
-
-    def pixels(p50_ms: float, top1: float) -> tuple[float, float]:
-        x, y = axes.transData.transform((p50_ms, 100 * top1))
-        return float(x), float(y)
-
-    def box(first: tuple[float, float], second: tuple[float, float], margin: float) -> Bbox:
-        xs, ys = sorted((first[0], second[0])), sorted((first[1], second[1]))
-        return Bbox([[xs[0] - margin, ys[0] - margin], [xs[1] + margin, ys[1] + margin]])
-
-    taken: list[Bbox] = []
-    for row in group:
-        center = pixels(row["p50_ms"], row["top1"])
-        taken.append(box(center, center, 12))
-        if row["p50_low_ms"] is not None and row["p50_high_ms"] is not None:
-            ends = [pixels(row[key], row["top1"]) for key in ("p50_low_ms", "p50_high_ms")]
-            taken.append(box(ends[0], ends[1], 3))
-        if row["top1_low"] is not None and row["top1_high"] is not None:
-            ends = [pixels(row["p50_ms"], row[key]) for key in ("top1_low", "top1_high")]
-            taken.append(box(ends[0], ends[1], 3))
-    line = [pixels(p50_ms, percent / 100) for p50_ms, percent in front_line(group)]
-    for (x0, y0), (x1, y1) in pairwise(line):
-        steps = max(2, int(math.hypot(x1 - x0, y1 - y0) / 12))
-        along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
-        taken += [box(point, point, 3) for point in along]
-
-    for row in group:
-        tried = [_label(axes, row, direction, distance) for distance in (9, 20, 34, 50) for direction in _DIRECTIONS]
-        extents = [annotation.get_window_extent() for annotation in tried]
-        covered = [_covered(extent, taken, axes.bbox) for extent in extents]
-        best = covered.index(min(covered))
-        for place, annotation in enumerate(tried):
-            if place != best:
-                annotation.remove()
-        taken.append(extents[best])
-
-
-_DIRECTIONS = ((1, -1), (-1, 1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
-_SIDES = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
-
-
-def _label(axes: "Axes", row: Row, direction: tuple[int, int], distance: int) -> "Annotation":
-    from matplotlib.colors import to_rgb
-
-    near = distance < 15
-    red, green, blue = (_LABEL_DARKNESS * channel for channel in to_rgb(ROLE_COLORS.get(row["role"], _INK)))
-    return axes.annotate(
-        row["name"],
-        (row["p50_ms"], 100 * row["top1"]),
-        (direction[0] * distance, direction[1] * distance),
-        textcoords="offset points",
-        ha=_SIDES[direction[0]][0],
-        va=_SIDES[direction[1]][1],
-        fontsize=9.5,
-        color=(red, green, blue),
-        zorder=5,
-        arrowprops=None if near else {"arrowstyle": "-", "color": _QUIET, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 5},
-    )
-
-
-def _covered(extent: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
-    """Pixels of a label that lie on something, and, counted double, outside of the panel."""
-    from matplotlib.transforms import Bbox
-
-    def area(box: Bbox | None) -> float:
-        return 0.0 if box is None else float(box.width * box.height)
-
-    outside = area(extent) - area(Bbox.intersection(extent, inside))
-    return 2 * outside + sum(area(Bbox.intersection(extent, other)) for other in taken)

@@ -19,29 +19,27 @@ from toolchain.report import (
     ROLE_COLORS,
     TRUSTED_GRADES,
     Row,
-    accuracy_axis,
     columns,
     duration,
     findings,
     front_groups,
-    front_line,
     group_title,
-    latency_axis,
     read_json,
     set_rows,
 )
+from toolchain.report_picture import accuracy_axis, front_line, latency_axis
 
 _TRAINED = ("student", "baseline", "student-int8", "teacher")
 _MAX_CURVE_POINTS = 600  # more cannot be told apart on a screen, and a long run would make a page of many megabytes
 _SYMBOLS = {"fp32": "circle", "bf16": "triangle-up", "fp16": "square", "int8": "diamond", "int8-fp16": "cross"}
 
 
-def render_page(run: Path, report: dict[str, Any]) -> str:
-    """The HTML of a report, with training curves and provenance read from the run it was collected from."""
+def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> str:
+    """The HTML of a report, with training curves and provenance read from the runs it was collected from."""
     rows: list[Row] = report["rows"]
-    title = run.resolve().name
     groups = list(front_groups(rows).values())
-    curves = {stage: read_curve(log) for stage in _TRAINED if (log := run / stage / "train.jsonl").exists()}
+    logs = {_of_run(runs, run, stage): run / stage / "train.jsonl" for run in runs for stage in _TRAINED}
+    curves = {name: read_curve(log) for name, log in logs.items() if log.exists()}
     data = {
         "fronts": [_front(group) for group in groups],
         "curves": [{"stage": stage, **curve} for stage, curve in curves.items() if curve["step"]],
@@ -53,7 +51,7 @@ def render_page(run: Path, report: dict[str, Any]) -> str:
         f"<section><h2>Every model</h2>{_models_table(rows)}<p class=note>{escape(READING)}</p></section>",
         _sets_section(rows),
         _curves_section(data["curves"]),
-        _provenance_section(run, rows),
+        _provenance_section(runs, rows),
     ]
     return "\n".join(
         [
@@ -78,6 +76,11 @@ def render_page(run: Path, report: dict[str, Any]) -> str:
             "</html>\n",
         ]
     )
+
+
+def _of_run(runs: Sequence[Path], run: Path, name: str) -> str:
+    """A name within a run, with the run's where there are several."""
+    return name if len(runs) == 1 else f"{run.name}: {name}"
 
 
 def read_curve(log: Path) -> dict[str, Any]:
@@ -253,12 +256,10 @@ def _curves_section(curves: Sequence[dict[str, Any]]) -> str:
     return f"<section><h2>Training</h2><div class=pair>{''.join(panels)}{speed}</div></section>"
 
 
-def _provenance_section(run: Path, rows: Sequence[Row]) -> str:
+def _provenance_section(runs: Sequence[Path], rows: Sequence[Row]) -> str:
     """Where every number comes from: stages, machines, versions, source revision and recipe."""
-    paths = [run / stage / "manifest.json" for stage in _TRAINED]
-    paths += [run / source for source in dict.fromkeys(row["source"] for row in rows)]
-    paths += sorted(run.glob("measured/*/[!.]*/manifest.json"))
-    stages = [(path.parent.relative_to(run).as_posix(), read_json(path)) for path in paths if path.exists()]
+    found = [(run, path) for run in runs for path in _manifests(run, rows)]
+    stages = [(_of_run(runs, run, path.parent.relative_to(run).as_posix()), read_json(path)) for run, path in found]
     stage_rows = [
         [
             name,
@@ -270,17 +271,26 @@ def _provenance_section(run: Path, rows: Sequence[Row]) -> str:
         for name, manifest in stages
     ]
     parts = [_plain_table(["stage", "source revision", "started", "took", "key"], stage_rows)]
-    profiles = sorted(run.glob("measured/*/[!.]*/profile.json"))
+    profiles = [path for run in runs for path in sorted(run.glob("measured/*/[!.]*/profile.json"))]
     machines = [read_json(path).get("machine") for path in profiles] + [stage.get("machine") for _, stage in stages]
-    for title, found in (("Machine", machines), ("Versions", [stage.get("versions") for _, stage in stages])):
-        for facts in _distinct(found):
+    for title, facts_found in (("Machine", machines), ("Versions", [stage.get("versions") for _, stage in stages])):
+        for facts in _distinct(facts_found):
             parts += [f"<h3>{title}</h3>", _plain_table(["", ""], [[key, _fact(facts[key])] for key in facts])]
-    recipe = run / "recipe.yaml"
-    if recipe.exists():
-        text = escape(recipe.read_text(encoding="utf-8"))
-        parts.append(f"<h3>Recipe</h3><pre tabindex=0><code>{text}</code></pre>")
+    for run in runs:
+        recipe = run / "recipe.yaml"
+        if recipe.exists():
+            text = escape(recipe.read_text(encoding="utf-8"))
+            heading = "Recipe" if len(runs) == 1 else f"{run.name}: recipe"
+            parts.append(f"<h3>{escape(heading)}</h3><pre tabindex=0><code>{text}</code></pre>")
     summary = "<summary>Stages, machine, versions, recipe</summary>"
     return f"<section><h2>Provenance</h2><details>{summary}{''.join(parts)}</details></section>"
+
+
+def _manifests(run: Path, rows: Sequence[Row]) -> list[Path]:
+    sources = dict.fromkeys(row["source"] for row in rows if row["run"] == run.as_posix())
+    paths = [run / stage / "manifest.json" for stage in _TRAINED] + [run / source for source in sources]
+    paths += sorted(run.glob("measured/*/[!.]*/manifest.json"))
+    return [path for path in paths if path.exists()]
 
 
 def _distinct(found: Iterable[Any]) -> list[dict[str, Any]]:

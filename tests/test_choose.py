@@ -1,0 +1,150 @@
+"""The model to ship: against a definition over made rows, and messages a person can act on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Ended
+from hypothesis import given
+from hypothesis import strategies as st
+from test_report import edit, make_run
+
+from toolchain.choose import NUMBERS, choose, conditions
+from toolchain.errors import UsageError
+from toolchain.report import Row, collect
+
+Clipkd = Callable[..., Ended]
+
+
+def row(name: str, **fields: Any) -> Row:
+    empty = dict.fromkeys(
+        (*NUMBERS, "top1_high", "model", "role", "runtime", "precision", "machine", "headline", "run")
+    )
+    return empty | {"name": name, "device": "cpu", "status": "ok", "grade": "B", "flags": []} | fields
+
+
+ROWS = [
+    row("a", p90_ms=3.0, p50_ms=2.0, top1=0.60, precision="fp32", top1_low=0.58, top1_high=0.62),
+    row("b", p90_ms=9.0, p50_ms=8.0, top1=0.70, precision="fp32", top1_low=0.68, top1_high=0.72),
+    row("c", p90_ms=2.0, p50_ms=1.0, top1=0.55, precision="int8", top1_low=0.53, top1_high=0.57),
+    row("d", p90_ms=None, p50_ms=1.0, top1=0.80, precision="int8"),
+    row("e", p90_ms=1.0, p50_ms=0.5, top1=0.90, precision="int8", status="no profile.json"),
+]
+
+
+def test_the_best_that_meets_the_conditions_and_why_not_the_others() -> None:
+    choice = choose(ROWS, conditions("p90_ms<=5"), "top1", None)
+    assert (choice.best, choice.runner_up) == (ROWS[0], ROWS[2])
+    reasons = {row["name"]: said for row, said in choice.rejected}
+    assert reasons == {
+        "b": ["p90_ms is 9, not <=5"],
+        "c": ["top1 is 0.55, that of a 0.6"],
+        "d": ["p90_ms is not known"],
+        "e": ["status: no profile.json"],
+    }
+    assert choice.warnings == []
+
+
+def test_by_a_cost_the_least_wins_and_words_can_be_asked_for() -> None:
+    assert choose(ROWS, conditions("precision=fp32"), "p50_ms", "cpu").best == ROWS[0]
+    assert choose(ROWS, conditions("precision!=int8, p90_ms>3"), "p50_ms", "cpu").best == ROWS[1]
+    assert choose(ROWS, conditions(""), "p90_ms", None).best == ROWS[2]
+
+
+def test_nothing_fits() -> None:
+    choice = choose(ROWS, conditions("top1>=0.99"), "top1", None)
+    assert choice.best is choice.runner_up is None
+    assert len(choice.rejected) == len(ROWS)
+
+
+def test_equals_are_parted_by_speed() -> None:
+    rows = [row("slow", p50_ms=3.0, top1=0.5), row("fast", p50_ms=1.0, top1=0.5)]
+    choice = choose(rows, [], "top1", None)
+    assert choice.best == rows[1]
+    assert choice.rejected == [(rows[0], ["top1 is the same, but fast is faster"])]
+
+
+def test_noise_and_overlap_are_warned_of() -> None:
+    rows = [
+        row("a", p50_ms=1.0, top1=0.60, top1_low=0.55, top1_high=0.65, grade="C", flags=["BUSY"]),
+        row("b", p50_ms=1.0, top1=0.58, top1_low=0.53, top1_high=0.63),
+    ]
+    noisy, overlap = choose(rows, [], "top1", None).warnings
+    assert "grade C (BUSY)" in noisy
+    assert "overlaps that of the runner-up, b" in overlap
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("p90ms<=10", "no field 'p90ms'; did you mean p90_ms?"),
+        ("p90_ms", "'p90_ms' is no condition; write FIELD<=NUMBER"),
+        ("p90_ms<=fast", "expected a number after <=, got 'fast'"),
+        ("top1>=30%", "2 % is 0.02"),
+        ("precision<fp16", "precision is a word; compare it with = or !="),
+        ("p50_ms<=1; import os", "expected a number"),
+        ("p50_ms<=nan", "expected a number"),
+        ("__class__=x", "no field '__class__'"),
+    ],
+)
+def test_a_condition_that_is_none(where: str, said: str) -> None:
+    with pytest.raises(UsageError, match="(?s)" + said.replace("(", r"\(").replace("?", r"\?")):
+        conditions(where)
+
+
+def test_sizes_may_be_short() -> None:
+    assert [condition.value for condition in conditions("size_bytes<=4M, params_image<300k")] == [4e6, 3e5]
+
+
+def test_several_devices_need_a_name() -> None:
+    rows = [*ROWS, row("f", device="orin", top1=0.5, p50_ms=4.0)]
+    with pytest.raises(UsageError, match="several devices: cpu, orin; name one with --device"):
+        choose(rows, [], "top1", None)
+    assert choose(rows, [], "top1", "orin").best == rows[-1]
+    with pytest.raises(UsageError, match="--device pi: no row is of it; there are: cpu, orin"):
+        choose(rows, [], "top1", "pi")
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 100), st.floats(0, 1)), min_size=1),
+    st.floats(0.1, 100),
+    st.sampled_from(["top1", "p50_ms"]),
+)
+def test_it_is_the_best_by_definition(points: list[tuple[float, float]], bound: float, by: str) -> None:
+    rows = [row(str(place), p50_ms=p50_ms, top1=top1) for place, (p50_ms, top1) in enumerate(points)]
+    choice = choose(rows, conditions(f"p50_ms<={bound!r}"), by, "cpu")
+    fit = [made for made in rows if made["p50_ms"] <= bound]
+    assert (choice.best is None) == (not fit)
+    if choice.best is not None:
+        assert all(choice.best[by] * NUMBERS[by] >= made[by] * NUMBERS[by] for made in fit)
+    assert len(choice.rejected) + (choice.best is not None) == len(rows)
+
+
+def test_the_command(clipkd: Clipkd, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "quickstart")
+    ended = clipkd("best", run, "--where", "p50_ms<=0.95, role!=baseline")
+    assert ended.code == 0
+    assert ended.out.startswith("best: student fp32 (top-1 71.0 %, p50 0.91 ms, 11.4 MB)")
+    assert "exported/student-onnxruntime-fp32" in ended.out
+    assert "p50_ms is 3.2, not <=0.95" in ended.out
+    ended = clipkd("best", run, "--where", "p50_ms<=0.01")
+    assert ended.code == 5
+    assert "no model meets: p50_ms<=0.01" in ended.err
+
+
+def test_paired_drops_come_from_the_answers_that_were_kept(tmp_path: Path) -> None:
+    run, n = make_run(tmp_path / "run"), 2000
+    for model, wrong in (("teacher-onnxruntime-fp32", 360), ("student-onnxruntime-int8", 609)):
+        rank_N = np.zeros(n, np.int32)
+        rank_N[:wrong] = 3
+        np.savez(run / "measured" / model / "cpu" / "samples.npz", stix_rank=rank_N)
+        edit(run / "measured" / model / "cpu" / "evaluation.json")
+    rows = {made["name"]: made for made in collect([run])["rows"]}
+    int8 = rows["student int8"]
+    assert int8["top1_drop_vs_teacher"] == pytest.approx(249 / n)
+    assert int8["top1_drop_vs_teacher_low"] < 249 / n < int8["top1_drop_vs_teacher_high"]
+    assert int8["top1_drop_vs_teacher_p"] < 1e-60
+    assert int8["top1_drop_vs_fp32_p"] is None, "the float student's answers were not kept"
+    assert rows["teacher fp32"]["top1_drop_vs_teacher"] == 0
