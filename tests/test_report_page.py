@@ -294,6 +294,35 @@ def test_a_click_sorts_and_another_reverses(visit, written):
 
 
 @pytest.mark.browser
+def test_filters_hide_points_and_rows_and_show_them_again(visit, written):
+    visited = visit(written)
+    page = visited.page
+    assert page.locator(".filters select").count() == 1, "rows differ in precision alone"
+    rows, points = page.locator("table.models tbody tr:visible"), page.locator("#front-0 .point")
+    page.locator("select[data-field=precision]").select_option("int8")
+    assert [text.split("\u2605")[0][:12] for text in rows.all_text_contents()] == ["student int8"]
+    assert points.count() == 1
+    assert page.locator("table.sets tbody tr:visible").count() == 3
+    page.locator("select[data-field=precision]").select_option("*")
+    assert rows.count() == points.count() == len(MODELS)
+    assert visited.said == []
+
+
+@pytest.mark.browser
+def test_a_front_without_a_row_left_is_hidden(visit, tmp_path):
+    run = make_run(tmp_path / "two")
+    for folder in (run / "measured").iterdir():
+        shutil.copytree(folder / "cpu", folder / "orin")
+        edit(folder / "orin" / "profile.json", device="orin", machine={"name": "Orin"})
+    write_report([run], run)
+    page = visit(run / "report.html").page
+    assert page.locator("figure:visible .plot[id^=front]").count() == 2
+    page.locator("select[data-field=device]").select_option("orin")
+    assert page.locator("figure:visible .plot[id^=front]").count() == 1
+    assert page.locator("table.models tbody tr:visible").count() == len(MODELS)
+
+
+@pytest.mark.browser
 def test_what_is_unknown_sorts_last_both_ways(visit, run):
     write_json(run / "exported" / "a-model" / "manifest.json", {"summary": {}})
     write_report([run], run)

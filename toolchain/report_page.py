@@ -47,6 +47,7 @@ def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> 
     body = [
         f"<header><p class=kicker>clipkd report</p><h1>{escape(title)}</h1>{_lead(groups)}</header>",
         _findings_section(rows),
+        _filters_section(rows),
         _front_section(groups),
         f"<section><h2>Every model</h2>{_models_table(rows)}<p class=note>{escape(READING)}</p></section>",
         _sets_section(rows),
@@ -144,6 +145,31 @@ def _findings_section(rows: Sequence[Row]) -> str:
     return f"<section class=cards aria-label='What it bought and cost'>{''.join(cards)}</section>" if cards else ""
 
 
+_FILTERS = ("device", "precision", "grade")
+
+
+def _filters_section(rows: Sequence[Row]) -> str:
+    """A choice for every field in which rows differ; it works on fronts and tables alike."""
+    choices = []
+    for field in _FILTERS:
+        values = sorted({_filter_value(row, field) for row in rows})
+        if len(values) > 1:
+            options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
+            choices.append(
+                f"<label>{field} <select data-field={field}><option value='*'>all</option>{options}</select></label>"
+            )
+    return f"<section class=filters aria-label=Filters>{' '.join(choices)}</section>" if choices else ""
+
+
+def _filter_value(row: Row, field: str) -> str:
+    return "unknown" if row[field] is None else str(row[field])
+
+
+def _filter_data(row: Row) -> str:
+    """Attributes by which the script shows or hides a table's row."""
+    return "".join(f' data-{field}="{escape(_filter_value(row, field))}"' for field in _FILTERS)
+
+
 def _front(group: Sequence[Row]) -> dict[str, Any]:
     """What the script needs to draw one front."""
     limits, ticks = latency_axis(group)
@@ -157,6 +183,7 @@ def _front(group: Sequence[Row]) -> dict[str, Any]:
         "points": [
             {
                 "name": row["name"],
+                **{field: _filter_value(row, field) for field in _FILTERS},
                 "p50_ms": row["p50_ms"],
                 "low_ms": row["p50_low_ms"],
                 "high_ms": row["p50_high_ms"],
@@ -193,7 +220,7 @@ def _models_table(rows: Sequence[Row]) -> str:
     keys = [[column.sort_key(row) for column in shown] for row in rows]
     numeric = [any(isinstance(row_keys[place], int | float) for row_keys in keys) for place in range(len(shown))]
     cells = [[column.text(row) for column in shown] for row in rows]
-    marks = ["front" if row["pareto"] else "" for row in rows]
+    marks = [(" class=front" if row["pareto"] else "") + _filter_data(row) for row in rows]
     return _table([column.header for column in shown], cells, keys, numeric, marks, "models")
 
 
@@ -203,7 +230,8 @@ def _sets_section(rows: Sequence[Row]) -> str:
         return ""
     keys: list[list[float | str | None]] = [[*row[:2], *(_leading_number(cell) for cell in row[2:])] for row in cells]
     numeric = [place >= 2 for place in range(len(headers))]
-    table = _table(headers, cells, keys, numeric, [""] * len(cells), "sets")
+    marks = [_filter_data(row) for row in rows for _ in row["accuracy"]]
+    table = _table(headers, cells, keys, numeric, marks, "sets")
     return f"<section><h2>Every evaluation set</h2>{table}</section>"
 
 
@@ -222,7 +250,10 @@ def _table(
     marks: Sequence[str],
     name: str,
 ) -> str:
-    """A table whose columns the script sorts by `keys`; wide ones scroll under a first column that stays."""
+    """A table whose columns the script sorts by `keys`; wide ones scroll under a first column that stays.
+
+    `marks` are attributes of its rows.
+    """
     head = "".join(
         f"<th scope=col{' class=number' if number else ''}><button type=button>{escape(header)}</button></th>"
         for header, number in zip(headers, numeric, strict=True)
@@ -236,7 +267,7 @@ def _table(
                 ["th scope=row", *["td"] * (len(row) - 1)], row, row_keys, numeric, strict=True
             )
         ]
-        body.append(f"<tr{f' class={mark}' if mark else ''}>{''.join(texts)}</tr>")
+        body.append(f"<tr{mark}>{''.join(texts)}</tr>")
     table = f"<table class={name}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f"<div class=scroll tabindex=0 role=region aria-label={name}>{table}</div>"
 
@@ -335,6 +366,11 @@ h3 { margin: 24px 0 8px; font-size: 15px; font-weight: 600; }
 .card h3 { margin: 0; color: var(--quiet); font-weight: 500; }
 .card p { margin: 4px 0 0; font-size: 14px; color: var(--quiet); }
 .card .value { margin: 0; color: var(--ink); font-size: 28px; font-weight: 650; line-height: 1.3; }
+.filters { display: flex; flex-wrap: wrap; gap: 8px 20px; margin-top: 32px; font-size: 14px; color: var(--quiet); }
+select { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--line); border-radius: 6px;
+  padding: 4px 8px; }
+select:focus-visible { outline: 2px solid var(--accent); }
+[hidden] { display: none !important; }
 figure { margin: 0; min-width: 0; }
 figcaption { color: var(--quiet); font-size: 14px; }
 .plot { width: 100%; height: 460px; }
@@ -405,10 +441,17 @@ function interval(value, low, high) {
   return {type: "data", symmetric: false, array: [high - value], arrayminus: [value - low], thickness: 1.5, width: 0};
 }
 
+const filters = [...document.querySelectorAll(".filters select")];
+const isShown = of => filters.every(({dataset: {field}, value}) => value === "*" || of(field) === value);
+
 function drawFront(front, place) {
+  const plot = document.getElementById("front-" + place);
+  const points = front.points.filter(point => isShown(field => point[field]));
+  plot.parentElement.hidden = points.length === 0;
+  if (plot.parentElement.hidden) return;
   const traces = [{x: front.line.map(point => point[0]), y: front.line.map(point => point[1]), mode: "lines",
     line: {color: color("ink"), width: 1.2, dash: "dash"}, hoverinfo: "skip"}];
-  for (const point of front.points) {
+  for (const point of points) {
     const percent = value => value === null ? null : 100 * value;
     traces.push({x: [point.p50_ms], y: [percent(point.top1)], mode: "markers+text", cliponaxis: false,
       text: [text(point.name)], meta: point.name, textposition: "bottom right",
@@ -423,7 +466,6 @@ function drawFront(front, place) {
   const x = axis("median latency of the image tower, ms", {type: "log", range: front.limits_ms.map(Math.log10),
     tickvals: front.ticks_ms, ticktext: front.ticks_ms.map(tick => String(Number(tick.toPrecision(3))))});
   const y = axis(text(front.headline) + " top-1, %", {range: front.limits_percent});
-  const plot = document.getElementById("front-" + place);
   const isNew = plot.data === undefined;
   Plotly.react(plot, traces, layout(x, y, {showlegend: false, hovermode: "closest"}), settings);
   if (isNew) plot.on("plotly_afterplot", () => placeLabels(plot));
@@ -503,6 +545,12 @@ function draw() {
   if (data.curves.length) drawSpeed();
 }
 
+function filter() {
+  for (const row of document.querySelectorAll("table:not(.plain) tbody tr"))
+    row.hidden = !isShown(field => row.dataset[field]);
+  data.fronts.forEach(drawFront);
+}
+
 function sortBy(table, column) {
   const head = table.tHead.rows[0].cells[column];
   const ascending = head.getAttribute("aria-sort") !== "ascending";
@@ -521,6 +569,7 @@ function sortBy(table, column) {
 for (const table of document.querySelectorAll("table:not(.plain)"))
   [...table.tHead.rows[0].cells].forEach((cell, column) =>
     cell.firstElementChild.addEventListener("click", () => sortBy(table, column)));
+for (const choice of filters) choice.addEventListener("change", filter);
 dark.addEventListener("change", draw);
 narrow.addEventListener("change", draw);
 draw();
