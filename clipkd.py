@@ -90,7 +90,7 @@ def run(
     from export import deployment_stages as deployment
     from toolchain import training_stages as training
 
-    with _run_directory(recipe, out, overrides) as (loaded, screen):
+    with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
         training.evaluated(loaded)  # before hours of training
         checkpoints = training.train(loaded, out, screen, training.How(workers))  # teacher, baseline, student
         checkpoints |= training.quantize(loaded, out, checkpoints, screen)  # student-int8
@@ -122,10 +122,39 @@ def distill(
     from toolchain.training_stages import How, train
 
     how = How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
-    with _run_directory(recipe, out, overrides, shared=True) as (loaded, screen):
+    with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
         checkpoints = train(loaded, out, screen, how)
     if how.leads:
         _print_stages(checkpoints, as_json)
+
+
+@app.command()
+def adopt(
+    model: Annotated[
+        str, typer.Argument(help="An open_clip architecture, hf-hub:ORG/NAME, or a local folder.", metavar="MODEL")
+    ],
+    out: OutOpt,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of weights for the architecture.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A file of weights for the architecture.")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="A recipe whose data, quantize, export, evaluate and profile sections to take.")
+    ] = None,
+    overrides: SetOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Make a run of an existing model, to quantize, export, measure and report it without training.
+
+    Example: [bold]clipkd adopt ViT-B-32 --pretrained laion2b_s34b_b79k --like mine.yaml --out runs/b32[/]
+    """
+    from toolchain.recipe import adopting, load_recipe, recipe_path
+    from toolchain.training_stages import How, train
+
+    taken = None if like is None else load_recipe(recipe_path(like))
+    weights = {"pretrained": pretrained, "checkpoint": None if checkpoint is None else str(checkpoint)}
+    recipe = adopting(model, {key: value for key, value in weights.items() if value}, taken, overrides)
+    with _run_directory(recipe, out) as (loaded, screen):
+        made = train(loaded, out, screen, How())
+    _print_stages(made, as_json)
 
 
 @app.command()
@@ -136,7 +165,7 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
     """
     from toolchain import training_stages as training
 
-    with _run_directory(None, run, overrides) as (loaded, screen):
+    with _run_directory(_recipe_of(run, overrides), run) as (loaded, screen):
         checkpoints = training.train(loaded, run, screen, training.How())
         made = training.quantize(loaded, run, checkpoints, screen)
     if not made:
@@ -153,7 +182,7 @@ def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> N
     from export import deployment_stages as deployment
     from toolchain import training_stages as training
 
-    with _run_directory(None, run, overrides) as (loaded, screen):
+    with _run_directory(_recipe_of(run, overrides), run) as (loaded, screen):
         checkpoints = training.train(loaded, run, screen, training.How())
         checkpoints |= training.quantize(loaded, run, checkpoints, screen)
         exported = deployment.export(loaded, run, checkpoints, screen)
@@ -429,25 +458,19 @@ class _Screen:
 
 
 @contextmanager
-def _run_directory(
-    name: str | None, out: Path, overrides: list[str] | None, *, shared: bool = False
-) -> "Iterator[tuple[Recipe, _Screen]]":
-    """Hold a run directory with its recipe resolved into it; `name` None: the recipe the run has.
+def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Iterator[tuple[Recipe, _Screen]]":
+    """Hold a run directory with its recipe resolved into it.
 
     `shared`: several processes may work in it, of which the first holds it.
     """
     import yaml
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from toolchain.recipe import load_recipe, recipe_path
     from toolchain.stages import RESOLVED, run_lock
     from toolchain.training_stages import How
 
     if not shared:
         _refuse_torchrun()
-    if name is None:
-        _require_run(out)
-    recipe = load_recipe(out / "recipe.yaml" if name is None else recipe_path(name), overrides)
     if not How().leads:
         yield recipe, _Screen(Progress(disable=True), silent=True)
         return
@@ -461,6 +484,19 @@ def _run_directory(
         note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
         with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
             yield recipe, _Screen(bar)
+
+
+def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
+    from toolchain.recipe import load_recipe, recipe_path
+
+    return load_recipe(recipe_path(name), overrides)
+
+
+def _recipe_of(run: Path, overrides: list[str] | None) -> "Recipe":
+    from toolchain.recipe import load_recipe
+
+    _require_run(run)
+    return load_recipe(run / "recipe.yaml", overrides)
 
 
 def _refuse_torchrun() -> None:

@@ -116,7 +116,8 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
 def exports(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Name, role and precision of every exported model."""
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
-    pairs = [(role, "fp32") for role in others] + [("student", precision) for precision in recipe.export.precisions]
+    shipped = "student" if recipe.distill else "adopted"
+    pairs = [(role, "fp32") for role in others] + [(shipped, precision) for precision in recipe.export.precisions]
     return [
         (f"{role}-{runtime}-{precision}", role, precision)
         for runtime in recipe.export.runtimes
@@ -127,6 +128,8 @@ def exports(recipe: Recipe) -> list[tuple[str, str, str]]:
 def stage_paths(recipe: Recipe) -> list[str]:
     """The directories in a run that a recipe asks for."""
     trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
-    quantized = ["student-int8"] if "int8" in recipe.export.precisions else []
+    if recipe.distill is None:
+        trained = ["adopted"]
+    quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions else []
     names = [name for name, _, _ in exports(recipe)] if recipe.evaluate else []
     return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]

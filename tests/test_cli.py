@@ -483,3 +483,26 @@ def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monk
     os.utime(manifest, (newer, newer))
     deployment_stages.report(tmp_path, measured, screen)  # type: ignore[arg-type]
     assert written == [tmp_path, tmp_path]
+
+
+def test_adopting_makes_a_run_that_the_other_commands_know(clipkd: Clipkd, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = clipkd("adopt", "recipes/glyphs_teacher", "--like", "glyphs", "--out", run, "--json")
+    assert ended.code == 0, ended.err
+    assert list(json.loads(ended.out)) == ["adopted"]
+    assert json.loads((run / "adopted" / "manifest.json").read_text())["summary"]["role"] == "adopted"
+    shown = clipkd("show", run / "recipe.yaml", "--out", run)
+    assert "# adopted: made\n# adopted-int8: not made\n# exported/adopted-onnxruntime-fp32: not made" in shown.out
+    assert clipkd("verify", run).code == 0
+    again = clipkd("adopt", "recipes/glyphs_teacher", "--like", "glyphs", "--out", run)
+    assert again.code == 0
+    assert "cached" in again.err
+
+
+def test_adopting_what_has_no_weights(clipkd: Clipkd, tmp_path: Path) -> None:
+    ended = clipkd("adopt", "recipes/vit_t_16", "--out", tmp_path / "run")
+    assert ended.code == 1
+    assert "has a configuration but no weights" in ended.err
+    ended = clipkd("adopt", "ViT-B-33", "--out", tmp_path / "other")
+    assert ended.code == 2
+    assert "ViT-B-32" in ended.err

@@ -16,6 +16,8 @@ from toolchain.recipe import (
     Recipe,
     TeacherSpec,
     WebdatasetSpec,
+    adopting,
+    checked,
     load_recipe,
     recipe_path,
     shipped_recipes,
@@ -285,7 +287,7 @@ def test_nothing_to_export_is_a_mistake(path: Path, changes: dict[str, Any]) -> 
     assert problem(path, **changes).endswith("  export: runtimes and precisions need at least one entry each")
 
 
-@pytest.mark.parametrize("value", [5, "text", [1], None])
+@pytest.mark.parametrize("value", [5, "text", [1]])
 def test_a_section_that_is_none(path: Path, value: object) -> None:
     assert "\n  distill: Input should be a valid dictionary" in problem(path, distill=value)
 
@@ -472,3 +474,36 @@ def test_a_teacher_of_a_recipe_that_is_wrong_is_said(path: Path) -> None:
         message = problem(path, teacher={"recipe": "broken.yaml"})
         assert message.startswith(f"{broken.resolve()}: ")
         assert said in message
+
+
+# --- adopting --------------------------------------------------------------------------------------------------------
+
+
+def test_adopting_takes_what_is_not_training() -> None:
+    glyphs = load_recipe(recipe_path("glyphs"))
+    recipe = adopting(str(SHIPPED / "glyphs_teacher"), {}, glyphs, ["export.precisions=[fp32]"])
+    assert (recipe.distill, recipe.teacher, recipe.baseline) == (None, None, False)
+    assert (recipe.data, recipe.evaluate, recipe.quantize) == (glyphs.data, glyphs.evaluate, glyphs.quantize)
+    assert recipe.export.precisions == ("fp32",)
+    assert recipe.student.init == "weights"
+    assert checked(recipe.model_dump(mode="json"), "again", Path()) == recipe, "it survives its run's recipe.yaml"
+
+
+def test_adopting_alone_exports_in_float() -> None:
+    recipe = adopting("ViT-B-32", {"pretrained": "laion2b_s34b_b79k"}, None)
+    assert recipe.export.precisions == ("fp32",)
+    assert recipe.name == "ViT-B-32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"distill": None}, "there is no distill section, so that the student's weights are taken as they are"),
+        ({"distill": None, "baseline": True}, "teacher and baseline are for training"),
+        ({"data": None}, "there is no data section to train on"),
+    ],
+)
+def test_a_recipe_that_trains_nothing_has_no_more_than_it_needs(
+    path: Path, changes: dict[str, object], said: str
+) -> None:
+    assert said in problem(path, **changes)

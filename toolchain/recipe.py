@@ -247,7 +247,9 @@ class ProfileSpec(_Section):
 class Recipe(_Section):
     name: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    data: Annotated[DataSpec, Field(discriminator="kind")]
+    data: Annotated[DataSpec | None, Field(discriminator="kind")] = None
+    """Absent: nothing is trained or calibrated."""
+
     teacher: TeacherSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
 
@@ -255,7 +257,9 @@ class Recipe(_Section):
     baseline: bool = False
     """Also train the same student, from the same seed and batches, without the teacher."""
 
-    distill: DistillSpec
+    distill: DistillSpec | None = None
+    """Absent: the student's weights are taken as they are (clipkd adopt)."""
+
     quantize: QuantizeSpec | None = None
     """Absent: no int8 student."""
 
@@ -264,6 +268,24 @@ class Recipe(_Section):
     """Absent: train only; accuracy and the report need it."""
 
     profile: ProfileSpec = ProfileSpec()
+
+    @model_validator(mode="after")
+    def _training_has_what_it_needs(self) -> "Recipe":
+        if self.distill is not None:
+            if self.data is None:
+                raise ValueError("there is no data section to train on")
+        elif self.teacher is not None or self.baseline:
+            raise ValueError(
+                "teacher and baseline are for training, and there is no distill section; add one or drop them"
+            )
+        elif self.student.is_random and self.student.init != "weights":
+            raise ValueError(
+                "there is no distill section, so that the student's weights are taken as they are, and it names none; "
+                "add distill, or give student one of pretrained, checkpoint, init: weights"
+            )
+        if self.quantize is not None and self.data is None:
+            raise ValueError("quantize calibrates on training data, and there is no data section; add one or drop it")
+        return self
 
     @model_validator(mode="after")
     def _int8_needs_quantize(self) -> "Recipe":
@@ -279,7 +301,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _evaluating_needs_a_set(self) -> "Recipe":
-        if self.distill.evaluate_every and self.evaluate is None:
+        if self.distill is not None and self.distill.evaluate_every and self.evaluate is None:
             raise ValueError("distill.evaluate_every needs an evaluate section, which names the headline set")
         return self
 
@@ -324,16 +346,42 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise UsageError(f"{path}: a recipe is a mapping of sections; got {type(raw).__name__}")
     for override in overrides or []:
         _apply(raw, override)
+    return checked(raw, str(path), path.parent)
+
+
+def adopting(model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None) -> Recipe:
+    """A recipe that trains nothing: a model as it is, with what `like` says of evaluating, exporting and quantizing.
+
+    Raises:
+        UsageError: there is no such model, or it has no weights of its own and none are named.
+    """
+    sections = ("data", "quantize", "export", "evaluate", "profile")
+    taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
+    if "export" not in taken:
+        taken["export"] = {"precisions": ["fp32"]}
+    student = {"model": model, **weights} if weights else {"model": model, "init": "weights"}
+    raw = {"name": model.rpartition("/")[2], "student": student, **taken}
+    for override in overrides or []:
+        _apply(raw, override)
+    return checked(raw, f"adopting {model}", Path())
+
+
+def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
+    """A recipe from its sections, whose paths are relative to a folder; `where` is for messages.
+
+    Raises:
+        UsageError: anything in it is unknown or wrong: every problem at once, each with its path.
+    """
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         problems = [_sentence(problem) for problem in error.errors()]
-        raise UsageError("\n".join([f"{path}: {len(problems)} problem(s)", *problems])) from None
-    changes: dict[str, Any] = {"student": anchored(recipe.student, path.parent, "student")}
+        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
+    changes: dict[str, Any] = {"student": anchored(recipe.student, folder, "student")}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
-        changes["teacher"] = _anchored_recipe(recipe.teacher, path.parent)
+        changes["teacher"] = _anchored_recipe(recipe.teacher, folder)
     elif recipe.teacher is not None:
-        changes["teacher"] = anchored(recipe.teacher, path.parent, "teacher")
+        changes["teacher"] = anchored(recipe.teacher, folder, "teacher")
     return recipe.model_copy(update=changes)
 
 

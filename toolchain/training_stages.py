@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import UsageError
-from toolchain.recipe import EvaluateSpec, Recipe
+from toolchain.recipe import DataSpec, EvaluateSpec, LossWeights, ModelSpec, Recipe
 from toolchain.stages import Screen, Stage
 
 
@@ -35,8 +35,14 @@ class How:
 
 
 def train(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stage]:
-    """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it."""
+    """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it.
+
+    Where the recipe trains nothing: the model it adopts.
+    """
     from toolchain.recipe import teacher_recipe
+
+    if recipe.distill is None:
+        return {"adopted": _adopt(recipe, recipe.student, out, "adopted", screen, how)}
 
     if not (out / "student").exists():
         _refuse_misfits(recipe, screen)
@@ -45,7 +51,7 @@ def train(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stag
     if recipe.teacher.recipe is not None:
         teacher = _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
     else:
-        teacher = _adopt_teacher(recipe, out, screen, how)
+        teacher = _adopt(recipe, recipe.teacher, out, "teacher", screen, how)
     made = {"teacher": teacher}
     if recipe.baseline:
         made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
@@ -63,28 +69,26 @@ def _refuse_misfits(recipe: Recipe, screen: Screen) -> None:
     if recipe.teacher is not None:
         spec = teacher_recipe(recipe.teacher).student if recipe.teacher.recipe else recipe.teacher
         teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
+    assert recipe.distill is not None
     check_pair(student, teacher, recipe.distill.loss_weights)
 
 
-def _adopt_teacher(recipe: Recipe, out: Path, screen: Screen, how: How) -> Stage:
-    """The teacher from wherever it comes, as an open_clip local-dir in the run."""
+def _adopt(recipe: Recipe, spec: ModelSpec, out: Path, name: str, screen: Screen, how: How) -> Stage:
+    """A model from wherever it comes, as an open_clip local-dir in the run."""
     from toolchain.sources import fingerprint
-
-    spec = recipe.teacher
-    assert spec is not None
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.models import build_model, save_model
 
         if how.leads:
             save_model(build_model(spec, seed=recipe.seed, say=screen.say), folder)
-        return {"role": "teacher", "source": spec.model_dump(exclude_defaults=True), "train_s": None}
+        return {"role": name, "source": spec.model_dump(exclude_defaults=True), "train_s": None}
 
-    screen.starts("teacher")
+    screen.starts(name)
     fields = {"seed": recipe.seed} if spec.is_random else {}
     stage = _make_stage(
         how,
-        out / "teacher",
+        out / name,
         kind="adopt",
         version=2,
         fields=fields,
@@ -92,14 +96,16 @@ def _adopt_teacher(recipe: Recipe, out: Path, screen: Screen, how: How) -> Stage
         inputs={},
         work=work,
     )
-    screen.done("teacher", stage)
+    screen.done(name, stage)
     return stage
 
 
 def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, screen: Screen, how: How) -> Stage:
     from toolchain.sources import fingerprint
 
-    spec = recipe.distill
+    spec, data_spec = recipe.distill, recipe.data
+    assert spec is not None
+    assert data_spec is not None
     if teacher is None:  # nothing it reads depends on the weights of losses it does not have
         alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_dump(), 0.0) | {"task": 1.0})
         changes = {"loss_weights": alone, "stored_teacher_features": False, "teacher_precision": "fp32"}
@@ -117,7 +123,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         processes = join_processes()
         with processes.first_alone():  # shards are indexed once
             data = training_data(
-                recipe.data, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
+                data_spec, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
             )
         accuracy = None
         if spec.evaluate_every and recipe.evaluate:
@@ -125,7 +131,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
         engine = Engine(
             processes,
-            _num_workers(recipe, how),
+            _num_workers(data_spec, how),
             how.checkpoint_steps,
             60 * how.checkpoint_minutes,
             how.keep_checkpoints,
@@ -146,8 +152,8 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         out / name,
         kind="distil",
         version=2,
-        fields={"seed": recipe.seed, "data": recipe.data.model_dump(), "distill": spec.model_dump()} | evaluated,
-        fingerprints={"data": _data_fingerprint(recipe), "student": fingerprint(recipe.student)},
+        fields={"seed": recipe.seed, "data": data_spec.model_dump(), "distill": spec.model_dump()} | evaluated,
+        fingerprints={"data": _data_fingerprint(data_spec), "student": fingerprint(recipe.student)},
         inputs={"teacher": teacher} if teacher else {},
         work=work,
     )
@@ -155,22 +161,22 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
     return stage
 
 
-def _data_fingerprint(recipe: Recipe) -> str:
+def _data_fingerprint(spec: DataSpec) -> str:
     """What a stage that reads the training data depends on."""
-    if recipe.data.kind == "glyphs":
+    if spec.kind == "glyphs":
         from toolchain import glyphs
 
         return glyphs.fingerprint()
     from toolchain.shard_files import expand, fingerprint
 
-    return fingerprint(expand(recipe.data.shards))
+    return fingerprint(expand(spec.shards))
 
 
-def _num_workers(recipe: Recipe, how: How) -> int:
+def _num_workers(spec: DataSpec, how: How) -> int:
     """Unless told: none for glyphs, which cost little to draw; else the cores that training leaves free."""
     if how.workers is not None:
         return how.workers
-    return 0 if recipe.data.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
+    return 0 if spec.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
 
 
 def _make_stage(how: How, path: Path, *, work: Callable[[Path], dict[str, Any]], **depends: Any) -> Stage:
@@ -207,20 +213,24 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
         return {}
     from toolchain.stages import run_stage
 
-    name, student, teacher = "student-int8", made["student"], made.get("teacher")
+    role = "student" if recipe.distill else "adopted"
+    name, student, teacher = f"{role}-int8", made[role], made.get("teacher")
+    data_spec = recipe.data
+    assert data_spec is not None
+    weights = recipe.distill.loss_weights if recipe.distill else LossWeights()
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.feed import training_data
         from toolchain.finetune import quantize_student
         from toolchain.models import load_model
 
-        data = training_data(recipe.data, seed=recipe.seed, batch_size=spec.batch_size)
+        data = training_data(data_spec, seed=recipe.seed, batch_size=spec.batch_size)
         frozen = load_model(teacher.path) if teacher else None
-        weights, float_student = recipe.distill.loss_weights, load_model(student.path)
+        float_student = load_model(student.path)
         quantized = quantize_student(
             spec, weights, float_student, frozen, data, folder, screen.progress, seed=recipe.seed
         )
-        return {"role": "student"} | quantized
+        return {"role": role} | quantized
 
     screen.starts(name)
     stage = run_stage(
@@ -229,11 +239,11 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
         version=2,
         fields={
             "seed": recipe.seed,
-            "data": recipe.data.model_dump(),
+            "data": data_spec.model_dump(),
             "quantize": spec.model_dump(),
-            "loss_weights": recipe.distill.loss_weights.model_dump(),
+            "loss_weights": weights.model_dump(),
         },
-        fingerprints={"data": _data_fingerprint(recipe)},
+        fingerprints={"data": _data_fingerprint(data_spec)},
         inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
         work=work,
     )
