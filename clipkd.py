@@ -294,6 +294,49 @@ def predict(
     stdout.print(table)
 
 
+@app.command()
+def students(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Architectures; those that clipkd knows, unless told.", metavar="[MODEL]..."),
+    ] = None,
+    max_ms: Annotated[float | None, typer.Option(min=0, help="Leave out what takes longer at batch 1.")] = None,
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, int8.")] = "fp32,int8",
+    threads: Annotated[int | None, typer.Option(min=1, show_default="the cores there are")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write students.json and students.png.")] = Path(
+        "runs/students"
+    ),
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure students before training any: untrained image towers, exported and timed on this machine.
+
+    Accuracies are published ones, of the architecture as others trained it. What was measured once is kept.
+
+    Example: [bold]clipkd students --max-ms 10[/]
+    """
+    from export.students import candidates, measure_students, render_students
+
+    _refuse_torchrun()
+    precisions = [part.strip() for part in precision.split(",") if part.strip()]
+    for part in precisions:
+        if part not in ("fp32", "int8"):
+            raise UsageError(f"--precision {precision}: {part!r} is none of fp32, int8")
+    with _progress() as screen:
+        screen.starts("students")
+        rows = measure_students(candidates(models or []), precisions, threads=threads, progress=screen.progress)
+    shown = [row for row in rows if max_ms is None or (row["status"] == "ok" and row["p50_ms"] <= max_ms)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "students.json").write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    (out / "students.png").write_bytes(render_students(shown))
+    if as_json:
+        stdout.print_json(json.dumps(shown))
+    else:
+        _print_students(shown)
+        stderr.print(str(out / "students.png"), soft_wrap=True, highlight=False, markup=False)
+    if not shown:
+        raise GateError(f"no candidate takes at most {max_ms:g} ms here")
+
+
 recipes_app = typer.Typer(invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
@@ -464,7 +507,7 @@ def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Ite
     `shared`: several processes may work in it, of which the first holds it.
     """
     import yaml
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     from toolchain.stages import RESOLVED, run_lock
     from toolchain.training_stages import How
@@ -480,10 +523,18 @@ def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Ite
         partial = out / ".recipe.yaml.partial"
         partial.write_text(resolved, encoding="utf-8")
         partial.replace(out / "recipe.yaml")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
-        with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
-            yield recipe, _Screen(bar)
+        with _progress() as screen:
+            yield recipe, screen
+
+
+@contextmanager
+def _progress() -> "Iterator[_Screen]":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
+    with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
+        yield _Screen(bar)
 
 
 def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
@@ -574,6 +625,25 @@ def _print_choice(choice: "Choice") -> None:
         for row, reasons in choice.rejected:
             table.add_row(escape(str(row["name"])), escape("; ".join(reasons)))
         _wide(table)
+
+
+def _print_students(rows: list[dict[str, Any]]) -> None:
+    headers = ("student", "precision", "p50 ms", "params M", "GMACs", "size MB", "published top-1 %", "grade", "front")
+    table = Table(*headers, "source or problem")
+    for row in rows:
+        if row["status"] != "ok":
+            blank = "-"
+            table.add_row(row["name"], row["precision"], *[blank] * 6, "", escape(row["status"]))
+            continue
+        top1 = "-" if row["published_top1"] is None else f"{100 * row['published_top1']:.1f}"
+        latency = f"{row['p50_ms']:.3g} [{row['p50_low_ms']:.3g}, {row['p50_high_ms']:.3g}]"
+        grade = " ".join(filter(None, [row["grade"], f"({', '.join(row['flags'])})" if row["flags"] else ""]))
+        numbers = f"{row['params_image'] / 1e6:.2f}", f"{row['gmacs']:.2f}", f"{row['size_bytes'] / 1e6:.3g}"
+        star = "★" if row["front"] else ""
+        table.add_row(
+            escape(row["name"]), row["precision"], latency, *numbers, top1, grade, star, escape(row["source"])
+        )
+    _wide(table)
 
 
 def _wide(table: Table) -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,7 @@ def profile(
                     on_progress("timing", sum(map(len, results.values())), processes * len(commands))
     image, text = summarise(results["image"]), summarise(results["text"])
     images_per_s, texts_per_s = _best_rate(results["image"]), _best_rate(results["text"])
-    flags = []
-    if any(_cv(_medians(results[tower])) > MAX_CV for tower in results):
-        flags.append("UNSTABLE")
-    if busy_share is not None and busy_share > MAX_OTHER_CPU:
-        flags.append("BUSY")
-    if processes == 1:
-        flags.append("SINGLE")
+    flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
     return {
         "device": "cpu",
         "machine": machine | results["image"][0]["versions"],
@@ -109,9 +103,20 @@ def profile(
         "images_per_s": images_per_s,
         "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
         "size_bytes": sum((folder / name).stat().st_size for name in ("image.onnx", "text.onnx")),
-        "grade": "C" if flags else "A" if machine["clocks_locked"] else "B",
-        "flags": flags,
+        **grade(list(results.values()), machine, flags),
     }
+
+
+def grade(
+    towers: Sequence[Sequence[dict[str, Any]]], machine: Mapping[str, Any], flags: Sequence[str]
+) -> dict[str, Any]:
+    """`grade` and `flags` of a measurement, from the runner's documents of each tower and flags raised already."""
+    raised = list(flags)
+    if any(_cv(_medians(results)) > MAX_CV for results in towers):
+        raised.insert(0, "UNSTABLE")
+    if any(len(results) == 1 for results in towers):
+        raised.append("SINGLE")
+    return {"grade": "C" if raised else "A" if machine["clocks_locked"] else "B", "flags": raised}
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def export_onnx(
             ("image.onnx", image_tower, reference_image, pixels, ("pixel_values", "image_features")),
             ("text.onnx", text_tower, reference_text, ids_2T, ("input_ids", "text_features")),
         ):
-            exported = tower or _prepared(reference, example, precision)
+            exported = tower or prepared(reference, example, precision)
             write_graph(exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata)
         classes_KD = class_embeddings(reference_text, model, names, templates)
         np.savez(
@@ -190,7 +190,7 @@ def _in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([tower(inputs[start : start + _CHUNK].to(device)).cpu() for start in starts])
 
 
-def _prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
+def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
     """A copy to export: batch norms folded (their variances may underflow in fp16), weights in the precision."""
     tower = copy.deepcopy(tower).float().cpu()
     if isinstance(tower, ImageTower):
