@@ -173,7 +173,7 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
     model = build_model(spec, seed=0)
     pixels = example_pixels(model.net).float().cpu()
     with torch.no_grad(), without_attention_fast_path():
-        tower = prepared(ImageTower(model.net).eval(), pixels, precision)
+        tower = prepared(ImageTower(model.net).eval(), pixels, precision).requires_grad_(False)  # else not counted
         with FlopCounterMode(display=False) as counter:
             tower(pixels[:1])
         write_graph(tower, pixels, path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
@@ -253,9 +253,8 @@ def render_students(rows: Sequence[Row]) -> bytes:
         axes.set_xscale("log")
         if field == "gmacs":
             axes.set_yscale("log")
-        for row in fit:
-            if row[field] is None:
-                continue
+        shown = [row for row in fit if row[field] is not None]
+        for index, row in enumerate(shown):  # by latency, so that neighbours' names take turns above and below
             x, y, color = row["p50_ms"], factor * row[field], _COLORS[row["precision"]]
             axes.hlines(y, row["p50_low_ms"], row["p50_high_ms"], color=color)
             axes.plot(x, y, "o", color=color, markerfacecolor=color if row["grade"] != "C" else "white", markersize=6)
