@@ -261,7 +261,7 @@ def render_students(rows: Sequence[Row]) -> bytes:
             axes.annotate(
                 row["name"],
                 (x, y),
-                (5, 3),
+                (5, -9 if index % 2 else 3),
                 textcoords="offset points",
                 fontsize=7,
                 color="#333333",
