@@ -266,6 +266,42 @@ def best(
 
 
 @app.command()
+def evaluate(
+    models: Annotated[
+        list[Path], typer.Argument(help="Directories: of exported models, or of checkpoints.", metavar="MODEL...")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe whose evaluate section to take.", show_default="that of the model's run"),
+    ] = None,
+    overrides: SetOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Score models on evaluation sets: zero-shot accuracy and retrieval, and how each differs from the first.
+
+    Of exported models this is the truth about what ships, in its own runtime and without torch.
+
+    Example: [bold]clipkd evaluate runs/mine/exported/student-onnxruntime-int8 --recipe mine.yaml[/]
+    """
+    from export.measure import evaluate_models, run_of
+    from toolchain.training_stages import evaluated
+
+    _refuse_torchrun()
+    run = run_of(models[0])
+    if recipe is None and run is None:
+        raise UsageError(f"{models[0]}: in no run whose recipe would name the sets; name one: --recipe RECIPE")
+    loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
+    spec = evaluated(loaded)
+    with _progress() as screen:
+        screen.starts("evaluate")
+        document = evaluate_models(models, spec, screen.progress)
+    if as_json:
+        stdout.print_json(json.dumps(document))
+        return
+    _print_evaluation(document)
+
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
@@ -625,6 +661,29 @@ def _print_choice(choice: "Choice") -> None:
         for row, reasons in choice.rejected:
             table.add_row(escape(str(row["name"])), escape("; ".join(reasons)))
         _wide(table)
+
+
+def _print_evaluation(document: dict[str, Any]) -> None:
+    headers = ["model", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "drop from the first, pp", "p"]
+    table = Table(*(Column(header, overflow="fold") for header in headers))
+    for scored in document["models"]:
+        for name, scores in scored["sets"].items():
+            recalls = [value for key, value in scores.get("retrieval", {}).items() if key.endswith("_to_image_r1")]
+            lost = scored.get("against_first", {}).get(name)
+            cells = [
+                f"{100 * scores['top1']:.1f} [{100 * scores['top1_low']:.1f}, {100 * scores['top1_high']:.1f}]",
+                f"{100 * scores['top5']:.1f}",
+                f"{100 * recalls[0]:.1f}" if recalls else "-",
+                f"{100 * lost['drop']:.1f} [{100 * lost['low']:.1f}, {100 * lost['high']:.1f}]" if lost else "-",
+                f"{lost['p']:.2g}" if lost else "-",
+            ]
+            table.add_row(escape(scored["model"]), escape(name), f"{scores['n']:,}", *cells)
+    _wide(table)
+    for name, scores in document["models"][0]["sets"].items():  # of every model the same pictures
+        if "unreadable" in scores:
+            first = ", ".join(scores["unreadable"]["first"])
+            said = f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: {first}"
+            stderr.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_students(rows: list[dict[str, Any]]) -> None:

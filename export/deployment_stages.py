@@ -15,10 +15,12 @@ from toolchain.training_stages import evaluated
 def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """ONNX graphs of every model, each held against its PyTorch model before it counts as made."""
     from toolchain import glyphs
+    from toolchain.eval_sets import fingerprint, open_set
     from toolchain.stages import run_stage
 
     exported = {}
     accuracy = evaluated(recipe)
+    headline = fingerprint(accuracy.headline_set)
     for name, role, precision in exports(recipe):
         checkpoint = made[f"{role}-int8" if precision == "int8" else role]
 
@@ -36,16 +38,13 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                 image, text = load_quantized(checkpoint.path, model)
                 image_tower = freeze(image, example_pixels(model.net))
                 text_tower = freeze(text, model.tokenize(list(glyphs.TEMPLATES)))
-            headline = glyphs.eval_set(accuracy.headline)
             screen.progress("to ONNX", 0, 2)
             summary = export_onnx(
                 model,
                 folder,
                 role=role,
                 precision=precision,
-                eval_images=headline.images_KHWC,
-                names=headline.names,
-                templates=glyphs.TEMPLATES,
+                headline=open_set(accuracy.headline_set),
                 opset=recipe.export.opset,
                 image_tower=image_tower,
                 text_tower=text_tower,
@@ -60,7 +59,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             kind="export",
             version=1,
             fields={"precision": precision, "opset": recipe.export.opset, "headline": accuracy.headline},
-            fingerprints={"glyphs": glyphs.fingerprint()},
+            fingerprints={"headline": headline},
             inputs={"checkpoint": checkpoint},
             work=work,
         )
@@ -70,11 +69,12 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
 
 def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
-    from toolchain import glyphs
+    from toolchain.eval_sets import fingerprints
     from toolchain.stages import machine, run_stage
 
     measured = {}
     accuracy = evaluated(recipe)
+    sets = fingerprints(accuracy.sets)
     for name, model in exported.items():
 
         def work(folder: Path, model: Stage = model) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
             out / "measured" / name / "cpu",
             kind="measure",
             version=1,
-            fields={"evaluate": accuracy.model_dump(), "profile": recipe.profile.model_dump()},
-            fingerprints={"glyphs": glyphs.fingerprint(), "machine": json.dumps(machine(), sort_keys=True)},
+            fields={"evaluate": accuracy.model_dump(mode="json"), "profile": recipe.profile.model_dump()},
+            fingerprints={"sets": sets, "machine": json.dumps(machine(), sort_keys=True)},
             inputs={"model": model},
             work=work,
         )

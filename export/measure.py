@@ -1,6 +1,7 @@
-"""Prove, score and time an exported model on the machine it is on; needs no torch."""
+"""Prove, score and time an exported model on the machine it is on; of exported models none of it needs torch."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from numpy.typing import NDArray
 from export.parity import check_parity
 from export.profile import profile
 from export.runtime import open_exported
-from toolchain import glyphs
-from toolchain.evaluate import evaluate
+from toolchain.errors import UsageError
+from toolchain.eval_sets import open_set
+from toolchain.evaluate import Encoders, evaluate
+from toolchain.paired import paired_drop
 from toolchain.recipe import EvaluateSpec, ProfileSpec
+from toolchain.sources import CONFIG
 
 
 def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, progress: Any) -> dict[str, Any]:
@@ -27,12 +31,8 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
     encoders = open_exported(model)
     _write(folder / "parity.json", check_parity(model, precision=manifest["summary"]["precision"], encoders=encoders))
-    sets: dict[str, tuple[NDArray[np.uint8], list[str]]] = {
-        name: (glyphs.eval_set(name).images_KHWC, glyphs.eval_set(name).names) for name in spec.sets
-    }
-    evaluation, samples = evaluate(
-        encoders, sets, glyphs.TEMPLATES, headline=spec.headline, on_progress=partial(progress, "scoring")
-    )
+    sets = [open_set(entry) for entry in spec.sets]
+    evaluation, samples = evaluate(encoders, sets, headline=spec.headline, on_progress=partial(progress, "scoring"))
     _write(folder / "evaluation.json", evaluation)
     np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # numpy types keywords as one array
     timed = profile(model, processes=timing.processes, seconds=timing.seconds, on_progress=progress)
@@ -42,3 +42,65 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def evaluate_models(models: Sequence[Path], spec: EvaluateSpec, progress: Any) -> dict[str, Any]:
+    """Every model's scores on the sets of a recipe, and how each of the others differs from the first.
+
+    A model is an exported directory, or a checkpoint's, which needs torch.
+
+    Raises:
+        UsageError: a directory is neither.
+        ClipkdError: a set is missing or wrong, or too many pictures of it cannot be read.
+    """
+    for model in models:
+        _kind(model)  # before the first is evaluated
+    sets = [open_set(entry) for entry in spec.sets]
+    documents: list[dict[str, Any]] = []
+    first_ranks: dict[str, NDArray[Any]] = {}
+    for model in models:
+        encoders = _encoders(model)
+        evaluation, samples = evaluate(
+            encoders, sets, headline=spec.headline, on_progress=partial(progress, model.name)
+        )
+        document: dict[str, Any] = {"model": str(model), "sets": evaluation["sets"]}
+        if documents:
+            document["against_first"] = {
+                data.name: paired_drop(first_ranks[f"{data.name}_rank"] < 1, samples[f"{data.name}_rank"] < 1)._asdict()
+                for data in sets
+            }
+        else:
+            first_ranks = samples
+        documents.append(document)
+    return {"headline": spec.headline, "models": documents}
+
+
+def run_of(model: Path) -> Path | None:
+    """The run that a model's directory belongs to, if it lies in one."""
+    return next((folder for folder in model.absolute().parents[:2] if (folder / "recipe.yaml").is_file()), None)
+
+
+def _kind(model: Path) -> str:
+    if (model / "image.onnx").is_file():
+        return "exported"
+    if (model / "nncf.json").is_file():
+        raise UsageError(f"{model}: an int8 checkpoint, which is int8 only once exported; name RUN/exported/...-int8")
+    if (model / CONFIG).is_file():
+        return "checkpoint"
+    raise UsageError(
+        f"{model}: neither an exported model (image.onnx) nor a checkpoint (open_clip_config.json); "
+        "name a directory such as RUN/exported/NAME or RUN/student"
+    )
+
+
+def _encoders(model: Path) -> Encoders:
+    if _kind(model) == "exported":
+        return open_exported(model)
+    from toolchain.models import load_model
+    from toolchain.processes import join_processes
+    from toolchain.validate import TorchEncoders
+
+    device = join_processes().device
+    loaded = load_model(model)
+    loaded.net.to(device)
+    return TorchEncoders(loaded, device)

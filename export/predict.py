@@ -16,7 +16,7 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
     """For each picture its `top` labels with probabilities, best first; `labels` None: those exported with the model.
 
     Raises:
-        UsageError: a picture is missing or unreadable.
+        UsageError: a picture is missing or unreadable, or there are no labels.
         ArtifactError: `model` is not an exported model.
     """
     if not (model / "image.onnx").is_file():
@@ -26,6 +26,8 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
     pictures = [_open(path) for path in images]
     encoders = open_exported(model)
     own_labels, own_features_KD, logit_scale = _classes(model)
+    if labels is None and not own_labels:
+        raise UsageError(f"{model}: has no labels of its own; name some: --labels 'a cat,a dog'")
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
     labels = own_labels if labels is None else labels
     probabilities_BK = _softmax(logit_scale * encoders.encode_images(pictures) @ label_features_KD.T)

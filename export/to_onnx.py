@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from export.tokenizers_json import write_tokenizer
 from toolchain.errors import ClipkdError
+from toolchain.eval_sets import EvalSet, Picture
 from toolchain.models import ClipModel, num_parameters
 from toolchain.quantize import (
     ImageTower,
@@ -38,6 +39,7 @@ from toolchain.quantize import (
 
 PRECISIONS = ("fp32", "fp16", "int8")
 MAX_PARITY_SAMPLES = 256
+MAX_PARITY_BYTES = 1 << 25  # of pictures: 158 at 224x224
 NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
 _CHUNK = 256  # samples per forward
 _MAX_BATCH = 1 << 16
@@ -49,15 +51,15 @@ def export_onnx(
     *,
     role: str,
     precision: str,
-    eval_images: NDArray[np.uint8],
-    names: list[str],
-    templates: tuple[str, ...],
+    headline: EvalSet,
     opset: int = 20,
     image_tower: nn.Module | None = None,
     text_tower: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, classes.npz and parity.npz into `folder`.
 
+    The classes, and the samples of parity, are those of `headline`; of a set of captions, which has no classes,
+    classes.npz holds none.
     Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, and are
     then also what the exported graphs will be compared with; fp32 and fp16 are compared with the float model.
     Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
@@ -80,7 +82,7 @@ def export_onnx(
         "clipkd.preprocess": json.dumps(preprocess, sort_keys=True),
     }
     pixels = example_pixels(model.net).float().cpu()
-    ids_2T = model.tokenize([names[0], names[-1]])
+    ids_2T = model.tokenize([headline.texts[0], headline.texts[-1]])
     with torch.no_grad(), without_attention_fast_path():
         for file, tower, reference, example, names_io in (
             ("image.onnx", image_tower, reference_image, pixels, ("pixel_values", "image_features")),
@@ -88,16 +90,19 @@ def export_onnx(
         ):
             exported = tower or prepared(reference, example, precision)
             write_graph(exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata)
-        classes_KD = class_embeddings(reference_text, model, names, templates)
+        names = headline.texts if headline.has_classes else []
+        features_KD = np.empty((0, model.embed_dim), np.float32)
+        if names:
+            features_KD = class_embeddings(reference_text, model, names, headline.templates).numpy()
         np.savez(
             folder / "classes.npz",
-            names=np.array(names),
-            templates=np.array(templates),
-            features_KD=classes_KD.numpy(),
+            names=np.array(names, np.str_),
+            templates=np.array(headline.templates),
+            features_KD=features_KD,
             logit_scale=model.logit_scale.detach().cpu().numpy(),
         )
         towers = reference_image, reference_text
-        _write_parity_samples(folder / "parity.npz", model, towers, eval_images, names, templates[0])
+        _write_parity_samples(folder / "parity.npz", model, towers, headline)
     params_image, params_text = num_parameters(model.net)
     return {
         "role": role,
@@ -198,26 +203,19 @@ def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
     return tower.half() if precision == "fp16" else tower
 
 
-def _write_parity_samples(
-    path: Path,
-    model: ClipModel,
-    towers: tuple[nn.Module, nn.Module],
-    images: NDArray[np.uint8],
-    names: list[str],
-    template: str,
-) -> None:
+def _write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
     """What parity.py feeds to a runtime, and what torch made of it.  Samples are spread evenly over the set."""
-    shown, spoken = _spread(len(images)), _spread(len(names))
-    one_image_per_name = len(images) == len(names)
-    captions = [template.format(names[index]) for index in spoken]
-    pixel_values_BCHW = torch.stack([model.preprocess(Image.fromarray(images[index])) for index in shown])
+    shown, pictures = _parity_pictures(headline, model)
+    spoken = _spread(len(headline.texts))
+    captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
+    pixel_values_BCHW = torch.stack([model.preprocess(picture) for picture in pictures])
     input_ids_BT = model.tokenize(captions)
     np.savez(
         path,
-        names=np.array([names[index] for index in spoken]),
-        image_names=np.array([names[index] if one_image_per_name else f"image {index}" for index in shown]),
+        names=np.array([headline.texts[index] for index in spoken]),
+        image_names=np.array([headline.label(index) for index in shown]),
         captions=np.array(captions),
-        pixels_BHWC=images[shown],
+        pixels_BHWC=np.stack([np.asarray(picture) for picture in pictures]),
         pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
         input_ids_BT=input_ids_BT.numpy(),
         image_features_BD=_in_chunks(towers[0], pixel_values_BCHW).numpy(),
@@ -225,6 +223,33 @@ def _write_parity_samples(
     )
 
 
-def _spread(count: int) -> NDArray[np.int64]:
-    """At most MAX_PARITY_SAMPLES indices below `count`, evenly spread."""
-    return np.linspace(0, count - 1, min(MAX_PARITY_SAMPLES, count)).round().astype(np.int64)
+def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:
+    """Which pictures of a set, and the pictures, all of one size so that one array holds them.
+
+    Glyphs are, and stay as they are.  Others are cut to a size a little larger than the model's, and not square, so
+    that parity goes through resizing and cropping too.
+
+    Raises:
+        ClipkdError: none of them can be read.
+    """
+    cfg = model.config["preprocess_cfg"]
+    height, width = cfg["size"] if isinstance(cfg["size"], list) else (cfg["size"], cfg["size"])
+    fitted = width + width // 4, height + height // 8
+    as_they_are = not isinstance(headline.pictures[0], Picture)  # an array: of one size already
+    at_most = MAX_PARITY_SAMPLES if as_they_are else max(2, MAX_PARITY_BYTES // (3 * fitted[0] * fitted[1]))
+    chosen = _spread(len(headline), min(MAX_PARITY_SAMPLES, at_most))
+    shown: list[int] = []
+    pictures: list[Image.Image] = []
+    for index in chosen.tolist():
+        picture = headline.image(index)
+        if picture is not None:
+            shown.append(index)
+            pictures.append(picture if as_they_are else ImageOps.fit(picture, fitted))
+    if not pictures:
+        raise ClipkdError(f"evaluation set {headline.name}: none of {len(chosen)} pictures tried can be read")
+    return shown, pictures
+
+
+def _spread(count: int, at_most: int = MAX_PARITY_SAMPLES) -> NDArray[np.int64]:
+    """At most so many indices below `count`, evenly spread."""
+    return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)

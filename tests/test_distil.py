@@ -48,6 +48,7 @@ from toolchain.distil import (
     learning_rate,
 )
 from toolchain.errors import ClipkdError, Interrupted, UsageError
+from toolchain.eval_sets import classes_set
 from toolchain.feed import feed
 from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.losses import MAX_LOGIT_SCALE
@@ -632,7 +633,7 @@ def test_evaluations_are_logged_and_change_nothing_else(
     tmp_path: Path, tiny_samples: TrainingSet, wide_teacher_folder: Path, uninterrupted: Path
 ) -> None:
     stix = eval_set("stix")
-    accuracy = headline_accuracy(stix.images_KHWC[:40], stix.names[:40], TEMPLATES)
+    accuracy = headline_accuracy(classes_set("stix", stix.images_KHWC[:40], stix.names[:40], TEMPLATES))
     changes: dict[str, Any] = {"accuracy": accuracy, "evaluate_every": 4, "stored_teacher_features": True}
     changes["engine"] = EVERY_STEP
     with pytest.raises(Stop):

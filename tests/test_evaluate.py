@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from toolchain.errors import UsageError
+from toolchain.eval_sets import classes_set
 from toolchain.evaluate import TIE, UNRANKED, class_embeddings, evaluate, ranks, wilson
 
 TEMPLATES = ("{}", "the character {}", "a drawing of {}")
@@ -25,7 +26,10 @@ class TableEncoders:
         self.text_features_PKD = text_features_PKD
         self.largest_batch = 0
 
-    def encode_images(self, images_BHWC):
+    def preprocess(self, image):
+        return np.asarray(image, np.float32)
+
+    def encode_pixels(self, images_BHWC):
         self.largest_batch = max(self.largest_batch, len(images_BHWC))
         index_B = images_BHWC[:, 0, 0, :2].astype(int) @ [1, 256]
         return self.image_features_KD[index_B]
@@ -49,6 +53,10 @@ def numbered_set(num_classes=NUM_CLASSES):
     images_KHWC[:, 0, 0, 0] = np.arange(num_classes) % 256
     images_KHWC[:, 0, 0, 1] = np.arange(num_classes) // 256
     return images_KHWC, [f"name{k}" for k in range(num_classes)]
+
+
+def made_set(name, num_classes=NUM_CLASSES):
+    return classes_set(name, *numbered_set(num_classes), TEMPLATES)
 
 
 @pytest.fixture
@@ -116,7 +124,7 @@ def test_ties_count_against_the_model():
 
 
 def test_evaluation_equals_the_definition(encoders):
-    evaluation, samples = evaluate(encoders, {"made": numbered_set()}, TEMPLATES, headline="made")
+    evaluation, samples = evaluate(encoders, [made_set("made")], headline="made")
     class_features_KD = np.zeros((NUM_CLASSES, WIDTH))
     for k in range(NUM_CLASSES):
         mean_D = sum(encoders.text_features_PKD[p, k].astype(np.float64) for p in range(len(TEMPLATES)))
@@ -154,28 +162,27 @@ def test_class_embeddings_are_unit_norm_and_average_the_templates(encoders):
 def test_the_order_of_the_classes_does_not_matter(encoders):
     images_KHWC, names = numbered_set()
     order = np.random.default_rng(1).permutation(NUM_CLASSES)
-    first, first_samples = evaluate(encoders, {"a": (images_KHWC, names)}, TEMPLATES, headline="a")
-    second, second_samples = evaluate(
-        encoders, {"a": (images_KHWC[order], [names[k] for k in order])}, TEMPLATES, headline="a"
-    )
+    first, first_samples = evaluate(encoders, [classes_set("a", images_KHWC, names, TEMPLATES)], headline="a")
+    shuffled = classes_set("a", images_KHWC[order], [names[k] for k in order], TEMPLATES)
+    second, second_samples = evaluate(encoders, [shuffled], headline="a")
     assert first == second
     assert first_samples["a_rank"][order].tolist() == second_samples["a_rank"].tolist()
 
 
 def test_rotating_the_feature_space_does_not_matter(encoders):
-    before, _ = evaluate(encoders, {"a": numbered_set()}, TEMPLATES, headline="a")
+    before, _ = evaluate(encoders, [made_set("a")], headline="a")
     rotation_DD, _ = np.linalg.qr(np.random.default_rng(2).standard_normal((WIDTH, WIDTH)))
     rotated = TableEncoders(
         (encoders.image_features_KD @ rotation_DD).astype(np.float32),
         (encoders.text_features_PKD @ rotation_DD).astype(np.float32),
     )
-    assert evaluate(rotated, {"a": numbered_set()}, TEMPLATES, headline="a")[0] == before
+    assert evaluate(rotated, [made_set("a")], headline="a")[0] == before
 
 
 def test_a_perfect_model_scores_one():
     features_KD = np.eye(12, dtype=np.float32)
     encoders = TableEncoders(features_KD, np.stack([features_KD] * 3))
-    evaluation, samples = evaluate(encoders, {"a": numbered_set(12)}, TEMPLATES, headline="a")
+    evaluation, samples = evaluate(encoders, [made_set("a", 12)], headline="a")
     assert evaluation["sets"]["a"]["top1"] == 1
     assert set(evaluation["sets"]["a"]["retrieval"].values()) == {1.0}
     assert not samples["a_rank"].any()
@@ -186,7 +193,7 @@ def test_a_constant_model_scores_zero(width):
     constant_D = unit(np.random.default_rng(3).standard_normal(width))
     features_KD = np.tile(constant_D, (NUM_CLASSES, 1))
     encoders = TableEncoders(features_KD, np.stack([features_KD] * 3))
-    made = evaluate(encoders, {"a": numbered_set()}, TEMPLATES, headline="a")[0]["sets"]["a"]
+    made = evaluate(encoders, [made_set("a")], headline="a")[0]["sets"]["a"]
     assert made["top1"] == made["top5"] == 0
     assert set(made["retrieval"].values()) == {0.0}
 
@@ -200,7 +207,7 @@ def test_a_broken_tower_scores_zero_even_among_few_classes(broken, tower):
         damaged_KD if tower != "text" else features_KD,
         np.stack([damaged_KD if tower != "image" else features_KD] * 3),
     )
-    made = evaluate(encoders, {"a": numbered_set(4)}, TEMPLATES, headline="a")[0]["sets"]["a"]
+    made = evaluate(encoders, [made_set("a", 4)], headline="a")[0]["sets"]["a"]
     assert made["top1"] == 0
     assert made["retrieval"]["name_to_image_r1"] == made["retrieval"]["image_to_name_r1"] == 0
     if not np.isfinite(broken):
@@ -209,11 +216,11 @@ def test_a_broken_tower_scores_zero_even_among_few_classes(broken, tower):
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_one_broken_image_costs_exactly_itself(encoders, broken):
-    before, before_samples = evaluate(encoders, {"a": numbered_set()}, TEMPLATES, headline="a")
+    before, before_samples = evaluate(encoders, [made_set("a")], headline="a")
     sample = int(np.flatnonzero(before_samples["a_rank"] == 0)[3])
     encoders.image_features_KD = encoders.image_features_KD.copy()
     encoders.image_features_KD[sample] = broken
-    after, after_samples = evaluate(encoders, {"a": numbered_set()}, TEMPLATES, headline="a")
+    after, after_samples = evaluate(encoders, [made_set("a")], headline="a")
     assert after["sets"]["a"]["top1"] == pytest.approx(before["sets"]["a"]["top1"] - 1 / NUM_CLASSES, abs=ROUNDING)
     assert after_samples["a_rank"][sample] == UNRANKED
     others = np.arange(NUM_CLASSES) != sample
@@ -223,14 +230,18 @@ def test_one_broken_image_costs_exactly_itself(encoders, broken):
 def test_a_negated_tower_ranks_last():
     features_KD = np.eye(8, dtype=np.float32)
     encoders = TableEncoders(-features_KD, np.stack([features_KD] * 3))
-    _, samples = evaluate(encoders, {"a": numbered_set(8)}, TEMPLATES, headline="a")
+    _, samples = evaluate(encoders, [made_set("a", 8)], headline="a")
     assert samples["a_rank"].tolist() == [7] * 8
 
 
 def test_progress_reaches_the_total_and_batches_stay_small(encoders):
     calls = []
-    sets = {"a": numbered_set(), "b": numbered_set(40)}
-    evaluate(encoders, sets, TEMPLATES, headline="b", on_progress=lambda done, total: calls.append((done, total)))
+    evaluate(
+        encoders,
+        [made_set("a"), made_set("b", 40)],
+        headline="b",
+        on_progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls[-1] == ((NUM_CLASSES + 40) * 4, (NUM_CLASSES + 40) * 4)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     assert encoders.largest_batch <= 256
@@ -246,43 +257,48 @@ def test_a_name_with_braces_is_a_name(encoders):
 IMAGES_KHWC, NAMES = numbered_set(3)
 
 
+def test_an_unknown_headline_is_refused(encoders):
+    with pytest.raises(UsageError) as raised:
+        evaluate(encoders, [made_set("a")], headline="b")
+    assert str(raised.value) == "evaluate: the headline set is 'b', the sets are: a"
+
+
 @pytest.mark.parametrize(
-    ("sets", "templates", "headline", "message"),
+    ("images_KHWC", "names", "templates", "message"),
     [
-        ({"a": (IMAGES_KHWC, NAMES)}, TEMPLATES, "b", "evaluate: the headline set is 'b', the sets are: a"),
         (
-            {"a": (IMAGES_KHWC, NAMES)},
+            IMAGES_KHWC,
+            NAMES,
             [],
-            "a",
             "evaluate: no prompt template; a template has {} where the name goes, '{}' at the least",
         ),
         (
-            {"a": (IMAGES_KHWC, NAMES)},
+            IMAGES_KHWC,
+            NAMES,
             ["{}", "a drawing"],
-            "a",
             "evaluate: template 'a drawing' has no {} where the name goes",
         ),
         (
-            {"a": (IMAGES_KHWC, NAMES[:2])},
+            IMAGES_KHWC,
+            NAMES[:2],
             TEMPLATES,
-            "a",
             "evaluate: set 'a' has 3 images and 2 names, expected one image per name and at least one",
         ),
         (
-            {"a": (IMAGES_KHWC[:0], [])},
+            IMAGES_KHWC[:0],
+            [],
             TEMPLATES,
-            "a",
             "evaluate: set 'a' has 0 images and 0 names, expected one image per name and at least one",
         ),
         (
-            {"a": (IMAGES_KHWC, ["x", "y", "x"])},
+            IMAGES_KHWC,
+            ["x", "y", "x"],
             TEMPLATES,
-            "a",
             "evaluate: set 'a' has 2 classes named 'x', expected distinct names",
         ),
     ],
 )
-def test_what_cannot_be_scored_is_refused(encoders, sets, templates, headline, message):
+def test_what_cannot_be_scored_is_refused(images_KHWC, names, templates, message):
     with pytest.raises(UsageError) as raised:
-        evaluate(encoders, sets, templates, headline=headline)
+        classes_set("a", images_KHWC, names, templates)
     assert str(raised.value) == message

@@ -11,6 +11,7 @@ from export.parity import MIN_SQNR_DB, check_parity, compare
 from export.runtime import open_exported
 from export.to_onnx import _spread, class_embeddings, export_onnx, write_graph
 from toolchain.errors import ClipkdError, GateError
+from toolchain.eval_sets import classes_set
 from toolchain.models import load_model, unit_text_features
 from toolchain.quantize import ImageTower, TextTower
 
@@ -33,7 +34,7 @@ def images():
 
 def export(model, folder, images, precision):
     return export_onnx(
-        model, folder, role="student", precision=precision, eval_images=images, names=NAMES, templates=TEMPLATES
+        model, folder, role="student", precision=precision, headline=classes_set("made", images, NAMES, TEMPLATES)
     )
 
 

@@ -28,6 +28,7 @@ from toolchain.checkpoints import Checkpoints
 from toolchain.data import GlyphBatches
 from toolchain.distil import Engine, distil
 from toolchain.errors import ClipkdError, Interrupted
+from toolchain.eval_sets import classes_set
 from toolchain.evaluate import evaluate, wilson
 from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.models import ClipModel, load_model
@@ -50,14 +51,20 @@ def stix(count: int) -> tuple[NDArray[np.uint8], list[str]]:
 
 
 class PlainEncoders:
-    """A model as `evaluate` sees it: every image through open_clip's own preprocessing."""
+    """A model as `evaluate` sees it: open_clip's own preprocessing and towers, and nothing else."""
 
     def __init__(self, model: ClipModel) -> None:
         self.model = model
 
-    def encode_images(self, images: NDArray[np.uint8], /) -> NDArray[np.float32]:
-        pixels = torch.stack([self.model.preprocess(Image.fromarray(image)) for image in images])
-        return self._unit(self.model.net.encode_image, pixels)
+    def preprocess(self, image: Image.Image, /) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self.model.preprocess(image).numpy()
+        return values
+
+    def encode_pixels(self, pixel_values_BCHW: NDArray[np.float32], /) -> NDArray[np.float32]:
+        return self._unit(self.model.net.encode_image, torch.from_numpy(pixel_values_BCHW))
+
+    def encode_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.encode_pixels(np.stack([self.preprocess(Image.fromarray(image)) for image in images]))
 
     def encode_texts(self, texts: list[str], /) -> NDArray[np.float32]:
         return self._unit(self.model.net.encode_text, self.model.tokenize(texts))
@@ -75,8 +82,8 @@ class PlainEncoders:
 def test_it_is_what_evaluate_finds(count: int) -> None:
     images_KHWC, names = stix(count)
     model = load_model(TEACHER)
-    found = headline_accuracy(images_KHWC, names, TEMPLATES)(model, ALONE)
-    result, _ = evaluate(PlainEncoders(model), {"stix": (images_KHWC, names)}, TEMPLATES, headline="stix")
+    found = headline_accuracy(classes_set("stix", images_KHWC, names, TEMPLATES))(model, ALONE)
+    result, _ = evaluate(PlainEncoders(model), [classes_set("stix", images_KHWC, names, TEMPLATES)], headline="stix")
     expected = result["sets"]["stix"]
     assert found == {name: expected[name] for name in ("top1", "top1_low", "top1_high", "top5", "n")}
     if count == max(COUNTS):
@@ -98,14 +105,14 @@ def test_it_is_the_share_of_images_nearest_to_their_class() -> None:
         scores = [float(sum(a * b for a, b in zip(image_D, class_D, strict=True))) for class_D in classes]
         places.append(sum(score > scores[k] for score in scores))
     hits = sum(place == 0 for place in places)
-    found = headline_accuracy(images_KHWC, names, TEMPLATES)(model, ALONE)
+    found = headline_accuracy(classes_set("stix", images_KHWC, names, TEMPLATES))(model, ALONE)
     assert found["top1"] == hits / 30
     assert (found["top1_low"], found["top1_high"]) == wilson(hits, 30)
     assert found["top5"] == sum(place < 5 for place in places) / 30
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, accuracy = load_model(TEACHER), headline_accuracy(*stix(60), TEMPLATES)
+    model, accuracy = load_model(TEACHER), headline_accuracy(classes_set("stix", *stix(60), TEMPLATES))
     whole = accuracy(model, ALONE)
     monkeypatch.setattr(module, "_CHUNK", 7)
     assert accuracy(model, ALONE) == whole
@@ -115,7 +122,7 @@ def test_a_broken_model_scores_nothing() -> None:
     model = load_model(STUDENT, random_seed=0)
     with torch.no_grad():
         model.net.text_projection.fill_(math.nan)  # type: ignore[operator]
-    found = headline_accuracy(*stix(13), TEMPLATES)(model, ALONE)
+    found = headline_accuracy(classes_set("stix", *stix(13), TEMPLATES))(model, ALONE)
     assert (found["top1"], found["top5"], found["n"]) == (0.0, 0.0, 13)
 
 
@@ -123,7 +130,7 @@ def test_a_broken_model_scores_nothing() -> None:
 
 
 def scored(processes: Processes, count: int) -> dict[str, float]:
-    return headline_accuracy(*stix(count), TEMPLATES)(load_model(TEACHER), processes)
+    return headline_accuracy(classes_set("stix", *stix(count), TEMPLATES))(load_model(TEACHER), processes)
 
 
 def tiny_data() -> GlyphBatches:
@@ -162,7 +169,7 @@ def together(
 
 def evaluated(processes: Processes, folder: str) -> dict[str, Any]:
     """Train a student with batch norms, evaluating it."""
-    accuracy = headline_accuracy(*stix(60), TEMPLATES)
+    accuracy = headline_accuracy(classes_set("stix", *stix(60), TEMPLATES))
     student = load_model(TEACHER)
     norms = [norm for norm in student.net.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
     assert norms
@@ -217,7 +224,7 @@ def both(folder: Path, teacher_folder: Path) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_two_processes_score_as_one(both: dict[str, list[Any]], count: int) -> None:
-    expected = headline_accuracy(*stix(count), TEMPLATES)(load_model(TEACHER), ALONE)
+    expected = headline_accuracy(classes_set("stix", *stix(count), TEMPLATES))(load_model(TEACHER), ALONE)
     assert both[f"score {count}"] == [expected, expected]
 
 
@@ -226,7 +233,7 @@ def test_the_weights_that_are_saved_score_what_was_logged(both: dict[str, list[A
     logged = rows(folder / "evaluated")
     assert [row["step"] for row in logged if "accuracy" in row] == [2, 5]
     student = load_model(folder / "evaluated")
-    accuracy = headline_accuracy(*stix(60), TEMPLATES)
+    accuracy = headline_accuracy(classes_set("stix", *stix(60), TEMPLATES))
     assert logged[-1]["accuracy"] == accuracy(student, ALONE)
     assert 0.1 < logged[-1]["accuracy"]["top1"] < 0.95, "which other statistics would change"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from toolchain.errors import UsageError
 from toolchain.sources import SHIPPED, anchored, resolved
@@ -223,16 +223,125 @@ class ExportSpec(_Section):
         return self
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+GlyphSet = Literal["stix", "serif", "novel"]
+
+
+class FolderSet(_Section):
+    """The user's own labelled pictures: CLASS/PICTURE."""
+
+    kind: Literal["folder"]
+    name: SetName
+    path: str
+
+    classes: str | dict[str, str] | None = None
+    """What each folder shows, {FOLDER: NAME}, or a YAML file of that; absent: the folders' names are the classes'."""
+
+    templates: tuple[str, ...] | str = ("a photo of a {}.",)
+    """Prompts with {} where the name goes, or a file of them, one a line."""
+
+
+class ImagenetSet(_Section):
+    """ImageNet's validation pictures, or a set labelled with its classes, in folders as published."""
+
+    kind: Literal["imagenet"]
+    name: SetName = "imagenet"
+    path: str
+
+    variant: Literal["val", "v2", "r", "a", "sketch"] = "val"
+    """v2's folders are the classes' numbers, all others' WordNet ids; r and a are of 200 classes, ranked alone."""
+
+
+class ClipBenchmarkSet(_Section):
+    """A test set as CLIP_benchmark's webdataset format holds it: classification, or retrieval."""
+
+    kind: Literal["clip_benchmark"]
+    name: SetName
+    path: str
+    split: str = "test"
+
+
+class KarpathySet(_Section):
+    """The test split of COCO or Flickr30k by Karpathy's dataset_*.json: 5,000 and 1,000 pictures."""
+
+    kind: Literal["karpathy"]
+    name: SetName
+    file: str
+    images: str
+    """The folder of the pictures, or the one that holds COCO's val2014."""
+
+    captions: Literal["all", "one"] = "all"
+    """All of each picture's captions, five or a few more: the standard protocol; or only the first, as in CLIP-KD."""
+
+
+class PairsSet(_Section):
+    """One caption per picture, each to be found among all others, as CC3M's validation pairs are evaluated."""
+
+    kind: Literal["pairs"]
+    name: SetName
+
+    file: str | None = None
+    """A table with a header, one pair a line; or `shards`."""
+
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = "\t"
+    """Tab: cells are taken as they are.  Any other: cells may be in double quotes."""
+
+    image_column: str = "filepath"
+    caption_column: str = "title"
+    images: str | None = None
+    """The folder that paths in the table start from; absent: the table's."""
+
+    shards: tuple[str, ...] | None = None
+    """Webdataset archives, as in data.shards: relative to the folder clipkd runs in."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PairsSet":
+        if bool(self.file) == bool(self.shards):
+            raise ValueError("give either file or shards")
+        return self
+
+
+def _kind_of_set(entry: Any) -> str | None:
+    if isinstance(entry, str):
+        return "glyphs"
+    kind = entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)
+    return None if kind is None else str(kind)
+
+
+EvalSetSpec = Annotated[
+    Annotated[GlyphSet, Tag("glyphs")]
+    | Annotated[FolderSet, Tag("folder")]
+    | Annotated[ImagenetSet, Tag("imagenet")]
+    | Annotated[ClipBenchmarkSet, Tag("clip_benchmark")]
+    | Annotated[KarpathySet, Tag("karpathy")]
+    | Annotated[PairsSet, Tag("pairs")],
+    Discriminator(_kind_of_set),
+]
+
+
+def set_name(spec: EvalSetSpec) -> str:
+    return spec if isinstance(spec, str) else spec.name
+
+
 class EvaluateSpec(_Section):
-    headline: Literal["stix", "serif", "novel"] = "stix"
+    headline: str = "stix"
     """The set whose top-1 the report ranks by."""
 
-    sets: tuple[Literal["stix", "serif", "novel"], ...] = ("stix", "serif", "novel")
+    sets: tuple[EvalSetSpec, ...] = ("stix", "serif", "novel")
+    """Glyph sets by name (stix, serif, novel), others by kind (docs/evaluation.md)."""
+
+    @property
+    def headline_set(self) -> EvalSetSpec:
+        return next(spec for spec in self.sets if set_name(spec) == self.headline)
 
     @model_validator(mode="after")
     def _headline_is_evaluated(self) -> "EvaluateSpec":
-        if self.headline not in self.sets:
-            raise ValueError(f"headline '{self.headline}' is not among sets {list(self.sets)}")
+        names = [set_name(spec) for spec in self.sets]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two sets are named {twice[0]!r}; give each a name of its own")
+        if self.headline not in names:
+            raise ValueError(f"headline '{self.headline}' is not among sets {names}")
         return self
 
 
@@ -382,6 +491,9 @@ def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
         changes["teacher"] = _anchored_recipe(recipe.teacher, folder)
     elif recipe.teacher is not None:
         changes["teacher"] = anchored(recipe.teacher, folder, "teacher")
+    if recipe.evaluate is not None:
+        sets = tuple(_anchored_set(spec, folder) for spec in recipe.evaluate.sets)
+        changes["evaluate"] = recipe.evaluate.model_copy(update={"sets": sets})
     return recipe.model_copy(update=changes)
 
 
@@ -413,6 +525,16 @@ def _anchored_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
         )
     load_recipe(path)
     return spec if spec.recipe in shipped_recipes() else spec.model_copy(update={"recipe": str(path)})
+
+
+def _anchored_set(spec: EvalSetSpec, folder: Path) -> EvalSetSpec:
+    """The same set by absolute paths, beside the recipe or else in the current folder."""
+    if isinstance(spec, str):
+        return spec
+    written = {key: getattr(spec, key, None) for key in ("path", "file", "images", "classes", "templates")}
+    return spec.model_copy(
+        update={key: str(resolved(value, folder)) for key, value in written.items() if isinstance(value, str)}
+    )
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -458,11 +580,20 @@ def _walk(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
     for part in location:
         kinds = [model for model in models if "kind" in model.model_fields]
         if len(kinds) > 1:
+            if isinstance(part, int):  # a place in a list of sections
+                places.append(str(part))
+                continue
             models = [model for model in kinds if part in get_args(model.model_fields["kind"].annotation)]
             continue
         places.append(str(part))
         known = list(models[0].model_fields) if models else known
         field = models[0].model_fields.get(part) if models else None
-        options = (get_args(field.annotation) or (field.annotation,)) if field else ()
-        models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        models = _sections(field.annotation) if field else []
     return places, known
+
+
+def _sections(annotation: Any) -> list[Any]:
+    """The sections that a field may hold, by itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

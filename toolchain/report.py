@@ -550,13 +550,16 @@ READING = (
 
 def set_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """One line per row and evaluation set: zero-shot accuracy and retrieval."""
-    recalls = ("name_to_image_r1", "name_to_image_r5", "image_to_name_r1", "image_to_name_r5")
-    headers = ["name", "set", "n", "top-1 %", "top-5 %", "name to image R@1 %", "R@5 %", "image to name R@1 %", "R@5 %"]
+    recalls = ("text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
+    headers = ["name", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "R@5 %", "image to text R@1 %", "R@5 %"]
     cells = []
     for row in rows:
         for set_name, accuracy in row["accuracy"].items():
             interval = {"top1": accuracy["top1"], "top1_low": accuracy["low"], "top1_high": accuracy["high"]}
-            retrieval = row["retrieval"].get(set_name, {})
+            # of a set of classes, which has one image of each, the texts are the names
+            retrieval = {
+                key.replace("name", "text"): value for key, value in row["retrieval"].get(set_name, {}).items()
+            }
             cells.append(
                 [
                     str(row["name"]),

@@ -113,6 +113,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.distil import Engine, distil
+        from toolchain.eval_sets import open_set
         from toolchain.feed import training_data
         from toolchain.models import build_model, load_model
         from toolchain.processes import join_processes
@@ -127,8 +128,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             )
         accuracy = None
         if spec.evaluate_every and recipe.evaluate:
-            headline = glyphs.eval_set(recipe.evaluate.headline)
-            accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
+            accuracy = headline_accuracy(open_set(recipe.evaluate.headline_set))
         engine = Engine(
             processes,
             _num_workers(data_spec, how),
@@ -142,8 +142,6 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
         )
         return {"role": name} | trained
-
-    from toolchain import glyphs
 
     screen.starts(name)
     evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
@@ -252,9 +250,19 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
 
 
 def evaluated(recipe: Recipe) -> EvaluateSpec:
+    """The recipe's evaluate section, whose sets are all there.
+
+    Raises:
+        UsageError: there is no such section, or a set of it is missing or wrong.
+    """
+    from toolchain.eval_sets import open_set
+
     if recipe.evaluate is None:
         raise UsageError(
             f"recipe {recipe.name} has no evaluate section, so that there is nothing to export for and report on; "
             "add one, or train only, with: clipkd distill"
         )
+    for spec in recipe.evaluate.sets:
+        if not isinstance(spec, str):  # glyphs are always there
+            open_set(spec)
     return recipe.evaluate
