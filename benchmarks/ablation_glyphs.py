@@ -128,13 +128,13 @@ def teacher_features(seed: int, out: Path) -> Path:
 def score(model: Any) -> dict[str, Any]:
     """Top-1 hits and images of each set."""
     from toolchain import glyphs
+    from toolchain.eval_sets import open_set
     from toolchain.processes import ALONE
     from toolchain.validate import headline_accuracy
 
     found = {}
     for name in glyphs.EVAL_FACES:
-        images = glyphs.eval_set(name)
-        accuracy = headline_accuracy(images.images_KHWC, images.names, glyphs.TEMPLATES)(model, ALONE)
+        accuracy = headline_accuracy(open_set(name))(model, ALONE)
         found[name] = {"top1": accuracy["top1"], "n": accuracy["n"]}
     hits = sum(part["top1"] * part["n"] for part in found.values())
     return {"pooled": hits / sum(part["n"] for part in found.values()), "sets": found}

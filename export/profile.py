@@ -65,7 +65,8 @@ def profile(
     batch take a quarter of it each.  `p50_ms` is the median over processes of the medians of their samples,
     `p50_low_ms` and `p50_high_ms` its 95 % bootstrap interval over processes; `p90_ms` and `p99_ms` are of all samples
     and None below their floors.  `e2e_p50_ms` is a JPEG's bytes to its class: decoding, preprocessing, image tower,
-    features @ class matrix, top-1; None for a model without classes of its own.  `images_per_s` and `texts_per_s` are the best over the batches tried.
+    features @ class matrix, top-1; None for a model without classes of its own.  `images_per_s` and `texts_per_s` are
+    the best over the batches tried.
     `peak_memory_bytes` is the greater of the two towers' processes, without the larger batches.
 
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, BUSY, SINGLE: one process has no interval).
