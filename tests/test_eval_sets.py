@@ -707,3 +707,115 @@ def test_training_scores_a_set_as_evaluate_does(own: FolderSet, captions: bool) 
     assert found == {name: result["sets"]["own"][name] for name in ("top1", "top1_low", "top1_high", "top5", "n")}
     assert found["n"] == len(data)
     assert 0.1 < found["top1"] < 1
+
+
+# The line, and clipkd evaluate
+
+
+@pytest.fixture
+def own_run(own: FolderSet, tmp_path: Path, tiny_recipe: Callable[..., Path], clipkd: Clipkd) -> Path:
+    """A run on the user's own classes and captions, the captions its headline, evaluated while it trains."""
+    root = Path(own.path)
+    rows = ["title\tfilepath", *(f"a glyph, number {index}\t{index:03d}/0.png" for index in range(13))]
+    (tmp_path / "pairs.tsv").write_text("\n".join(rows))
+    pairs = {"kind": "pairs", "name": "pairs", "file": "pairs.tsv", "images": str(root)}
+    path = tiny_recipe(
+        distill={"steps": 2, "batch_size": 8, "lr": 1e-3, "warmup": 0, "evaluate_every": 2},
+        evaluate={"headline": "pairs", "sets": [own.model_dump(mode="json"), pairs]},
+        profile={"processes": 1, "seconds": 0.05},
+    )
+    ended = clipkd("run", path, "--out", tmp_path / "run", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    for row in report["rows"]:
+        assert row["status"] == "ok"
+        assert row["num_eval_images"] == 13
+        assert row["accuracy"]["own"]["n"] == 39
+        assert row["retrieval"]["own"] == {}
+        assert row["top1"] == row["retrieval"]["pairs"]["image_to_text_r1"]
+    logged = [json.loads(line) for line in (tmp_path / "run/student/train.jsonl").read_text().splitlines()]
+    assert logged[-1]["accuracy"]["n"] == 13
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_on_sets_of_ones_own(own_run: Path, own: FolderSet, clipkd: Clipkd) -> None:
+    exported, student = own_run / "exported/student-onnxruntime-fp32", own_run / "student"
+    teacher = own_run / "exported/teacher-onnxruntime-fp32"
+    measured = json.loads((own_run / "measured/student-onnxruntime-fp32/cpu/evaluation.json").read_text())
+
+    said = clipkd("evaluate", exported, student, teacher, "--json")
+    document = json.loads(said.out)
+    assert [model["model"] for model in document["models"]] == [str(exported), str(student), str(teacher)]
+    assert document["models"][0] == {"model": str(exported), "sets": measured["sets"]}
+    assert document["models"][1]["sets"] == measured["sets"], "PyTorch and what ships answer alike"
+    same, other = (model["against_first"]["own"] for model in document["models"][1:])
+    assert (same["drop"], same["p"]) == (0, 1)
+    assert other["drop"] == pytest.approx(
+        document["models"][0]["sets"]["own"]["top1"] - document["models"][2]["sets"]["own"]["top1"]
+    )
+    assert "image_to_text" not in clipkd("evaluate", exported).out
+
+    ended = clipkd("predict", exported, Path(own.path) / "000/0.png")
+    assert ended.code == 2
+    assert "has no labels of its own; name some" in ended.err
+
+    shutil.copyfile(Path(own.path) / "000/0.png", Path(own.path) / "000/9.png")  # another set now
+    ended = clipkd("run", own_run / "recipe.yaml", "--out", own_run)
+    (Path(own.path) / "000/9.png").unlink()
+    lines = {line.split()[0]: line.split()[1] for line in ended.err.splitlines() if len(line.split()) > 1}
+    assert lines["student"] == "cached"
+    assert lines["student-onnxruntime-fp32"] == "cached", "the headline set has not changed"
+    assert lines["measured/student-onnxruntime-fp32"] == "done"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> None:
+    """Pictures of any size, one of them broken, and no classes: parity holds, and the file scores as PyTorch does."""
+    from export.measure import evaluate_models
+    from export.parity import check_parity
+    from export.to_onnx import export_onnx
+    from toolchain.models import save_model
+
+    rows = ["title\tfilepath"]
+    for index in range(101):
+        (tmp_path / f"{index}.jpg").write_bytes(jpeg(make_picture(30 + index, 80 - index // 2, index)))
+        rows.append(f"{'many ' * (index % 5)}picture number {index}\t{index}.jpg")
+    (tmp_path / "50.jpg").write_bytes(b"no picture")
+    (tmp_path / "val.tsv").write_text("\n".join(rows))
+    spec = EvaluateSpec(headline="own", sets=(PairsSet(kind="pairs", name="own", file=str(tmp_path / "val.tsv")),))
+    headline = open_set(spec.headline_set)
+    model = load_model(REPOSITORY / "recipes" / "glyphs_student", random_seed=0)
+    exported, checkpoint = tmp_path / "exported", tmp_path / "checkpoint"
+    exported.mkdir()
+    checkpoint.mkdir()
+    save_model(model, checkpoint)
+    export_onnx(model, exported, role="student", precision="fp32", headline=headline)
+    assert check_parity(exported, precision="fp32")["image"]["num_samples"] == 100
+    with np.load(exported / "parity.npz") as samples:
+        assert samples["pixels_BHWC"].shape == (100, 36, 40, 3), "to be resized, and cropped"
+    with np.load(exported / "classes.npz") as classes:
+        assert len(classes["names"]) == len(classes["features_KD"]) == 0
+    document = evaluate_models([exported, checkpoint], spec, lambda what, done, total: None)
+    ours, theirs = (scored["sets"]["own"] for scored in document["models"])
+    assert ours == theirs
+    assert ours["unreadable"] == {"n": 1, "first": [str(tmp_path / "50.jpg")]}
+    assert document["models"][1]["against_first"]["own"]["drop"] == 0
+
+
+def test_evaluate_refuses_what_is_no_model_and_what_no_recipe_names(tmp_path: Path, clipkd: Clipkd) -> None:
+    ended = clipkd("evaluate", tmp_path)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"error: {tmp_path}: in no run whose recipe would name the sets; name one: --recipe RECIPE\n"
+    ended = clipkd("evaluate", tmp_path, "--recipe", "glyphs")
+    assert ended.code == 2
+    assert f"{tmp_path}: neither an exported model (image.onnx) nor a checkpoint (open_clip_config.json)" in ended.err
+
+
+def test_a_missing_set_is_said_before_anything_is_trained(tmp_path: Path, clipkd: Clipkd) -> None:
+    section = "evaluate: {headline: own, sets: [{kind: folder, name: own, path: gone}]}\n"
+    ended = clipkd("run", recipe(tmp_path, section), "--out", tmp_path / "run")
+    assert ended.code == 2
+    assert f"evaluate.sets 'own'.path: {tmp_path}/gone: no such folder" in ended.err
+    assert not (tmp_path / "run" / "student").exists()
