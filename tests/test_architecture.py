@@ -27,6 +27,7 @@ TORCH_FREE = [
     "toolchain.shard_files",
     "toolchain.errors",
     "toolchain.evaluate",
+    "toolchain.eval_sets",
     "toolchain.report",
     "toolchain.report_page",
     "toolchain.glyphs",

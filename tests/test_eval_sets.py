@@ -422,7 +422,7 @@ def made_captions(num_images: int, seed: int = 0) -> tuple[EvalSet, Table, list[
         for text in texts
     }
     images_ND = unit(concept_ND + 0.6 * random.standard_normal(concept_ND.shape))
-    data = captions_set("made", pixels_NHWC, captions)  # type: ignore[arg-type]
+    data = captions_set("made", pixels_NHWC, captions)
     return data, Table(images_ND, features), counts
 
 
@@ -701,7 +701,7 @@ def test_training_scores_a_set_as_evaluate_does(own: FolderSet, captions: bool) 
     if captions:
         texts = [[template.format(data.texts[group]) for template in data.templates] for group in range(13)]
         firsts = [data.pictures[index] for index in range(0, 39, 3)]
-        data = captions_set("own", firsts, texts)  # type: ignore[arg-type]
+        data = captions_set("own", firsts, texts)
     found = headline_accuracy(data)(model, ALONE)
     result, _ = evaluate(TorchEncoders(model, torch.device("cpu")), [data], headline="own")
     assert found == {name: result["sets"]["own"][name] for name in ("top1", "top1_low", "top1_high", "top5", "n")}

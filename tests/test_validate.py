@@ -28,7 +28,7 @@ from toolchain.checkpoints import Checkpoints
 from toolchain.data import GlyphBatches
 from toolchain.distil import Engine, distil
 from toolchain.errors import ClipkdError, Interrupted
-from toolchain.eval_sets import classes_set
+from toolchain.eval_sets import EvalSet, captions_set, classes_set
 from toolchain.evaluate import evaluate, wilson
 from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.models import ClipModel, load_model
@@ -133,6 +133,23 @@ def scored(processes: Processes, count: int) -> dict[str, float]:
     return headline_accuracy(classes_set("stix", *stix(count), TEMPLATES))(load_model(TEACHER), processes)
 
 
+def uneven() -> EvalSet:
+    """Sixty pictures of seven classes, which two processes share in other places than the classes."""
+    images_KHWC, names = stix(60)
+    return classes_set("uneven", images_KHWC, names[:7], TEMPLATES, np.arange(60) % 7)
+
+
+def captioned() -> EvalSet:
+    """Sixty pictures of one to three captions."""
+    images_KHWC, names = stix(60)
+    captions = [[template.format(name) for template in TEMPLATES[: 1 + k % 3]] for k, name in enumerate(names)]
+    return captions_set("captioned", images_KHWC, captions)
+
+
+def scored_otherwise(processes: Processes) -> list[dict[str, float]]:
+    return [headline_accuracy(data)(load_model(TEACHER), processes) for data in (uneven(), captioned())]
+
+
 def tiny_data() -> GlyphBatches:
     return GlyphBatches(tiny_training_set(), 0, BATCH_SIZE, 2)
 
@@ -212,6 +229,7 @@ def both(folder: Path, teacher_folder: Path) -> dict[str, list[Any]]:
     teacher = str(teacher_folder)
     jobs: dict[str, tuple[Any, ...]] = {
         **{f"score {count}": (scored, count) for count in COUNTS},
+        "score otherwise": (scored_otherwise,),
         "whole": (together, whole, vit, teacher),
         "stopped": (together, parts, vit, teacher, 1),
         "continued": (together, parts, vit, teacher),
@@ -226,6 +244,13 @@ def both(folder: Path, teacher_folder: Path) -> dict[str, list[Any]]:
 def test_two_processes_score_as_one(both: dict[str, list[Any]], count: int) -> None:
     expected = headline_accuracy(classes_set("stix", *stix(count), TEMPLATES))(load_model(TEACHER), ALONE)
     assert both[f"score {count}"] == [expected, expected]
+
+
+def test_two_processes_score_as_one_whatever_belongs_together(both: dict[str, list[Any]]) -> None:
+    expected = scored_otherwise(ALONE)
+    assert both["score otherwise"] == [expected, expected]
+    assert [found["n"] for found in expected] == [60, 60]
+    assert 0.1 < expected[1]["top1"] < 1
 
 
 def test_the_weights_that_are_saved_score_what_was_logged(both: dict[str, list[Any]], folder: Path) -> None:

@@ -159,7 +159,9 @@ def classes_set(
     return EvalSet(name, pictures, list(names), tuple(templates), label_N, np.arange(len(names)), True, **more)
 
 
-def captions_set(name: str, pictures: Sequence[Picture], captions_N: Sequence[Sequence[str]], **more: Any) -> EvalSet:
+def captions_set(
+    name: str, pictures: Sequence[Picture] | NDArray[np.uint8], captions_N: Sequence[Sequence[str]], **more: Any
+) -> EvalSet:
     """A set of pictures with one or more captions each.
 
     Raises:
