@@ -42,6 +42,7 @@ from toolchain.recipe import (
 from toolchain.shard_files import expand, read_members
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow has decoders that should not see strangers' files
 _NO_PICTURES = frozenset({"Thumbs.db", "desktop.ini"})  # what file managers leave behind
 _IN_SHARDS = ("webp", "png", "jpg", "jpeg")  # CLIP_benchmark's order
 _NAMED = 3  # examples in a message
@@ -112,7 +113,7 @@ class EvalSet:
             with picture.path.open("rb") as file:
                 file.seek(picture.offset)
                 content = file.read() if picture.size_bytes is None else file.read(picture.size_bytes)
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 turned = ImageOps.exif_transpose(image) if self.upright else image
                 return turned.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damage
@@ -244,7 +245,7 @@ def _folder(spec: FolderSet) -> EvalSet:
 
 def _mapping(path: Path, where: str) -> dict[str, str]:
     try:
-        content = yaml.load("\n".join(_lines(path, where)), yaml.BaseLoader)  # every key a string: 007 and no are names
+        content = yaml.load(_text(path, where), yaml.BaseLoader)  # every key a string: 007 and no are names
     except yaml.YAMLError as error:
         raise UsageError(f"{where}.classes: {path}: not YAML: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
@@ -392,7 +393,7 @@ def _in_tars(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[
 def _karpathy(spec: KarpathySet) -> EvalSet:
     where, path, root = _where(spec), Path(spec.file), Path(spec.images)
     try:
-        rows = json.loads("\n".join(_lines(path, where)))["images"]
+        rows = json.loads(_text(path, where))["images"]
         rows = [row for row in rows if row["split"] == "test"]
         captions_N = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
         places = [(row.get("filepath", ""), row["filename"]) for row in rows]
@@ -467,13 +468,18 @@ def _where(spec: Any) -> str:
     return f"evaluate.sets {set_name(spec)!r}"
 
 
-def _lines(path: Path, where: str) -> list[str]:
+def _text(path: Path, where: str) -> str:
     try:
-        return re.split(r"\r\n|\n|\r", path.read_text(encoding="utf-8-sig").rstrip("\r\n"))
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UsageError(f"{where}: {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{where}: {path}: cannot be read: {error}") from None
+
+
+def _lines(path: Path, where: str) -> list[str]:
+    """Without splitlines' other line ends, which captions may hold."""
+    return re.split(r"\r\n|\n|\r", _text(path, where).rstrip("\r\n"))
 
 
 def _same(found: set[str], expected: set[str], what: str, expectation: str) -> None:
