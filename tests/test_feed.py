@@ -255,6 +255,26 @@ def test_an_error_is_raised_at_its_step_and_as_it_was(student: ClipModel, data: 
     assert str(caught.value) == "00000.tar: the image of sample 7 cannot be read"
 
 
+class Asking:
+    """Data whose captions say what a loader's process computes with."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        batch = self.data.batch(step, rows, geometries)
+        found = f"{torch.get_num_threads()} thread, tokenizers {os.environ.get('TOKENIZERS_PARALLELISM')}"
+        return replace(batch, captions_B=[found] * len(batch.captions_B))
+
+
+def test_loaders_compute_in_one_thread_each(student: ClipModel, data: GlyphBatches) -> None:
+    """Torch sees to its own threads, open_clip to those of Hugging Face's tokenizers: neither is ours to forget."""
+    torch.set_num_threads(2)  # until `one_thread` ends
+    asking: Any = Asking(data)
+    with closing(feed(asking, range(2), slice(None), student, None, 2)) as fed:
+        assert {caption for made in fed for caption in made.captions_b} == {"1 thread, tokenizers false"}
+
+
 def ended(processes: list[Any]) -> bool:
     """Whether all have ended, or do within a few seconds."""
     deadline = time.monotonic() + 10

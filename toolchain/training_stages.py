@@ -131,7 +131,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             accuracy = headline_accuracy(headline.images_KHWC, headline.names, glyphs.TEMPLATES)
         engine = Engine(
             processes,
-            _num_workers(data_spec, how),
+            _num_workers(data_spec, how, processes.device.type),
             how.checkpoint_steps,
             60 * how.checkpoint_minutes,
             how.keep_checkpoints,
@@ -172,11 +172,17 @@ def _data_fingerprint(spec: DataSpec) -> str:
     return fingerprint(expand(spec.shards))
 
 
-def _num_workers(spec: DataSpec, how: How) -> int:
-    """Unless told: none for glyphs, which cost little to draw; else the cores that training leaves free."""
+def _num_workers(spec: DataSpec, how: How, device: str) -> int:
+    """Unless told: none for glyphs, which cost little to draw; beside a GPU the cores that training leaves free.
+
+    Training on a CPU uses all its cores, and takes far longer for a picture than a loader does: one stays ahead of it.
+    """
     if how.workers is not None:
         return how.workers
-    return 0 if spec.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
+    if spec.kind == "glyphs":
+        return 0
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device == "cpu" else max(1, usable // how.size - 1)
 
 
 def _make_stage(how: How, path: Path, *, work: Callable[[Path], dict[str, Any]], **depends: Any) -> Stage:
