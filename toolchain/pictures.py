@@ -1,22 +1,24 @@
 """Pictures: from a file's bytes to the crop that a model is shown.
 
+Importing this needs no torch, with which crops are resized.
+
 H image size   R uniform random numbers
 """
 
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-from toolchain.data import Geometry
+if TYPE_CHECKING:
+    from toolchain.data import Geometry
 
-_FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow has decoders that should not see strangers' files
+FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow has decoders that should not see strangers' files
 _ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
@@ -49,7 +51,7 @@ def crop_box(
 
 
 def cropped(
-    content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: Sequence[Geometry]
+    content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: "Sequence[Geometry]"
 ) -> list[NDArray[np.uint8]]:
     """[H, H, 3] the same crop of a picture for every geometry, each as if no other had been asked for.
 
@@ -58,7 +60,7 @@ def cropped(
     """
     views: list[NDArray[np.uint8]] = []
     decoded: dict[int, Image.Image] = {}
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these turn it by a quarter
         box = crop_box(*size, crop_scale, random_R)
@@ -69,10 +71,10 @@ def cropped(
                 room = min(box[2] - box[0], box[3] - box[1]) / (_GAP * geometry.size)
                 scale = next((scale for scale in _SCALES if scale <= room), 1)
             if scale not in decoded:
-                fresh = Image.open(io.BytesIO(content), formats=_FORMATS) if decoded else image
+                fresh = Image.open(io.BytesIO(content), formats=FORMATS) if decoded else image
                 if scale > 1:
                     fresh.draft(None, (size[0] // scale, size[1] // scale))
-                decoded[scale] = _rgb(fresh if orientation == 1 else ImageOps.exif_transpose(fresh))
+                decoded[scale] = in_rgb(fresh if orientation == 1 else ImageOps.exif_transpose(fresh))
             if scale == 1:
                 if cut_HW4 is None:
                     cut_HW4 = _cut(decoded[1], box)
@@ -89,15 +91,18 @@ def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8
     return pixels_HW4[top:bottom, left:right].copy()  # torch wants to be able to write
 
 
-def _resized(picture_HWC: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
+def _resized(picture_HWC: NDArray[np.uint8], geometry: "Geometry") -> NDArray[np.uint8]:
     """[H, H, 3] as Pillow resizes, but for rounding, in a seventh of the time: torch does it in vector instructions."""
+    import torch
+    import torch.nn.functional as F
+
     picture_1CHW = torch.from_numpy(picture_HWC).permute(2, 0, 1)[None]
     size = (geometry.size, geometry.size)
     view_1CHH = F.interpolate(picture_1CHW, size, mode=geometry.interpolation, antialias=True)
     return view_1CHH[0, :3].permute(1, 2, 0).numpy()
 
 
-def _resized_between_pixels(image: Image.Image, box: Sequence[float], geometry: Geometry) -> NDArray[np.uint8]:
+def _resized_between_pixels(image: Image.Image, box: Sequence[float], geometry: "Geometry") -> NDArray[np.uint8]:
     """A box whose edges lie between pixels, which only Pillow resizes."""
     resampling = Image.Resampling[geometry.interpolation.upper()]
     left, top, right, bottom = box
@@ -105,7 +110,7 @@ def _resized_between_pixels(image: Image.Image, box: Sequence[float], geometry: 
     return np.asarray(image.resize(size, resampling, box=(left, top, right, bottom), reducing_gap=_GAP))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def in_rgb(image: Image.Image) -> Image.Image:
     """In RGB, what is transparent on white, of 16 bits the upper 8."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
