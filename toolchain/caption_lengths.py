@@ -1,4 +1,4 @@
-"""How long captions are in the tokens of CLIP's stock tokenizer, without torch; or in words where that is not installed.
+"""How long captions are in tokens of CLIP's stock tokenizer, without torch; in words where it is not installed.
 
 The vocabulary is the file that open_clip brings; reading it imports nothing of open_clip's.
 """
@@ -17,7 +17,7 @@ _PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def counter() -> tuple[str, Callable[[str], int]]:
-    """"tokens" or "words", and a function that counts them in a caption; of tokens, the start and the end count."""
+    """ "tokens" or "words", and a function that counts them in a caption; of tokens, the start and the end count."""
     found = importlib.util.find_spec("open_clip")
     folders = list(found.submodule_search_locations or []) if found else []
     vocabulary = Path(folders[0]) / "bpe_simple_vocab_16e6.txt.gz" if folders else None

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from toolchain import caption_lengths
 from toolchain.recipe import DataSpec
-from toolchain.samples import Broken, Looked, Sample, look, places
+from toolchain.samples import Broken, Looked, Place, examined, num_places, places
 
 CONTEXT = 77
 """Tokens that CLIP reads of a caption, its start and end among them."""
@@ -41,12 +41,7 @@ def inspect(
     Raises:
         UsageError, ClipkdError: as `toolchain.samples.places`.
     """
-    total = 0
-    for _ in places(spec):
-        total += 1
-        if total % 1000 == 0:
-            progress("listing samples", total, total)
-    # random's methods, not NumPy's: the same choice with every version of either
+    total = num_places(spec, progress)
     chosen = set(random.Random(0).sample(range(total), sample)) if sample is not None and sample < total else None
     num_chosen = total if chosen is None else len(chosen)
     shown = set(random.Random(1).sample(range(num_chosen), min(num_chosen, _COLUMNS * _ROWS)))
@@ -61,13 +56,11 @@ def inspect(
     cells: list[tuple[Image.Image, str]] = []
     for number, place in enumerate(_chosen(spec, chosen)):
         progress("reading samples", number + 1, num_chosen)
-        read = place()
-        looked = look(read, _PICTURE_PX if number in shown else 1) if isinstance(read, Sample) else read
-        if isinstance(read, Broken) or isinstance(looked, Broken):
-            damage = read if isinstance(read, Broken) else looked
-            assert isinstance(damage, Broken)
-            broken[damage.reason].append(damage.where + (f": {damage.detail}" if damage.detail else ""))
+        found = examined(place, _PICTURE_PX if number in shown else 1)
+        if isinstance(found, Broken):
+            broken[found.reason].append(found.where + (f": {found.detail}" if found.detail else ""))
             continue
+        read, looked = found
         formats[looked.format] += 1
         sizes.append((looked.width, looked.height, len(read.picture)))
         lengths += [length_of(caption) for caption in read.captions]
@@ -99,7 +92,7 @@ def inspect(
     }
 
 
-def _chosen(spec: DataSpec, chosen: set[int] | None) -> Iterator[Callable[[], Sample | Broken]]:
+def _chosen(spec: DataSpec, chosen: set[int] | None) -> Iterator[Place]:
     return (place for number, place in enumerate(places(spec)) if chosen is None or number in chosen)
 
 

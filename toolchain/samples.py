@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from toolchain import shard_files
 from toolchain.errors import ClipkdError
 from toolchain.pictures import FORMATS, in_rgb
 from toolchain.recipe import DataSpec, GlyphsSpec
 from toolchain.shard_files import Member, expand, read_members
 
+_PROGRESS_EVERY = 1000
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -57,14 +59,31 @@ def places(spec: DataSpec) -> Iterator[Place]:
         yield from _places_in_shard(path)
 
 
-def samples(spec: DataSpec) -> Iterator[Sample | Broken]:
-    """Every sample of a source in order, read.
+def num_places(spec: DataSpec, progress: Callable[[str, int, int], None]) -> int:
+    """How many samples a source has, the broken ones among them.
 
     Raises:
         UsageError, ClipkdError: as `places`.
     """
-    for place in places(spec):
-        yield place()
+    total = 0
+    for _ in places(spec):
+        total += 1
+        if total % _PROGRESS_EVERY == 0:
+            progress("listing samples", total, total)
+    return total
+
+
+def fingerprint(spec: DataSpec) -> str:
+    """What the samples depend on, without reading them.
+
+    Raises:
+        UsageError: as `places`.
+    """
+    if isinstance(spec, GlyphsSpec):
+        from toolchain import glyphs
+
+        return glyphs.fingerprint()
+    return shard_files.fingerprint(expand(spec.shards))
 
 
 # Webdataset shards
@@ -89,7 +108,7 @@ def _places_in_shard(path: Path) -> Iterator[Place]:
 
 
 def _read_from_shard(path: Path, key: str, files: dict[str, Member]) -> Sample | Broken:
-    where = f"{path}: {key}"
+    where = f"{path}: {key}".encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # whatever bytes it has
     picture = next((files[kind] for kind in _PICTURES if kind in files), None)
     caption = files.get("txt") or files.get("json")
     if picture is None:
@@ -126,6 +145,7 @@ def captions_of(content: bytes, *, is_json: bool) -> tuple[str, ...]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError('"caption" is neither text nor a list of texts')
     captions = tuple(text.strip() for text in texts if text.strip())
+    "".join(captions).encode()  # JSON can spell half a character
     if not captions:
         raise ValueError("it is blank")
     return captions
@@ -167,7 +187,7 @@ class Looked(NamedTuple):
     """RGB, perhaps at reduced scale."""
 
 
-def look(sample: Sample, small_px: int = 64) -> Looked | Broken:
+def look(sample: Sample, small_px: int) -> Looked | Broken:
     """Decode a picture to its end, as cheaply as its format allows; `small` has at least `small_px` where it can.
 
     A JPEG is decoded at reduced scale, which still reads all of its data.
@@ -184,3 +204,12 @@ def look(sample: Sample, small_px: int = 64) -> Looked | Broken:
         return Broken(sample.where, "the picture is too large", str(error))
     except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
         return Broken(sample.where, "the picture cannot be decoded", f"{error} ({type(error).__name__})")
+
+
+def examined(place: Place, small_px: int = 1) -> tuple[Sample, Looked] | Broken:
+    """A sample read, and its picture decoded as `look` does; or what is wrong with either."""
+    sample = place()
+    if isinstance(sample, Broken):
+        return sample
+    looked = look(sample, small_px)
+    return looked if isinstance(looked, Broken) else (sample, looked)
