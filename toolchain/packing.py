@@ -55,24 +55,28 @@ def pack(
     asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
     _make_folder(out)
     with held(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
-        done = _read(out / INDEX)
-        if done is not None:
-            _refuse_others(out, asked, done)
-            return done
-        state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
-        _refuse_others(out, asked, state)
-        _write(out / _PROGRESS, state)
-        total = num_places(spec, progress)
-        rest = itertools.islice(places(spec), state["passed"], None)
-        while state["passed"] < total:
-            _add_shard(out, state, rest, lambda passed: progress("packing samples", passed, total))
-            _write(out / _PROGRESS, state)
-        sums = {what: sum(shard[what] for shard in state["shards"]) for what in ("samples", "captions", "bytes")}
-        index = {**asked, **sums, "left_out": state["left_out"], "shards": state["shards"]}
-        _write(out / INDEX, index)
+        index = _read(out / INDEX)
+        if index is None:
+            index = _packed(spec, out, asked, progress)
+            _write(out / INDEX, index)
+        _refuse_others(out, asked, index)
         for name in (_PROGRESS, _SHARD_PARTIAL):
             (out / name).unlink(missing_ok=True)
         return index
+
+
+def _packed(spec: DataSpec, out: Path, asked: Document, progress: Callable[[str, int, int], None]) -> Document:
+    """The index of all shards, once they are there."""
+    state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
+    _refuse_others(out, asked, state)
+    _write(out / _PROGRESS, state)
+    total = num_places(spec, progress)
+    rest = itertools.islice(places(spec), state["passed"], None)
+    while state["passed"] < total:
+        _add_shard(out, state, rest, lambda passed: progress("packing samples", passed, total))
+        _write(out / _PROGRESS, state)
+    sums = {what: sum(shard[what] for shard in state["shards"]) for what in ("samples", "captions", "bytes")}
+    return {**asked, **sums, "left_out": state["left_out"], "shards": state["shards"]}
 
 
 def _add_shard(out: Path, state: Document, rest: Iterator[Place], passed: Callable[[int], None]) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from toolchain import shard_files
-from toolchain.errors import ClipkdError
+from toolchain.errors import ClipkdError, UsageError
 from toolchain.pictures import FORMATS, in_rgb
-from toolchain.recipe import DataSpec, GlyphsSpec
+from toolchain.recipe import DataSpec, GlyphsSpec, WebdatasetSpec, load_recipe, recipe_path, shipped_recipes
 from toolchain.shard_files import Member, expand, read_members
 
 _PROGRESS_EVERY = 1000
@@ -43,6 +43,27 @@ class Broken(NamedTuple):
 
 Place = Callable[[], Sample | Broken]
 """A sample that has not been read yet; whoever calls it reads it."""
+
+
+def source_spec(source: str, kind: str | None) -> DataSpec:
+    """The training data of a recipe; or, with a kind, what a path or pattern of that kind names.
+
+    Raises:
+        UsageError: there is no such recipe, it has no data, or nothing of this kind is named by a path alone.
+    """
+    if kind is None:
+        try:
+            recipe = load_recipe(recipe_path(source))
+        except UsageError as error:
+            if Path(source).suffix in (".yaml", ".yml") or source in shipped_recipes():
+                raise
+            raise UsageError(f"{error}. For a path or pattern of data, say its kind: --kind webdataset") from None
+        if recipe.data is None:
+            raise UsageError(f"{source}: this recipe has no data")
+        return recipe.data
+    if kind == "webdataset":
+        return WebdatasetSpec(kind="webdataset", shards=(source,))
+    raise UsageError(f"--kind {kind}: a path alone names data of kind webdataset; write a recipe with the rest")
 
 
 def places(spec: DataSpec) -> Iterator[Place]:
