@@ -1,22 +1,19 @@
 """Packing: the same pictures and captions, damage counted exactly, the same bytes whatever ends a process."""
 
 import hashlib
-import io
 import itertools
 import json
-import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, jpeg, make_picture, make_shards, write_tar
-from PIL import Image
+from conftest import REPOSITORY, make_picture, make_shards, write_tar
+from hostile import PICTURE, hostile, saved
 
 from toolchain import packing
 from toolchain.data import Geometry
@@ -27,7 +24,6 @@ from toolchain.samples import Broken, Sample, places
 from toolchain.shards import ShardBatches
 
 GEOMETRY = Geometry(32, "bicubic")
-PICTURE = jpeg(make_picture(60, 50, seed=0))
 
 
 @pytest.fixture(autouse=True)
@@ -57,22 +53,6 @@ def good(spec: WebdatasetSpec) -> list[tuple[bytes, tuple[str, ...]]]:
 
 def files_of(out: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
-
-
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    encoded = io.BytesIO()
-    picture.save(encoded, kind, **options)
-    return encoded.getvalue()
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG's header, and nothing behind it."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_what_is_packed_is_what_was_there(folder: Path, tmp_path: Path) -> None:
@@ -117,50 +97,6 @@ def test_several_captions_are_kept(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
         suffixes = [name.partition(".")[2] for name in archive.getnames()]
     assert suffixes == ["png", "json", "png", "txt", "png", "json"]
-
-
-def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
-    """Samples by key and kind of file, every sort of damage among good ones; and what is wrong with the damaged."""
-    picture = make_picture(64, 48, seed=1)
-    pixels_HW3 = np.asarray(picture)
-    good = {
-        "one_pixel": saved(picture.resize((1, 1)), "JPEG"),
-        "cmyk": saved(picture.convert("CMYK"), "JPEG"),
-        "palette": saved(picture.quantize(7), "PNG"),
-        "sixteen_bits": saved(Image.fromarray(pixels_HW3[..., 0].astype(np.uint16) * 257), "PNG"),
-        "gray": saved(picture.convert("L"), "JPEG"),
-        "turned": saved(picture, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
-        "animated": saved(picture, "WEBP", save_all=True, append_images=[picture.rotate(90)]),
-        "progressive": saved(picture, "JPEG", progressive=True),
-        "png_called_jpg": saved(picture, "PNG"),
-    }
-    samples = {key: {"jpg": content, "txt": b"fine"} for key, content in good.items()}
-    whole_png = saved(picture, "PNG")
-    undecodable = {
-        "cut_jpeg": PICTURE[: len(PICTURE) // 2],
-        "cut_png": whole_png[: len(whole_png) // 2],
-        "cut_webp": good["animated"][:200],
-        "text": b"<html>404 not found</html>",
-        "gif": saved(picture, "GIF"),
-        "zeros": bytes(1000),
-        "flipped_png": whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:],
-    }
-    too_large = {"huge": png_that_claims(20_000, 20_000), "large": png_that_claims(10_000, 10_000)}
-    unreadable = {"latin1": "é".encode("latin1"), "blank": b" \n\t", "empty": b""}
-    json_unreadable = {"list": b"[1]", "number": b'{"caption": 3}', "half": b'{"caption": "\\ud800"}', "open": b"{"}
-    damaged = {}
-    for key, content in undecodable.items():
-        samples[key], damaged[key] = {"jpg": content, "txt": b"x"}, "the picture cannot be decoded"
-    for key, content in too_large.items():
-        samples[key], damaged[key] = {"png": content, "txt": b"x"}, "the picture is too large"
-    for key, content in unreadable.items():
-        samples[key], damaged[key] = {"jpg": PICTURE, "txt": content}, "the caption cannot be read"
-    for key, content in json_unreadable.items():
-        samples[key], damaged[key] = {"jpg": PICTURE, "json": content}, "the caption cannot be read"
-    samples["no_bytes"], damaged["no_bytes"] = {"jpg": b"", "txt": b"x"}, "the picture's file is empty"
-    samples["alone"], damaged["alone"] = {"jpg": PICTURE}, "no caption"
-    samples["imagined"], damaged["imagined"] = {"txt": b"x", "json": b"{}"}, "no picture"
-    return samples, damaged
 
 
 def test_damage_is_left_out_and_counted_exactly(tmp_path: Path) -> None:
