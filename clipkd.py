@@ -337,7 +337,10 @@ def students(
         raise GateError(f"no candidate takes at most {max_ms:g} ms here")
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at training data, or pack it into shards.")
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at training data, or pack it into shards.\n\nExample: [bold]clipkd data inspect glyphs[/]",
+)
 app.add_typer(data_app, name="data")
 
 SourceArg = Annotated[

@@ -1,13 +1,15 @@
 """Inspecting: every number against its definition on sources whose contents are known."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import jpeg, make_picture, make_shards, write_tar
+from conftest import REPOSITORY, jpeg, make_picture, make_shards, write_tar
 from hostile import hostile
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
@@ -156,3 +158,41 @@ def test_a_source_is_a_recipe_or_says_its_kind(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             source_spec(source, kind)
+
+
+# The command line, where torch cannot be imported.
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "open_clip", "timm", "transformers"):
+    sys.modules[name] = None
+import clipkd
+clipkd.main()
+"""
+
+
+def without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_commands_need_no_torch_and_keep_stdout_for_the_result(tmp_path: Path) -> None:
+    make_shards(tmp_path / "mine", 2, 3, sizes=(20, 30))
+    write_tar(tmp_path / "mine" / "00002.tar", [("[red]a.jpg", b"no"), ("[red]a.txt", b"x")])
+    source, out = [tmp_path / "mine" / "{00000..00002}.tar", "--kind", "webdataset"], tmp_path / "out"
+    inspected = without_torch("data", "inspect", *source, "--json")
+    assert (inspected.returncode, inspected.stderr) == (0, "")
+    document = json.loads(inspected.stdout)
+    assert (document["samples"], document["good"], document["caption_length"]["unit"]) == (7, 6, "words")
+    shown = without_torch("data", "inspect", *source)
+    assert "[red]a" in shown.stdout.replace("\n", "")
+    packed = without_torch("data", "pack", *source, "--out", out)
+    assert packed.returncode == 0
+    assert packed.stdout == f"{out / 'index.json'}\n"
+    assert "left out 1: the picture cannot be decoded" in packed.stderr
+    assert "6 samples in 1 shard(s)" in packed.stderr
+    again = without_torch("data", "pack", *source, "--out", out, "--json")
+    assert json.loads(again.stdout) == {"path": str(out), **json.loads((out / "index.json").read_text())}
+    refused = without_torch("data", "inspect", tmp_path / "mine" / "00000.tar")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--kind webdataset" in refused.stderr
