@@ -16,6 +16,9 @@ bicubic.  The worst picture counts.
 
 Pictures are made: random fields whose contrast falls with scale as photographs' does, gradients, edges and text, as
 JPEGs of quality 90 (some 70 kB at 512 px; the two photographs that scikit-learn ships have 51 and 92 kB so).
+Then rates of the rest, for the table of docs/data.md (benchmarks/data_table.py): inspecting and packing, and a teacher
+ViT-B/16 in float32 on one picture and one caption, each on one core, samples of 256 px.
+
 The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
 """
 
@@ -41,12 +44,19 @@ import torch
 from claims import claim, finish
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from train_step import make_batch
 from webdataset.tariterators import tar_file_expander
 
 from toolchain import pictures
 from toolchain.data import Geometry
-from toolchain.recipe import WebdatasetSpec
+from toolchain.inspection import inspect
+from toolchain.models import build_model
+from toolchain.packing import pack
+from toolchain.processes import ALONE
+from toolchain.recipe import ModelSpec, WebdatasetSpec
 from toolchain.shards import ShardBatches
+from toolchain.teacher import live_teacher
+from toolchain.trimming import trim_tokens
 from toolchain.views import uniforms
 
 MIN_SPEEDUP = {512: 2.0, 256: 1.2}
@@ -54,6 +64,7 @@ MIN_PSNR_DB = 40.0
 GEOMETRY = Geometry(224, "bicubic")
 CROP_SCALE = (0.9, 1.0)
 BATCH, SHARDS, QUALITY = 16, 4, 90
+SAMPLES_TO_PACK = 100  # of each shard
 WORDS = "a an the of on in with and near old red small large dog cat street house tree man woman child boat sea"
 
 
@@ -78,7 +89,14 @@ def main() -> None:
             )  # fmt: skip
             claims.append(claim(f"worst picture to the plain path, {size} px", measured["psnr_db"], "dB", ">=",
                                 MIN_PSNR_DB))  # fmt: skip
-    finish("data", claims, threads=torch.get_num_threads(), samples=arguments.samples, sizes=found)
+        rates = {"decoding an epoch": found["256"]["images_per_s"]["clipkd"]}
+        rates |= rates_of_commands(Path(scratch) / "many", contents)
+    rates["teacher"] = rate_of_teacher()
+    print("\n| on one core, 256 px | samples/s |\n|---|---|")
+    for what, rate in rates.items():
+        print(f"| {what} | {rate:.1f} |")
+    rates = {what: round(rate, 3) for what, rate in rates.items()}
+    finish("data", claims, threads=1, samples=arguments.samples, sizes=found, samples_per_s=rates)
 
 
 def compare(pattern: str, contents: list[bytes], rounds: int) -> dict[str, Any]:
@@ -223,23 +241,66 @@ class Clock:
         return {part: 1e3 * statistics.median(seconds) for part, seconds in self.seconds.items()}
 
 
+# The rest of the line
+
+
+def rates_of_commands(folder: Path, contents: list[bytes]) -> dict[str, float]:
+    """Samples a second of inspecting and packing, what they need to start left out: by the time of more samples."""
+    write_shards(folder, [contents[sample % len(contents)] for sample in range(SHARDS * SAMPLES_TO_PACK)])
+    paths = [str(folder / f"{shard:05d}.tar") for shard in range(SHARDS)]
+    one, all_ = (WebdatasetSpec(kind="webdataset", shards=tuple(some)) for some in (paths[:1], paths))
+    commands: dict[str, Callable[[WebdatasetSpec, int], Any]] = {
+        "clipkd data inspect": lambda spec, _: inspect(spec),
+        "clipkd data pack": lambda spec, round_: pack(spec, folder / f"{len(spec.shards)}.{round_}"),
+    }
+    rates = {}
+    for name, command in commands.items():
+        taken = []
+        for round_ in range(6):
+            seconds = []
+            for spec in (one, all_):
+                started = time.perf_counter()
+                command(spec, round_)
+                seconds.append(time.perf_counter() - started)
+            taken.append((seconds[1] - seconds[0]) / ((SHARDS - 1) * SAMPLES_TO_PACK))
+        rates[name] = 1 / statistics.median(taken[1:])
+    return rates
+
+
+def rate_of_teacher() -> float:
+    teacher = live_teacher(build_model(ModelSpec(model="ViT-B-16"), seed=0), "fp32", ALONE.device)
+    taken = []
+    with torch.no_grad():
+        for seed in range(4):
+            pixels, ids_BT = make_batch(BATCH, seed)
+            started = time.perf_counter()
+            teacher.image_features(pixels)
+            teacher.text_features(trim_tokens(teacher.model.net, ids_BT))
+            taken.append((time.perf_counter() - started) / BATCH)
+    return 1 / statistics.median(taken[1:])
+
+
 # The pictures
 
 
 def make_shards(folder: Path, number: int, size: int) -> list[bytes]:
     """Shards as img2dataset writes them, and their pictures' bytes."""
-    folder.mkdir(parents=True)
     contents = [make_jpeg(size, seed) for seed in range(number)]
+    write_shards(folder, contents)
+    return contents
+
+
+def write_shards(folder: Path, contents: list[bytes]) -> None:
+    folder.mkdir(parents=True)
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for sample in range(shard, number, SHARDS):
+            for sample in range(shard, len(contents), SHARDS):
                 caption = " ".join(np.random.default_rng(sample).choice(WORDS.split(), 10))
-                about = json.dumps({"caption": caption, "width": size, "height": size, "status": "success"})
+                about = json.dumps({"caption": caption, "key": f"{sample:09d}", "status": "success"})
                 for kind, content in (("jpg", contents[sample]), ("json", about.encode()), ("txt", caption.encode())):
                     info = tarfile.TarInfo(f"{sample:09d}.{kind}")
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
-    return contents
 
 
 def make_jpeg(size: int, seed: int) -> bytes:

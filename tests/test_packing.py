@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, make_picture, make_shards, write_tar
 from hostile import PICTURE, hostile, saved
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from toolchain import packing
 from toolchain.data import Geometry
@@ -97,6 +100,30 @@ def test_several_captions_are_kept(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
         suffixes = [name.partition(".")[2] for name in archive.getnames()]
     assert suffixes == ["png", "json", "png", "txt", "png", "json"]
+
+
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts_N=st.lists(TEXTS, min_size=1, max_size=4))
+def test_any_caption_is_kept(tmp_path: Path, texts_N: list[list[str]]) -> None:
+    """Line ends, marks, controls, whatever alphabet: what was read is read again."""
+    members = [
+        (f"{number}.{kind}", content)
+        for number, texts in enumerate(texts_N)
+        for kind, content in (("jpg", PICTURE), ("json", json.dumps({"caption": texts}).encode()))
+    ]
+    with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+        source = spec_of(write_tar(Path(scratch) / "a.tar", members))
+        index = pack(source, Path(scratch) / "out")
+        readable = [texts for texts in texts_N if any(text.strip() for text in texts)]
+        assert [captions for _, captions in good(source)] == [
+            tuple(text.strip() for text in texts if text.strip()) for texts in readable
+        ]
+        assert sum(found["count"] for found in index["left_out"].values()) == len(texts_N) - len(readable)
+        if readable:
+            assert good(spec_of_packed(Path(scratch) / "out")) == good(source)
 
 
 def test_damage_is_left_out_and_counted_exactly(tmp_path: Path) -> None:

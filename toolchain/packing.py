@@ -121,7 +121,8 @@ def _files(sample: Sample, suffix: str) -> list[tuple[str, bytes]]:
     picture = [(suffix, sample.picture)]
     if not sample.captions:
         return picture
-    if len(sample.captions) == 1:
+    # A mark of byte order that begins a text would be taken for the file's and dropped.
+    if len(sample.captions) == 1 and not sample.captions[0].startswith("\ufeff"):
         return [*picture, ("txt", sample.captions[0].encode())]
     return [*picture, ("json", json.dumps({"caption": list(sample.captions)}, ensure_ascii=False).encode())]
 
