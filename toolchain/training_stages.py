@@ -151,7 +151,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         how,
         out / name,
         kind="distil",
-        version=2,
+        version=3,
         fields={"seed": recipe.seed, "data": data_spec.model_dump(), "distill": spec.model_dump()} | evaluated,
         fingerprints={"data": _data_fingerprint(data_spec), "student": fingerprint(recipe.student)},
         inputs={"teacher": teacher} if teacher else {},
@@ -242,7 +242,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     stage = run_stage(
         out / name,
         kind="quantize",
-        version=2,
+        version=3,
         fields={
             "seed": recipe.seed,
             "data": data_spec.model_dump(),
