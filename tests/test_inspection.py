@@ -118,6 +118,13 @@ def test_nothing_good_is_no_error(tmp_path: Path) -> None:
         assert page.format == "PNG"
 
 
+def test_a_sheet_that_cannot_be_written_is_refused_before_reading(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for sheet in (tmp_path / "file" / "sheet.png", tmp_path):
+        with pytest.raises(UsageError, match="cannot be written"):
+            inspect(spec_of(tmp_path / "absent.tar"), sheet=sheet)
+
+
 def test_the_sheet_shows_the_pictures_in_order(tmp_path: Path) -> None:
     members = [("broken.jpg", b"no"), ("broken.txt", b"not shown")]
     pictures = [make_picture(160, 160, seed) for seed in range(11)]

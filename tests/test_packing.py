@@ -261,6 +261,13 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path, monkeyp
     refused(ArtifactError, lambda: pack(source, tmp_path / "file"))
 
 
+def test_a_shard_that_goes_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("x.jpg", PICTURE), ("x.txt", b"x")])
+    (place,) = places(spec_of(path))
+    path.unlink()
+    assert refused(ClipkdError, place) == f"{path}: cannot be read: No such file or directory"
+
+
 def test_glyphs_have_nothing_to_pack(tmp_path: Path) -> None:
     assert "nothing to pack" in refused(UsageError, lambda: pack(GlyphsSpec(kind="glyphs"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()

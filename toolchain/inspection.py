@@ -1,5 +1,6 @@
 """What is in a source of training data: numbers, sizes, lengths, repetitions, damage, and a sheet of pictures."""
 
+import errno
 import hashlib
 import random
 import textwrap
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from toolchain import caption_lengths
+from toolchain.errors import UsageError
 from toolchain.recipe import DataSpec
 from toolchain.samples import Broken, Looked, Place, examined, num_places, places
 
@@ -39,8 +41,11 @@ def inspect(
     differ.  `sheet`: where to write a PNG of some of the pictures.
 
     Raises:
-        UsageError, ClipkdError: as `toolchain.samples.places`.
+        UsageError: the sheet cannot be written; or as `toolchain.samples.places`.
+        ClipkdError: as `toolchain.samples.places`.
     """
+    if sheet is not None:
+        _make_room(sheet)  # before an hour of reading
     total = num_places(spec, progress)
     chosen = set(random.Random(0).sample(range(total), sample)) if sample is not None and sample < total else None
     num_chosen = total if chosen is None else len(chosen)
@@ -135,10 +140,23 @@ def _write_sheet(path: Path, cells: Sequence[tuple[Image.Image, str]]) -> None:
         draw.rectangle([x - 1, y - 1, x + _PICTURE_PX, y + _PICTURE_PX], outline=(210, 210, 210))
         for line, words in enumerate(_lines(said, font)):
             draw.text((x, y + _PICTURE_PX + 4 + line * (_TEXT_PX + 3)), words, font=font, fill=(40, 40, 40))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    page.save(partial, "PNG")
-    partial.replace(path)
+    page.save(_partial(path), "PNG")
+    _partial(path).replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _make_room(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise UsageError(f"--sheet {path}: cannot be written: {error.strerror}. Name another file") from None
 
 
 def _lines(said: str, font: Any) -> list[str]:

@@ -140,6 +140,7 @@ def _note(left_out: Document, damage: Broken) -> None:
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / _LOCK).touch()
         others = sorted(path.name for path in out.iterdir() if path.name != _LOCK and path.suffix != ".partial")
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be used as a folder: {error.strerror}. Choose another --out") from None

@@ -136,8 +136,11 @@ def _read_from_shard(path: Path, key: str, files: dict[str, Member]) -> Sample |
         return Broken(where, "no picture", f"only {', '.join(sorted(files))}")
     if caption is None:
         return Broken(where, "no caption", f"only {', '.join(sorted(files))}")
-    with path.open("rb") as file:
-        contents = [_read(file, member) for member in (picture, caption)]
+    try:
+        with path.open("rb") as file:
+            contents = [_read(file, member) for member in (picture, caption)]
+    except OSError as error:
+        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
     if not contents[0]:
         return Broken(where, "the picture's file is empty")
     try:
