@@ -105,7 +105,7 @@ def test_several_captions_are_kept(tmp_path: Path) -> None:
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts_N=st.lists(TEXTS, min_size=1, max_size=4))
 def test_any_caption_is_kept(tmp_path: Path, texts_N: list[list[str]]) -> None:
     """Line ends, marks, controls, whatever alphabet: what was read is read again."""
@@ -256,6 +256,7 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path, monkeyp
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "00000.tar").write_bytes(b"precious")
     assert "holds 00000.tar" in refused(ArtifactError, lambda: pack(source, tmp_path / "mine"))
+    assert list((tmp_path / "mine").iterdir()) == [tmp_path / "mine" / "00000.tar"]
     assert (tmp_path / "mine" / "00000.tar").read_bytes() == b"precious"
     (tmp_path / "file").write_text("")
     refused(ArtifactError, lambda: pack(source, tmp_path / "file"))

@@ -140,11 +140,13 @@ def _note(left_out: Document, damage: Broken) -> None:
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / _LOCK).touch()
         others = sorted(path.name for path in out.iterdir() if path.name != _LOCK and path.suffix != ".partial")
+        foreign = bool(others) and INDEX not in others and _PROGRESS not in others
+        if not foreign:
+            (out / _LOCK).touch()
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be used as a folder: {error.strerror}. Choose another --out") from None
-    if others and INDEX not in others and _PROGRESS not in others:
+    if foreign:
         raise ArtifactError(
             f"{out}: holds {others[0]} and no shards of clipkd's; they would be mixed. Choose another --out"
         )
