@@ -373,6 +373,77 @@ def students(
         raise GateError(f"no candidate takes at most {max_ms:g} ms here")
 
 
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at training data, or pack it into shards.\n\nExample: [bold]clipkd data inspect glyphs[/]",
+)
+app.add_typer(data_app, name="data")
+
+SourceArg = Annotated[
+    str, typer.Argument(help="A recipe, for its data; or, with --kind, a path or pattern.", metavar="SOURCE")
+]
+KindOpt = Annotated[str | None, typer.Option("--kind", help="What a path is: webdataset. Never guessed.")]
+
+
+@data_app.command("inspect")
+def inspect_data(
+    source: SourceArg,
+    kind: KindOpt = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Read only so many samples, chosen by chance.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a PNG of some of the pictures here.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Say what training data holds: numbers, sizes, caption lengths, duplicates, and what is broken; needs no torch.
+
+    Example: [bold]clipkd data inspect "data/cc3m/{00000..00331}.tar" --kind webdataset --sheet cc3m.png[/]
+    """
+    from toolchain.inspection import inspect
+    from toolchain.samples import source_spec
+
+    spec = source_spec(source, kind)
+    with _progress() as screen:
+        screen.starts("inspect")
+        document = inspect(spec, sample=sample, sheet=sheet, progress=screen.progress)
+    if as_json:
+        stdout.print_json(json.dumps({"source": source, **document}))
+        return
+    _print_inspection(document)
+
+
+@data_app.command("pack")
+def pack_data(
+    source: SourceArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the shards.")],
+    kind: KindOpt = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each shard but the last.")] = 10_000,
+    as_json: JsonOpt = False,
+) -> None:
+    """Write training data as webdataset shards with an index: pictures as they are, without what is damaged.
+
+    Interrupted, even by kill -9, the same command continues and ends with the same bytes.
+
+    Example: [bold]clipkd data pack my.yaml --out data/mine[/]
+    """
+    from toolchain.packing import INDEX, pack
+    from toolchain.samples import source_spec
+
+    spec = source_spec(source, kind)
+    with _progress() as screen:
+        screen.starts("pack")
+        index = pack(spec, out, samples_per_shard=samples_per_shard, progress=screen.progress)
+    for reason, found in index["left_out"].items():
+        examples = "\n  ".join(found["examples"])
+        stderr.print(
+            f"left out {found['count']:,}: {reason}\n  {examples}", markup=False, highlight=False, soft_wrap=True
+        )
+    if as_json:
+        stdout.print_json(json.dumps({"path": str(out), **index}))
+        return
+    shards, samples = len(index["shards"]), index["samples"]
+    stderr.print(f"{samples:,} samples in {shards:,} shard(s), {index['bytes'] / 1e6:,.1f} MB", highlight=False)
+    stdout.print(str(out / INDEX), soft_wrap=True, highlight=False, markup=False)
+
+
 recipes_app = typer.Typer(invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 
@@ -684,6 +755,47 @@ def _print_evaluation(document: dict[str, Any]) -> None:
             first = ", ".join(scores["unreadable"]["first"])
             said = f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: {first}"
             stderr.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_inspection(document: dict[str, Any]) -> None:
+    """What was counted, how what was measured is spread, and what is broken, in three tables."""
+    counted = Table(Column("of the source"), Column("", justify="right"))
+    sampled = document["sampled"]
+    counted.add_row("samples", f"{document['samples']:,}")
+    if sampled is not None:
+        counted.add_row("  of these read, chosen by chance; what follows is of them", f"{sampled:,}")
+    counted.add_row("good", f"{document['good']:,}")
+    for kind, number in document["formats"].items():
+        counted.add_row(f"  {kind}", f"{number:,}")
+    counted.add_row("captions", f"{document['captions']:,}")
+    if document["captions_cut"] is not None:
+        counted.add_row("  longer than CLIP reads (77 tokens)", f"{document['captions_cut']:,}")
+    counted.add_row("pictures that occurred before", f"{document['same_pictures']['count']:,}")
+    counted.add_row("captions that occurred before", f"{document['same_captions']['count']:,}")
+    counted.add_row("bytes of pictures", f"{document['picture_bytes'].get('sum', 0):,}")
+    _wide(counted)
+    measured = {
+        "width, px": document["width"],
+        "height, px": document["height"],
+        "bytes": {share: value for share, value in document["picture_bytes"].items() if share != "sum"},
+        "captions a sample": document["captions_per_sample"],
+        f"caption, {document['caption_length']['unit']}": {
+            share: value for share, value in document["caption_length"].items() if share != "unit"
+        },
+    }
+    if document["good"]:
+        shares = [f"{100 * float(share):g} %" for share in document["width"]]
+        spread = Table("share of all at most", *(Column(share, justify="right") for share in shares))
+        for name, found in measured.items():
+            spread.add_row(name, *(f"{value:,}" for value in found.values()))
+        _wide(spread)
+    if document["broken"]:
+        broken = Table("broken", Column("samples", justify="right"), "the first of them")
+        for reason, damage in document["broken"].items():
+            broken.add_row(reason, f"{damage['count']:,}", escape("\n".join(damage["examples"])))
+        _wide(broken)
+    if document["sheet"]:
+        stdout.print(document["sheet"], soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_students(rows: list[dict[str, Any]]) -> None:

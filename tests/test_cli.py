@@ -32,6 +32,8 @@ COMMANDS = [
     *([info.name or info.callback.__name__] for info in command.app.registered_commands if info.callback),
     *([group.name] for group in command.app.registered_groups),
     ["recipes", "copy"],
+    ["data", "inspect"],
+    ["data", "pack"],
 ]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from training import BATCH_SIZE, configured
 
 from toolchain import models as models_module
+from toolchain import training_stages
 from toolchain.data import Batch, Geometry, GlyphBatches, TrainingData
 from toolchain.errors import ClipkdError
 from toolchain.feed import Fed, feed, training_data
@@ -253,6 +254,49 @@ def test_an_error_is_raised_at_its_step_and_as_it_was(student: ClipModel, data: 
         with pytest.raises(ClipkdError) as caught:
             next(fed)
     assert str(caught.value) == "00000.tar: the image of sample 7 cannot be read"
+
+
+class Asking:
+    """Data whose captions say what a loader's process computes with."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        batch = self.data.batch(step, rows, geometries)
+        found = f"{torch.get_num_threads()} thread, tokenizers {os.environ.get('TOKENIZERS_PARALLELISM')}"
+        return replace(batch, captions_B=[found] * len(batch.captions_B))
+
+
+def test_loaders_compute_in_one_thread_each(student: ClipModel, data: GlyphBatches) -> None:
+    """Torch sees to its own threads, open_clip to those of Hugging Face's tokenizers: neither is ours to forget."""
+    torch.set_num_threads(2)  # until `one_thread` ends
+    asking: Any = Asking(data)
+    with closing(feed(asking, range(2), slice(None), student, None, 2)) as fed:
+        assert {caption for made in fed for caption in made.captions_b} == {"1 thread, tokenizers false"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "size", "told", "expected"),
+    [
+        ("glyphs", "cuda", 1, None, 0),
+        ("webdataset", "cuda", 1, None, 7),
+        ("webdataset", "cuda", 4, None, 1),
+        ("webdataset", "cuda", 8, None, 1),
+        ("webdataset", "cpu", 1, None, 1),
+        ("webdataset", "cpu", 1, 5, 5),
+        ("glyphs", "cpu", 1, 2, 2),
+    ],
+)
+def test_loaders_leave_the_cores_to_training(
+    monkeypatch: pytest.MonkeyPatch, kind: str, device: str, size: int, told: int | None, expected: int
+) -> None:
+    """Of 8 cores that this process may use, on a machine that has more."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    specs = {"glyphs": GlyphsSpec(kind="glyphs"), "webdataset": WebdatasetSpec(kind="webdataset", shards=("a.tar",))}
+    assert training_stages._num_workers(specs[kind], training_stages.How(told), device) == expected
 
 
 def ended(processes: list[Any]) -> bool:

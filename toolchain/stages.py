@@ -207,7 +207,7 @@ def run_lock(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{run}: cannot make this directory: {error.strerror}. Choose another --out") from None
-    with _held(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
+    with held(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
         yield
 
 
@@ -220,12 +220,17 @@ def _resolved_here(run: Path) -> bool:
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
-    with _held(partial / _LOCK, f"{partial}: another process is at work on this stage; wait for it"):
+    with held(partial / _LOCK, f"{partial}: another process is at work on this stage; wait for it"):
         yield
 
 
 @contextmanager
-def _held(path: Path, busy: str) -> Iterator[None]:
+def held(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file until the process ends, however it does.
+
+    Raises:
+        ArtifactError: another process holds it, said in the words of `busy`.
+    """
     with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loaders of a killed process would keep it

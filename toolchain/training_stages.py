@@ -131,7 +131,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             accuracy = headline_accuracy(open_set(recipe.evaluate.headline_set))
         engine = Engine(
             processes,
-            _num_workers(data_spec, how),
+            _num_workers(data_spec, how, processes.device.type),
             how.checkpoint_steps,
             60 * how.checkpoint_minutes,
             how.keep_checkpoints,
@@ -149,7 +149,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         how,
         out / name,
         kind="distil",
-        version=2,
+        version=3,
         fields={"seed": recipe.seed, "data": data_spec.model_dump(), "distill": spec.model_dump()} | evaluated,
         fingerprints={"data": _data_fingerprint(data_spec), "student": fingerprint(recipe.student)},
         inputs={"teacher": teacher} if teacher else {},
@@ -170,11 +170,17 @@ def _data_fingerprint(spec: DataSpec) -> str:
     return fingerprint(expand(spec.shards))
 
 
-def _num_workers(spec: DataSpec, how: How) -> int:
-    """Unless told: none for glyphs, which cost little to draw; else the cores that training leaves free."""
+def _num_workers(spec: DataSpec, how: How, device: str) -> int:
+    """Unless told: none for glyphs, which cost little to draw; beside a GPU the cores that training leaves free.
+
+    Training on a CPU uses all its cores, and takes far longer for a picture than a loader does: one stays ahead of it.
+    """
     if how.workers is not None:
         return how.workers
-    return 0 if spec.kind == "glyphs" else max(1, (os.cpu_count() or 1) // how.size - 1)
+    if spec.kind == "glyphs":
+        return 0
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device == "cpu" else max(1, usable // how.size - 1)
 
 
 def _make_stage(how: How, path: Path, *, work: Callable[[Path], dict[str, Any]], **depends: Any) -> Stage:
@@ -234,7 +240,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     stage = run_stage(
         out / name,
         kind="quantize",
-        version=2,
+        version=3,
         fields={
             "seed": recipe.seed,
             "data": data_spec.model_dump(),

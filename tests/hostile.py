@@ -1,0 +1,72 @@
+"""Samples as they come from the web: odd ones that are good, and every sort of damage."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from conftest import jpeg, make_picture
+from PIL import Image
+
+PICTURE = jpeg(make_picture(60, 50, seed=0))
+
+
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    encoded = io.BytesIO()
+    picture.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A PNG's header, and nothing behind it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
+    """Samples by key and kind of file, every sort of damage among good ones; and what is wrong with the damaged."""
+    picture = make_picture(64, 48, seed=1)
+    pixels_HW3 = np.asarray(picture)
+    good = {
+        "one_pixel": saved(picture.resize((1, 1)), "JPEG"),
+        "cmyk": saved(picture.convert("CMYK"), "JPEG"),
+        "palette": saved(picture.quantize(7), "PNG"),
+        "sixteen_bits": saved(Image.fromarray(pixels_HW3[..., 0].astype(np.uint16) * 257), "PNG"),
+        "gray": saved(picture.convert("L"), "JPEG"),
+        "turned": saved(picture, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+        "animated": saved(picture, "WEBP", save_all=True, append_images=[picture.rotate(90)]),
+        "progressive": saved(picture, "JPEG", progressive=True),
+        "png_called_jpg": saved(picture, "PNG"),
+    }
+    samples = {key: {"jpg": content, "txt": b"fine"} for key, content in good.items()}
+    whole_png = saved(picture, "PNG")
+    undecodable = {
+        "cut_jpeg": PICTURE[: len(PICTURE) // 2],
+        "cut_png": whole_png[: len(whole_png) // 2],
+        "cut_webp": good["animated"][:200],
+        "text": b"<html>404 not found</html>",
+        "gif": saved(picture, "GIF"),
+        "zeros": bytes(1000),
+        "flipped_png": whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:],
+    }
+    too_large = {"huge": png_that_claims(20_000, 20_000), "large": png_that_claims(10_000, 10_000)}
+    unreadable = {"latin1": "é".encode("latin1"), "blank": b" \n\t", "empty": b""}
+    json_unreadable = {"list": b"[1]", "number": b'{"caption": 3}', "half": b'{"caption": "\\ud800"}', "open": b"{"}
+    damaged = {}
+    for key, content in undecodable.items():
+        samples[key], damaged[key] = {"jpg": content, "txt": b"x"}, "the picture cannot be decoded"
+    for key, content in too_large.items():
+        samples[key], damaged[key] = {"png": content, "txt": b"x"}, "the picture is too large"
+    for key, content in unreadable.items():
+        samples[key], damaged[key] = {"jpg": PICTURE, "txt": content}, "the caption cannot be read"
+    for key, content in json_unreadable.items():
+        samples[key], damaged[key] = {"jpg": PICTURE, "json": content}, "the caption cannot be read"
+    samples["no_bytes"], damaged["no_bytes"] = {"jpg": b"", "txt": b"x"}, "the picture's file is empty"
+    samples["alone"], damaged["alone"] = {"jpg": PICTURE}, "no caption"
+    samples["imagined"], damaged["imagined"] = {"txt": b"x", "json": b"{}"}, "no picture"
+    return samples, damaged
