@@ -22,11 +22,11 @@ from toolchain.quantize import (
     TextTower,
     _from_json,
     _import_nncf,
-    _quantizers,
     fold_batch_norms,
     freeze,
     load_quantized,
     quantize,
+    quantizers_of,
 )
 
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
@@ -196,7 +196,7 @@ def test_faint_inputs_do_not_narrow_a_range(model, inputs, tmp_path):
         calibration = tuple(torch.cat(parts) for parts in zip(*([shown] if shown else []), inputs, strict=True))
         quantize(model, forever(*inputs, None, None), calibration, steps=0, lr=1e-4, folder=folder)
         image_tower, _ = load_quantized(folder, model)
-        ranges.append({name: quantizer.scale.detach() for name, quantizer in _quantizers(image_tower)})
+        ranges.append({name: quantizer.scale.detach() for name, quantizer in quantizers_of(image_tower)})
     alone, outnumbered = ranges
     assert alone.keys() == outnumbered.keys()
     assert all((outnumbered[name] >= (1 - ROUNDING) * alone[name]).all() for name in alone)
@@ -258,7 +258,7 @@ def test_onnx_runtime_computes_in_integers(graphs, tmp_path):
 def test_signed_activations_use_no_uint8(model, inputs, tmp_path):
     quantized_folder(tmp_path, model, inputs, steps=0, signed_activations=True)
     image_tower, _ = load_quantized(tmp_path, load_model(tmp_path))
-    assert all(quantizer.signed for _, quantizer in _quantizers(image_tower))
+    assert all(quantizer.signed for _, quantizer in quantizers_of(image_tower))
     buffers = dict(freeze(image_tower, inputs[0][:2]).named_buffers())
     assert {value.dtype for name, value in buffers.items() if name.endswith("zero_point")} == {torch.int8}
 

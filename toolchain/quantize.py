@@ -8,12 +8,12 @@ signed activations only; `signed_activations` is for it, at the price of one bit
 The range of an activation is the largest value that calibration saw.  NNCF's default, the mean of each image's largest
 value, is less than half of what a picture of full contrast needs where most calibration images have little.
 
-A convolutional tower first has its batch norms folded into its convolutions and is quantized throughout, residual
-additions included.  A transformer has only its linear layers and embeddings quantized: the outliers of its residual
-stream do not survive 8 bits (onnxsim#1742).
+A tower with batch norms, convolutional or hybrid, first has its parallel branches merged (FastViT) and its batch norms
+folded into its convolutions, and is quantized throughout, residual additions included.  A transformer has only its
+linear layers and embeddings quantized: the outliers of its residual stream do not survive 8 bits (onnxsim#1742).
 
 NNCF is imported inside functions: exporting a float model must not need it, and its telemetry has to be refused before
-its import.
+its import.  Its compiled extension is never built: what NNCF would compile is computed in plain torch.
 
     B batch   D embedding width   T tokens   CHW image
 """
@@ -26,19 +26,22 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models import reparameterize_model
 from torch import Tensor, nn
 
 from toolchain.errors import ArtifactError, MissingDependency
 from toolchain.models import ClipModel
 from toolchain.sources import WEIGHTS
+from toolchain.stages import file_fingerprint
 
 CONFIG, QUANTIZERS = "nncf.json", "nncf.safetensors"
 
@@ -47,8 +50,11 @@ Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
 
+TOWERS = ("image", "text")
+
 _FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "normalize", "layer_norm"]
-_ADDITIONS = ["add", "add_", "__add__", "__iadd__", "__radd__"]
+_FLOAT_IN_TRANSFORMERS = ["conv2d", "add", "add_", "__add__", "__iadd__", "__radd__"]
+_MERGES_BRANCHES = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls on the modules that have them
 _CALIBRATION_BATCH = 64
 _OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float16 scales
 
@@ -136,6 +142,20 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
     return folded
 
 
+def merge_branches(tower: ImageTower, example: Tensor) -> bool:
+    """Merge, in place, the parallel branches that a tower only trains with, as FastViT's; whether it had any."""
+    assert isinstance(tower.visual, nn.Module)
+    if not any(hasattr(module, name) for module in tower.visual.modules() for name in _MERGES_BRANCHES):
+        return False
+    with torch.no_grad():
+        before_BD = tower(example)
+        reparameterize_model(tower.visual, inplace=True)
+        error = (tower(example) - before_BD).abs().max().item()
+    assert error < 1e-3, f"merging the branches moved a unit feature by {error}"
+    tower.requires_grad_(True)  # what was merged is detached
+    return True
+
+
 def quantize(
     student: ClipModel,
     batches: Iterator[Batch],
@@ -144,29 +164,43 @@ def quantize(
     steps: int,
     lr: float,
     folder: Path,
+    towers: Collection[str] = TOWERS,
     loss_of: LossOf | None = None,
     signed_activations: bool = False,
     on_step: Callable[[int, float], None] | None = None,
+    before_saving: Callable[[nn.Module, nn.Module], None] | None = None,
 ) -> None:
     """Calibrate on `calibration` (pixel_values, input_ids), fine-tune for `steps`, and write into `folder`:
 
         open_clip_model.safetensors   the float weights that int8 rounds, in plain open_clip's own layout
         nncf.safetensors, nncf.json   scales and places of the quantizers
 
+    Where branches were merged, open_clip's layout has no place for what fine-tuning made of them: the first file then
+    has the image tower as it was, and the second has it whole.
+
     `calibration` has to hold what the model will meet, the most contrasting inputs included: it sets the ranges.
+    `towers` says which become int8; another stays as it is, and is not trained.
     `loss_of(image_features_BD, text_features_BD, batch)` is minimised with AdamW at a rate that falls from `lr` to 0
     along half a cosine.  By default it is mean(1 - cos) to the batch's teacher features, or where the batch has none,
     to the float student's own.
+    `before_saving(image_tower, text_tower)` may switch quantizers off (see sensitivity.py).
+
+    Raises:
+        MissingDependency: NNCF is not there, or asks for a compiler that is not.
     """
     nncf = _import_nncf()
     device = next(student.net.parameters()).device
-    float_image, float_text, folded = _float_towers(student.net)
+    made = _float_towers(student.net)
     pixel_values_BCHW, input_ids_BT = (values.to(device) for values in calibration)
-    with without_attention_fast_path():
-        image_tower = _calibrate(nncf, float_image, pixel_values_BCHW, is_convolutional=bool(folded))
-        text_tower = _calibrate(nncf, float_text, input_ids_BT, is_convolutional=False)
+    with without_attention_fast_path(), _explaining_extensions():
+        image_tower: nn.Module = made.image.requires_grad_("image" in towers)
+        text_tower: nn.Module = made.text.requires_grad_("text" in towers)
+        if "image" in towers:
+            image_tower = _calibrate(nncf, image_tower, pixel_values_BCHW, is_convolutional=made.is_convolutional)
+        if "text" in towers:
+            text_tower = _calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False)
         if signed_activations:
-            for _, quantizer in (*_quantizers(image_tower), *_quantizers(text_tower)):
+            for _, quantizer in (*quantizers_of(image_tower), *quantizers_of(text_tower)):
                 quantizer.signed = True  # the scale stays: it is the largest positive value either way
         trained = [*image_tower.parameters(), *text_tower.parameters()]
         optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=lr, weight_decay=0.0)
@@ -183,7 +217,9 @@ def quantize(
             optimizer.step()
             if on_step:
                 on_step(step, loss.item())
-    _save(image_tower, text_tower, folded, student, folder)
+        if before_saving:
+            before_saving(image_tower, text_tower)
+    _save(image_tower, text_tower, made, student, folder)
 
 
 def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
@@ -202,18 +238,36 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
             )
     net = copy.deepcopy(source.net)
     try:
-        net.load_state_dict(load_file(folder / WEIGHTS))
-        image_tower, text_tower, _ = _float_towers(net)
-        saved = load_file(folder / QUANTIZERS)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        towers = []
-        for name, tower in (("image", image_tower), ("text", text_tower)):
+        for name, expected in config["sha256"].items():
+            if file_fingerprint(folder / name) != expected:
+                raise ArtifactError(
+                    f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
+                    f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
+                )
+        net.load_state_dict(load_file(folder / WEIGHTS))
+        made = _float_towers(net)
+        saved = load_file(folder / QUANTIZERS)
+        towers: list[nn.Module] = []
+        for name, tower in (("image", made.image), ("text", made.text)):
+            if name not in config:  # left float
+                towers.append(tower.eval())
+                continue
             quantized = nncf.torch.load_from_config(tower.eval(), _from_json(config[name]))
             state = {key: value for key, value in quantized.state_dict().items() if not _is_quantizer_key(key)}
             state |= {key.removeprefix(f"{name}."): v for key, v in saved.items() if key.startswith(f"{name}.")}
             quantized.load_state_dict(state)
             towers.append(quantized.eval())
-    except (RuntimeError, KeyError, ValueError) as error:  # state of another architecture, or JSON of another version
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        SafetensorError,
+        nncf.ValidationError,
+    ) as error:
+        # state of another architecture, JSON of another version, or a module that is not NNCF's
         raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
     return towers[0], towers[1]
 
@@ -222,16 +276,22 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
     """A copy of a quantized tower that computes with the rounded values and exports as QuantizeLinear/DequantizeLinear.
 
     Weights become stored int8.  `example` runs once, to tell the quantizers of weights from those of activations.
+    Quantizers that are switched off vanish; a tower without any is only copied.
     """
     tower = copy.deepcopy(tower).eval()
-    recorders = {name: _Recorder(quantizer) for name, quantizer in _quantizers(tower)}
+    recorders = {name: _Recorder(quantizer) for name, quantizer in quantizers_of(tower)}
+    if not recorders:
+        return tower
     hooks = _hooks_of(tower)
     for name, recorder in recorders.items():
         hooks.set_submodule(name, recorder)
-    with torch.no_grad(), without_attention_fast_path():
+    with torch.no_grad(), without_attention_fast_path(), _explaining_extensions():
         tower(example)
     table_of = {m.weight: name for name, m in tower.named_modules() if isinstance(m, nn.Embedding)}
     for name, recorder in recorders.items():
+        if not recorder.quantizer.is_enabled_quantization():  # type: ignore[operator]
+            hooks.set_submodule(name, nn.Identity())
+            continue
         if recorder.weight is None:
             hooks.set_submodule(name, _ActivationRounding(recorder.quantizer))
             continue
@@ -347,29 +407,85 @@ def _import_nncf() -> Any:
     try:
         import nncf
         import nncf.torch
-        from nncf.torch.quantization import extensions
-        from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
     except ModuleNotFoundError as error:
         raise MissingDependency("int8 needs NNCF. Install it with: pip install 'clipkd[train]'") from error
     finally:
         if hide_reporter:
             del sys.modules["openvino_telemetry"]
     nncf.set_log_level(logging.ERROR)
-    # NNCF would compile a C++ or CUDA extension on the first forward, and its own fallback calls torch.compile: both
-    # need a compiler, and a minute.  The definition in plain torch is the same function.
+    _keep_from_compiling()
+    return nncf
+
+
+def _keep_from_compiling() -> None:
+    """Compute NNCF's two functions in plain torch.
+
+    NNCF would compile a C++ or CUDA extension on the first forward, and its own fallback calls torch.compile: both need
+    a compiler, and a minute.  The definition in plain torch is the same function.
+    """
+    from nncf.torch.quantization import extensions
+    from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
+
     plain = ReferenceQuantize(ReferenceBackendType.TORCH)
     functions = types.SimpleNamespace(Quantize_forward=plain.forward, Quantize_backward=plain.backward)
     for namespace in (extensions.QuantizedFunctionsCPU, extensions.QuantizedFunctionsCUDA):
         if isinstance(namespace, extensions.ExtensionNamespace):
             namespace._loaded_namespace = functions
-    return nncf
 
 
-def _float_towers(net: nn.Module) -> tuple[ImageTower, TextTower, dict[str, str]]:
-    """Copies of the two towers, batch norms folded, and which were."""
+@contextmanager
+def _explaining_extensions() -> Iterator[None]:
+    """One sentence, should NNCF compile after all and fail: a time-out, no compiler, no nvcc.
+
+    Raises:
+        MissingDependency: in place of what NNCF and torch raise then.
+    """
+    from nncf import InstallationError
+    from nncf.torch.extensions import EXTENSION_LOAD_TIMEOUT_ENV_VAR, ExtensionLoaderTimeoutException
+
+    try:
+        yield
+    except ExtensionLoaderTimeoutException as error:
+        raise MissingDependency(
+            "int8: NNCF did not finish compiling its extension in time, for a busy machine or a lock that a killed "
+            f"process left. Allow it more, in seconds: {EXTENSION_LOAD_TIMEOUT_ENV_VAR}=600; or delete nncf's folder "
+            "under TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions)"
+        ) from error
+    except InstallationError as error:
+        raise MissingDependency(
+            "int8 on a GPU: NNCF could not compile its CUDA extension, which takes nvcc, and torch does not bring one. "
+            "Put nvcc of the CUDA toolkit that torch was built for on PATH, or hide the GPU: CUDA_VISIBLE_DEVICES="
+        ) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        raise MissingDependency(
+            "int8: torch.compile, which NNCF fell back to, found no working C++ compiler. Install one (Debian: apt-get "
+            "install g++), or name it in CXX"
+        ) from error
+
+
+class _FloatTowers(NamedTuple):
+    """Copies of a student's towers, ready to be quantized."""
+
+    image: ImageTower
+    text: TextTower
+    folded: dict[str, str]
+    """Batch norms and the convolutions that took them in."""
+
+    is_merged: bool
+    """Whether the image tower had parallel branches, now merged."""
+
+    @property
+    def is_convolutional(self) -> bool:
+        return bool(self.folded) or self.is_merged
+
+
+def _float_towers(net: nn.Module) -> _FloatTowers:
     net = copy.deepcopy(net).eval().requires_grad_(True)
-    image_tower = ImageTower(net)
-    return image_tower, TextTower(net), fold_batch_norms(image_tower, example_pixels(net))
+    image_tower, example = ImageTower(net), example_pixels(net)
+    is_merged = merge_branches(image_tower, example)
+    return _FloatTowers(image_tower, TextTower(net), fold_batch_norms(image_tower, example), is_merged)
 
 
 def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
@@ -384,7 +500,7 @@ def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional:
     """The tower with fake quantization, ranges set from `inputs`, ready for fine-tuning."""
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _ADDITIONS
+    floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _FLOAT_IN_TRANSFORMERS
     off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
     batches = list(torch.split(inputs, _CALIBRATION_BATCH))  # extremes of a batch are those of its rows: exact
     with redirect_stdout(io.StringIO()):  # NNCF draws its progress there
@@ -409,10 +525,13 @@ def _hooks_of(tower: nn.Module) -> nn.Module:
     return get_hook_storage(tower)  # type: ignore[no-any-return]
 
 
-def _quantizers(tower: nn.Module) -> list[tuple[str, Any]]:
-    """(name within the hook storage, NNCF quantizer) of a quantized tower."""
+def quantizers_of(tower: nn.Module) -> list[tuple[str, Any]]:
+    """(name within the hook storage, NNCF quantizer) of a quantized tower; none of a float one."""
+    from nncf.torch.function_hook.wrapper import is_wrapped
     from nncf.torch.quantization.layers import BaseQuantizer
 
+    if not is_wrapped(tower):
+        return []
     hooks: Any = _hooks_of(tower)
     return [(name, module) for name, module in hooks.named_hooks() if isinstance(module, BaseQuantizer)]
 
@@ -442,35 +561,36 @@ def _cosine_loss(
     return (1 - image_cosine_B).mean() + (1 - text_cosine_B).mean()
 
 
-def _save(
-    image_tower: nn.Module, text_tower: nn.Module, folded: dict[str, str], student: ClipModel, folder: Path
-) -> None:
+def _save(image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, student: ClipModel, folder: Path) -> None:
     nncf = _import_nncf()
-    save_file(_float_state(image_tower, text_tower, folded, student.net), folder / WEIGHTS)
+    save_file(_float_state(image_tower, text_tower, made, student.net), folder / WEIGHTS)
     towers = {"image": image_tower, "text": text_tower}
+    quantized = {name: tower for name, tower in towers.items() if quantizers_of(tower)}
     save_file(
         {
             f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, tower in towers.items()
+            for name, tower in quantized.items()
             for key, value in tower.state_dict().items()
-            if _is_quantizer_key(key)
+            if _is_quantizer_key(key) or (made.is_merged and name == "image")
         },
         folder / QUANTIZERS,
     )
-    config = {name: nncf.torch.get_config(tower) for name, tower in towers.items()}
+    config = {name: nncf.torch.get_config(tower) for name, tower in quantized.items()}
+    config["sha256"] = {name: file_fingerprint(folder / name) for name in (WEIGHTS, QUANTIZERS)}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _float_state(
-    image_tower: nn.Module, text_tower: nn.Module, folded: dict[str, str], net: nn.Module
+    image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, net: nn.Module
 ) -> dict[str, Tensor]:
-    """The fine-tuned float weights under the original model's names.
+    """The fine-tuned float weights under the original model's names; a merged image tower as it was before.
 
     A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps.
     """
-    trained = dict(image_tower.state_dict()) | {
-        key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()
-    }
+    trained = {key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()}
+    folded: dict[str, str] = {}
+    if not made.is_merged:
+        trained, folded = trained | image_tower.state_dict(), made.folded
     state = {}
     for key, value in net.state_dict().items():
         module, _, leaf = key.rpartition(".")

@@ -1,0 +1,241 @@
+"""Which layers 8 bits damage, and which go back to float so that a budget of accuracy holds.
+
+A layer is an operator with a quantized weight (a convolution, linear layer or embedding), together with the quantizers
+of what it reads.  One that no such operator reads, as of a residual branch on its way to an addition, belongs to the
+layers whose output it is.  A quantizer is off when all layers it belongs to are in float.
+
+    B samples   D embedding width   K images, of one class each   C prompts   P templates   CHW, HWC image
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from toolchain.errors import GateError
+from toolchain.evaluate import ranks
+from toolchain.models import ClipModel
+from toolchain.quantize import quantizers_of, without_attention_fast_path
+
+EXACT_DB = 150.0
+"""Reported where nothing differs: float32 resolves 24 bits, which is 144 dB."""
+
+MAX_EFFECT_IMAGES = 512
+"""Of the set, evenly spread, that each layer's own effect is measured on; the budget is checked on all."""
+
+_CHUNK = 256  # inputs per forward
+
+Quantizers = Mapping[str, tuple[Any, ...]]
+"""Layer to its quantizers, weight first."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs, and how good the features are that two towers make of them."""
+
+    what: str
+    """In words, for the manifest: top-1 on stix."""
+
+    pixel_values_BCHW: Tensor
+    input_ids_CT: Tensor
+    score: Callable[[Tensor, Tensor], float]
+    """Of image features [B, D] and text features [C, D], as a fraction."""
+
+    num_classes: int | None = None
+    """Where image k shows class k, with as many prompts for each."""
+
+    def at_most(self, count: int) -> "Probe":
+        """The same of so many classes, evenly spread; a probe without classes is as small as it gets."""
+        if self.num_classes is None or self.num_classes <= count:
+            return self
+        kept = torch.from_numpy(np.linspace(0, self.num_classes - 1, count).round().astype(np.int64))
+        input_ids_PKT = self.input_ids_CT.view(-1, self.num_classes, self.input_ids_CT.shape[-1])[:, kept]
+        return Probe(self.what, self.pixel_values_BCHW[kept], input_ids_PKT.flatten(0, 1), self.score, count)
+
+
+def headline_probe(
+    model: ClipModel, name: str, images_KHWC: NDArray[np.uint8], names: Sequence[str], templates: Sequence[str]
+) -> Probe:
+    """Zero-shot top-1 on a set whose image k shows `names[k]`, as evaluate.py scores it."""
+
+    def score(image_features_KD: Tensor, text_features_CD: Tensor) -> float:
+        classes_KD = F.normalize(text_features_CD.view(len(templates), -1, text_features_CD.shape[-1]).mean(0), dim=-1)
+        return float((ranks(image_features_KD.numpy(), classes_KD.numpy()) < 1).mean())
+
+    return Probe(
+        f"top-1 on {name}",
+        torch.stack([model.preprocess(Image.fromarray(image_HWC)) for image_HWC in images_KHWC]),
+        torch.cat([model.tokenize([template.format(name) for name in names]) for template in templates]),
+        score,
+        len(names),
+    )
+
+
+def agreement_probe(pixel_values_BCHW: Tensor, input_ids_CT: Tensor, choice_B: Tensor) -> Probe:
+    """The share of images for which the towers choose the text that somebody else chose."""
+
+    def score(image_features_BD: Tensor, text_features_CD: Tensor) -> float:
+        return (image_features_BD @ text_features_CD.T).argmax(-1).eq(choice_B).double().mean().item()
+
+    return Probe("agreement with the teacher", pixel_values_BCHW, input_ids_CT, score)
+
+
+def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
+    """The layers of a quantized tower in the order in which they run; none of a float one."""
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+
+    quantizers = dict(quantizers_of(tower))
+    if not quantizers:
+        return {}
+    with without_attention_fast_path():
+        graph = build_nncf_graph(tower, example)
+    hook_of: dict[str, str] = {}  # node of a quantizer to its name in the hooks
+    for node in graph.get_all_nodes():
+        scales = [p.node_name for p in graph.get_previous_nodes(node) if p.node_name.startswith("__nncf_hooks.")]
+        if scales and (name := scales[0].removeprefix("__nncf_hooks.").rpartition(".")[0]) in quantizers:
+            hook_of[node.node_name] = name
+    assert len(hook_of) == len(quantizers), "every quantizer is in the graph"
+
+    def nearest(node: Any, step: Callable[[Any], list[Any]]) -> list[str]:
+        """The layers reached from a node without passing another quantizer or layer."""
+        found, seen, waiting = [], set(), step(node)
+        while waiting:
+            reached = waiting.pop()
+            if reached.node_name in seen or reached.node_name in hook_of:
+                continue
+            seen.add(reached.node_name)
+            if reached.node_name in layers:
+                found.append(reached.node_name)
+            else:
+                waiting += step(reached)
+        return found
+
+    layers: dict[str, list[Any]] = {}
+    activations = []
+    for node in graph.get_all_nodes():
+        if node.node_name not in hook_of:
+            continue
+        read = [p for p in graph.get_previous_nodes(node) if not p.node_name.startswith("__nncf_hooks.")]
+        if all(p.node_type == "nncf_model_const" for p in read):
+            (operator,) = graph.get_next_nodes(node)
+            layers.setdefault(operator.node_name, []).append(quantizers[hook_of[node.node_name]])
+        else:
+            activations.append(node)
+    for node in activations:
+        owners = nearest(node, graph.get_next_nodes) or nearest(node, graph.get_previous_nodes) or [node.node_name]
+        for owner in owners:
+            layers.setdefault(owner, []).append(quantizers[hook_of[node.node_name]])
+    return {name: tuple(found) for name, found in layers.items()}
+
+
+def revert_worst(
+    towers: Mapping[str, nn.Module],
+    calibration: Mapping[str, Tensor],
+    probe: Probe,
+    float_score: float,
+    max_drop: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Switch the worst layers of fake-quantized "image" and "text" towers to float until `probe` scores at least
+    `float_score - max_drop`; returns what was found and done, for the manifest.
+
+    Worst is the least SQNR of the tower's features on `calibration` with this layer alone in int8, the tower in float
+    being the signal:   SQNR = 10 log10( sum |f|^2 / sum |f - q|^2 )  dB.  Equal ones go in the order of their names.
+
+    Raises:
+        GateError: not even the towers in float, as fine-tuning left them, hold the budget.
+    """
+    layers = {
+        f"{tower}/{name}": (tower, quantizers)
+        for tower, net in towers.items()
+        for name, quantizers in layers_of(net, calibration[tower][:2]).items()
+    }
+    few = probe.at_most(MAX_EFFECT_IMAGES)
+    in_float = _features(towers, few, layers, ())
+    few_float = few.score(in_float["image"], in_float["text"])
+    signal = {name: _features_of(net, calibration[name], layers, ()) for name, net in towers.items()}
+    rows = []
+    for done, (layer, (tower, _)) in enumerate(layers.items()):
+        progress(done, len(layers))
+        sqnr_db = _sqnr_db(signal[tower], _features_of(towers[tower], calibration[tower], layers, [layer]))
+        inputs = few.pixel_values_BCHW if tower == "image" else few.input_ids_CT
+        alone = in_float | {tower: _features_of(towers[tower], inputs, layers, [layer])}
+        effect = few_float - few.score(alone["image"], alone["text"])
+        rows.append({"layer": layer, "sqnr_db": round(sqnr_db, 1), "drop": round(effect, 5)})
+    rows.sort(key=lambda row: (row["sqnr_db"], row["layer"]))
+
+    on = list(layers)
+    features = _features(towers, probe, layers, on)
+    drop = float_score - probe.score(features["image"], features["text"])
+    first_drop, reverted = drop, []
+    for row in rows:
+        if drop <= max_drop:
+            break
+        layer = str(row["layer"])
+        tower = layers[layer][0]
+        on.remove(layer)
+        inputs = probe.pixel_values_BCHW if tower == "image" else probe.input_ids_CT
+        features[tower] = _features_of(towers[tower], inputs, layers, on)
+        before, drop = drop, float_score - probe.score(features["image"], features["text"])
+        reverted.append(row | {"drop_before": round(before, 5), "drop_after": round(drop, 5)})
+    if not drop <= max_drop:  # not `>`: NaN must fail
+        raise GateError(
+            f"quantize.max_drop: {probe.what} is {drop:.4f} below the float student's {float_score:.4f} with every "
+            f"layer back in float, allowed is {max_drop:g}: fine-tuning itself costs that much. "
+            "Lower quantize.lr, or calibrate only: --set quantize.method=ptq"
+        )
+    _switch(layers, on)
+    return {
+        "measure": probe.what,
+        "max_drop": max_drop,
+        "float": round(float_score, 5),
+        "drop_before": round(first_drop, 5),
+        "drop": round(drop, 5),
+        "reverted": reverted,
+        "layers": rows,
+    }
+
+
+def score_of(towers: Mapping[str, nn.Module], probe: Probe) -> float:
+    """What the probe says of two towers as they are."""
+    features = _features(towers, probe, {}, ())
+    return probe.score(features["image"], features["text"])
+
+
+_Layers = Mapping[str, tuple[str, tuple[Any, ...]]]
+
+
+def _switch(layers: _Layers, on: Sequence[str]) -> None:
+    """Quantizers of the layers `on` on, all others off."""
+    for _, quantizers in layers.values():
+        for quantizer in quantizers:
+            quantizer.enabled.fill_(0)
+    for layer in on:
+        for quantizer in layers[layer][1]:
+            quantizer.enabled.fill_(1)
+
+
+def _features(towers: Mapping[str, nn.Module], probe: Probe, layers: _Layers, on: Sequence[str]) -> dict[str, Tensor]:
+    inputs = {"image": probe.pixel_values_BCHW, "text": probe.input_ids_CT}
+    return {name: _features_of(tower, inputs[name], layers, on) for name, tower in towers.items()}
+
+
+@torch.no_grad()
+def _features_of(tower: nn.Module, inputs: Tensor, layers: _Layers, on: Sequence[str]) -> Tensor:
+    _switch(layers, on)
+    device = next(tower.parameters()).device
+    with without_attention_fast_path():
+        return torch.cat([tower(chunk.to(device)).cpu() for chunk in torch.split(inputs, _CHUNK)])
+
+
+def _sqnr_db(signal_BD: Tensor, actual_BD: Tensor) -> float:
+    noise = (signal_BD.double() - actual_BD.double()).square().sum().item()
+    signal = signal_BD.double().square().sum().item()
+    return min(EXACT_DB, 10 * math.log10(signal / noise)) if noise else EXACT_DB
