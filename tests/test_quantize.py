@@ -1,7 +1,10 @@
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from torch import nn
 from export.parity import MIN_SQNR_DB, compare
 from export.to_onnx import write_graph
 from toolchain import quantize as quantize_module
-from toolchain.errors import ArtifactError
+from toolchain.errors import ArtifactError, MissingDependency
 from toolchain.models import load_model
 from toolchain.quantize import (
     ImageTower,
@@ -115,19 +118,25 @@ def test_folding_leaves_no_batch_norm_and_the_same_function(model, inputs):
     assert not [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def test_a_folded_convolution_with_two_readers_is_noticed():
+@pytest.mark.parametrize("forked", [lambda norm, x: norm(x) + x, lambda norm, x: x.add_(norm(x))])
+def test_a_convolution_with_two_readers_keeps_its_batch_norm(forked):
     class Forked(nn.Module):
         def __init__(self):
             super().__init__()
             self.convolution, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.second, self.alone = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
             nn.init.constant_(self.norm.running_mean, 1.0)
+            nn.init.constant_(self.alone.running_mean, 1.0)
 
         def forward(self, x):
             x = self.convolution(x)
-            return F.normalize((self.norm(x) + x).flatten(1), dim=-1)
+            return F.normalize(self.alone(self.second(forked(self.norm, x))).flatten(1), dim=-1)
 
-    with pytest.raises(AssertionError, match="folding the batch norms moved"):
-        fold_batch_norms(Forked().eval(), torch.randn(2, 3, 4, 4))
+    tower, example = Forked().eval(), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        expected_BD = tower(example)
+        assert fold_batch_norms(tower, example) == {"alone": "second"}
+        torch.testing.assert_close(tower(example), expected_BD, atol=FOLDING_NOISE, rtol=0)
 
 
 def test_the_float_weights_stay_a_model_that_plain_open_clip_opens(checkpoint, model, inputs):
@@ -268,13 +277,54 @@ def test_a_folder_without_quantizers_names_the_next_command(tmp_path, model):
         load_quantized(tmp_path, model)
 
 
-def test_quantizers_of_another_model_are_refused(checkpoint, tmp_path, model):
+def without_a_command(config):
+    config["text"]["compression_state"].pop()
+
+
+def of_another_package(config):
+    config["image"]["compression_state"][0].update(module_path="subprocess", module_cls_name="Popen")
+
+
+def of_an_unknown_scheme(config):
+    config["image"]["compression_state"][0]["module_config"]["mode"] = "sideways"
+
+
+def without_places(config):
+    config["image"] = []
+
+
+@pytest.mark.parametrize("change", [without_a_command, of_another_package, of_an_unknown_scheme, without_places])
+def test_quantizers_of_another_model_are_refused(checkpoint, tmp_path, model, change):
     shutil.copytree(checkpoint, tmp_path / "int8")
     config = json.loads((tmp_path / "int8" / "nncf.json").read_text())
-    config["text"]["compression_state"].pop()
+    change(config)
     (tmp_path / "int8" / "nncf.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="does not fit the model"):
         load_quantized(tmp_path / "int8", model)
+
+
+@pytest.mark.parametrize("name", ["nncf.safetensors", "open_clip_model.safetensors"])
+def test_a_changed_bit_is_refused(checkpoint, tmp_path, model, name):
+    shutil.copytree(checkpoint, tmp_path / "int8")
+    path = tmp_path / "int8" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of the last number
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{name}: not what clipkd quantize wrote"):
+        load_quantized(tmp_path / "int8", model)
+
+
+def test_a_tower_that_stays_float_is_as_it_was_and_is_not_trained(model, inputs, tmp_path):
+    quantized_folder(tmp_path, model, inputs, steps=2, towers=("image",))
+    assert set(json.loads((tmp_path / "nncf.json").read_text())) == {"image", "sha256"}
+    image_tower, text_tower = load_quantized(tmp_path, load_model(tmp_path))
+    assert quantizers_of(image_tower)
+    assert not quantizers_of(text_tower)
+    with torch.no_grad():
+        expected_BD = TextTower(model.net)(inputs[1])
+        assert torch.equal(text_tower(inputs[1]), expected_BD)
+        assert torch.equal(freeze(text_tower, inputs[1])(inputs[1]), expected_BD)
+        assert not torch.equal(image_tower(inputs[0]), ImageTower(model.net)(inputs[0]))
 
 
 def test_nncf_config_survives_json(checkpoint):
@@ -298,7 +348,11 @@ def test_the_parts_of_nncf_that_freezing_relies_on():
 def test_quantizing_compiles_prints_and_writes_nothing_else(tmp_path):
     """In a process of its own, because pytest itself switches NNCF's telemetry off."""
     script = f"""
-import sys, pathlib, torch
+import os, sys, pathlib, socket, torch
+def unplugged(*args, **kwargs): raise AssertionError("a network was looked for")
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, unplugged)
+socket.getaddrinfo = socket.create_connection = unplugged
 from toolchain.models import load_model
 from toolchain.quantize import quantize
 def refuse(*args, **kwargs): raise AssertionError("a compiler was called")
@@ -311,6 +365,8 @@ pathlib.Path("out").mkdir()
 quantize(model, iter([(*batch, None, None)] * 2), batch, steps=1, lr=1e-4, folder=pathlib.Path("out"))
 from nncf.telemetry.wrapper import NNCFTelemetryStub, telemetry
 assert isinstance(telemetry, NNCFTelemetryStub), telemetry
+assert os.environ["NNCF_CI"] == "1" and "openvino_telemetry" not in sys.modules
+telemetry.send_event("what", "ever", "no one hears")
 """
     root = str(STUDENT.parents[1])
     environment = {"PYTHONPATH": root, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": ""}
@@ -321,3 +377,63 @@ assert isinstance(telemetry, NNCFTelemetryStub), telemetry
     assert run.stdout == ""
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {"out/open_clip_model.safetensors", "out/nncf.safetensors", "out/nncf.json"}
+
+
+def out_of_time(monkeypatch):
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPULoader
+
+    monkeypatch.setenv("NNCF_EXTENSION_LOAD_TIMEOUT", "1")
+    monkeypatch.setattr(QuantizedFunctionsCPULoader, "load", classmethod(lambda _: time.sleep(1.5)))
+
+
+def without_nvcc(monkeypatch):
+    import nncf
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPULoader
+
+    def load(_):
+        raise nncf.InstallationError("CUDA is available for PyTorch, but NNCF could not compile")
+
+    monkeypatch.setattr(QuantizedFunctionsCPULoader, "load", classmethod(load))
+
+
+def without_a_compiler(monkeypatch):
+    """NNCF's own fallback, in an environment where no compiler answers."""
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPULoader
+    from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
+    plain = ReferenceQuantize(ReferenceBackendType.TORCH)
+    functions = types.SimpleNamespace(
+        Quantize_forward=torch.compile(plain.forward), Quantize_backward=torch.compile(plain.backward)
+    )
+    monkeypatch.setattr(QuantizedFunctionsCPULoader, "load", classmethod(lambda _: functions))
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (out_of_time, "NNCF_EXTENSION_LOAD_TIMEOUT=600"),
+        (without_nvcc, "nvcc of the CUDA toolkit"),
+        (without_a_compiler, r"no working C\+\+ compiler"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # NNCF leaves its loader's thread pool
+def test_an_extension_that_will_not_compile_is_one_message(model, inputs, tmp_path, monkeypatch, broken, words):
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+
+    monkeypatch.setattr(quantize_module, "_keep_from_compiling", lambda: None)  # which is why no user should see this
+    monkeypatch.setattr(QuantizedFunctionsCPU, "_loaded_namespace", None)
+    broken(monkeypatch)
+    with pytest.raises(MissingDependency, match=words) as caught:
+        quantized_folder(tmp_path, model, inputs, steps=1)
+    assert caught.value.exit_code == 3
+    assert len(str(caught.value).splitlines()) == 1
+    del caught
+    gc.collect()  # the pool, here
+
+
+def test_without_nncf_the_message_names_what_to_install(model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'clipkd\[train\]'"):
+        quantized_folder(tmp_path, model, inputs, steps=0)

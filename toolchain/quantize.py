@@ -26,6 +26,7 @@ import math
 import os
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -37,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import reparameterize_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from toolchain.errors import ArtifactError, MissingDependency
 from toolchain.models import ClipModel
@@ -97,7 +99,8 @@ def without_attention_fast_path() -> Iterator[None]:
 def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
     """Fold, in place, every batch norm that follows a convolution into it; returns {batch norm's name: convolution's}.
 
-    What follows what is observed while `example` runs.  In float64, so that folding a batch norm already written back
+    What follows what is observed while `example` runs; a convolution that something else reads too stays as it is, as
+    where FastViT's attention normalises a residual branch.  In float64, so that folding a batch norm already written back
     as the identity (see `_float_state`) restores the convolution to the bit.
     """
     convolution_of: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is held so that its id stays its own
@@ -106,17 +109,21 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
     def produced(convolution: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(convolution, nn.Conv2d)
         convolution_of[id(output)] = (convolution, output)
+        readers.count[id(output)] = 0  # of the tensor that had this id before
 
     def consumed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(norm, nn.BatchNorm2d) and id(inputs[0]) in convolution_of:
             pairs.append((convolution_of[id(inputs[0])][0], norm))
 
+    readers = _Readers()
     handles = [module.register_forward_hook(produced) for module in tower.modules() if isinstance(module, nn.Conv2d)]
     handles += [m.register_forward_pre_hook(consumed) for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
-    with torch.no_grad():
+    with torch.no_grad(), readers:
         before_BD = tower(example)
     for handle in handles:
         handle.remove()
+    output_of = {convolution: key for key, (convolution, _) in convolution_of.items()}
+    pairs = [pair for pair in pairs if readers.count[output_of[pair[0]]] == 1]
 
     name_of = {module: name for name, module in tower.named_modules()}
     folded = {name_of[norm]: name_of[convolution] for convolution, norm in pairs}
@@ -136,10 +143,25 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
         tower.set_submodule(name_of[norm], nn.Sequential(*rest) if rest else nn.Identity())
     with torch.no_grad():
         error = (tower(example) - before_BD).abs().max().item()
-    assert error < 1e-3, (
-        f"folding the batch norms moved a unit feature by {error}"
-    )  # else a convolution had two readers
+    assert error < 1e-3, f"folding the batch norms moved a unit feature by {error}"
     return folded
+
+
+class _Readers(TorchFunctionMode):
+    """How many functions that return tensors read each tensor, by its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[int] = Counter()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple)):  # not the shape of one, say
+            read = {id(x) for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+            self.count.update(read)
+        return result
 
 
 def merge_branches(tower: ImageTower, example: Tensor) -> bool:
@@ -266,6 +288,7 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
         AttributeError,
         SafetensorError,
         nncf.ValidationError,
+        nncf.InternalError,
     ) as error:
         # state of another architecture, JSON of another version, or a module that is not NNCF's
         raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
@@ -498,6 +521,7 @@ def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
 
 def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional: bool) -> nn.Module:
     """The tower with fake quantization, ranges set from `inputs`, ready for fine-tuning."""
+    from nncf.quantization.advanced_parameters import QuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _FLOAT_IN_TRANSFORMERS
@@ -514,6 +538,8 @@ def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional:
                 smooth_quant_alphas=off,  # SmoothQuant ignores the ignored scope (nncf#4172)
                 disable_bias_correction=True,  # fine-tuning moves the biases anyway
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+                # else what depthwise convolutions read gets a scale per channel, which no runtime computes with
+                activations_quantization_params=QuantizationParameters(per_channel=False),
             ),
         )
     return quantized.eval()  # dropout off: the rounding is all the noise that the student should learn

@@ -1,0 +1,119 @@
+"""Image towers of every family: calibrated, frozen, exported and run in ONNX Runtime, with random weights."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import STUDENT
+from torch import Tensor, nn
+
+from export.to_onnx import write_graph
+from toolchain.models import ClipModel, build_model
+from toolchain.quantize import ImageTower, _float_towers, example_pixels, freeze, load_quantized, quantize
+from toolchain.recipe import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SAMPLES = 32
+MERGED_AND_FOLDED = 1e-4  # of a unit feature: float32 rounding of up to a hundred folded layers; 2e-5 measured
+
+# Least signal-to-noise ratio of all samples together, ONNX Runtime's int8 features against the float tower's, in dB.
+# Random weights amplify a disturbance from layer to layer, as trained ones do not; a wrong scale leaves 3 dB or less.
+MIN_SQNR_DB = {"transformer": 30.0, "resnet": 15.0, "depthwise": 8.0}
+
+VIT = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
+RESNET_50 = {"timm_model_name": None, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None}
+
+
+def timm(name: str, size: int = 64, proj: str = "linear", **more: Any) -> dict[str, Any]:
+    return {"timm_model_name": name, "timm_pool": "avg", "timm_proj": proj, "image_size": size} | more
+
+
+slow = pytest.mark.slow
+TOWERS = [
+    pytest.param(VIT, "transformer", {"MatMulIntegerToFloat"}, id="ViT"),
+    pytest.param(timm("test_efficientnet", 32), "depthwise", {"QLinearConv"}, id="small EfficientNet"),
+    pytest.param(timm("resnet18"), "resnet", {"QLinearConv", "QLinearAdd"}, id="ResNet-18", marks=slow),
+    pytest.param(RESNET_50 | {"image_size": 64}, "resnet", {"QLinearConv"}, id="CLIP's ResNet", marks=slow),
+    pytest.param(timm("mobilenetv3_small_100", proj=""), "depthwise", {"QLinearConv"}, id="MobileNetV3", marks=slow),
+    pytest.param(timm("mobilenetv4_conv_small", proj=""), "depthwise", {"QLinearConv"}, id="MobileNetV4", marks=slow),
+    pytest.param(timm("mobilenetv4_hybrid_medium", proj=""), "depthwise", {"QLinearConv"}, id="hybrid", marks=slow),
+    pytest.param(timm("efficientnet_b0"), "depthwise", {"QLinearConv"}, id="EfficientNet-B0", marks=slow),
+    pytest.param(timm("fastvit_t8"), "depthwise", {"QLinearConv"}, id="FastViT-T8", marks=slow),
+    pytest.param(timm("fastvit_mci0"), "depthwise", {"MatMulIntegerToFloat"}, id="MobileCLIP2-S0", marks=slow),
+    pytest.param(
+        timm("swin_tiny_patch4_window7_224", 224, timm_pool=""),
+        "transformer",
+        {"MatMulIntegerToFloat"},
+        id="Swin-T",
+        marks=slow,
+    ),
+]
+
+
+def pictures(count: int, size: int, seed: int) -> Tensor:
+    """Smooth and of every contrast, as pictures are: white noise is what trained towers never see."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 4, 4, generator=generator)
+    fine = torch.randn(count, 3, size, size, generator=generator)
+    return F.interpolate(coarse, size=size, mode="bicubic") + 0.1 * fine
+
+
+def built(vision_cfg: dict[str, Any]) -> ClipModel:
+    """Of random weights, with batch statistics that fold into something other than the identity."""
+    model = build_model(ModelSpec(model=str(STUDENT), model_cfg={"vision_cfg": vision_cfg}), seed=0)
+    norms = [module for module in model.net.modules() if isinstance(module, nn.BatchNorm2d)]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 0.3
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.normal_(std=0.1, generator=generator)
+        model.net.train()
+        for step in range(12 if norms else 0):
+            model.net.visual(pictures(8, model.image_size, step))
+    model.net.eval()
+    return model
+
+
+@pytest.mark.parametrize(("vision_cfg", "kind", "integer_kernels"), TOWERS)
+def test_every_family_calibrates_freezes_exports_and_runs(
+    vision_cfg: dict[str, Any], kind: str, integer_kernels: set[str], tmp_path: Path
+) -> None:
+    model = built(vision_cfg)
+    pixel_values = pictures(SAMPLES, model.image_size, 100)
+    with torch.no_grad():
+        expected_BD = ImageTower(model.net)(pixel_values)
+        prepared_BD = _float_towers(model.net).image(pixel_values)
+    torch.testing.assert_close(prepared_BD, expected_BD, atol=MERGED_AND_FOLDED, rtol=0)
+
+    calibration = pixel_values, model.tokenize(["a"] * 2)
+    quantize(model, iter(()), calibration, steps=0, lr=1e-4, folder=tmp_path, towers=("image",))
+    image_tower, _ = load_quantized(tmp_path, model)
+    frozen = freeze(image_tower, example_pixels(model.net))
+    path = tmp_path / "image.onnx"
+    with torch.no_grad():
+        write_graph(frozen, pixel_values[:2], path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that an optimised graph is for this machine only
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (actual_BD,) = session.run(None, {"pixel_values": pixel_values.numpy()})
+
+    noise = np.square(actual_BD.astype(np.float64) - expected_BD.numpy()).sum()
+    sqnr_db = 10 * np.log10(np.square(expected_BD.double().numpy()).sum() / noise)
+    print(f"SQNR {sqnr_db:.1f}")
+    assert sqnr_db >= MIN_SQNR_DB[kind]
+    kernels = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    assert integer_kernels <= set(kernels)
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+    matrices = sum(parameter.numel() for parameter in frozen.parameters() if parameter.dim() > 1)
+    int8 = sum(array.size for array in stored if array.dtype == np.int8)
+    assert int8 > 0.85 * matrices, "the rest: patch and position embeddings, a batch norm that cannot be folded"
