@@ -77,7 +77,7 @@ def built(vision_cfg: dict[str, Any]) -> ClipModel:
             norm.bias.normal_(std=0.1, generator=generator)
         model.net.train()
         for step in range(12 if norms else 0):
-            model.net.visual(pictures(8, model.image_size, step))
+            model.net.visual(pictures(24, model.image_size, step))
     model.net.eval()
     return model
 
@@ -109,11 +109,10 @@ def test_every_family_calibrates_freezes_exports_and_runs(
 
     noise = np.square(actual_BD.astype(np.float64) - expected_BD.numpy()).sum()
     sqnr_db = 10 * np.log10(np.square(expected_BD.double().numpy()).sum() / noise)
-    print(f"SQNR {sqnr_db:.1f}")
-    assert sqnr_db >= MIN_SQNR_DB[kind]
+    assert sqnr_db >= MIN_SQNR_DB[kind], "not `<`: NaN must fail"
     kernels = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     assert integer_kernels <= set(kernels)
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
     matrices = sum(parameter.numel() for parameter in frozen.parameters() if parameter.dim() > 1)
     int8 = sum(array.size for array in stored if array.dtype == np.int8)
-    assert int8 > 0.85 * matrices, "the rest: patch and position embeddings, a batch norm that cannot be folded"
+    assert int8 > 0.7 * matrices, "the rest: patch and position embeddings, and squeeze-and-excitation, as NNCF has it"

@@ -1,0 +1,214 @@
+"""What 8 bits cost the quickstart's student: calibrated, fine-tuned alone, and fine-tuned with the teacher in the loop.
+
+    python benchmarks/kd_qat.py [--out runs/kd_qat] [--seeds 0 1 2] [--write]
+
+From each seed the quickstart's student is trained once (`clipkd distill glyphs`) and quantized three ways, each time
+with the recipe's calibration, steps, rate, batches and anchor:
+
+    PTQ                    calibrated only
+    QAT without teacher    fine-tuned; the float student's own features take the place of the teacher's
+    QAT with teacher       fine-tuned as `clipkd run glyphs` does it, with distillation's objectives
+
+Every model is exported and scored in ONNX Runtime, over the images of the three glyph sets together, each classified
+among its own set's names.  A drop is top-1 of the same student in fp32 minus that of int8.  Its interval is a paired
+bootstrap: images are drawn with replacement, each with its outcomes under both models and all seeds; the upper bound is
+the 97.5 % quantile, the upper end of a 95 % interval.  "No worse than PTQ" is tested on the paired difference of the
+two int8 models: its 95 % interval must not lie below zero; the point estimate is in the document and in the table.
+
+Interrupted, the same command continues.  `--write` puts the table into docs/method.md and benchmarks/results/.  The
+last line of stdout is one JSON document; exit code 5 when a claim does not hold.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claims import claim, finish
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- kd_qat: written by benchmarks/kd_qat.py -->", "<!-- end of kd_qat -->"
+MAX_MEAN_DROP = 0.003  # of top-1, KD-QAT below fp32
+MAX_UPPER_BOUND = 0.006  # of the same, at 95 %
+RESAMPLES = 10_000
+VARIANTS = {
+    "fp32": "fp32",
+    "ptq": "int8, PTQ",
+    "qat": "int8, QAT without teacher",
+    "kd_qat": "int8, QAT with teacher",
+}
+
+
+def trained(run: Path, seed: int, overrides: list[str]) -> None:
+    """The teacher and the student of a seed; a run that exists is continued or reused."""
+    changes = [f"seed={seed}", "baseline=false", *overrides]
+    command = [sys.executable, "-m", "clipkd", "distill", "glyphs", "--out", str(run)]
+    command += [part for change in changes for part in ("--set", change)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=Path.cwd())
+
+
+def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[str, NDArray[np.bool_]]:
+    """Which images of each set the exported model gets right; what an earlier call found is read."""
+    folder = run / "kd_qat" / variant
+    result = folder / "right.npz"
+    if not result.exists():
+        from export.runtime import open_exported
+        from toolchain import glyphs
+        from toolchain.evaluate import evaluate
+
+        folder.mkdir(parents=True, exist_ok=True)
+        export(run, folder, variant, seed, overrides)
+        sets: dict[str, tuple[NDArray[np.uint8], list[str]]] = {
+            name: (glyphs.eval_set(name).images_KHWC, glyphs.eval_set(name).names) for name in glyphs.EVAL_FACES
+        }
+        _, samples = evaluate(open_exported(folder), sets, glyphs.TEMPLATES, headline="stix")
+        np.savez(result, **{name: samples[f"{name}_rank"] < 1 for name in sets})  # type: ignore[arg-type]
+    with np.load(result) as saved:
+        return dict(saved)
+
+
+def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
+    """Quantize the run's student one way, and export it."""
+    from export.parity import check_parity
+    from export.to_onnx import export_onnx
+    from toolchain import glyphs
+    from toolchain.feed import training_data
+    from toolchain.finetune import quantize_student
+    from toolchain.models import load_model
+    from toolchain.quantize import example_pixels, freeze, load_quantized
+    from toolchain.recipe import load_recipe, recipe_path
+
+    recipe = load_recipe(recipe_path("glyphs"), overrides)
+    assert recipe.quantize is not None
+    model, towers = load_model(run / "student"), {}
+    if variant != "fp32":
+        spec = recipe.quantize.model_copy(update={"method": "ptq" if variant == "ptq" else "qat"})
+        teacher = load_model(run / "teacher") if variant == "kd_qat" else None
+        data = training_data(recipe.data, seed=seed, batch_size=spec.batch_size)
+        checkpoint = folder / "int8"
+        checkpoint.mkdir(exist_ok=True)
+        weights = recipe.distill.loss_weights
+        quantize_student(spec, weights, model, teacher, data, checkpoint, quiet, seed=seed)
+        model = load_model(checkpoint)
+        image, text = load_quantized(checkpoint, model)
+        examples = example_pixels(model.net), model.tokenize(list(glyphs.TEMPLATES))
+        towers = {"image_tower": freeze(image, examples[0]), "text_tower": freeze(text, examples[1])}
+    precision = "int8" if towers else "fp32"
+    shown = glyphs.eval_set("stix")
+    summary = export_onnx(
+        model,
+        folder,
+        role="student",
+        precision=precision,
+        eval_images=shown.images_KHWC,
+        names=shown.names,
+        templates=glyphs.TEMPLATES,
+        opset=recipe.export.opset,
+        **towers,
+    )
+    (folder / "manifest.json").write_text(json.dumps({"summary": summary}), encoding="utf-8")
+    check_parity(folder, precision=precision)
+
+
+def quiet(what: str, done: int, total: int, note: str = "") -> None:
+    pass
+
+
+def mean_and_interval(values_SN: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The mean over seeds and images, and its 95 % interval over draws of images with replacement."""
+    values_N = values_SN.mean(0)
+    random = np.random.default_rng(0)
+    means = [values_N[random.integers(0, len(values_N), len(values_N))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values_N.mean()), float(low), float(high)
+
+
+def summary(right: dict[str, list[dict[str, NDArray[np.bool_]]]], seeds: list[int]) -> tuple[str, list[Any], float]:
+    """The table, the claims, and what KD-QAT is above PTQ."""
+    pooled = {
+        variant: np.array([np.concatenate(list(sets.values())) for sets in of_seed], np.float64)
+        for variant, of_seed in right.items()
+    }
+    lines = [
+        "| model | top-1 %, mean ± sd | stix / serif / novel % | drop from fp32, points: mean [95 %] | by seed "
+        "| above PTQ, points: mean [95 %] |",
+        "|---|---|---|---|---|---|",
+    ]
+    drops = {name: mean_and_interval(pooled["fp32"] - pooled[name]) for name in VARIANTS}
+    above = {name: mean_and_interval(pooled[name] - pooled["ptq"]) for name in VARIANTS}
+    for name, words in VARIANTS.items():
+        top1_S = pooled[name].mean(1)
+        spread = statistics.stdev(top1_S) if len(seeds) > 1 else float("nan")
+        sets = " / ".join(f"{100 * np.mean([of[part].mean() for of in right[name]]):.1f}" for part in right[name][0])
+        by_seed = ", ".join(f"{100 * drop:+.2f}" for drop in (pooled["fp32"] - pooled[name]).mean(1))
+        lines.append(
+            f"| {words} | {100 * top1_S.mean():.2f} ± {100 * spread:.2f} | {sets} "
+            f"| {'-' if name == 'fp32' else points(drops[name])} | {'-' if name == 'fp32' else by_seed} "
+            f"| {'-' if name in ('fp32', 'ptq') else points(above[name])} |"
+        )
+    num_images = pooled["fp32"].shape[1]
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}; {num_images} images, the same for every model and seed."]
+    drop, _, upper = drops["kd_qat"]
+    claims = [
+        claim("KD-QAT: mean drop from fp32", drop, "top-1 fraction", "<=", MAX_MEAN_DROP),
+        claim("KD-QAT: paired 95 % upper bound of the drop", upper, "top-1 fraction", "<=", MAX_UPPER_BOUND),
+        claim("KD-QAT minus PTQ: upper end of the 95 % interval", above["kd_qat"][2], "top-1 fraction", ">=", 0),
+    ]
+    return "\n".join(lines), claims, above["kd_qat"][0]
+
+
+def points(interval: tuple[float, float, float]) -> str:
+    mean, low, high = (100 * value for value in interval)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/kd_qat"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="of the recipe, for a trial")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/method.md")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    right: dict[str, list[dict[str, NDArray[np.bool_]]]] = {variant: [] for variant in VARIANTS}
+    for seed in arguments.seeds:
+        run = arguments.out / f"seed{seed}"
+        trained(run, seed, arguments.overrides)
+        for variant, found in right.items():
+            found.append(outcomes(run, variant, seed, arguments.overrides))
+            minutes = (time.monotonic() - started) / 60
+            print(f"seed {seed}: {variant} after {minutes:.1f} min", file=sys.stderr, flush=True)
+    table, claims, above_ptq = summary(right, arguments.seeds)
+    print(table)
+    if arguments.write:
+        write(table, claims)
+    finish("kd_qat", claims, kd_qat_minus_ptq=round(above_ptq, 5), overrides=arguments.overrides)
+
+
+def write(table: str, claims: list[dict[str, Any]]) -> None:
+    from toolchain.recipe import load_recipe, recipe_path
+    from toolchain.stages import _revision, machine
+
+    place, spec = machine(), load_recipe(recipe_path("glyphs")).quantize
+    assert spec is not None
+    where = f"{place['cpu']}, {place['cores']} cores, commit `{_revision()}`, {time.strftime('%Y-%m-%d')}"
+    how = (
+        f"{spec.steps} steps of {spec.batch_size} at {spec.lr:g}, anchor {spec.anchor:g}, {spec.calibration_samples} "
+        "samples for calibration; scored in ONNX Runtime"
+    )
+    said = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
+    result = f"{table}\n\n{how[0].upper() + how[1:]}; {where}."
+    (ROOT / "benchmarks" / "results" / "kd_qat.md").write_text(f"# kd_qat\n\n{result}\n\n{said}\n", encoding="utf-8")
+    document = ROOT / "docs" / "method.md"
+    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
