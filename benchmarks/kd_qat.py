@@ -20,6 +20,7 @@ last line of stdout is one JSON document; exit code 5 when a claim does not hold
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -55,7 +56,12 @@ def trained(run: Path, seed: int, overrides: list[str]) -> None:
 
 def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[str, NDArray[np.bool_]]:
     """Which images of each set the exported model gets right; what an earlier call found is read."""
-    folder = run / "kd_qat" / variant
+    from toolchain.recipe import load_recipe, recipe_path
+    from toolchain.stages import folder_fingerprint
+
+    spec = load_recipe(recipe_path("glyphs"), overrides).quantize
+    made_of = hashlib.sha256(f"{folder_fingerprint(run / 'student')} {spec}".encode()).hexdigest()
+    folder = run / "kd_qat" / f"{variant}-{made_of[:12]}"
     result = folder / "right.npz"
     if not result.exists():
         from export.runtime import open_exported

@@ -12,7 +12,7 @@ from toolchain.data import GlyphBatches
 from toolchain.finetune import quantize_student
 from toolchain.glyphs import TrainingSet
 from toolchain.models import ClipModel, load_model, unit_image_features
-from toolchain.quantize import load_quantized
+from toolchain.quantize import load_quantized, quantizers_of
 from toolchain.recipe import LossWeights, QuantizeSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,11 +52,43 @@ def test_any_objectives_fine_tune(
     assert (features * expected).sum(-1).min() > 0.8, "as near as int8 of random weights is (test_quantize.py)"
 
 
-def test_without_a_teacher_the_float_student_teaches(tmp_path: Path, tiny_samples: TrainingSet) -> None:
+def test_without_a_teacher_the_float_student_teaches_and_runs_once(
+    tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*_: Any) -> None:
+        raise AssertionError("its features are the batch's already")
+
+    monkeypatch.setattr(finetune, "unit_image_features", again)
+    monkeypatch.setattr(finetune, "unit_text_features", again)
     student, said = quantized(tmp_path / "int8", tiny_samples, None, LossWeights())
     assert said["steps"] == 2
     fresh = load_model(STUDENT, random_seed=0)
     assert all(torch.equal(value, fresh.net.state_dict()[key]) for key, value in student.net.state_dict().items())
+
+
+def test_ptq_takes_no_step(tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path) -> None:
+    student, said = quantized(
+        tmp_path / "int8", tiny_samples, load_model(teacher_folder), LossWeights(), method="ptq", towers=("image",)
+    )
+    assert said["steps"] == 0
+    image_tower, text_tower = load_quantized(tmp_path / "int8", student)
+    assert quantizers_of(image_tower)
+    assert not quantizers_of(text_tower)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_without_a_labelled_set_the_budget_is_of_agreement(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, taught: bool
+) -> None:
+    teacher = load_model(teacher_folder) if taught else None
+    options = {"method": "ptq", "max_drop": 0.9}
+    _, said = quantized(tmp_path / "int8", tiny_samples, teacher, LossWeights(), **options)
+    found = said["sensitivity"]
+    assert found["measure"] == ("agreement with the teacher" if taught else "agreement with the float student")
+    assert len(found["layers"]) == 25, "16 of the image tower, 9 of the text tower"
+    assert found["reverted"] == []
+    if not taught:
+        assert found["float"] == 1.0, "the student agrees with itself"
 
 
 def test_calibration_sees_every_sample_as_a_view_and_undistorted(

@@ -312,8 +312,16 @@ def test_all_problems_are_said_at_once(path: Path) -> None:
             {"export": {"precisions": ["fp32", "int8"]}},
             "recipe: export.precisions has int8 but there is no quantize section; add one or drop int8",
         ),
+        (
+            {"quantize": {"lr": 1e-4}},
+            "quantize: method: qat needs steps, of its optimizer; or calibrate only, with method: ptq",
+        ),
+        (
+            {"quantize": {"method": "ptq", "towers": ["text", "text"]}},
+            "quantize: towers ['text', 'text']: each at most once",
+        ),
     ],
-    ids=["warmup", "headline", "int8"],
+    ids=["warmup", "headline", "int8", "steps", "towers"],
 )
 def test_fields_must_agree(path: Path, changes: dict[str, Any], said: str) -> None:
     assert problem(path, **changes) == f"mine.yaml: 1 problem(s)\n  {said}"

@@ -37,7 +37,7 @@ DESIGN_FIELDS = {
     *("name", "role", "runtime", "precision", "device", "machine", "batch"),
     *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "images_per_s"),
     *("top1", "top1_low", "top1_high", "num_eval_images", "top1_drop_vs_teacher", "top1_drop_vs_fp32"),
-    *("accuracy", "retrieval", "params_image", "params_text", "size_bytes", "peak_memory_bytes", "train_s"),
+    *("accuracy", "retrieval", "params_image", "params_text", "size_bytes", "peak_memory_bytes", "train_s", "reverted"),
     *("grade", "flags", "status", "pareto", "source"),
 }
 
@@ -195,6 +195,19 @@ def test_train_time_is_that_of_the_checkpoint_exported(run):
     }
     (run / "student-int8" / "manifest.json").unlink()
     assert by_name(collect([run]))["student int8"]["train_s"] == 95.5  # quantized without training of its own
+
+
+def test_layers_in_float_are_counted_and_said(run):
+    assert {row["reverted"] for row in collect([run])["rows"]} == {None}
+    found = {"train_s": 14.2, "sensitivity": {"reverted": [{"layer": "image/a"}, {"layer": "text/b"}]}}
+    write_json(run / "student-int8" / "manifest.json", manifest(found))
+    rows = by_name(collect([run]))
+    assert {name: row["reverted"] for name, row in rows.items() if row["reverted"] is not None} == {"student int8": 2}
+    assert "2 layers in float" in render_markdown(collect([run]), title="mine")
+    found["sensitivity"]["reverted"].clear()
+    write_json(run / "student-int8" / "manifest.json", manifest(found))
+    assert by_name(collect([run]))["student int8"]["reverted"] == 0
+    assert "in float" not in render_markdown(collect([run]), title="mine")
 
 
 def test_drops_are_reference_minus_row(run):

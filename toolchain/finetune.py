@@ -106,7 +106,9 @@ def quantize_student(
     def before_saving(image_tower: nn.Module, text_tower: nn.Module) -> None:
         if spec.max_drop is None:
             return
-        probe = headline or _agreement(student, live, shown, guide.geometry)
+        probe = headline or _agreement(
+            student, "the float student" if teacher is None else "the teacher", live, shown, guide.geometry
+        )
         float_score = score_of({"image": ImageTower(student.net), "text": TextTower(student.net)}, probe)
         found["sensitivity"] = revert_worst(
             {"image": image_tower, "text": text_tower},
@@ -135,9 +137,10 @@ def quantize_student(
 
 
 @torch.no_grad()
-def _agreement(student: ClipModel, live: LiveTeacher, shown: Shown, geometry: Geometry) -> Probe:
-    """Which of the samples' captions the teacher chooses for each of their pictures."""
+def _agreement(student: ClipModel, whose: str, live: LiveTeacher, shown: Shown, geometry: Geometry) -> Probe:
+    """Which of the samples' captions the teacher, by `whose` name, chooses for each of their pictures."""
     captions = list(dict.fromkeys(shown.captions_B))
     text_CE = live.text_features(live.model.ids_of(captions))
     choice_B = (live.image_features(shown.pixels[geometry]) @ text_CE.T).argmax(-1)
-    return agreement_probe(student.normalise(shown.pixels[student.geometry]), student.tokenize(captions), choice_B)
+    pixel_values_BCHW = student.normalise(shown.pixels[student.geometry])
+    return agreement_probe(whose, pixel_values_BCHW, student.tokenize(captions), choice_B)

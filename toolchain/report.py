@@ -225,6 +225,7 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
         "size_bytes": profile.get("size_bytes") or summary.get("size_bytes"),
         "peak_memory_bytes": profile.get("peak_memory_bytes"),
         "train_s": _train_s(run, role, precision),
+        "reverted": _reverted(run, role, precision),
         "grade": profile.get("grade"),
         "flags": list(profile.get("flags") or []),
         "status": _status(measured, parity, evaluation, profile),
@@ -240,7 +241,7 @@ def _empty_row() -> Row:
         *("headline", "top1", "top1_low", "top1_high", "num_eval_images"),
         *(f"top1_drop_vs_{other}{part}" for other in ("teacher", "fp32") for part in ("", "_low", "_high", "_p")),
         *("accuracy", "retrieval", "min_cosine", "params_image", "params_text", "size_bytes", "peak_memory_bytes"),
-        *("train_s", "grade", "flags", "status", "pareto", "source"),
+        *("train_s", "reverted", "grade", "flags", "status", "pareto", "source"),
     )
     return dict.fromkeys(unknown) | {"accuracy": {}, "retrieval": {}, "flags": [], "status": "ok", "pareto": False}
 
@@ -262,6 +263,14 @@ def _train_s(run: Path, role: str | None, precision: str | None) -> float | None
             train_s: float | None = (read_json(manifest).get("summary") or {}).get("train_s")
             return train_s
     return None
+
+
+def _reverted(run: Path, role: str | None, precision: str | None) -> int | None:
+    """How many layers of a quantized model went back to float for its accuracy; None where none was to."""
+    manifest = run / f"{role}-{precision}" / "manifest.json"
+    summary = read_json(manifest).get("summary") or {} if manifest.exists() else {}
+    found = summary.get("sensitivity")
+    return None if found is None else len(found["reverted"])
 
 
 def machine_name(machine: Any) -> str | None:
@@ -371,7 +380,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         return lambda row: row[key]
 
     def grade(row: Row) -> str:
-        flags = ", ".join(row["flags"])
+        flags = ", ".join(row["flags"] + [f"{row['reverted']} layers in float"] * bool(row["reverted"]))
         return " ".join(filter(None, [row["grade"] or "", f"({flags})" if flags else ""])) or _or_dash(None)
 
     shown = [

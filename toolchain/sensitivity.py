@@ -78,13 +78,13 @@ def headline_probe(
     )
 
 
-def agreement_probe(pixel_values_BCHW: Tensor, input_ids_CT: Tensor, choice_B: Tensor) -> Probe:
-    """The share of images for which the towers choose the text that somebody else chose."""
+def agreement_probe(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Tensor, choice_B: Tensor) -> Probe:
+    """The share of images for which the towers choose the text that somebody, by `whose` name, chose."""
 
     def score(image_features_BD: Tensor, text_features_CD: Tensor) -> float:
         return (image_features_BD @ text_features_CD.T).argmax(-1).eq(choice_B).double().mean().item()
 
-    return Probe("agreement with the teacher", pixel_values_BCHW, input_ids_CT, score)
+    return Probe(f"agreement with {whose}", pixel_values_BCHW, input_ids_CT, score)
 
 
 def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
@@ -103,12 +103,12 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
             hook_of[node.node_name] = name
     assert len(hook_of) == len(quantizers), "every quantizer is in the graph"
 
-    def nearest(node: Any, step: Callable[[Any], list[Any]]) -> list[str]:
-        """The layers reached from a node without passing another quantizer or layer."""
+    def nearest(node: Any, step: Callable[[Any], list[Any]], *, through_quantizers: bool) -> list[str]:
+        """The layers reached from a node without passing another."""
         found, seen, waiting = [], set(), step(node)
         while waiting:
             reached = waiting.pop()
-            if reached.node_name in seen or reached.node_name in hook_of:
+            if reached.node_name in seen or (reached.node_name in hook_of and not through_quantizers):
                 continue
             seen.add(reached.node_name)
             if reached.node_name in layers:
@@ -129,7 +129,9 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
         else:
             activations.append(node)
     for node in activations:
-        owners = nearest(node, graph.get_next_nodes) or nearest(node, graph.get_previous_nodes) or [node.node_name]
+        readers = nearest(node, graph.get_next_nodes, through_quantizers=False)
+        makers = nearest(node, graph.get_previous_nodes, through_quantizers=True)
+        owners = readers or makers or [node.node_name]
         for owner in owners:
             layers.setdefault(owner, []).append(quantizers[hook_of[node.node_name]])
     return {name: tuple(found) for name, found in layers.items()}

@@ -1,0 +1,204 @@
+"""Layers of int8 towers, what each costs, and which go back to float: found by damaging one."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import STUDENT
+from torch import Tensor, nn
+
+from toolchain.errors import GateError
+from toolchain.models import ClipModel, load_model
+from toolchain.quantize import ImageTower, TextTower, freeze, load_quantized, quantize, quantizers_of
+from toolchain.sensitivity import Probe, agreement_probe, headline_probe, layers_of, revert_worst, score_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = [f"letter {chr(97 + index)}" for index in range(16)]
+NOISE = 1e-5  # of a unit feature: folded batch norms round otherwise
+DAMAGED = "image/visual/trunk/layer3/0/conv2/conv2d/0"
+BUDGET = 1e-3  # of the mean cosine: int8 costs 2e-4 here, the damage ten times as much and more
+WRONG_SCALE = 60.0  # times the right one: two levels are left of 127
+
+
+class Case(NamedTuple):
+    model: ClipModel
+    folder: Path
+    inputs: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    model = load_model(STUDENT, random_seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for module in model.net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)  # timm starts the last of a block at zero
+    pixel_values = torch.randn(len(NAMES), 3, 32, 32, generator=generator)
+    inputs = {"image": pixel_values, "text": model.tokenize(NAMES)}
+    folder = tmp_path_factory.mktemp("int8")
+    quantize(model, iter(()), (inputs["image"], inputs["text"]), steps=0, lr=1e-4, folder=folder)
+    return Case(model, folder, inputs)
+
+
+@pytest.fixture
+def towers(case: Case) -> dict[str, nn.Module]:
+    return dict(zip(("image", "text"), load_quantized(case.folder, case.model), strict=True))
+
+
+@pytest.fixture
+def damaged(case: Case, towers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    weight = layers_of(towers["image"], case.inputs["image"][:2])[DAMAGED.removeprefix("image/")][0]
+    with torch.no_grad():
+        weight.scale.mul_(WRONG_SCALE)
+    return towers
+
+
+def likeness(case: Case) -> Probe:
+    """Scores the mean cosine to the float student's features: finer than top-1 of random weights."""
+    expected = [tower(case.model.net)(values) for tower, values in floats(case)]
+
+    def score(image_BD: Tensor, text_BD: Tensor) -> float:
+        cosines = [(x * y).sum(-1).mean().item() for x, y in zip((image_BD, text_BD), expected, strict=True)]
+        return sum(cosines) / 2
+
+    return Probe("likeness", case.inputs["image"], case.inputs["text"], score)
+
+
+def floats(case: Case) -> Iterator[tuple[Any, Tensor]]:
+    yield ImageTower, case.inputs["image"]
+    yield TextTower, case.inputs["text"]
+
+
+def enabled(tower: nn.Module) -> list[bool]:
+    return [quantizer.is_enabled_quantization() for _, quantizer in quantizers_of(tower)]
+
+
+def test_a_layer_is_its_weight_and_what_it_reads(case: Case, towers: dict[str, nn.Module]) -> None:
+    quantizers = dict(quantizers_of(towers["image"]))
+    layers = layers_of(towers["image"], case.inputs["image"][:2])
+    assert len(layers) == 16, "15 convolutions and the projection"
+    second = layers["visual/trunk/conv1/3/conv2d/0"]
+    assert second[0] is quantizers["pre_hooks.visual/trunk/conv1/3/conv2d/0__1.0"]
+    assert second[1:] == (quantizers["post_hooks.visual/trunk/conv1/2/relu_/0__0.0"],)
+    branch = quantizers["post_hooks.visual/trunk/layer1/0/conv2/conv2d/0__0.0"]
+    assert [name for name, of in layers.items() if branch in of] == ["visual/trunk/layer1/0/conv2/conv2d/0"]
+    owned = {id(quantizer) for of in layers.values() for quantizer in of}
+    assert owned == {id(quantizer) for quantizer in quantizers.values()}
+    text = layers_of(towers["text"], case.inputs["text"][:2])
+    assert {name: len(of) for name, of in text.items()} == dict.fromkeys(text, 2) | {"/embedding/0": 1}
+    assert len(text) == 9, "four linear layers in each of two blocks, and the vocabulary"
+    assert layers_of(TextTower(case.model.net), case.inputs["text"][:2]) == {}
+
+
+def test_each_layers_sqnr_is_that_of_it_alone(case: Case, towers: dict[str, nn.Module]) -> None:
+    found = revert_worst(towers, case.inputs, likeness(case), 1.0, max_drop=0.999)
+    assert found["reverted"] == []
+    assert [row["sqnr_db"] for row in found["layers"]] == sorted(row["sqnr_db"] for row in found["layers"])
+    assert all(all(enabled(tower)) for tower in towers.values()), "all are on again"
+    layer = found["layers"][0]
+    tower, _, name = layer["layer"].partition("/")
+    for _, quantizer in quantizers_of(towers[tower]):
+        quantizer.enabled.fill_(0)
+    with torch.no_grad():
+        float_BD = towers[tower](case.inputs[tower]).double()
+        for quantizer in layers_of_enabled(towers[tower], case.inputs[tower])[name]:
+            quantizer.enabled.fill_(1)
+        alone_BD = towers[tower](case.inputs[tower]).double()
+    expected_BD = (ImageTower if tower == "image" else TextTower)(case.model.net)(case.inputs[tower])
+    torch.testing.assert_close(float_BD.float(), expected_BD, atol=NOISE, rtol=0)
+    noise = sum((a - b) ** 2 for a, b in zip(float_BD.flatten().tolist(), alone_BD.flatten().tolist(), strict=True))
+    signal = sum(a**2 for a in float_BD.flatten().tolist())
+    assert layer["sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), abs=0.06)
+
+
+def layers_of_enabled(tower: nn.Module, inputs: Tensor) -> Any:
+    """As `layers_of` finds them while all quantizers are on: one that is off is not in the graph."""
+    before = enabled(tower)
+    for _, quantizer in quantizers_of(tower):
+        quantizer.enabled.fill_(1)
+    layers = layers_of(tower, inputs[:2])
+    for on, (_, quantizer) in zip(before, quantizers_of(tower), strict=True):
+        quantizer.enabled.fill_(int(on))
+    return layers
+
+
+def test_the_damaged_layer_and_no_other_goes_back_to_float(case: Case, damaged: dict[str, nn.Module]) -> None:
+    probe = likeness(case)
+    before = score_of(damaged, probe)
+    found = revert_worst(damaged, case.inputs, probe, 1.0, max_drop=BUDGET)
+    assert [row["layer"] for row in found["reverted"]] == [DAMAGED]
+    (row,) = found["reverted"]
+    assert row["drop_before"] == found["drop_before"] == pytest.approx(1 - before, abs=1e-5)
+    assert row["drop_before"] > BUDGET >= row["drop_after"] == found["drop"]
+    assert found["drop"] == pytest.approx(1 - score_of(damaged, probe), abs=1e-5), "as it is left"
+    frozen = freeze(damaged["image"], case.inputs["image"][:2])
+    stored = [buffer for buffer in frozen.buffers() if buffer.dtype == torch.int8 and buffer.dim() == 4]
+    assert len(stored) == 14, "15 convolutions, one of them in float"
+    with torch.no_grad():
+        expected_BD = damaged["image"](case.inputs["image"])
+        assert (frozen(case.inputs["image"]) * expected_BD).sum(-1).min() > 0.99
+
+
+def test_reverting_is_deterministic(case: Case) -> None:
+    found = []
+    for _ in range(2):
+        towers = dict(zip(("image", "text"), load_quantized(case.folder, case.model), strict=True))
+        found.append(revert_worst(towers, case.inputs, likeness(case), 1.0, max_drop=1e-5))
+    assert found[0] == found[1]
+    assert found[0]["reverted"], "else nothing was compared"
+
+
+def test_what_was_reverted_survives_saving(case: Case, tmp_path: Path) -> None:
+    kept = []
+
+    def before_saving(image_tower: nn.Module, text_tower: nn.Module) -> None:
+        towers = {"image": image_tower, "text": text_tower}
+        revert_worst(towers, case.inputs, likeness(case), 1.0, max_drop=1e-5)
+        kept.extend(towers.values())
+
+    calibration = case.inputs["image"], case.inputs["text"]
+    quantize(case.model, iter(()), calibration, steps=0, lr=1e-4, folder=tmp_path, before_saving=before_saving)
+    for tower, restored, values in zip(kept, load_quantized(tmp_path, case.model), calibration, strict=True):
+        assert enabled(tower) == enabled(restored)
+        with torch.no_grad():
+            assert torch.equal(tower(values), restored(values))
+    assert not all(enabled(kept[0]) + enabled(kept[1]))
+
+
+@pytest.mark.parametrize("float_score", [2.0, math.nan])
+def test_a_budget_that_cannot_hold_is_a_failed_gate(
+    case: Case, towers: dict[str, nn.Module], float_score: float
+) -> None:
+    with pytest.raises(GateError, match=r"every layer back in float, allowed is 0\.5"):
+        revert_worst(towers, case.inputs, likeness(case), float_score, max_drop=0.5)
+
+
+def test_the_headline_is_scored_as_evaluation_scores_it(case: Case) -> None:
+    from toolchain import glyphs
+    from toolchain.processes import ALONE
+    from toolchain.validate import headline_accuracy
+
+    shown = glyphs.eval_set("novel")
+    images_KHWC, names = shown.images_KHWC[:40], shown.names[:40]
+    probe = headline_probe(case.model, "novel", images_KHWC, names, glyphs.TEMPLATES)
+    found = score_of({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, probe)
+    assert found == headline_accuracy(images_KHWC, names, glyphs.TEMPLATES)(case.model, ALONE)["top1"]
+    few = probe.at_most(10)
+    assert len(few.pixel_values_BCHW) == 10
+    assert len(few.input_ids_CT) == 10 * len(glyphs.TEMPLATES)
+    assert torch.equal(few.pixel_values_BCHW[-1], probe.pixel_values_BCHW[-1])
+    assert torch.equal(few.input_ids_CT[9], probe.input_ids_CT[39]), "the last class's first prompt"
+    assert probe.at_most(40) is probe
+
+
+def test_agreement_is_the_share_of_equal_choices() -> None:
+    text_CD = torch.eye(3)
+    image_BD = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]])
+    probe = agreement_probe("me", image_BD, torch.arange(3)[:, None], torch.tensor([0, 1, 2, 0]))
+    assert probe.what == "agreement with me"
+    assert probe.score(image_BD, text_CD) == 0.5
+    assert probe.at_most(1) is probe
