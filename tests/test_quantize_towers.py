@@ -116,3 +116,25 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     matrices = sum(parameter.numel() for parameter in frozen.parameters() if parameter.dim() > 1)
     int8 = sum(array.size for array in stored if array.dtype == np.int8)
     assert int8 > 0.7 * matrices, "the rest: patch and position embeddings, and squeeze-and-excitation, as NNCF has it"
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_tower_of_merged_branches_is_restored_exactly(tmp_path: Path) -> None:
+    model = built(timm("fastvit_t8"))
+    pixel_values, input_ids = pictures(8, 64, 100), model.tokenize(["a"] * 8)
+    kept: list[nn.Module] = []
+    quantize(
+        model,
+        iter([(pixel_values, input_ids, None, None)] * 2),
+        (pixel_values, input_ids),
+        steps=2,
+        lr=1e-3,
+        folder=tmp_path,
+        before_saving=lambda *towers: kept.extend(towers),
+    )
+    merged = _float_towers(model.net).image.state_dict()
+    moved = [name for name, value in kept[0].state_dict().items() if name in merged and not value.equal(merged[name])]
+    assert any("reparam" in name for name in moved), "what was merged is trained"
+    for tower, restored, values in zip(kept, load_quantized(tmp_path, model), (pixel_values, input_ids), strict=True):
+        with torch.no_grad():
+            assert torch.equal(tower(values), restored(values))
