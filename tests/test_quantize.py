@@ -293,7 +293,13 @@ def without_places(config):
     config["image"] = []
 
 
-@pytest.mark.parametrize("change", [without_a_command, of_another_package, of_an_unknown_scheme, without_places])
+def without_hashes(config):
+    config["sha256"] = {}
+
+
+@pytest.mark.parametrize(
+    "change", [without_a_command, of_another_package, of_an_unknown_scheme, without_places, without_hashes]
+)
 def test_quantizers_of_another_model_are_refused(checkpoint, tmp_path, model, change):
     shutil.copytree(checkpoint, tmp_path / "int8")
     config = json.loads((tmp_path / "int8" / "nncf.json").read_text())

@@ -262,8 +262,8 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
     net = copy.deepcopy(source.net)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        for name, expected in config["sha256"].items():
-            if file_fingerprint(folder / name) != expected:
+        for name in (WEIGHTS, QUANTIZERS):
+            if file_fingerprint(folder / name) != config["sha256"][name]:
                 raise ArtifactError(
                     f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
                     f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
@@ -290,8 +290,7 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
         SafetensorError,
         nncf.ValidationError,
         nncf.InternalError,
-    ) as error:
-        # state of another architecture, JSON of another version, or a module that is not NNCF's
+    ) as error:  # state of another architecture, JSON of another version, or a module that is not NNCF's
         raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
     return towers[0], towers[1]
 
