@@ -248,7 +248,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     stage = run_stage(
         out / name,
         kind="quantize",
-        version=3,
+        version=4,
         fields={
             "seed": recipe.seed,
             "data": data_spec.model_dump(),
