@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from claims import claim, finish
@@ -38,6 +38,7 @@ BEGIN, END = "<!-- kd_qat: written by benchmarks/kd_qat.py -->", "<!-- end of kd
 MAX_MEAN_DROP = 0.003  # of top-1, KD-QAT below fp32
 MAX_UPPER_BOUND = 0.006  # of the same, at 95 %
 RESAMPLES = 10_000
+SETS: tuple[Literal["stix", "serif", "novel"], ...] = ("stix", "serif", "novel")
 VARIANTS = {
     "fp32": "fp32",
     "ptq": "int8, PTQ",
@@ -65,16 +66,14 @@ def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[s
     result = folder / "right.npz"
     if not result.exists():
         from export.runtime import open_exported
-        from toolchain import glyphs
+        from toolchain.eval_sets import open_set
         from toolchain.evaluate import evaluate
 
         folder.mkdir(parents=True, exist_ok=True)
         export(run, folder, variant, seed, overrides)
-        sets: dict[str, tuple[NDArray[np.uint8], list[str]]] = {
-            name: (glyphs.eval_set(name).images_KHWC, glyphs.eval_set(name).names) for name in glyphs.EVAL_FACES
-        }
-        _, samples = evaluate(open_exported(folder), sets, glyphs.TEMPLATES, headline="stix")
-        np.savez(result, **{name: samples[f"{name}_rank"] < 1 for name in sets})  # type: ignore[arg-type]
+        sets = [open_set(name) for name in SETS]
+        _, samples = evaluate(open_exported(folder), sets, headline="stix")
+        np.savez(result, **{name: samples[f"{name}_rank"] < 1 for name in SETS})  # type: ignore[arg-type]
     with np.load(result) as saved:
         return dict(saved)
 
@@ -84,6 +83,7 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
     from export.parity import check_parity
     from export.to_onnx import export_onnx
     from toolchain import glyphs
+    from toolchain.eval_sets import open_set
     from toolchain.feed import training_data
     from toolchain.finetune import quantize_student
     from toolchain.models import load_model
@@ -106,15 +106,12 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
         examples = example_pixels(model.net), model.tokenize(list(glyphs.TEMPLATES))
         towers = {"image_tower": freeze(image, examples[0]), "text_tower": freeze(text, examples[1])}
     precision = "int8" if towers else "fp32"
-    shown = glyphs.eval_set("stix")
     summary = export_onnx(
         model,
         folder,
         role="student",
         precision=precision,
-        eval_images=shown.images_KHWC,
-        names=shown.names,
-        templates=glyphs.TEMPLATES,
+        headline=open_set("stix"),
         opset=recipe.export.opset,
         **towers,
     )

@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import STUDENT
 from torch import Tensor, nn
 
+from toolchain import glyphs, sensitivity
 from toolchain.errors import GateError
+from toolchain.eval_sets import classes_set
 from toolchain.models import ClipModel, load_model
+from toolchain.processes import ALONE
 from toolchain.quantize import ImageTower, TextTower, freeze, load_quantized, quantize, quantizers_of
 from toolchain.sensitivity import Probe, agreement_probe, headline_probe, layers_of, revert_worst, score_of
+from toolchain.validate import headline_accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,22 +182,32 @@ def test_a_budget_that_cannot_hold_is_a_failed_gate(
         revert_worst(towers, case.inputs, likeness(case), float_score, max_drop=0.5)
 
 
-def test_the_headline_is_scored_as_evaluation_scores_it(case: Case) -> None:
-    from toolchain import glyphs
-    from toolchain.processes import ALONE
-    from toolchain.validate import headline_accuracy
-
+def test_the_headline_is_scored_as_evaluation_scores_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = glyphs.eval_set("novel")
-    images_KHWC, names = shown.images_KHWC[:40], shown.names[:40]
-    probe = headline_probe(case.model, "novel", images_KHWC, names, glyphs.TEMPLATES)
+    data = classes_set("novel", shown.images_KHWC[:40], shown.names[:40], glyphs.TEMPLATES)
+    monkeypatch.setattr(sensitivity, "MAX_EFFECT_IMAGES", 10)
+    probe = headline_probe(case.model, data)
     found = score_of({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, probe)
-    assert found == headline_accuracy(images_KHWC, names, glyphs.TEMPLATES)(case.model, ALONE)["top1"]
-    few = probe.at_most(10)
-    assert len(few.pixel_values_BCHW) == 10
-    assert len(few.input_ids_CT) == 10 * len(glyphs.TEMPLATES)
-    assert torch.equal(few.pixel_values_BCHW[-1], probe.pixel_values_BCHW[-1])
-    assert torch.equal(few.input_ids_CT[9], probe.input_ids_CT[39]), "the last class's first prompt"
-    assert probe.at_most(40) is probe
+    assert found == headline_accuracy(data)(case.model, ALONE)["top1"]
+    assert probe.what == "top-1 on novel"
+    assert probe.few is not None
+    assert probe.few.what == "top-1 on novel, 10 images"
+    assert len(probe.few.pixel_values_BCHW) == 10
+    assert len(probe.few.input_ids_CT) == 10 * len(glyphs.TEMPLATES)
+    assert torch.equal(probe.few.pixel_values_BCHW[-1], probe.pixel_values_BCHW[-1])
+    assert torch.equal(probe.few.input_ids_CT[9], probe.input_ids_CT[39]), "the last class's first prompt"
+
+
+def test_classes_of_many_images_all_stay(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = glyphs.eval_set("novel")
+    data = classes_set("mine", shown.images_KHWC[:40], shown.names[:5], glyphs.TEMPLATES, np.arange(40) % 5)
+    monkeypatch.setattr(sensitivity, "MAX_EFFECT_IMAGES", 10)
+    probe = headline_probe(case.model, data)
+    found = score_of({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, probe)
+    assert found == headline_accuracy(data)(case.model, ALONE)["top1"]
+    assert probe.few is not None
+    assert len(probe.few.pixel_values_BCHW) == 10
+    assert torch.equal(probe.few.input_ids_CT, probe.input_ids_CT)
 
 
 def test_agreement_is_the_share_of_equal_choices() -> None:
@@ -201,4 +216,3 @@ def test_agreement_is_the_share_of_equal_choices() -> None:
     probe = agreement_probe("me", image_BD, torch.arange(3)[:, None], torch.tensor([0, 1, 2, 0]))
     assert probe.what == "agreement with me"
     assert probe.score(image_BD, text_CD) == 0.5
-    assert probe.at_most(1) is probe

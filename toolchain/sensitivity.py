@@ -4,23 +4,22 @@ A layer is an operator with a quantized weight (a convolution, linear layer or e
 of what it reads.  One that no such operator reads, as of a residual branch on its way to an addition, belongs to the
 layers whose output it is.  A quantizer is off when all layers it belongs to are in float.
 
-    B samples   D embedding width   K images, of one class each   C prompts   P templates   CHW, HWC image
+    B samples, N images   D embedding width   K texts: classes or captions   C prompts   P templates   CHW image
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from toolchain.errors import GateError
-from toolchain.evaluate import ranks
+from toolchain.eval_sets import EvalSet
+from toolchain.evaluate import BLANK, image_ranks
 from toolchain.models import ClipModel
 from toolchain.quantize import quantizers_of, without_attention_fast_path
 
@@ -28,7 +27,10 @@ EXACT_DB = 150.0
 """Reported where nothing differs: float32 resolves 24 bits, which is 144 dB."""
 
 MAX_EFFECT_IMAGES = 512
-"""Of the set, evenly spread, that each layer's own effect is measured on; the budget is checked on all."""
+"""Of the set, evenly spread, that each layer's own effect is measured on."""
+
+MAX_BUDGET_IMAGES = 4096
+"""That the budget is checked on: their pixels are held in memory, 2.5 GB at 224 x 224."""
 
 _CHUNK = 256  # inputs per forward
 
@@ -48,33 +50,36 @@ class Probe:
     score: Callable[[Tensor, Tensor], float]
     """Of image features [B, D] and text features [C, D], as a fraction."""
 
-    num_classes: int | None = None
-    """Where image k shows class k, with as many prompts for each."""
-
-    def at_most(self, count: int) -> "Probe":
-        """The same of so many classes, evenly spread; a probe without classes is as small as it gets."""
-        if self.num_classes is None or self.num_classes <= count:
-            return self
-        kept = torch.from_numpy(np.linspace(0, self.num_classes - 1, count).round().astype(np.int64))
-        input_ids_PKT = self.input_ids_CT.view(-1, self.num_classes, self.input_ids_CT.shape[-1])[:, kept]
-        return Probe(self.what, self.pixel_values_BCHW[kept], input_ids_PKT.flatten(0, 1), self.score, count)
+    few: "Probe | None" = None
+    """The same on fewer images, for the effect of each layer; None where these are few."""
 
 
-def headline_probe(
-    model: ClipModel, name: str, images_KHWC: NDArray[np.uint8], names: Sequence[str], templates: Sequence[str]
-) -> Probe:
-    """Zero-shot top-1 on a set whose image k shows `names[k]`, as evaluate.py scores it."""
+def headline_probe(model: ClipModel, data: EvalSet) -> Probe:
+    """Top-1 on an evaluation set, as evaluate.py scores it, on at most `MAX_BUDGET_IMAGES` of it."""
+    return replace(_set_probe(model, data, MAX_BUDGET_IMAGES), few=_set_probe(model, data, MAX_EFFECT_IMAGES))
 
-    def score(image_features_KD: Tensor, text_features_CD: Tensor) -> float:
-        classes_KD = F.normalize(text_features_CD.view(len(templates), -1, text_features_CD.shape[-1]).mean(0), dim=-1)
-        return float((ranks(image_features_KD.numpy(), classes_KD.numpy()) < 1).mean())
+
+def _set_probe(model: ClipModel, data: EvalSet, max_images: int) -> Probe:
+    """Evenly spread images; where each class has one, these classes."""
+    kept = np.linspace(0, len(data) - 1, min(max_images, len(data))).round().astype(np.int64)
+    pictures = data.pictures[kept] if isinstance(data.pictures, np.ndarray) else [data.pictures[i] for i in kept]
+    shown = replace(data, pictures=pictures, image_group_N=data.image_group_N[kept])
+    if data.one_image_per_class:
+        shown = replace(shown, texts=[data.texts[i] for i in kept], text_group_K=data.text_group_K[kept])
+    images = [shown.image(index) for index in range(len(shown))]
+    unreadable_N = np.array([image is None for image in images])
+    templates = shown.templates if shown.has_classes else shown.templates[:1]
+
+    def score(image_features_ND: Tensor, text_features_CD: Tensor) -> float:
+        text_PKD = text_features_CD.view(len(templates), len(shown.texts), -1)
+        text_KD = F.normalize(text_PKD.double().mean(0), dim=-1).float()
+        return float((image_ranks(shown, image_features_ND.numpy(), text_KD.numpy(), unreadable_N) < 1).mean())
 
     return Probe(
-        f"top-1 on {name}",
-        torch.stack([model.preprocess(Image.fromarray(image_HWC)) for image_HWC in images_KHWC]),
-        torch.cat([model.tokenize([template.format(name) for name in names]) for template in templates]),
+        f"top-1 on {data.name}" + (f", {len(shown)} images" if len(shown) < len(data) else ""),
+        torch.stack([model.preprocess(image or BLANK) for image in images]),
+        torch.cat([model.tokenize([template.format(text) for text in shown.texts]) for template in templates]),
         score,
-        len(names),
     )
 
 
@@ -159,7 +164,7 @@ def revert_worst(
         for tower, net in towers.items()
         for name, quantizers in layers_of(net, calibration[tower][:2]).items()
     }
-    few = probe.at_most(MAX_EFFECT_IMAGES)
+    few = probe.few or probe
     in_float = _features(towers, few, layers, ())
     few_float = few.score(in_float["image"], in_float["text"])
     signal = {name: _features_of(net, calibration[name], layers, ()) for name, net in towers.items()}

@@ -222,7 +222,11 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     data_spec = recipe.data
     assert data_spec is not None
     weights = recipe.distill.loss_weights if recipe.distill else LossWeights()
-    budgeted = spec.max_drop is not None
+    judged: dict[str, str] = {}
+    if spec.max_drop is not None and recipe.evaluate is not None:
+        from toolchain.eval_sets import fingerprint
+
+        judged["headline"] = fingerprint(recipe.evaluate.headline_set)
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.feed import training_data
@@ -232,13 +236,11 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
         data = training_data(data_spec, seed=recipe.seed, batch_size=spec.batch_size)
         frozen = load_model(teacher.path) if teacher else None
         float_student, probe = load_model(student.path), None
-        if budgeted and recipe.evaluate is not None:
-            from toolchain import glyphs
+        if judged and recipe.evaluate is not None:
+            from toolchain.eval_sets import open_set
             from toolchain.sensitivity import headline_probe
 
-            headline = recipe.evaluate.headline
-            shown = glyphs.eval_set(headline)
-            probe = headline_probe(float_student, headline, shown.images_KHWC, shown.names, glyphs.TEMPLATES)
+            probe = headline_probe(float_student, open_set(recipe.evaluate.headline_set))
         quantized = quantize_student(
             spec, weights, float_student, frozen, data, folder, screen.progress, seed=recipe.seed, headline=probe
         )
@@ -255,8 +257,8 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
             "quantize": spec.model_dump(),
             "loss_weights": weights.model_dump(),
         }
-        | ({"headline": recipe.evaluate.headline} if budgeted and recipe.evaluate else {}),
-        fingerprints={"data": _data_fingerprint(data_spec)},
+        | ({"headline": recipe.evaluate.headline} if judged else {}),
+        fingerprints={"data": _data_fingerprint(data_spec)} | judged,
         inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
         work=work,
     )
