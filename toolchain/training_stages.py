@@ -257,7 +257,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
             "quantize": spec.model_dump(),
             "loss_weights": weights.model_dump(),
         }
-        | ({"headline": recipe.evaluate.headline} if judged else {}),
+        | ({"headline": recipe.evaluate.headline} if judged and recipe.evaluate else {}),
         fingerprints={"data": _data_fingerprint(data_spec)} | judged,
         inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
         work=work,
