@@ -124,9 +124,11 @@ class Damaged:
 
     def view_of(self, sample_B: Any, view: int, geometries: Any) -> Batch:
         kept = np.array([sample not in self.damaged for sample in sample_B.tolist()], bool)
-        batch = self.data.view_of(sample_B[kept], view, geometries)
+        whole = self.data.view_of(sample_B, view, geometries)
+        pixels = {geometry: drawn[torch.from_numpy(kept)] for geometry, drawn in whole.pixels.items()}
+        captions_B = [caption for caption, keep in zip(whole.captions_B, kept.tolist(), strict=True) if keep]
         lost = tuple(Damage(sample, "truncated picture", "somewhere") for sample in sample_B[~kept].tolist())
-        return Batch(batch.pixels, batch.captions_B, batch.sample_B, batch.pick_B, view, lost)
+        return Batch(pixels, captions_B, sample_B[kept], whole.pick_B[kept], view, lost)
 
     def captions_of(self, sample_B: Any) -> list[tuple[str, ...]]:
         whole = self.data.captions_of(sample_B)
@@ -257,9 +259,9 @@ def test_killed_at_random_moments_the_bytes_are_the_same(
         else:
             process.ends()
             break
-    assert killed >= 1
+    assert killed > kills // 2
     assert start("cache", recipe, "--out", tmp_path / "parts", **where).ends()[0] == 0, where["said"].read_text()
-    expected, found = files(tmp_path / "whole" / "teacher-cache"), files(tmp_path / "parts" / "teacher-cache")
+    expected, found = (files(tmp_path / run / "teacher-cache" / "teacher") for run in ("whole", "parts"))
     assert len(expected) > 3
     assert found == expected, f"seed of the kills: {seed}"
     manifests = [

@@ -148,7 +148,7 @@ def _write_shard(
     num_views: int,
     counted: _Counted,
 ) -> None:
-    """One shard, complete or not there at all."""
+    """The teacher over one shard's samples."""
     device, geometry = live.logit_scale.device, live.model.geometry
     start = number * SHARD_SAMPLES
     sample_N = np.arange(start, min(start + SHARD_SAMPLES, data.num_samples))
@@ -171,14 +171,28 @@ def _write_shard(
     for first in range(0, len(texts), CHUNK):
         ids_BL = live.model.ids_of(texts[first : first + CHUNK]).to(device)
         text_CE[first : first + CHUNK] = live.text_features(ids_BL).cpu()
+    texts_N = [[text_of[caption] for caption in captions] for captions in captions_N]
+    write_shard(shard_path(folder, number), image_VNE, text_CE, present_VN, texts_N, dtype=dtype, damaged=damaged)
+
+
+def write_shard(
+    path: Path,
+    image_VNE: Tensor,
+    text_CE: Tensor,
+    present_VN: Tensor,
+    texts_N: list[list[int]],
+    *,
+    dtype: StoredDtype,
+    damaged: Mapping[int, str],
+) -> None:
+    """A shard's file, complete or not there at all; `texts_N`: for each sample the rows of its captions."""
     arrays = {
         **narrowed("image", image_VNE, dtype),
         **narrowed("text", text_CE, dtype),
         "present": present_VN,
-        "text_of_caption": torch.tensor([text_of[c] for cs in captions_N for c in cs], dtype=torch.int32),
-        "first_caption": torch.tensor(np.cumsum([0, *map(len, captions_N)]), dtype=torch.int64),
+        "text_of_caption": torch.tensor([text for texts in texts_N for text in texts], dtype=torch.int32),
+        "first_caption": torch.tensor(np.cumsum([0, *map(len, texts_N)]), dtype=torch.int64),
     }
-    path = shard_path(folder, number)
     partial = path.with_name(f"{path.name}.partial")
     save_file(arrays, partial, {"damaged": json.dumps(sorted(damaged.items()))})
     _settle(partial, path)
