@@ -174,7 +174,7 @@ def main() -> None:
         ]
     teacher = teacher_score(arguments.out)
     for seed in arguments.seeds:
-        teacher_features(seed, arguments.out)
+        teacher_cache(seed, arguments.out)
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(train, *job) for job in jobs]
