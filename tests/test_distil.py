@@ -578,7 +578,7 @@ def test_the_result_says_what_the_manifest_should(tmp_path: Path, tiny_samples: 
     said = distil(spec(steps=4), student, None, data, tmp_path, silent)
     assert set(said) == {"train_s", "steps", "processes", "device"}
     assert (said["steps"], said["processes"], said["device"]) == (4, 1, "cpu")
-    assert said["train_s"] >= said["teacher_s"] == 0.0
+    assert said["train_s"] >= 0.0
 
 
 def test_the_time_of_interrupted_attempts_counts(
