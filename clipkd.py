@@ -158,6 +158,25 @@ def adopt(
 
 
 @app.command()
+def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+    """Run a recipe's teacher once over every stored view and caption, for distill to look its features up.
+
+    What it saves and how many bytes it takes is said first.  Interrupted, the same command continues.
+
+    Side by side: [bold]torchrun --nproc-per-node 8 -m clipkd cache RECIPE --out RUN[/]
+
+    Example: [bold]clipkd cache glyphs --out runs/quickstart[/]
+    """
+    from toolchain.training_stages import How, cache_teachers
+
+    how = How()
+    with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
+        made = cache_teachers(loaded, out, screen, how)
+    if how.leads:
+        _print_stages(made, as_json)
+
+
+@app.command()
 def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
     """Make the int8 student of a run.
 

@@ -17,7 +17,6 @@ exit code 5 when a claim does not hold.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -79,8 +78,8 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
     import torch
 
     torch.set_num_threads(1)
-    from toolchain.distil import _TEACHER_FEATURES, distil
-    from toolchain.models import build_model, load_model
+    from toolchain.distil import distil
+    from toolchain.models import build_model
     from toolchain.recipe import DistillSpec, LossWeights, ModelSpec
 
     how = TOWERS[tower]
@@ -89,14 +88,10 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
         batch_size=BATCH,
         lr=how["lr"],
         warmup=WARMUP,
-        stored_teacher_features=True,
         loss_weights=LossWeights(**weights),
     )
-    teacher = None if variant == "baseline" else load_model(ROOT / "recipes" / "glyphs_teacher")
-    kept = folder / _TEACHER_FEATURES  # as an interrupted run would have left it
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    if teacher is not None and not kept.exists():
-        os.link(teacher_features(seed, folder.parent), kept)
+    teacher = None if variant == "baseline" else teacher_cache(seed, folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
     student = build_model(ModelSpec(model=STUDENT, model_cfg=how["model_cfg"]), seed=seed)
     trained = distil(spec, student, teacher, data_of(seed), folder, quiet, seed=seed)
     scores = score(student) | {"train_s": trained["train_s"], "tower": tower, "variant": variant, "seed": seed}
@@ -111,18 +106,23 @@ def data_of(seed: int) -> Any:
     return training_data(GlyphsSpec(kind="glyphs", views=VIEWS), seed=seed, batch_size=BATCH)
 
 
-def teacher_features(seed: int, out: Path) -> Path:
+def teacher_cache(seed: int, out: Path) -> Any:
     """What the teacher says of a seed's views: the same for every variant, so computed once."""
-    path = out / f"teacher-seed{seed}.pt"
-    if not path.exists():
-        from toolchain.models import load_model
-        from toolchain.processes import ALONE
-        from toolchain.teacher import live_teacher, store_teacher_features
+    from toolchain.caching import SHARD_SAMPLES, make_cache
+    from toolchain.models import load_model
+    from toolchain.processes import ALONE
+    from toolchain.teacher import live_teacher
+    from toolchain.teacher_cache import open_cache
 
-        teacher = live_teacher(load_model(ROOT / "recipes" / "glyphs_teacher"), "fp32", ALONE.device)
-        out.mkdir(parents=True, exist_ok=True)
-        store_teacher_features(teacher, data_of(seed), VIEWS, quiet).save(path)
-    return path
+    folder = out / f"teacher-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    depends = {"seed": seed, "views": VIEWS, "dtype": "float32", "shard_samples": SHARD_SAMPLES}
+    if not (folder / "complete").exists():
+        live = live_teacher(load_model(ROOT / "recipes" / "glyphs_teacher"), "fp32", ALONE.device)
+        steps = max(how["steps"] for how in TOWERS.values())
+        make_cache(live, data_of(seed), folder, depends, quiet, dtype="float32", num_views=VIEWS, steps=steps)
+        (folder / "complete").touch()
+    return open_cache(folder, depends)
 
 
 def score(model: Any) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def main() -> None:
         ]
     teacher = teacher_score(arguments.out)
     for seed in arguments.seeds:
-        teacher_features(seed, arguments.out)
+        teacher_cache(seed, arguments.out)
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(train, *job) for job in jobs]

@@ -128,6 +128,9 @@ def exports(recipe: Recipe) -> list[tuple[str, str, str]]:
 def stage_paths(recipe: Recipe) -> list[str]:
     """The directories in a run that a recipe asks for."""
     trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
+    cache = recipe.distill.teacher_cache if recipe.distill else None
+    if cache is not None and cache.path is None:
+        trained.insert(-1, "teacher-cache/teacher")
     if recipe.distill is None:
         trained = ["adopted"]
     quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions else []

@@ -94,9 +94,10 @@ def _run(
     from conftest import tiny_training_set
 
     import clipkd as command
-    from toolchain import checkpoints, distil, glyphs, stages
+    from toolchain import caching, checkpoints, distil, glyphs, stages
 
     torch.set_num_threads(1)
+    caching.SHARD_SAMPLES, caching.CHUNK = 16, 5  # many shards of the tiny samples
     with said.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

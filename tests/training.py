@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from conftest import STUDENT
 
+from toolchain import caching
+from toolchain.caching import make_cache
 from toolchain.checkpoints import Checkpoints
-from toolchain.data import GlyphBatches
+from toolchain.data import GlyphBatches, TrainingData
 from toolchain.distil import CHECKPOINTS, Engine, distil
 from toolchain.glyphs import TrainingSet
 from toolchain.models import CONFIG, ClipModel, load_model
 from toolchain.processes import Processes
 from toolchain.recipe import DistillSpec
+from toolchain.stages import SCRATCH
+from toolchain.teacher import live_teacher
+from toolchain.teacher_cache import ABOUT, TeacherCache, open_cache
 
 BATCH_SIZE = 8
 STEPS = 11  # more than an epoch of the tiny samples, so that a second view is shown
@@ -43,15 +48,35 @@ def train(
     engine: Engine = USUAL,
     accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None,
     student: Path = STUDENT,
+    cached: bool = False,
     **changes: Any,
 ) -> ClipModel:
-    """What the distil stage does."""
+    """What the distil stage does, and where the teacher is cached what that stage does before it."""
     folder.mkdir(exist_ok=True, parents=True)
     trained = load_model(student, random_seed=seed)
     frozen = load_model(teacher) if teacher else None
     data = GlyphBatches(samples, seed, BATCH_SIZE, 2)
-    distil(spec(**changes), trained, frozen, data, folder, progress, seed=seed, engine=engine, accuracy=accuracy)
+    guide: ClipModel | TeacherCache | None = frozen
+    if cached and frozen:
+        engine.processes.rows(BATCH_SIZE)
+        guide = cache_of(frozen, data, folder / SCRATCH / "cache", progress)
+    distil(spec(**changes), trained, guide, data, folder, progress, seed=seed, engine=engine, accuracy=accuracy)
     return trained
+
+
+def cache_of(
+    teacher: ClipModel, data: TrainingData, folder: Path, progress: Callable[..., None] = silent, **changes: Any
+) -> TeacherCache:
+    """The teacher's features of every view, made where they are not there yet."""
+    folder.mkdir(exist_ok=True, parents=True)
+    if not (folder / "complete").exists():
+        assert data.num_views
+        views, dtype = data.num_views, changes.get("dtype", "float32")
+        live = live_teacher(teacher, "fp32", torch.device("cpu"))
+        depends = {"views": views, "dtype": dtype, "shard_samples": caching.SHARD_SAMPLES}
+        make_cache(live, data, folder, depends, progress, num_views=views, steps=STEPS, dtype=dtype)
+        (folder / "complete").touch()
+    return open_cache(folder, {**json.loads((folder / ABOUT).read_text())})
 
 
 def configured(folder: Path, source: Path = STUDENT, **changes: Any) -> Path:

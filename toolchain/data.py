@@ -142,12 +142,16 @@ class GlyphBatches:
         captions_B = [TEMPLATES[t].format(name) for t, name in zip(template_B.tolist(), names_B, strict=True)]
         drawn_B3HH = draw_views(self.samples.masks_NSS[sample_B], self.seed, sample_B, view)
         pixels = {geometry: _resized(drawn_B3HH, geometry) for geometry in geometries}
-        return Batch(pixels, captions_B, sample_B, template_B, view)
+        return Batch(pixels, captions_B, sample_B, np.full(len(sample_B), view % self.views), view)
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] the character's name in every template."""
+        """[B] the caption of each view."""
         names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
-        return [tuple(template.format(name) for template in TEMPLATES) for name in names_B]
+        template_BV = np.stack([template_picks(self.seed, sample_B, view) for view in range(self.views)], 1).tolist()
+        return [
+            tuple(TEMPLATES[t].format(name) for t in template_V)
+            for template_V, name in zip(template_BV, names_B, strict=True)
+        ]
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """uint8 [B, 3, H, H] chosen samples, black on white."""

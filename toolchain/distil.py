@@ -36,19 +36,12 @@ from toolchain.onednn import on_onednn
 from toolchain.processes import ALONE, Processes
 from toolchain.recipe import DistillSpec, Precision
 from toolchain.stages import SCRATCH
-from toolchain.teacher import (
-    DTYPES,
-    LiveTeacher,
-    Progress,
-    StoredTeacher,
-    live_teacher,
-    load_stored_teacher,
-    store_teacher_features,
-)
+from toolchain.teacher import DTYPES, CachedTeacher, LiveTeacher, Progress, live_teacher
+from toolchain.teacher_cache import TeacherCache
 from toolchain.training_log import TrainingLog, logs
 
 HEADS = "heads.safetensors"
-CHECKPOINTS, _TEACHER_FEATURES = Path(SCRATCH, "checkpoints"), Path(SCRATCH, "teacher_features.pt")
+CHECKPOINTS = Path(SCRATCH, "checkpoints")
 _HEADS_WEIGHT_DECAY = 0.01  # of the projections that distillation adds: the released code leaves AdamW's default
 
 
@@ -73,7 +66,7 @@ _PLAIN = Engine()
 def distil(
     spec: DistillSpec,
     student: ClipModel,
-    teacher: ClipModel | None,
+    teacher: ClipModel | TeacherCache | None,
     data: TrainingData,
     folder: Path,
     progress: Progress,
@@ -99,11 +92,9 @@ def distil(
     rows = processes.rows(spec.batch_size)
     if teacher is None and not weights["task"]:
         raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
-    started = time.monotonic()
     torch.manual_seed(seed)  # of the heads: alike in every process
     trained = _Trained(student, teacher, spec, processes)
-    guide = _guide(spec, teacher, data, steps, folder, progress, processes) if teacher else None
-    teacher_s = time.monotonic() - started
+    guide = _guide(spec, teacher, processes) if teacher else None
     optimizer = _optimizer(trained, spec)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=spec.precision == "fp16")
     checkpoints = Checkpoints(
@@ -111,8 +102,7 @@ def distil(
     )
     step, before_s = _resume(checkpoints, trained, optimizer, scaler, engine.say if processes.leads else lambda _: None)
     module = processes.together(trained)
-    live = teacher if isinstance(guide, LiveTeacher) else None
-    batches = closing(feed(data, range(step, steps), rows, student, live, engine.workers))
+    batches = closing(feed(data, range(step, steps), rows, student, teacher, engine.workers))
     clock = _Clock(processes.device)
     started = time.monotonic()
     trained.train()
@@ -152,13 +142,13 @@ def distil(
             stopping = processes.any(stop_requested())
             if processes.leads and (checkpoints.due(step) or stopping or step == steps):
                 log.flush()
-                elapsed_s = teacher_s + before_s + time.monotonic() - started
+                elapsed_s = before_s + time.monotonic() - started
                 checkpoints.save(step, _state(trained, optimizer, scaler) | {"elapsed_s": elapsed_s})
             if stopping and step < steps:
                 processes.wait()  # for the checkpoint: torchrun ends the others when one process has ended
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
     trained.eval()
-    train_s = teacher_s + before_s + time.monotonic() - started
+    train_s = before_s + time.monotonic() - started
     if processes.leads:
         save_model(student, folder)
         if heads := trained.heads.state_dict():
@@ -166,7 +156,6 @@ def distil(
     processes.wait()
     return {
         "train_s": round(train_s, 1),
-        "teacher_s": round(teacher_s, 1),
         "steps": steps,
         "processes": processes.size,
         "device": str(torch.cuda.get_device_name()) if processes.device.type == "cuda" else "cpu",
@@ -225,7 +214,9 @@ def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
 class _Trained(nn.Module):
     """The student and the heads that distillation adds: everything the optimizer moves and a checkpoint holds."""
 
-    def __init__(self, student: ClipModel, teacher: ClipModel | None, spec: DistillSpec, processes: Processes) -> None:
+    def __init__(
+        self, student: ClipModel, teacher: ClipModel | TeacherCache | None, spec: DistillSpec, processes: Processes
+    ) -> None:
         super().__init__()
         student.settle()
         self.net = student.net
@@ -340,26 +331,10 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 # The teacher ----------------------------------------------------------------------------------------------------------
 
 
-def _guide(
-    spec: DistillSpec,
-    teacher: ClipModel,
-    data: TrainingData,
-    steps: int,
-    folder: Path,
-    progress: Progress,
-    processes: Processes,
-) -> LiveTeacher | StoredTeacher:
-    live = live_teacher(teacher, spec.teacher_precision, processes.device, compiled=spec.compile)
-    if not spec.stored_teacher_features:
-        return live
-    if data.num_views is None:
-        raise UsageError("distill.stored_teacher_features: this data shows no view twice; set it to false")
-    path = folder / _TEACHER_FEATURES  # left by an interrupted call of the same stage
-    if processes.leads and not path.exists():
-        num_views = min(data.num_views, -(-steps // data.steps_per_epoch))
-        store_teacher_features(live, data, num_views, progress).save(path)
-    processes.wait()
-    return load_stored_teacher(path, processes.device)
+def _guide(spec: DistillSpec, teacher: ClipModel | TeacherCache, processes: Processes) -> LiveTeacher | CachedTeacher:
+    if isinstance(teacher, TeacherCache):
+        return CachedTeacher(torch.tensor(teacher.logit_scale, device=processes.device))
+    return live_teacher(teacher, spec.teacher_precision, processes.device, compiled=spec.compile)
 
 
 # What is logged and what stops a run ----------------------------------------------------------------------------------

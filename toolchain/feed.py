@@ -3,7 +3,7 @@
 A batch is a function of its step, so a loader is a list of steps: nothing of it needs saving, and which process makes
 which batch changes nothing.
 
-    b rows of one process   T tokens   H image size
+    b rows of one process   T tokens   H image size   E teacher width
 """
 
 import signal
@@ -23,6 +23,7 @@ from toolchain.errors import ClipkdError
 from toolchain.models import ClipModel
 from toolchain.recipe import DataSpec, GlyphsSpec
 from toolchain.shards import ShardBatches, left_out
+from toolchain.teacher_cache import TeacherCache
 
 
 def training_data(
@@ -63,6 +64,8 @@ class Fed:
     captions_b: list[str]
     sample_b: NDArray[np.int64]
     view: int
+    teacher_features: tuple[Tensor, Tensor] | None = None
+    """Of images and texts [b, E] each, where a cache has them."""
 
     def to(self, device: torch.device) -> "Fed":
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -73,8 +76,15 @@ class Fed:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Fed":
         taught = [None if tensor is None else change(tensor) for tensor in (self.teacher_pixels, self.teacher_ids)]
-        pixels, ids = change(self.student_pixels), change(self.student_ids)
-        return replace(self, student_pixels=pixels, student_ids=ids, teacher_pixels=taught[0], teacher_ids=taught[1])
+        features = self.teacher_features and (change(self.teacher_features[0]), change(self.teacher_features[1]))
+        return replace(
+            self,
+            student_pixels=change(self.student_pixels),
+            student_ids=change(self.student_ids),
+            teacher_pixels=taught[0],
+            teacher_ids=taught[1],
+            teacher_features=features,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,14 @@ class _Steps(Dataset[Fed | ClipkdError]):
     rows: slice
     student: tuple[Geometry, Callable[[list[str]], Tensor]]
     teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
+    cache: TeacherCache | None
 
     def __getitem__(self, step: int) -> Fed | ClipkdError:
         geometry, tokenize = self.student
         wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
         try:
             batch = self.data.batch(step, self.rows, sorted(wanted))
+            features = self.cache.features(batch.sample_B, batch.pick_B, batch.view) if self.cache else None
         except ClipkdError as error:
             return error
         ids_bT = tokenize(batch.captions_B)
@@ -102,27 +114,32 @@ class _Steps(Dataset[Fed | ClipkdError]):
             teacher_pixels = batch.pixels[self.teacher[0]]
             teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
         pixels, captions_b, sample_b = batch.pixels[geometry], batch.captions_B, batch.sample_B
-        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, batch.view)
+        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, batch.view, features)
 
 
 def feed(
-    data: TrainingData, steps: range, rows: slice, student: ClipModel, teacher: ClipModel | None, workers: int
+    data: TrainingData,
+    steps: range,
+    rows: slice,
+    student: ClipModel,
+    teacher: ClipModel | TeacherCache | None,
+    workers: int,
 ) -> Generator[Fed, None, None]:
-    """A process's rows of the batches of some steps, for a student and, where it runs live, a teacher.
+    """A process's rows of the batches of some steps, for a student and a teacher, live or cached.
 
     To be closed, which is what ends the loaders' processes: they heed no signal.
 
     Raises:
         ClipkdError: a sample cannot be read.
     """
-    taught = None
-    if teacher is not None:
+    taught, cache = None, teacher if isinstance(teacher, TeacherCache) else None
+    if isinstance(teacher, ClipModel):
         tokenize = student.ids_of if teacher.tokenizes_like(student) else teacher.ids_of
         taught = teacher.geometry, tokenize
     for model in (student, teacher):
-        if model is not None:
+        if isinstance(model, ClipModel):
             model.settle()
-    dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught)
+    dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught, cache)
     loader = DataLoader(
         dataset,
         batch_size=None,

@@ -19,6 +19,7 @@ BatchSize = Annotated[int, Field(ge=2)]  # a contrastive loss of one pair is 0
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class _Section(BaseModel):
@@ -40,6 +41,10 @@ class WebdatasetSpec(_Section):
     shards: Annotated[tuple[str, ...], Field(min_length=1)]
     """Tar files of image-text pairs as img2dataset writes them; braces expand: data/cc3m/{00000..00331}.tar.
     Relative to the folder clipkd runs in."""
+
+    views: Positive | None = None
+    """Distinct augmentations of each sample; epoch e shows view e mod views.  Absent: every epoch its own, which no
+    teacher cache can hold."""
 
     crop_scale: tuple[Fraction, Fraction] = (0.9, 1.0)
     """Share of the picture's area that a random crop keeps, from and to."""
@@ -146,6 +151,20 @@ class LossWeights(_Section):
     """Relational distillation of the similarities between the two models."""
 
 
+class TeacherCacheSpec(_Section):
+    """The teacher's features of every view of `data.views` and every caption, computed once (docs/teacher_cache.md)."""
+
+    dtype: StoredDtype = "float32"
+    """How they are stored; int8 with a scale for each row."""
+
+    path: str | None = None
+    """A cache that another run made of the same data and teacher: runs/OTHER/teacher-cache/teacher.
+    Absent: this run's own, made if it is not there.  Relative to the folder clipkd runs in."""
+
+    also: tuple[ModelSpec, ...] = ()
+    """Further teachers that `clipkd cache` stores the features of, for other recipes."""
+
+
 class DistillSpec(_Section):
     steps: Positive | None = None
     """Number of optimizer steps; or `epochs`."""
@@ -175,8 +194,8 @@ class DistillSpec(_Section):
 
     teacher_precision: Precision = "fp32"
 
-    stored_teacher_features: bool = False
-    """Run the teacher over every stored view once, before training, instead of in each step."""
+    teacher_cache: TeacherCacheSpec | None = None
+    """Run the teacher over every view once, before training, instead of in each step; {} does with the defaults."""
 
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Bound on the norm of all gradients together, those of the loss heads included."""
@@ -405,6 +424,13 @@ class Recipe(_Section):
         if self.distill is not None:
             if self.data is None:
                 raise ValueError("there is no data section to train on")
+            if self.distill.teacher_cache is not None and self.teacher is None:
+                raise ValueError("distill.teacher_cache stores a teacher's features, and there is no teacher")
+            if self.distill.teacher_cache is not None and self.data.views is None:
+                raise ValueError(
+                    "distill.teacher_cache needs data.views, the number of augmentations of each sample to store: "
+                    "epoch e then shows view e mod views. As many as fit the disk; 1 is cheapest"
+                )
         elif self.teacher is not None or self.baseline:
             raise ValueError(
                 "teacher and baseline are for training, and there is no distill section; add one or drop them"
@@ -516,6 +542,11 @@ def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     if recipe.evaluate is not None:
         sets = tuple(_anchored_set(spec, folder) for spec in recipe.evaluate.sets)
         changes["evaluate"] = recipe.evaluate.model_copy(update={"sets": sets})
+    if recipe.distill is not None and recipe.distill.teacher_cache is not None:
+        cache = recipe.distill.teacher_cache
+        also = tuple(anchored(spec, folder, "distill.teacher_cache.also") for spec in cache.also)
+        cache = cache.model_copy(update={"also": also})
+        changes["distill"] = recipe.distill.model_copy(update={"teacher_cache": cache})
     return recipe.model_copy(update=changes)
 
 

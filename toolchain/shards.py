@@ -77,7 +77,7 @@ class ShardBatches:
     crop_scale: tuple[float, float]
     """Share of the picture's area that a crop keeps, from and to."""
 
-    num_views = None
+    num_views: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
@@ -111,7 +111,7 @@ class ShardBatches:
                     progress("indexing shards", len(shards), len(paths))
             finally:
                 pool.shutdown(cancel_futures=True)  # an error or an interrupt does not wait for those not begun
-        return cls(tuple(shards), seed, batch_size, spec.crop_scale)
+        return cls(tuple(shards), seed, batch_size, spec.crop_scale, spec.views)
 
     @property
     def num_samples(self) -> int:
@@ -133,7 +133,9 @@ class ShardBatches:
         Raises:
             ClipkdError: a shard has changed or gone, or a picture or caption cannot be read.
         """
-        return self.view_of(self.samples_of(step)[rows], step // self.steps_per_epoch, geometries)
+        epoch = step // self.steps_per_epoch
+        view = epoch if self.num_views is None else epoch % self.num_views
+        return self.view_of(self.samples_of(step)[rows], view, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples; every geometry shows the same crop.

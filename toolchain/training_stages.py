@@ -3,6 +3,7 @@
 Heavy packages are imported inside the work, so that a run whose stages are all complete needs none of them.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,8 +40,6 @@ def train(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stag
 
     Where the recipe trains nothing: the model it adopts.
     """
-    from toolchain.recipe import teacher_recipe
-
     if recipe.distill is None:
         return {"adopted": _adopt(recipe, recipe.student, out, "adopted", screen, how)}
 
@@ -48,10 +47,7 @@ def train(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stag
         _refuse_misfits(recipe, screen)
     if recipe.teacher is None:
         return {"student": _train_one(recipe, out, "student", None, screen, how)}
-    if recipe.teacher.recipe is not None:
-        teacher = _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
-    else:
-        teacher = _adopt(recipe, recipe.teacher, out, "teacher", screen, how)
+    teacher = _teacher(recipe, out, screen, how)
     made = {"teacher": teacher}
     if recipe.baseline:
         made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
@@ -108,7 +104,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
     assert data_spec is not None
     if teacher is None:  # nothing it reads depends on the weights of losses it does not have
         alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_dump(), 0.0) | {"task": 1.0})
-        changes = {"loss_weights": alone, "stored_teacher_features": False, "teacher_precision": "fp32"}
+        changes = {"loss_weights": alone, "teacher_cache": None, "teacher_precision": "fp32"}
         spec = spec.model_copy(update=changes | {"reference_compat": False})
 
     def work(folder: Path) -> dict[str, Any]:
@@ -120,7 +116,13 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         from toolchain.validate import headline_accuracy
 
         student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
-        frozen = load_model(teacher.path) if teacher else None
+        frozen: Any = None
+        caching_s = 0.0
+        if teacher and spec.teacher_cache:
+            frozen, caching_s = _opened_cache(recipe, out, teacher, screen, how)
+            screen.starts(name)
+        elif teacher:
+            frozen = load_model(teacher.path)
         processes = join_processes()
         with processes.first_alone():  # shards are indexed once
             data = training_data(
@@ -141,7 +143,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         trained = distil(
             spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
         )
-        return {"role": name} | trained
+        return {"role": name, "teacher_s": caching_s} | trained
 
     screen.starts(name)
     evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
@@ -150,13 +152,137 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         out / name,
         kind="distil",
         version=3,
-        fields={"seed": recipe.seed, "data": data_spec.model_dump(), "distill": spec.model_dump()} | evaluated,
+        fields={
+            "seed": recipe.seed,
+            "data": data_spec.model_dump(),
+            "distill": spec.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # they change no feature
+        }
+        | evaluated,
         fingerprints={"data": _data_fingerprint(data_spec), "student": fingerprint(recipe.student)},
         inputs={"teacher": teacher} if teacher else {},
         work=work,
     )
     screen.done(name, stage)
     return stage
+
+
+def cache_teachers(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stage]:
+    """The features of the recipe's teacher, and of those it names beside it: a stage for each."""
+    spec = recipe.distill
+    if spec is None or spec.teacher_cache is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no distill.teacher_cache; add one, as in --set distill.teacher_cache={{}}, and "
+            "data.views: the number of augmentations of each sample to store"
+        )
+    if spec.teacher_cache.path is not None:
+        raise UsageError("distill.teacher_cache.path names a cache that is made already; remove it to make one")
+    made = {"teacher": _teacher(recipe, out, screen, how)}
+    for number, further in enumerate(spec.teacher_cache.also, 2):
+        name = f"teacher-{number}"
+        made[name] = _adopt(recipe, further, out, name, screen, how)
+    return {f"teacher-cache/{name}": _cache(recipe, out, name, stage, screen, how) for name, stage in made.items()}
+
+
+def _teacher(recipe: Recipe, out: Path, screen: Screen, how: How) -> Stage:
+    from toolchain.recipe import teacher_recipe
+
+    assert recipe.teacher is not None
+    if recipe.teacher.recipe is not None:
+        return _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
+    return _adopt(recipe, recipe.teacher, out, "teacher", screen, how)
+
+
+def _cache(recipe: Recipe, out: Path, name: str, teacher: Stage, screen: Screen, how: How) -> Stage:
+    """A teacher's features of every view and caption."""
+    from toolchain.teacher_cache import refuse_foreign
+
+    spec, data_spec = recipe.distill, recipe.data
+    assert spec is not None
+    assert spec.teacher_cache is not None
+    assert data_spec is not None
+    path, dtype = out / "teacher-cache" / name, spec.teacher_cache.dtype
+    depends = _cache_depends(recipe, teacher)
+    refuse_foreign(path, depends)
+
+    def work(folder: Path) -> dict[str, Any]:
+        from toolchain.caching import make_cache
+        from toolchain.feed import training_data
+        from toolchain.models import load_model
+        from toolchain.processes import join_processes
+        from toolchain.teacher import live_teacher
+
+        processes = join_processes()
+        live = live_teacher(load_model(teacher.path), spec.teacher_precision, processes.device, compiled=spec.compile)
+        with processes.first_alone():  # shards are indexed once
+            data = training_data(
+                data_spec, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
+            )
+        steps = spec.steps or (spec.epochs or 0) * data.steps_per_epoch
+        return make_cache(
+            live,
+            data,
+            folder,
+            depends,
+            screen.progress,
+            dtype=dtype,
+            num_views=depends["views"],
+            steps=steps,
+            processes=processes,
+            say=screen.say,
+        )
+
+    screen.starts(f"teacher-cache/{name}")
+    stage = _make_stage(
+        how, path, kind="teacher-cache", version=1, fields=depends, fingerprints={}, inputs={}, work=work
+    )
+    screen.done(f"teacher-cache/{name}", stage)
+    return stage
+
+
+def _opened_cache(recipe: Recipe, out: Path, teacher: Stage, screen: Screen, how: How) -> tuple[Any, float]:
+    """The cache that a student learns from, made first if it is this run's, and the seconds that making it took."""
+    from toolchain.stages import open_stage
+    from toolchain.teacher_cache import open_cache
+
+    assert recipe.distill is not None
+    assert recipe.distill.teacher_cache is not None
+    elsewhere = recipe.distill.teacher_cache.path
+    depends = _cache_depends(recipe, teacher)
+    if elsewhere is not None:
+        cache = open_cache(Path(elsewhere), depends)
+        if how.leads:
+            open_stage(Path(elsewhere))
+        return cache, 0.0
+    stage = _cache(recipe, out, "teacher", teacher, screen, how)
+    return open_cache(stage.path, depends), float(stage.manifest["took_s"])
+
+
+def _cache_depends(recipe: Recipe, teacher: Stage) -> dict[str, Any]:
+    """What decides the bytes of a teacher's features."""
+    from toolchain.caching import SHARD_SAMPLES
+    from toolchain.sources import CONFIG, WEIGHTS
+
+    spec, data_spec = recipe.distill, recipe.data
+    assert spec is not None
+    assert spec.teacher_cache is not None
+    assert data_spec is not None
+    config = json.loads((teacher.path / CONFIG).read_text(encoding="utf-8"))
+    files = dict(teacher.manifest["files"])
+    tokenizer = {name: digest for name, digest in files.items() if name.startswith(("tokenizer", "vocab", "merges"))}
+    return {
+        "teacher": {
+            "weights": files[WEIGHTS],
+            "architecture": config["model_cfg"],
+            "transform": config["preprocess_cfg"],
+            "tokenizer": tokenizer,
+            "precision": spec.teacher_precision,
+        },
+        "data": {**data_spec.model_dump(mode="json", exclude={"shards"}), "fingerprint": _data_fingerprint(data_spec)},
+        "seed": recipe.seed,
+        "views": data_spec.views,
+        "dtype": spec.teacher_cache.dtype,
+        "shard_samples": SHARD_SAMPLES,
+    }
 
 
 def _data_fingerprint(spec: DataSpec) -> str:
