@@ -1,4 +1,4 @@
-"""TensorRT without TensorRT: names against the real bindings over stub libraries, the path against a recording double."""
+"""TensorRT without TensorRT: names against the real bindings, the whole path against doubles."""
 
 import ast
 import hashlib
@@ -98,10 +98,16 @@ CUDART = [
 
 # All that the bindings need of their libraries to be imported.
 _ENTRY_POINTS = (
-    "createInferBuilder_INTERNAL createInferRuntime_INTERNAL createInferRefitter_INTERNAL createNvOnnxParser_INTERNAL "
-    "createNvOnnxParserRefitter_INTERNAL getNvOnnxParserVersion initLibNvInferPlugins getPluginRegistry "
-    "getBuilderPluginRegistry"
-).split()
+    "createInferBuilder_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getNvOnnxParserVersion",
+    "initLibNvInferPlugins",
+    "getPluginRegistry",
+    "getBuilderPluginRegistry",
+)
 
 _ASK = """
 import inspect, json, sys
@@ -385,7 +391,7 @@ def test_an_old_tensorrt_and_none_are_said(monkeypatch) -> None:
     ):
         to_tensorrt.can_build()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependency, match="cannot be imported here.*pip install tensorrt"):
+    with pytest.raises(MissingDependency, match=r"cannot be imported here.*pip install tensorrt"):
         to_tensorrt.can_build()
 
 
