@@ -193,18 +193,38 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
 
 
 @app.command()
-def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
-    """Export a run's models to ONNX, each proven equal to its PyTorch model.
+def export(
+    run: RunArg,
+    trt: Annotated[
+        bool, typer.Option("--trt", help="Also write TensorRT kits, and build their engines here if this can.")
+    ] = False,
+    build: Annotated[
+        bool, typer.Option("--build/--no-build", help="Build engines here; --no-build leaves them to the device.")
+    ] = True,
+    overrides: SetOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Export a run's models, each proven equal to its PyTorch model.
 
-    Example: [bold]clipkd export runs/quickstart[/]
+    With --trt, exit code 3 or 4 says that the kits are written but TensorRT or a GPU is missing here.
+
+    Example: [bold]clipkd export runs/quickstart --trt --no-build[/]
     """
     from export import deployment_stages as deployment
     from toolchain import training_stages as training
 
-    with _run_directory(_recipe_of(run, overrides), run) as (loaded, screen):
+    recipe = _recipe_of(run, overrides)
+    if trt:
+        runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))
+        spec = recipe.export.model_copy(update={"runtimes": runtimes, "build_engines": build})
+        recipe = recipe.model_copy(update={"export": spec})
+    elif not build:
+        raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
+    with _run_directory(recipe, run) as (loaded, screen):
         checkpoints = training.train(loaded, run, screen, training.How())
         checkpoints |= training.quantize(loaded, run, checkpoints, screen)
         exported = deployment.export(loaded, run, checkpoints, screen)
+        exported |= deployment.build_engines(loaded, run, exported, screen)
     _print_stages(exported, as_json)
 
 
@@ -318,6 +338,25 @@ def evaluate(
         stdout.print_json(json.dumps(document))
         return
     _print_evaluation(document)
+
+
+@app.command()
+def classes(
+    model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
+    labels: Annotated[Path, typer.Option(help="A file of labels, one a line.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to make.")],
+    templates: Annotated[
+        Path | None, typer.Option(help="A file of captions, one a line, {} where the label goes; the model's own.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Bake a set of labels into an exported model, so that the device needs no text tower; needs no torch.
+
+    Example: [bold]clipkd classes runs/quickstart/exported/student-onnxruntime-int8 --labels labels.txt --out letters[/]
+    """
+    from export.classes import bake
+
+    _print_stages({"classes": bake(model, labels, templates, out)}, as_json)
 
 
 @app.command()

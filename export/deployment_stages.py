@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from toolchain.errors import ClipkdError
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
@@ -21,21 +22,30 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
     exported = {}
     accuracy = evaluated(recipe)
     headline = fingerprint(accuracy.headline_set)
-    for name, role, precision in exports(recipe):
+    for name, role, runtime, precision in exports(recipe):
+        is_kit = runtime == "tensorrt"
         checkpoint = made[f"{role}-int8" if precision == "int8" else role]
 
         def work(
-            folder: Path, role: str = role, precision: str = precision, checkpoint: Stage = checkpoint
+            folder: Path,
+            name: str = name,
+            role: str = role,
+            precision: str = precision,
+            checkpoint: Stage = checkpoint,
+            is_kit: bool = is_kit,
         ) -> dict[str, Any]:
+            from export.model_card import write_card
             from export.parity import check_parity
             from export.to_onnx import export_onnx
             from toolchain.models import load_model
-            from toolchain.quantize import example_pixels, freeze, load_quantized
+            from toolchain.quantize import example_pixels, freeze, load_quantized, sign_activations
 
             model = load_model(checkpoint.path)
             image_tower, text_tower = None, None
             if precision == "int8":
                 image, text = load_quantized(checkpoint.path, model)
+                if is_kit:
+                    sign_activations(image, text)
                 image_tower = freeze(image, example_pixels(model.net))
                 text_tower = freeze(text, model.tokenize(list(glyphs.TEMPLATES)))
             screen.progress("to ONNX", 0, 2)
@@ -51,20 +61,99 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             )
             screen.progress("parity", 1, 2)
             summary["parity"] = check_parity(folder, precision=precision)
+            if is_kit:
+                from export.to_tensorrt import complete_kit, write_sums
+
+                summary["runtime"] = "tensorrt"
+                height, width = example_pixels(model.net).shape[-2:]
+                complete_kit(folder, (height, width))
+            write_card(folder, f"{recipe.name}: {name}", summary, _provenance(recipe, checkpoint))
+            if is_kit:
+                write_sums(folder)
             return summary
 
         screen.starts(name)
         exported[name] = run_stage(
             out / "exported" / name,
             kind="export",
-            version=1,
-            fields={"precision": precision, "opset": recipe.export.opset, "headline": accuracy.headline},
+            version=2,
+            fields={"precision": precision, "opset": recipe.export.opset, "headline": accuracy.headline}
+            | {"provenance": _provenance(recipe, checkpoint)}
+            | ({"runtime": runtime} if is_kit else {}),
             fingerprints={"headline": headline},
             inputs={"checkpoint": checkpoint},
             work=work,
         )
         screen.done(name, exported[name])
     return exported
+
+
+def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
+    """What a model card says of where a model came from: names and settings of the recipe, the checkpoint's hash.
+
+    Of a path only its name: a card travels further than a recipe.
+    """
+
+    def said(section: Any) -> Any:
+        if section is None:
+            return "none"
+        fields = section.model_dump(mode="json", exclude_none=True)
+        return {
+            key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+            for key, value in fields.items()
+        }
+
+    data = said(recipe.data)
+    return {
+        "checkpoint": f"sha256 {checkpoint.digest}",
+        "teacher": said(recipe.teacher),
+        "student": said(recipe.student),
+        "data": data,
+    } | ({"licence of the data": _GLYPHS_LICENCE} if recipe.data is not None and data.get("kind") == "glyphs" else {})
+
+
+_GLYPHS_LICENCE = (
+    "drawn from the DejaVu fonts (Bitstream Vera and Arev licences, changes in the public domain); "
+    "scored on STIX (SIL Open Font Licence 1.1)"
+)
+
+
+def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """The TensorRT engines of every kit, for the GPU of this machine.
+
+    Raises:
+        MissingDependency, UnavailableBackend: there is no TensorRT, or no GPU; the kits are complete.
+    """
+    kits = {name: stage for name, stage in exported.items() if stage.manifest["summary"]["runtime"] == "tensorrt"}
+    if not kits or not recipe.export.build_engines:
+        return {}
+    from export.to_tensorrt import build, can_build
+    from toolchain.stages import run_stage
+
+    try:
+        device = can_build()
+    except ClipkdError as error:
+        places = ", ".join(str(stage.path) for stage in kits.values())
+        hint = f"The kits are written: {places}; build on the device with build_on_device.sh, or export with --no-build"
+        raise type(error)(f"{error}. {hint}") from None
+    built = {}
+    for name, kit in kits.items():
+
+        def work(folder: Path, kit: Stage = kit) -> dict[str, Any]:
+            return build(kit.path, folder, screen.progress)
+
+        screen.starts(f"engines/{name}")
+        built[f"engines/{name}"] = run_stage(
+            out / "engines" / name,
+            kind="engines",
+            version=1,
+            fields={},
+            fingerprints={"device": json.dumps(device, sort_keys=True)},
+            inputs={"kit": kit},
+            work=work,
+        )
+        screen.done(f"engines/{name}", built[f"engines/{name}"])
+    return built
 
 
 def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
@@ -76,6 +165,8 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
     accuracy = evaluated(recipe)
     sets = fingerprints(accuracy.sets)
     for name, model in exported.items():
+        if model.manifest["summary"]["runtime"] == "tensorrt":
+            continue  # a kit runs where its engines are built
 
         def work(folder: Path, model: Stage = model) -> dict[str, Any]:
             from export.measure import measure
@@ -113,15 +204,16 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
     return document
 
 
-def exports(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Name, role and precision of every exported model."""
+def exports(recipe: Recipe) -> list[tuple[str, str, str, str]]:
+    """Name, role, runtime and precision of every exported model."""
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
     shipped = "student" if recipe.distill else "adopted"
     pairs = [(role, "fp32") for role in others] + [(shipped, precision) for precision in recipe.export.precisions]
     return [
-        (f"{role}-{runtime}-{precision}", role, precision)
+        (f"{role}-{runtime}-{precision}", role, runtime, precision)
         for runtime in recipe.export.runtimes
         for role, precision in pairs
+        if runtime != "tensorrt" or role == shipped
     ]
 
 
@@ -134,5 +226,6 @@ def stage_paths(recipe: Recipe) -> list[str]:
     if recipe.distill is None:
         trained = ["adopted"]
     quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions else []
-    names = [name for name, _, _ in exports(recipe)] if recipe.evaluate else []
-    return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]
+    made = [(name, runtime) for name, _, runtime, _ in exports(recipe)] if recipe.evaluate else []
+    measured = [f"measured/{name}/cpu" for name, runtime in made if runtime != "tensorrt"]
+    return trained + quantized + [f"exported/{name}" for name, _ in made] + measured

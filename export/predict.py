@@ -25,7 +25,7 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
         raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
     pictures = [_open(path) for path in images]
     encoders = open_exported(model)
-    own_labels, own_features_KD, logit_scale = _classes(model)
+    own_labels, own_features_KD, logit_scale = read_classes(model)
     if labels is None and not own_labels:
         raise UsageError(f"{model}: has no labels of its own; name some: --labels 'a cat,a dog'")
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
@@ -39,10 +39,11 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
     return answers
 
 
-def _classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:
+def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:
+    """Names, class matrix [K, D] and logit scale of an exported model."""
     path = model / "classes.npz"
     try:
-        with np.load(path) as classes:
+        with np.load(path, allow_pickle=False) as classes:
             return classes["names"].tolist(), classes["features_KD"], np.float32(classes["logit_scale"])
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path}: missing or damaged ({error}); make it again with: clipkd export RUN") from error

@@ -1,6 +1,7 @@
 """Time one ONNX graph in a fresh process of any machine, and print one JSON document.
 
-This file is copied to devices and runs there on its own: Python 3.8, numpy and onnxruntime (Pillow for `--images`).
+This file is copied to devices and runs there on its own: Python 3.8, numpy and onnxruntime, or for an engine
+tensorrt and cuda.bindings (Pillow for `--images`).
 
     python runner.py --model image.onnx --input pixel_values --shape 1,3,32,32 --dtype float32 --threads 2
 
@@ -26,12 +27,14 @@ if (
 
 import argparse
 import gc
+import hashlib
 import io
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +61,7 @@ def main() -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time one ONNX graph and print one JSON document.")
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--graph", type=Path, help="the ONNX graph that a TensorRT engine was built from")
     parser.add_argument("--input", required=True, help="name of the graph's input")
     parser.add_argument("--shape", type=_shape, required=True, help="of one query, for example 1,3,32,32")
     parser.add_argument("--dtype", choices=("float32", "int64"), required=True)
@@ -70,6 +74,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--classes", type=Path, help="classes.npz, for --images")
     parser.add_argument("--preprocess", type=Path, help="preprocess.json, for --images")
     options = parser.parse_args(arguments)
+    if options.model.suffix == ".engine" and options.graph is None:
+        parser.error("an engine is opened only with the graph it was built from: --graph")
     if options.images and not (options.classes and options.preprocess):
         parser.error("--images needs --classes and --preprocess")
     return options
@@ -80,15 +86,11 @@ def _shape(text: str) -> list[int]:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    import onnxruntime as ort  # here: export.runtime reads preprocess_image from this file before it loads ONNX Runtime
-
-    ort.set_default_logger_severity(3)  # errors only
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads
-    settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
     start_ns = time.perf_counter_ns()
-    session = ort.InferenceSession(str(options.model), settings, providers=["CPUExecutionProvider"])
+    if options.model.suffix == ".engine":
+        session, runtime_version = open_engine(options.model, options.graph), {"tensorrt": _tensorrt().__version__}
+    else:
+        session, runtime_version = _onnxruntime_session(options.model, options.threads)
     load_ms = (time.perf_counter_ns() - start_ns) / 1e6
     output = session.get_outputs()[0].name
     single = _queries(options, options.shape[0])
@@ -121,9 +123,21 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     result["versions"] = {
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "onnxruntime": ort.__version__,
+        **runtime_version,
     }
     return result
+
+
+def _onnxruntime_session(model: Path, threads: int) -> tuple[Any, dict[str, str]]:
+    import onnxruntime as ort  # here: export.runtime reads preprocess_image from this file before it loads ONNX Runtime
+
+    ort.set_default_logger_severity(3)  # errors only
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+    return session, {"onnxruntime": ort.__version__}
 
 
 def _time(run: Callable[[Any], Any], queries: Sequence[Any], min_seconds: float, max_warm_up: float) -> dict[str, Any]:
@@ -251,6 +265,137 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _triple(value: Any) -> Sequence[float]:
     return value if isinstance(value, (list, tuple)) else (value,) * 3
+
+
+class EngineError(Exception):
+    """An engine that must not be opened here, or that failed."""
+
+
+def open_engine(engine: Path, graph: Path) -> EngineSession:
+    """A TensorRT engine, opened only if engine.json beside it says that clipkd built it here from this very graph.
+
+    Deserialising runs code that is in the file, so its hash is checked first, of the bytes that are then opened.
+
+    Raises:
+        EngineError: no manifest, another graph, other bytes, another TensorRT or another GPU.
+        ImportError: tensorrt or cuda.bindings is not installed.
+    """
+    again = "Build it again: build_on_device.sh of the kit, or clipkd export RUN --trt"
+    try:
+        manifest = json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))
+        tower = engine.stem
+        built_from, recorded = manifest["graphs"][tower], manifest["engines"][tower]
+        profiles, version = manifest["profiles"][tower], manifest["tensorrt"]
+        capability, name = manifest["compute_capability"], manifest["gpu"]
+        plan = engine.read_bytes()
+        graph_bytes = graph.read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{engine}: not opened: nothing says that clipkd built it ({error!r}). {again}") from None
+    if hashlib.sha256(graph_bytes).hexdigest() != built_from:
+        raise EngineError(f"{engine}: not opened: it was built from another graph than {graph}. {again}")
+    if hashlib.sha256(plan).hexdigest() != recorded:
+        raise EngineError(f"{engine}: not opened: its bytes are not those that engine.json recorded. {again}")
+    trt = _tensorrt()
+    if trt.__version__ != version:
+        raise EngineError(f"{engine}: built by TensorRT {version}; here is {trt.__version__}. {again}")
+    cudart = _cudart()
+    properties = _cuda(cudart.cudaGetDeviceProperties(0))
+    here = properties.name.decode().rstrip("\0"), f"{properties.major}.{properties.minor}"
+    if here != (name, capability):
+        raise EngineError(f"{engine}: built for {name} ({capability}); here is {here[0]} ({here[1]}). {again}")
+    return EngineSession(trt, cudart, plan, profiles)
+
+
+class EngineSession:
+    """A TensorRT engine with the few methods of onnxruntime.InferenceSession that are used of it.
+
+    Host arrays go in and host arrays come out; device buffers fit the largest batch and are kept.
+    """
+
+    def __init__(self, trt: Any, cudart: Any, plan: bytes, profiles: Sequence[Sequence[int]]) -> None:
+        self._trt, self._cudart, self._profiles = trt, cudart, profiles
+        self._buffers: dict[str, int] = {}
+        self._logger = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError("TensorRT cannot deserialise this engine; its own messages above say why")
+        self._stream = _cuda(cudart.cudaStreamCreate())
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        (self._input,) = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        (self._output,) = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+        self._max_batch = max(largest for _, _, largest in profiles)
+        self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
+        for name in names:
+            count = self._max_batch * int(np.prod(tuple(self._engine.get_tensor_shape(name))[1:]))
+            self._buffers[name] = int(_cuda(cudart.cudaMalloc(count * self._dtypes[name].itemsize)))
+        self._contexts = []
+        for index in range(len(profiles)):
+            context = self._engine.create_execution_context()
+            if context is None or not context.set_optimization_profile_async(index, self._stream):
+                raise EngineError(f"TensorRT makes no execution context for profile {index}; is the GPU's memory full?")
+            for name, address in self._buffers.items():
+                context.set_tensor_address(name, address)
+            self._contexts.append(context)
+        _cuda(cudart.cudaStreamSynchronize(self._stream))
+
+    def get_inputs(self) -> list[Any]:
+        return [self._described(self._input)]
+
+    def get_outputs(self) -> list[Any]:
+        return [self._described(self._output)]
+
+    def run(self, outputs: Any, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """As ONNX Runtime's: all the rows, in as many runs as the engine's largest batch takes."""
+        rows = feeds[self._input]
+        parts = [self._run(rows[start : start + self._max_batch]) for start in range(0, len(rows), self._max_batch)]
+        width = tuple(self._engine.get_tensor_shape(self._output))[1:]
+        return [np.concatenate(parts) if parts else np.zeros((0, *width), self._dtypes[self._output])]
+
+    def _run(self, rows: NDArray[Any]) -> NDArray[Any]:
+        kind, cudart = self._cudart.cudaMemcpyKind, self._cudart
+        rows = np.ascontiguousarray(rows, self._dtypes[self._input])
+        index = next(i for i, (_, _, largest) in enumerate(self._profiles) if len(rows) <= largest)
+        context = self._contexts[index]
+        if not context.set_input_shape(self._input, tuple(rows.shape)):
+            raise EngineError(f"the engine does not take {self._input} of shape {list(rows.shape)}")
+        features = np.empty(tuple(context.get_tensor_shape(self._output)), self._dtypes[self._output])
+        copy, stream = cudart.cudaMemcpyAsync, self._stream
+        to_device, to_host = kind.cudaMemcpyHostToDevice, kind.cudaMemcpyDeviceToHost
+        _cuda(copy(self._buffers[self._input], rows.ctypes.data, rows.nbytes, to_device, stream))
+        if not context.execute_async_v3(int(stream)):
+            raise EngineError("TensorRT did not enqueue the engine; its own messages above say why")
+        _cuda(copy(features.ctypes.data, self._buffers[self._output], features.nbytes, to_host, stream))
+        _cuda(cudart.cudaStreamSynchronize(stream))
+        return features
+
+    def _described(self, name: str) -> Any:
+        return SimpleNamespace(name=name, shape=["batch", *tuple(self._engine.get_tensor_shape(name))[1:]])
+
+    def __del__(self) -> None:
+        for address in self._buffers.values():
+            self._cudart.cudaFree(address)
+
+
+def _tensorrt() -> Any:
+    import tensorrt
+
+    return tensorrt
+
+
+def _cudart() -> Any:
+    from cuda.bindings import runtime
+
+    return runtime
+
+
+def _cuda(answer: Any) -> Any:
+    """What a call of cuda.bindings returned, its status taken off."""
+    status, *values = answer
+    if int(status):
+        raise EngineError(f"CUDA: {status!r}")
+    return values[0] if values else None
 
 
 def _peak_rss_bytes() -> int:

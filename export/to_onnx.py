@@ -13,6 +13,7 @@ import logging
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def export_onnx(
     preprocess = {"image": asdict(PreprocessCfg(**model.config["preprocess_cfg"])), "text": text_spec}
     (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n", encoding="utf-8")
     metadata = {
+        "clipkd.version": _version(),
+        "clipkd.tokenizer": model.name,
         "clipkd.role": role,
         "clipkd.precision": precision,
         "clipkd.preprocess": json.dumps(preprocess, sort_keys=True),
@@ -113,6 +116,13 @@ def export_onnx(
         "opset": opset,
         "size_bytes": sum((folder / file).stat().st_size for file in ("image.onnx", "text.onnx")),
     }
+
+
+def _version() -> str:
+    try:
+        return version("clipkd")
+    except PackageNotFoundError:  # run from a checkout
+        return "source"
 
 
 def write_graph(

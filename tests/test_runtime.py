@@ -21,6 +21,7 @@ from export import runner
 from export.runtime import open_exported
 from export.tokenizers_json import stock_tokenizer_json, text_spec, write_tokenizer
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.stages import file_fingerprint, folder_fingerprint
 
 REPOSITORY = Path(__file__).parents[1]
 STUDENT = REPOSITORY / "recipes" / "glyphs_student"
@@ -184,7 +185,10 @@ def test_pixels_and_pictures_are_encoded_alike(student_folder):
 
 def test_precision_is_the_manifests(student_tokenizer, tmp_path):
     folder = export_to(tmp_path / "m", student_tokenizer, 20)
-    (folder / "manifest.json").write_text('{"summary": {"precision": "int8"}}')
+    digest = folder_fingerprint(folder)
+    files = {path.name: file_fingerprint(path) for path in folder.iterdir()}
+    manifest = {"summary": {"precision": "int8"}, "files": files, "digest": digest, "key": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     assert open_exported(folder, threads=1).precision == "int8"
 
 
@@ -344,4 +348,4 @@ def test_runner_is_python_3_8_and_imports_nothing_of_clipkd():
             else []
         )
     }
-    assert modules - sys.stdlib_module_names == {"numpy", "onnxruntime", "PIL"}
+    assert modules - sys.stdlib_module_names == {"PIL", "cuda", "numpy", "onnxruntime", "tensorrt"}

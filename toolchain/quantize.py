@@ -295,6 +295,13 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
     return towers[0], towers[1]
 
 
+def sign_activations(*towers: nn.Module) -> None:
+    """Make every quantizer signed, in place, as TensorRT needs: the scales stay, unsigned ones lose a bit."""
+    for tower in towers:
+        for _, quantizer in _quantizers(tower):
+            quantizer.signed = True
+
+
 def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
     """A copy of a quantized tower that computes with the rounded values and exports as QuantizeLinear/DequantizeLinear.
 

@@ -251,7 +251,10 @@ class QuantizeSpec(_Section):
 
 
 class ExportSpec(_Section):
-    runtimes: tuple[Literal["onnxruntime"], ...] = ("onnxruntime",)
+    runtimes: tuple[Literal["onnxruntime", "tensorrt"], ...] = ("onnxruntime",)
+    """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
+
+    build_engines: bool = True
     precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
     """Of the student; teacher and baseline are exported in fp32."""
 

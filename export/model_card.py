@@ -1,0 +1,92 @@
+"""MODEL_CARD.md: what an exported folder is, where it came from, and how to use it without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from toolchain.stages import file_fingerprint
+
+CARD = "MODEL_CARD.md"
+_APART = (CARD, "SHA256SUMS", "manifest.json", "key", "lock")
+"""Written after the card, or not part of what is exported."""
+
+SNIPPET = """\
+from pathlib import Path
+
+from PIL import Image
+
+from export.runtime import open_exported
+
+model = open_exported(Path("."))
+image_features = model.encode_images([Image.open("picture.png")])
+text_features = model.encode_texts(["a cat", "a dog"])
+print(image_features @ text_features.T)
+"""
+
+
+def write_card(folder: Path, name: str, summary: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Describe the files in `folder`; equal files and arguments give equal bytes.
+
+    `summary` is the manifest's, with "parity" where it was proven; `provenance` names teacher, data and checkpoint, as
+    the recipe and the manifests do.
+    """
+    kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _APART)
+    sums = "\n".join(f"{file_fingerprint(path)}  {path.name}" for path in kept)
+    came_from = "\n".join(f"- {what}: {_said(value)}" for what, value in provenance.items())
+    text = f"""\
+# {name}
+
+A CLIP model: an image tower and a text tower into one space, features of unit norm.
+
+- role: {summary["role"]}
+- precision: {summary["precision"]}
+- runtime: {summary["runtime"]}
+- parameters: image {summary["params_image"]:,}, text {summary["params_text"]:,}
+- graphs: {summary["size_bytes"]:,} bytes, ONNX opset {summary["opset"]}
+
+## Where it came from
+
+{came_from}
+
+Its licence follows from the teacher's and the data's, which clipkd cannot read off them: what is not given above has to
+be looked up where they were published, before the model is passed on.
+
+## Proof
+
+{_parity(summary.get("parity"))}
+
+## Use
+
+Zero-shot classification and retrieval, on pictures and captions like those it was trained on. It was measured on
+nothing else. It is not meant to identify people or to decide about them.
+
+```python
+{SNIPPET}```
+
+This needs clipkd's base dependencies and ONNX Runtime, not torch. `clipkd classes` bakes a set of labels in.
+
+## Files
+
+```
+{sums}
+```
+"""
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _parity(parity: dict[str, Any] | None) -> str:
+    if parity is None:
+        return "Not compared with the checkpoint it was exported from."
+    rows = [
+        f"| {tower} | {parity[tower]['num_samples']} | {parity[tower]['min_cosine']:.6f} "
+        f"| {parity[tower]['min_sqnr_db']:.1f} |"
+        for tower in ("image", "text")
+    ]
+    head = "Against the checkpoint in PyTorch, from pixels and captions on; the worst sample of each tower:\n\n"
+    return head + "\n".join(["| tower | samples | cosine | SQNR dB |", "|---|---|---|---|", *rows])
