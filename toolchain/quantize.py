@@ -298,7 +298,7 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
 def sign_activations(*towers: nn.Module) -> None:
     """Make every quantizer signed, in place, as TensorRT needs: the scales stay, unsigned ones lose a bit."""
     for tower in towers:
-        for _, quantizer in _quantizers(tower):
+        for _, quantizer in quantizers_of(tower):
             quantizer.signed = True
 
 
