@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toolchain import glyphs
+from toolchain.damage import Damage, sentences
 from toolchain.data import Geometry, GlyphBatches, TrainingData
 from toolchain.errors import ClipkdError
+from toolchain.files import FileBatches
+from toolchain.mixture import MixtureBatches
 from toolchain.models import ClipModel
-from toolchain.recipe import DataSpec, GlyphsSpec
-from toolchain.shards import ShardBatches, left_out
+from toolchain.recipe import DataSpec, GlyphsSpec, MixtureSpec, WebdatasetSpec
+from toolchain.shards import ShardBatches
 
 
 def training_data(
@@ -42,8 +45,14 @@ def training_data(
     """
     if isinstance(spec, GlyphsSpec):
         return GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
-    data = ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
-    for sentence in left_out(data.shards):
+    data: TrainingData
+    if isinstance(spec, MixtureSpec):
+        data = MixtureBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    elif isinstance(spec, WebdatasetSpec):
+        data = ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    else:
+        data = FileBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    for sentence in sentences(data.left_out):
         say(sentence)
     return data
 
@@ -63,6 +72,7 @@ class Fed:
     captions_b: list[str]
     sample_b: NDArray[np.int64]
     view: int
+    damaged: tuple[Damage, ...] = ()
 
     def to(self, device: torch.device) -> "Fed":
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -102,7 +112,7 @@ class _Steps(Dataset[Fed | ClipkdError]):
             teacher_pixels = batch.pixels[self.teacher[0]]
             teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
         pixels, captions_b, sample_b = batch.pixels[geometry], batch.captions_B, batch.sample_B
-        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, batch.view)
+        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, batch.view, batch.damaged)
 
 
 def feed(

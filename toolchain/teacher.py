@@ -110,10 +110,11 @@ def store_teacher_features(live: LiveTeacher, data: TrainingData, num_views: int
     for view in range(num_views):
         for start in range(0, data.num_samples, _CHUNK):
             batch = data.view_of(sample_N[start : start + _CHUNK], view, [geometry])
-            image_VNE[view, start : start + _CHUNK] = live.image_features(batch.pixels[geometry].to(device)).cpu()
+            if len(batch.sample_B):  # of damaged ones there is nothing to store
+                image_VNE[view, batch.sample_B] = live.image_features(batch.pixels[geometry].to(device)).cpu()
             for caption in batch.captions_B:
                 captions.setdefault(caption, len(captions))
-            done = view * data.num_samples + start + len(batch.captions_B)
+            done = view * data.num_samples + min(start + _CHUNK, data.num_samples)
             progress("teacher features", done, num_views * data.num_samples)
     texts = list(captions)
     chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
