@@ -252,7 +252,11 @@ def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
         ({"seed": "soon"}, "seed: Input should be a valid integer, unable to parse string as an integer (got 'soon')"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0 (got -1)"),
         ({"seed": 1.5}, "seed: Input should be a valid integer, got a number with a fractional part (got 1.5)"),
-        ({"data": {"kind": "laion"}}, "data.kind: Input should be 'glyphs' or 'webdataset' (got 'laion')"),
+        (
+            {"data": {"kind": "laion"}},
+            "data.kind: Input should be 'glyphs' or 'webdataset' or 'csv' or 'image_folder' or 'images' or 'mixture' "
+            "(got 'laion')",
+        ),
         ({"data": {"kind": "glyphs", "views": 0}}, "data.views: Input should be greater than 0 (got 0)"),
         (
             {"distill": MINIMAL["distill"] | {"lr": float("inf")}},

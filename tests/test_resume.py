@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, make_shards
+from conftest import REPOSITORY, jpeg, make_picture, make_shards
 from killable import MOMENTS, Killable, start
 from training import assert_same_state, files, rows
 
@@ -23,7 +23,7 @@ from toolchain.distil import CHECKPOINTS
 
 BATCH_SIZE = 4
 STEPS_OF_A_LIFE = 4  # an attempt is killed after so many steps at the most, and what it does before the kill arrives
-DATA = ("glyphs", "webdataset")
+DATA = ("glyphs", "webdataset", "csv")  # the last with damaged samples
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,15 @@ def commands(tmp_path: Path, tiny_recipe: Callable[..., Path]) -> Callable[..., 
         if data == "webdataset":
             make_shards(tmp_path / "shards", 3, 7, sizes=(40, 60))
             sections["data"] = {"kind": data, "shards": [str(tmp_path / "shards" / "{00000..00002}.tar")]}
+        if data == "csv":
+            lines = ["file\ttitle"]
+            for number in range(21):
+                name = f"{number}.jpg"
+                (tmp_path / name).write_bytes(b"" if number % 4 == 1 else jpeg(make_picture(50, 40, number)))
+                lines.append(f"{name}\tpicture {number}")
+            (tmp_path / "list.tsv").write_text("\n".join(lines))
+            columns = {"delimiter": "\t", "image_column": "file", "caption_column": "title", "max_damaged": 1.0}
+            sections["data"] = {"kind": data, "paths": [str(tmp_path / "list.tsv")], **columns}
         sections["distill"] = {"steps": steps, "batch_size": BATCH_SIZE, "lr": 1e-3, "warmup": 2} | changes
         recipe = tiny_recipe(**sections)
         return Command(recipe, tmp_path / "whole"), Command(recipe, tmp_path / "parts")
@@ -116,7 +125,7 @@ def killed_at_random(parts: Command, kills: int, seed: int) -> list[int]:
     return [*began, completed.steps[0]]
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", ["glyphs", "webdataset", pytest.param("csv", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kills", "changes"),
     [
@@ -145,7 +154,7 @@ def test_killed_at_random_moments(
 # At each moment that matters, one after the other.
 
 
-@pytest.mark.parametrize("data", ["glyphs", pytest.param("webdataset", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data", ["glyphs", *(pytest.param(kind, marks=pytest.mark.slow) for kind in DATA[1:])])
 def test_killed_at_every_moment_of_writing(commands: Callable[..., tuple[Command, Command]], data: str) -> None:
     whole, parts = commands(data, steps=12)
     whole.completes()

@@ -33,12 +33,13 @@ from torchvision.transforms import RandomResizedCrop
 
 from toolchain import pictures
 from toolchain import shards as module
+from toolchain.damage import LeftOut, sentences
 from toolchain.data import Batch, Geometry, TrainingData
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.pictures import crop_box
 from toolchain.recipe import WebdatasetSpec
 from toolchain.shard_files import expand, fingerprint, read_members
-from toolchain.shards import WINDOW, Shard, ShardBatches, left_out
+from toolchain.shards import WINDOW, Shard, ShardBatches
 from toolchain.views import uniforms
 
 SMALL, LARGE = Geometry(32, "bicubic"), Geometry(64, "bicubic")
@@ -79,7 +80,7 @@ def data(folder: Path) -> ShardBatches:
 
 def imagined(num_shards: int, per_shard: int, batch_size: int, seed: int = 0) -> ShardBatches:
     """Shards of which only the order will be asked."""
-    shard = Shard(Path("none.tar"), 0, 0, per_shard, 0, 0, "")
+    shard = Shard(Path("none.tar"), 0, 0, per_shard)
     return ShardBatches((shard,) * num_shards, seed, batch_size, (0.9, 1.0))
 
 
@@ -261,13 +262,13 @@ def test_of_a_truncated_archive_the_complete_files_are_found(tmp_path: Path) -> 
         assert damage == f"ends at byte {length:,}{what}"
 
 
-def test_damaged_headers_end_the_reading(tmp_path: Path) -> None:
+def test_after_a_damaged_header_the_next_sound_one_is_found(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{number}.txt", b"x" * 100) for number in range(3)])
     content = bytearray(path.read_bytes())
     content[1024 + 5] ^= 1
     path.write_bytes(content)
     members, damage = read_members(path)
-    assert [member.name for member in members] == ["0.txt"]
+    assert [member.name for member in members] == ["0.txt", "2.txt"]
     assert damage == "the header at byte 1,024 is damaged"
     path.write_bytes(b"\x1f\x8b" + os.urandom(2000))
     assert read_members(path) == ([], "the header at byte 0 is damaged")
@@ -303,7 +304,7 @@ def samples_of_epoch(data: ShardBatches, epoch: int) -> list[int]:
 )
 def test_the_order_is_its_definition(counts: list[int], batch_size: int, seed: int, epoch: int) -> None:
     assume(sum(counts) >= batch_size)
-    shards = tuple(Shard(Path(f"{s}.tar"), 0, 0, count, 0, 0, "") for s, count in enumerate(counts))
+    shards = tuple(Shard(Path(f"{s}.tar"), 0, 0, count) for s, count in enumerate(counts))
     data = ShardBatches(shards, seed, batch_size, (0.9, 1.0))
     expected = order_by_definition(data, epoch)
     assert sorted(expected) == list(range(sum(counts)))
@@ -749,46 +750,51 @@ def test_of_several_captions_each_epoch_picks_one(tmp_path: Path) -> None:
     assert {text: picked.count(text) >= 8 for text in picked} == {"one": True, "two": True, "three": True}
 
 
+def damage(data: ShardBatches) -> tuple[str, str]:
+    """Of the odd sample; the sound one is shown."""
+    batch = data.view_of(np.arange(2), 0, [SMALL])
+    assert batch.captions_B == ["sound"]
+    assert batch.sample_B.tolist() == [0]
+    assert len(batch.pixels[SMALL]) == 1
+    (damaged,) = batch.damaged
+    assert damaged.sample == 1
+    return damaged.reason, damaged.where
+
+
 @pytest.mark.parametrize(
-    ("parts", "reason"),
+    ("parts", "reason", "detail"),
     [
-        ({"txt": b"  \n"}, "it is blank (ValueError)"),
-        ({"json": b"{}"}, '"caption" is neither text nor a list of texts (ValueError)'),
-        ({"json": b'{"caption": null}'}, '"caption" is neither text nor a list of texts (ValueError)'),
-        ({"json": b'{"caption": [1]}'}, '"caption" is neither text nor a list of texts (ValueError)'),
-        ({"json": b"[]"}, '"caption" is neither text nor a list of texts (ValueError)'),
-        ({"json": b'{"caption'}, "Unterminated string starting at: line 1 column 2 (char 1) (JSONDecodeError)"),
-        ({"json": b"[" * 100_000}, None),
-        ({"txt": b"caf\xe9"}, None),
+        ({"txt": b"  \n"}, "missing caption", "it is blank"),
+        ({"json": b"{}"}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b'{"caption": null}'}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b'{"caption": [1]}'}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b"[]"}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b'{"caption'}, "bad JSON", "Unterminated string starting at: line 1 column 2 (char 1)"),
+        ({"json": b"[" * 100_000}, "bad JSON", None),
+        ({"json": b'{"caption": "\\ud800"}'}, "bad UTF-8", None),
+        ({"txt": b"caf\xe9"}, "bad UTF-8", None),
     ],
 )
-def test_captions_that_cannot_be_read(tmp_path: Path, parts: dict[str, bytes], reason: str | None) -> None:
+def test_captions_that_cannot_be_read(tmp_path: Path, parts: dict[str, bytes], reason: str, detail: str | None) -> None:
     data = one_pair(tmp_path, **parts)
-    said = raises(ClipkdError, lambda: caption(data))
-    start, end = (
-        f"{tmp_path}/one.tar: the caption of sample odd cannot be read: ",
-        (". Mend or remove the sample, or leave the shard out of data.shards"),
-    )
-    assert said.startswith(start)
-    assert said.endswith(end)
-    assert reason is None or said == start + reason + end
+    found, where = damage(data)
+    assert found == reason
+    assert where.startswith(f"{tmp_path}/one.tar: odd (")
+    assert detail is None or where == f"{tmp_path}/one.tar: odd ({detail})"
+    assert data.captions_of(np.arange(2)) == [("sound",), ()]
 
 
-def test_a_broken_jpeg_is_named(tmp_path: Path) -> None:
+def test_broken_pictures_are_named(tmp_path: Path) -> None:
     whole = jpeg(make_picture(60, 50, seed=0))
-    data = one_pair(tmp_path, image=whole[: len(whole) // 2], txt=b"half")
-    said = raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL]))
-    assert said.startswith(f"{tmp_path}/one.tar: the image of sample odd cannot be read: image file is truncated")
-    assert said.endswith("(OSError). Mend or remove the sample, or leave the shard out of data.shards")
-    assert data.view_of(np.array([0]), 0, [SMALL]).captions_B == ["sound"], "the other sample is not affected"
-
-
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
-    for number, content in enumerate([b"<html>", b"GIF89a" + bytes(30), b"\xff\xd8\xff"]):
+    contents = [whole[: len(whole) // 2], b"<html>", b"GIF89a" + bytes(30), b"\xff\xd8\xff"]
+    reasons = ["truncated image", "not an image", "not an image", "not an image"]
+    for number, (content, reason) in enumerate(zip(contents, reasons, strict=True)):
         (tmp_path / str(number)).mkdir()
         data = one_pair(tmp_path / str(number), image=content, txt=b"x")
-        said = raises(ClipkdError, lambda data=data: data.batch(0, EVERYTHING, [SMALL]))
-        assert said.startswith(f"{tmp_path}/{number}/one.tar: the image of sample odd cannot be read: cannot identify")
+        found, where = damage(data)
+        assert found == reason, number
+        assert where.startswith(f"{tmp_path}/{number}/one.tar: odd (")
+        assert data.captions_of(np.arange(2)) == [("sound",), ("x",)]
 
 
 # The index
@@ -818,19 +824,22 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     ]
     path = write_tar(tmp_path / "a.tar", members)
     data = opened(path, batch_size=3)
-    assert data.shards[0][3:] == (3, 2, 2, "")
+    assert data.shards[0].num_samples == 3
     assert data.view_of(np.arange(3), 0, [SMALL]).captions_B == ["one", "four", "five"]
-    assert left_out(data.shards) == [
-        "samples left out for want of images: 2",
-        "samples left out for want of captions: 2",
-    ]
+    assert data.left_out == (
+        LeftOut("missing caption", 2, f"{path}: alone"),
+        LeftOut("missing image", 1, f"{path}: unseen"),
+        LeftOut("zero-byte file", 1, f"{path}: empty"),
+    )
     last = next(member for member in read_members(path)[0] if member.name == "scattered.webp")
     length = last.offset + 100
     path.write_bytes(path.read_bytes()[:length])
-    assert left_out(opened(path, batch_size=2).shards) == [
-        f"{path}: ends at byte {length:,}, within scattered.webp; samples used before that: 2",
-        "samples left out for want of images: 3",
-        "samples left out for want of captions: 2",
+    assert sentences(opened(path, batch_size=2).left_out) == [
+        f"left out, missing caption: 2, the first {path}: alone",
+        f"left out, missing image: 2, the first {path}: unseen",
+        f"left out, zero-byte file: 1, the first {path}: empty",
+        f"left out, broken tar: 1, the first {path}: ends at byte {length:,}, within scattered.webp; "
+        "samples found in it: 2",
     ]
 
 
@@ -839,7 +848,7 @@ def test_too_little_data(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     assert raises(UsageError, lambda: opened(path, batch_size=2)) == (
         "data.shards: 1 sample(s) in 1 shard(s) are fewer than a batch of 2; "
-        "samples left out for want of captions: 1. "
+        f"left out, missing caption: 1, the first {path}: b. "
         "Name more shards, or lower distill.batch_size"
     )
     assert raises(UsageError, lambda: imagined(2, 600, 4096)) == (

@@ -5,7 +5,7 @@ N samples   B batch   K characters   H image size
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from toolchain.errors import UsageError
+from toolchain.damage import Damage as Damage
+from toolchain.damage import LeftOut
+from toolchain.errors import ClipkdError, UsageError
 from toolchain.glyphs import TEMPLATES, TrainingSet, clean_images
 from toolchain.views import draw_views, template_picks
 
@@ -28,17 +30,6 @@ class Geometry(NamedTuple):
     """Height and width."""
 
     interpolation: str
-
-
-class Damage(NamedTuple):
-    """A sample that cannot be shown."""
-
-    sample: int
-    reason: str
-    """The kind of damage, in few words, the same for every sample of the kind: what is counted by."""
-
-    where: str
-    """Which file, and where in it, and what was wrong there, for a message."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +71,17 @@ class TrainingData(Protocol):
         """Distinct augmentations of each sample; epoch e shows view e mod `num_views`.  None: every epoch its own."""
         ...
 
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What the listing of the data already showed to be no sample."""
+        ...
+
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step."""
+        """The rows of the batch of an optimizer step, other samples in place of damaged ones."""
         ...
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples."""
+        """One view of chosen samples, the damaged ones left out."""
         ...
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
@@ -93,8 +89,114 @@ class TrainingData(Protocol):
         ...
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
-        """uint8 [B, 3, H, H] chosen samples as evaluation would show them: no augmentation."""
+        """uint8 [B, 3, H, H] chosen samples as evaluation would show them: no augmentation; damaged ones left out."""
         ...
+
+
+class Ordered(Protocol):
+    """Samples in an order of each epoch: what batches with substitutes are made of."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def num_views(self) -> int | None: ...
+
+    def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples at some places of an epoch's order."""
+        ...
+
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch: ...
+
+
+def assembled(
+    shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]],
+    damaged: list[Damage],
+    sample_B: NDArray[np.int64],
+    view: int,
+    geometries: Sequence[Geometry],
+) -> Batch:
+    """A batch of the samples that could be shown, by their places in `sample_B`.
+
+    Each is its crops [H, H, 3], one for each geometry, the caption and which of the sample's captions that is.
+    """
+    rows = [shown[b] for b in sorted(shown)]
+    pixels = {}
+    for index, geometry in enumerate(geometries):
+        pixels_B3HH = np.empty((len(rows), 3, geometry.size, geometry.size), np.uint8)
+        for b, (views, _, _) in enumerate(rows):
+            pixels_B3HH[b] = views[index].transpose(2, 0, 1)
+        pixels[geometry] = torch.from_numpy(pixels_B3HH)
+    pick_B = np.array([pick for _, _, pick in rows], np.int64)
+    return Batch(pixels, [caption for _, caption, _ in rows], sample_B[sorted(shown)], pick_B, view, tuple(damaged))
+
+
+_ATTEMPTS = 64  # batches whose samples are tried in place of a damaged one
+
+
+def filled_batch(data: Ordered, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+    """The rows of a step's batch, samples from elsewhere in the epoch in place of damaged ones.
+
+    In place of row i, row i of the next batch is shown, or of the one after that: no two rows ever try the same sample,
+    so that the rows of other processes need not be known, and a batch holds no sample twice.  Only where an epoch has
+    no other sound sample for a row is one of the same batch shown again.
+
+    Raises:
+        ClipkdError: every sample tried is damaged.
+    """
+    epoch, index = divmod(step, data.steps_per_epoch)
+    view = epoch if data.num_views is None else epoch % data.num_views
+    size, total = data.batch_size, data.num_samples
+    start = index * size
+    row_b = np.arange(size)[rows]
+    sample_b = data.in_order(epoch, start, start + size)[rows]
+    batch = data.view_of(sample_b, view, geometries)
+    if not batch.damaged:
+        return batch
+    damaged = list(batch.damaged)
+    made = [(row_b[np.isin(sample_b, batch.sample_B)], batch)]
+    missing_m = row_b[~np.isin(sample_b, batch.sample_B)]
+    shifts = [shift for shift in range(size, total, size)][:_ATTEMPTS] + list(range(total + 1, total + size))
+    for shift in shifts:
+        if not len(missing_m):
+            break
+        if shift > total:  # nothing elsewhere: the other rows of this batch
+            place_m = (missing_m + shift - total) % size
+            able_m = np.ones(len(missing_m), bool)
+        else:
+            place_m = (missing_m + shift) % total
+            able_m = place_m >= size
+        tried_t, place_t = missing_m[able_m], (start + place_m[able_m]) % total
+        if not len(tried_t):
+            continue
+        candidate_t = np.array([data.in_order(epoch, place, place + 1)[0] for place in place_t.tolist()], np.int64)
+        more = data.view_of(candidate_t, view, geometries)
+        damaged += more.damaged
+        found_t = np.isin(candidate_t, more.sample_B)
+        made.append((tried_t[found_t], more))
+        missing_m = np.setdiff1d(missing_m, tried_t[found_t])
+    if len(missing_m):
+        raise ClipkdError(
+            f"step {step}: every sample tried for {len(missing_m)} row(s) of the batch is damaged; "
+            f"the last: {damaged[-1].reason}: {damaged[-1].where}. Mend the data"
+        )
+    order_b = np.argsort(np.concatenate([row for row, _ in made]), kind="stable")
+    parts = [part for _, part in made]
+    captions = [caption for part in parts for caption in part.captions_B]
+    return replace(
+        batch,
+        pixels={g: torch.cat([part.pixels[g] for part in parts])[torch.from_numpy(order_b)] for g in geometries},
+        captions_B=[captions[b] for b in order_b.tolist()],
+        sample_B=np.concatenate([part.sample_B for part in parts])[order_b],
+        pick_B=np.concatenate([part.pick_B for part in parts])[order_b],
+        damaged=tuple(damaged),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +208,8 @@ class GlyphBatches:
     batch_size: int
     views: int
     """Distinct augmentations of each sample; epoch e shows view e mod views."""
+
+    left_out = ()
 
     @property
     def num_samples(self) -> int:

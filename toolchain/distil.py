@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toolchain.checkpoints import Checkpoints
+from toolchain.damage import MAX_DAMAGED, Ledger
 from toolchain.data import TrainingData
 from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.feed import Fed, feed
@@ -56,6 +57,9 @@ class Engine:
     checkpoint_steps: int | None = None
     checkpoint_s: float = 60.0
     keep_checkpoints: int = 2
+    max_damaged: float = MAX_DAMAGED
+    """Share of damaged samples above which training stops."""
+
     say: Callable[[str], None] = lambda text: None
     """Tells the user something that is neither progress nor an error."""
 
@@ -100,7 +104,11 @@ def distil(
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, engine.keep_checkpoints, engine.checkpoint_steps, engine.checkpoint_s
     )
-    step, before_s = _resume(checkpoints, trained, optimizer, scaler, engine.say if processes.leads else lambda _: None)
+    say: Callable[[str], None] = engine.say if processes.leads else lambda _: None
+    ledger = Ledger(data.left_out, data.num_samples, engine.max_damaged)
+    if data.left_out:
+        ledger.check(data.num_samples)
+    step, before_s = _resume(checkpoints, trained, optimizer, scaler, ledger, say)
     module = processes.together(trained)
     batches = closing(feed(data, range(step, steps), rows, student, teacher, engine.workers))
     clock = _Clock(processes.device)
@@ -111,6 +119,10 @@ def distil(
             clock.restart()
             with clock("data"):
                 batch = next(fed).to(processes.device)
+            if processes.any(bool(batch.damaged)):
+                for sentence in ledger.add(damage for part in processes.collect(batch.damaged) for damage in part):
+                    say(sentence)
+                ledger.check((step + 1) * spec.batch_size)
             with clock("teacher"):
                 taught = guide.of(batch) if guide else None
             done = _forward(module, trained, student, batch, taught, spec, processes, seed, step)
@@ -143,7 +155,7 @@ def distil(
             if processes.leads and (checkpoints.due(step) or stopping or step == steps):
                 log.flush()
                 elapsed_s = before_s + time.monotonic() - started
-                checkpoints.save(step, _state(trained, optimizer, scaler) | {"elapsed_s": elapsed_s})
+                checkpoints.save(step, _state(trained, optimizer, scaler, ledger, elapsed_s))
             if stopping and step < steps:
                 processes.wait()  # for the checkpoint: torchrun ends the others when one process has ended
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
@@ -159,7 +171,7 @@ def distil(
         "steps": steps,
         "processes": processes.size,
         "device": str(torch.cuda.get_device_name()) if processes.device.type == "cuda" else "cpu",
-    }
+    } | ledger.summary()
 
 
 class _Pass(NamedTuple):
@@ -220,7 +232,7 @@ class _Trained(nn.Module):
         super().__init__()
         student.settle()
         self.net = student.net
-        self._student = student
+        self.student = student
         weights = spec.loss_weights.model_dump()
         teacher_width = teacher.embed_dim if teacher else student.embed_dim
         self.heads = DistillationHeads(
@@ -248,7 +260,7 @@ class _Trained(nn.Module):
     ) -> tuple[StudentFeatures, dict[str, Tensor]]:
         """A process's rows of everything the objectives read, and the multipliers by name."""
         net: Any = self.net
-        encode = self._student.encode_image
+        encode = self.student.encode_image
         if kept_bK is None:
             image_bD = encode(pixel_values)
         else:
@@ -256,7 +268,7 @@ class _Trained(nn.Module):
         masked_bD = None
         if shown_bK is not None:
             masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
-        features = self.heads(image_bD, self._student.encode_text(input_ids_bT), teacher, masked_bD)
+        features = self.heads(image_bD, self.student.encode_text(input_ids_bT), teacher, masked_bD)
         scales = {"logit_scale": net.logit_scale.exp().reshape(())}  # some models keep it as a vector of one
         if self.heads.log_cross_logit_scale is not None:
             scales["cross_logit_scale"] = self.heads.cross_logit_scale
@@ -379,7 +391,9 @@ def _not_finite(
     folder: Path, row: dict[str, Any], trained: _Trained, again: _Pass, data: TrainingData, processes: Processes
 ) -> ClipkdError:
     """What to tell the user: the step, the terms to blame, and the samples."""
-    sample_B = data.batch(row["step"], slice(None), []).sample_B
+    sample_B = data.batch(
+        row["step"], slice(None), [trained.student.geometry]
+    ).sample_B  # after what stands in for damaged ones
     values = {name: term["unweighted"] for name, term in row["terms"].items()}
     blamed = [name for name, value in values.items() if not math.isfinite(value)]
     what = "loss"
@@ -478,9 +492,16 @@ def _full_memory(spec: DistillSpec) -> Iterator[None]:
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def _state(trained: _Trained, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Any]:
+def _state(
+    trained: _Trained,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ledger: Ledger,
+    elapsed_s: float,
+) -> dict[str, Any]:
     """Everything a resumed run needs; batches need nothing, being functions of the step."""
-    return {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    parts = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    return parts | {"damaged": ledger.state(), "elapsed_s": elapsed_s}
 
 
 def _resume(
@@ -488,6 +509,7 @@ def _resume(
     trained: _Trained,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    ledger: Ledger,
     say: Callable[[str], None],
 ) -> tuple[int, float]:
     """The step to continue with and the seconds already spent."""
@@ -497,4 +519,5 @@ def _resume(
     trained.load_state_dict(state["trained"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
+    ledger.restore(state["damaged"])
     return int(state["step"]), float(state["elapsed_s"])

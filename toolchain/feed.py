@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from toolchain import glyphs
+from toolchain.damage import Damage, sentences
 from toolchain.data import Geometry, GlyphBatches, TrainingData
 from toolchain.errors import ClipkdError
+from toolchain.files import FileBatches
+from toolchain.mixture import MixtureBatches
 from toolchain.models import ClipModel
-from toolchain.recipe import DataSpec, GlyphsSpec
-from toolchain.shards import ShardBatches, left_out
+from toolchain.recipe import DataSpec, GlyphsSpec, MixtureSpec, WebdatasetSpec
+from toolchain.shards import ShardBatches
 from toolchain.teacher_cache import TeacherCache
 
 
@@ -43,8 +46,14 @@ def training_data(
     """
     if isinstance(spec, GlyphsSpec):
         return GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
-    data = ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
-    for sentence in left_out(data.shards):
+    data: TrainingData
+    if isinstance(spec, MixtureSpec):
+        data = MixtureBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    elif isinstance(spec, WebdatasetSpec):
+        data = ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    else:
+        data = FileBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    for sentence in sentences(data.left_out):
         say(sentence)
     return data
 
@@ -64,6 +73,7 @@ class Fed:
     captions_b: list[str]
     sample_b: NDArray[np.int64]
     view: int
+    damaged: tuple[Damage, ...] = ()
     teacher_features: tuple[Tensor, Tensor] | None = None
     """Of images and texts [b, E] each, where a cache has them."""
 
@@ -114,7 +124,8 @@ class _Steps(Dataset[Fed | ClipkdError]):
             teacher_pixels = batch.pixels[self.teacher[0]]
             teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
         pixels, captions_b, sample_b = batch.pixels[geometry], batch.captions_B, batch.sample_B
-        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, batch.view, features)
+        view, damaged = batch.view, batch.damaged
+        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, view, damaged, features)
 
 
 def feed(

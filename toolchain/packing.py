@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.listings import fingerprint
 from toolchain.recipe import DataSpec, GlyphsSpec
-from toolchain.samples import Broken, Place, Sample, examined, fingerprint, num_places, places
+from toolchain.samples import Broken, Place, Sample, examined, num_places, places
 from toolchain.stages import held
 
 INDEX = "index.json"

@@ -7,13 +7,16 @@ H image size   R uniform random numbers
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from toolchain.damage import BROKEN, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, ZERO_BYTES, UnusableError
 
 if TYPE_CHECKING:
     from toolchain.data import Geometry
@@ -23,6 +26,10 @@ _ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
 _SCALES = (8, 4, 2)  # 1 / these: at which libjpeg decodes for less
+
+MAX_PIXELS = 1 << 26
+"""A picture of more is refused by its header: decoded, it takes 4 bytes a pixel, 256 MB in each loader.  A JPEG may
+have 64 times as many, as it decodes at an eighth of its size."""
 
 CROP_NUMBERS = 4 * _TRIES
 """How many random numbers a crop is drawn from."""
@@ -57,12 +64,61 @@ def cropped(
 
     It is decoded once; again only for a geometry so small that a JPEG gives it enough at a half, quarter or eighth of
     the size, which takes less time.
+
+    Raises:
+        UnusableError: it is empty, no picture, damaged, or larger than `MAX_PIXELS`.
     """
+    if not content:
+        raise UnusableError(ZERO_BYTES)
+    try:
+        return _cropped(content, crop_scale, random_R, geometries)
+    except (UnusableError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnusableError(TOO_LARGE, str(error)) from error
+    except UnidentifiedImageError as error:
+        raise UnusableError(NOT_AN_IMAGE, f"starts with {content[:8]!r}") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
+        reason = TRUNCATED if _is_cut(content) or "truncated" in str(error) else BROKEN
+        raise UnusableError(reason, f"{error} ({type(error).__name__})") from error
+
+
+def _is_cut(content: bytes) -> bool:
+    """Whether a file lacks its end, which every format marks or announces."""
+    if content.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in content[-1024:]
+    if content.startswith(b"RIFF"):
+        return int.from_bytes(content[4:8], "little") + 8 > len(content)
+    return b"IEND" not in content[-1024:]
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Only its header is read, and Pillow's own bound is not heard for a JPEG, which can be decoded smaller."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        if content.startswith(b"\xff\xd8\xff"):
+            try:
+                return JpegImageFile(io.BytesIO(content))
+            except Exception as error:  # as Image.open does
+                raise UnidentifiedImageError(str(error)) from error
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def _cropped(
+    content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: "Sequence[Geometry]"
+) -> list[NDArray[np.uint8]]:
     views: list[NDArray[np.uint8]] = []
     decoded: dict[int, Image.Image] = {}
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with _opened(content) as image:
+        # by its size alone and not what is asked for: what is damaged is so for every model
+        pixels, least = image.width * image.height, 1
+        while pixels > MAX_PIXELS * least**2:
+            least *= 2
+        if least > (_SCALES[0] if isinstance(image, JpegImageFile) else 1):
+            raise UnusableError(TOO_LARGE, f"{image.width} x {image.height} pixels")
+        image_size = image.size  # before a draft
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        size = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these turn it by a quarter
+        size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # these turn it by a quarter
         box = crop_box(*size, crop_scale, random_R)
         cut_HW4: NDArray[np.uint8] | None = None
         for geometry in geometries:
@@ -70,10 +126,11 @@ def cropped(
             if isinstance(image, JpegImageFile) and orientation == 1:  # turned, a box might fall between scaled pixels
                 room = min(box[2] - box[0], box[3] - box[1]) / (_GAP * geometry.size)
                 scale = next((scale for scale in _SCALES if scale <= room), 1)
+            scale = max(scale, least)
             if scale not in decoded:
-                fresh = Image.open(io.BytesIO(content), formats=FORMATS) if decoded else image
+                fresh = _opened(content) if decoded else image
                 if scale > 1:
-                    fresh.draft(None, (size[0] // scale, size[1] // scale))
+                    fresh.draft(None, (image_size[0] // scale, image_size[1] // scale))
                 decoded[scale] = in_rgb(fresh if orientation == 1 else ImageOps.exif_transpose(fresh))
             if scale == 1:
                 if cut_HW4 is None:

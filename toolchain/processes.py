@@ -102,6 +102,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def collect(self, value: Any) -> list[Any]:
+        """What every process says, by rank; every process must say something."""
+        if self.size == 1:
+            return [value]
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, value)
+        return said
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process enters and leaves before the others enter: what it writes, they find."""

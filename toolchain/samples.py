@@ -13,10 +13,19 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from toolchain import shard_files
+from toolchain.damage import UnusableError
 from toolchain.errors import ClipkdError, UsageError
+from toolchain.listings import Listing, content_of, listing
 from toolchain.pictures import FORMATS, in_rgb
-from toolchain.recipe import DataSpec, GlyphsSpec, WebdatasetSpec, load_recipe, recipe_path, shipped_recipes
+from toolchain.recipe import (
+    DataSpec,
+    GlyphsSpec,
+    MixtureSpec,
+    WebdatasetSpec,
+    load_recipe,
+    recipe_path,
+    shipped_recipes,
+)
 from toolchain.shard_files import Member, expand, read_members
 
 _PROGRESS_EVERY = 1000
@@ -76,6 +85,13 @@ def places(spec: DataSpec) -> Iterator[Place]:
     if isinstance(spec, GlyphsSpec):
         yield from _glyph_places()
         return
+    if isinstance(spec, MixtureSpec):
+        for source in spec.sources:
+            yield from places(source)
+        return
+    if not isinstance(spec, WebdatasetSpec):
+        yield from _places_of_files(listing(spec))
+        return
     for path in expand(spec.shards):
         yield from _places_in_shard(path)
 
@@ -94,17 +110,23 @@ def num_places(spec: DataSpec, progress: Callable[[str, int, int], None]) -> int
     return total
 
 
-def fingerprint(spec: DataSpec) -> str:
-    """What the samples depend on, without reading them.
+# Files
 
-    Raises:
-        UsageError: as `places`.
-    """
-    if isinstance(spec, GlyphsSpec):
-        from toolchain import glyphs
 
-        return glyphs.fingerprint()
-    return shard_files.fingerprint(expand(spec.shards))
+def _places_of_files(files: Listing) -> Iterator[Place]:
+    """A listing's samples, then what it left out, of each kind the first one named."""
+    for number in range(len(files)):
+        yield partial(_read_file, files, number)
+    for left in files.left_out:
+        for _ in range(left.number):
+            yield partial(Broken, left.first, left.reason)
+
+
+def _read_file(files: Listing, number: int) -> Sample | Broken:
+    try:
+        return Sample(files.where(number), content_of(files.picture(number)), files.captions(number))
+    except UnusableError as error:
+        return Broken(files.where(number), error.reason, error.detail)
 
 
 # Webdataset shards

@@ -3,13 +3,14 @@
 Importing this needs neither torch nor numpy: the keys of stages are computed where there is neither.
 """
 
+import contextlib
 import hashlib
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from toolchain.errors import UsageError
 
@@ -90,19 +91,20 @@ class Member(NamedTuple):
 def read_members(path: Path) -> tuple[list[Member], str]:
     """The files in a tar archive, by its headers alone, and what is wrong with it ("" if nothing is).
 
-    Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  Damage ends the reading: what lies
-    before it is returned.
+    Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  After a damaged header the reading
+    goes on at the next sound one of ustar's or GNU's; where the archive ends too early, what lies before is returned.
     """
     members: list[Member] = []
     size_bytes, position, extended = path.stat().st_size, 0, _Extended()
+    first_damage = ""
     with path.open("rb") as file:
         while True:
             file.seek(position)
             header = file.read(_BLOCK)
             if header == bytes(_BLOCK):
-                return members, ""
+                return members, first_damage
             if len(header) < _BLOCK:
-                return members, f"ends at byte {size_bytes:,} without tar's end mark"
+                return members, first_damage or f"ends at byte {size_bytes:,} without tar's end mark"
             try:
                 name, content_bytes, kind = _parsed(header)
                 if kind not in _EXTENSIONS:
@@ -113,14 +115,32 @@ def read_members(path: Path) -> tuple[list[Member], str]:
                     content_bytes = 0
                 offset = position + _BLOCK
                 if offset + content_bytes > size_bytes:
-                    return members, f"ends at byte {size_bytes:,}, within {name}"
+                    return members, first_damage or f"ends at byte {size_bytes:,}, within {name}"
                 if kind in (b"L", b"x"):
                     extended = _extended(kind, file.read(min(content_bytes, _LONGEST_EXTENSION)), extended)
             except ValueError:
-                return members, f"the header at byte {position:,} is damaged"
+                first_damage = first_damage or f"the header at byte {position:,} is damaged"
+                extended = _Extended()
+                sound = _next_header(file, position + _BLOCK)
+                if sound is None:
+                    return members, first_damage
+                position = sound
+                continue
             if kind in _FILE_TYPES and not name.endswith("/"):  # so the oldest tars write folders
                 members.append(Member(name, offset, content_bytes))
             position = offset + -(-content_bytes // _BLOCK) * _BLOCK
+
+
+def _next_header(file: BinaryIO, position: int) -> int | None:
+    """Where the next sound header lies; None if there is none."""
+    file.seek(position)
+    while block := file.read(_BLOCK):
+        if block[257:262] == b"ustar":
+            with contextlib.suppress(ValueError):
+                _parsed(block)
+                return position
+        position += _BLOCK
+    return None
 
 
 class _Extended(NamedTuple):

@@ -24,11 +24,27 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.data import Batch, Geometry
+from toolchain.damage import (
+    BAD_JSON,
+    BAD_UTF8,
+    BROKEN_TAR,
+    NO_CAPTION,
+    NO_IMAGE,
+    TOO_LARGE,
+    ZERO_BYTES,
+    Damage,
+    LeftOut,
+    UnusableError,
+    described,
+    readable,
+    sentences,
+    stripped,
+    together,
+)
+from toolchain.data import Batch, Geometry, assembled, filled_batch
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.glyphs import user_cache_folder
 from toolchain.pictures import CROP_NUMBERS, cropped
@@ -43,7 +59,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 # Columns of `uniforms`: what each random number of a sample in an epoch is for.
 _ORDER, _CROP, _CAPTION = 0, 1, 1 + CROP_NUMBERS
 
-_INDEX_FORMAT = 1
+_INDEX_FORMAT = 2
 _INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
 _PAIR = np.dtype(
     [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
@@ -57,10 +73,8 @@ class Shard(NamedTuple):
     size_bytes: int
     mtime_ns: int
     num_samples: int
-    num_without_image: int
-    num_without_caption: int
-    damage: str
-    """Why reading its headers ended early; "" if it did not."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What in it is no pair, and what is wrong with the archive itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +93,16 @@ class ShardBatches:
 
     num_views: int | None = None
 
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What the shards hold that is no pair, by reason."""
+        return together(left for shard in self.shards for left in shard.left_out)
+
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
             raise UsageError(
                 f"data.shards: {self.num_samples:,} sample(s) in {len(self.shards)} shard(s) are fewer than a batch of "
-                f"{self.batch_size:,}; {'; '.join(left_out(self.shards)) or 'nothing was left out'}. "
+                f"{self.batch_size:,}; {'; '.join(sentences(self.left_out)) or 'nothing was left out'}. "
                 "Name more shards, or lower distill.batch_size"
             )
 
@@ -125,45 +144,50 @@ class ShardBatches:
     def samples_of(self, step: int) -> NDArray[np.int64]:
         """[B] the samples of an optimizer step."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return _in_order(self, epoch, index * self.batch_size, (index + 1) * self.batch_size)
+        return self.in_order(epoch, index * self.batch_size, (index + 1) * self.batch_size)
+
+    def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples at some places of an epoch's order."""
+        return _in_order(self, epoch, start, stop)
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step; nothing else is read.
+        """The rows of the batch of an optimizer step, and what stands in for damaged ones; nothing else is read.
 
         Raises:
-            ClipkdError: a shard has changed or gone, or a picture or caption cannot be read.
+            ClipkdError: a shard has changed or gone, or there is nothing sound to show.
         """
-        epoch = step // self.steps_per_epoch
-        view = epoch if self.num_views is None else epoch % self.num_views
-        return self.view_of(self.samples_of(step)[rows], view, geometries)
+        return filled_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples; every geometry shows the same crop.
+        """One view of chosen samples, the damaged left out; every geometry shows the same crop.
 
         Raises:
-            ClipkdError: a shard has changed or gone, or a picture or caption cannot be read.
+            ClipkdError: a shard has changed or gone.
         """
-        pixels = {g: np.empty((len(sample_B), 3, g.size, g.size), np.uint8) for g in geometries}
-        captions_B, pick_B = [""] * len(sample_B), np.zeros(len(sample_B), np.int64)
         random_BR = uniforms(self.seed, sample_B, view, _CAPTION + 1)
+        shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]] = {}
+        damaged: list[Damage] = []
         for b, shard, file, pair in _as_they_lie(self.shards, sample_B):
-            views, captions = _read_pair(shard, file, pair, self.crop_scale, random_BR[b], geometries)
-            pick_B[b] = int(random_BR[b, _CAPTION] * len(captions))
-            captions_B[b] = captions[pick_B[b]]
-            for geometry, view_HH3 in zip(geometries, views, strict=True):
-                pixels[geometry][b] = view_HH3.transpose(2, 0, 1)
-        tensors = {geometry: torch.from_numpy(pixels_B3HH) for geometry, pixels_B3HH in pixels.items()}
-        return Batch(tensors, captions_B, sample_B, pick_B, view)
+            try:
+                captions = _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
+                views = cropped(_read(file, pair, "image"), self.crop_scale, random_BR[b, _CROP:_CAPTION], geometries)
+            except UnusableError as error:
+                where = f"{shard.path}: {_key_at(shard.path, int(pair['image']))}"
+                damaged.append(Damage(int(sample_B[b]), error.reason, described(where, error)))
+                continue
+            pick = int(random_BR[b, _CAPTION] * len(captions))
+            shown[b] = views, captions[pick], pick
+        return assembled(shown, damaged, sample_B, view, geometries)
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] the captions of chosen samples; their pictures are not read.
+        """[B] the captions of chosen samples, none for those whose caption is damaged; their pictures are not read.
 
         Raises:
-            ClipkdError: a shard has changed or gone, or a caption cannot be read.
+            ClipkdError: a shard has changed or gone.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
-        for b, shard, file, pair in _as_they_lie(self.shards, sample_B):
-            with _explained(shard, pair, "caption"):
+        for b, _, file, pair in _as_they_lie(self.shards, sample_B):
+            with contextlib.suppress(UnusableError):
                 captions_B[b] = _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
         return captions_B
 
@@ -174,22 +198,6 @@ class ShardBatches:
             ClipkdError: as `view_of`.
         """
         return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
-
-
-def left_out(shards: Sequence[Shard]) -> list[str]:
-    """What the shards hold that training will not show, a sentence each."""
-    said = [
-        f"{shard.path}: {shard.damage}; samples used before that: {shard.num_samples:,}"
-        for shard in shards
-        if shard.damage
-    ]
-    for what, number in (
-        ("image", sum(shard.num_without_image for shard in shards)),
-        ("caption", sum(shard.num_without_caption for shard in shards)),
-    ):
-        if number:
-            said.append(f"samples left out for want of {what}s: {number:,}")
-    return said
 
 
 # The order
@@ -253,17 +261,18 @@ def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
         # Whatever is wrong with a kept index, it is made again; numpy leaves a file open that is no archive.
         with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
             if saved["stamp"].tolist() == stamp:
-                pair_N, (no_image, no_caption) = saved["pairs"], saved["left_out"].tolist()
-                shard = Shard(
-                    path, stat.st_size, stat.st_mtime_ns, len(pair_N), no_image, no_caption, str(saved["damage"])
-                )
-                return shard, pair_N
+                pair_N = saved["pairs"]
+                left_out = tuple(LeftOut(*left) for left in json.loads(str(saved["left_out"])))
+                return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    pair_N, no_image, no_caption = _paired(members)
-    _keep(kept, stamp=stamp, pairs=pair_N, left_out=[no_image, no_caption], damage=damage)
-    return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), no_image, no_caption, damage), pair_N
+    pair_N, left_out = _paired(path, members)
+    if damage:
+        said = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
+        left_out += (LeftOut(BROKEN_TAR, 1, readable(said)),)
+    _keep(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
+    return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
 
 
 def _keep(path: Path, **arrays: Any) -> None:
@@ -282,28 +291,36 @@ def _keep(path: Path, **arrays: Any) -> None:
         ) from None
 
 
-def _paired(members: list[Member]) -> tuple[NDArray[np.void], int, int]:
-    """Pairs in the order of their first members, and how many samples lack an image or a caption.
+def _paired(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
+    """Pairs in the order of their first members, and what lacks an image or a caption.
 
-    Of files of the same name the first counts, of a .txt and a .json the .txt; an empty file counts as none.
+    Of files of the same name the first counts, of a .txt and a .json the .txt.
     """
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         key, kind = _key_and_kind(member.name)
         if kind:
             samples.setdefault(key, {}).setdefault(kind.lower(), member)
-    rows, without_image, without_caption = [], 0, 0
-    for kinds in samples.values():
+    rows, left_out = [], []
+    for key, kinds in samples.items():
         image = next((kinds[kind] for kind in _IMAGES if kind in kinds), None)
         caption = kinds.get("txt") or kinds.get("json")
-        if image is None or not 0 < image.size_bytes < 1 << 32:
-            without_image += 1
+        reason = ""
+        if image is None:
+            reason = NO_IMAGE
+        elif image.size_bytes == 0:
+            reason = ZERO_BYTES
+        elif image.size_bytes >= 1 << 32:
+            reason = TOO_LARGE
         elif caption is None or not 0 < caption.size_bytes < 1 << 32:
-            without_caption += 1
-        else:
-            row = (image.offset, caption.offset, image.size_bytes, caption.size_bytes, "txt" not in kinds)
-            rows.append(row)
-    return np.array(rows, _PAIR), without_image, without_caption
+            reason = NO_CAPTION
+        if reason:
+            left_out.append(LeftOut(reason, 1, readable(f"{path}: {key}")))
+            continue
+        assert image is not None
+        assert caption is not None
+        rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, "txt" not in kinds))
+    return np.array(rows, _PAIR), together(left_out)
 
 
 def _key_and_kind(name: str) -> tuple[str, str]:
@@ -344,38 +361,18 @@ def _as_they_lie(
                 yield b, shards[s], file, pair_N[row_B[b]]
 
 
-def _read_pair(
-    shard: Shard,
-    file: BinaryIO,
-    pair: np.void,
-    crop_scale: tuple[float, float],
-    random_R: NDArray[np.float64],
-    geometries: Sequence[Geometry],
-) -> tuple[list[NDArray[np.uint8]], tuple[str, ...]]:
-    with _explained(shard, pair, "image"):
-        views = cropped(_read(file, pair, "image"), crop_scale, random_R[_CROP:_CAPTION], geometries)
-    with _explained(shard, pair, "caption"):
-        return views, _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
-
-
-@contextlib.contextmanager
-def _explained(shard: Shard, pair: np.void, part: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        raise ClipkdError(
-            f"{shard.path}: the {part} of sample {_key_at(shard.path, int(pair['image']))} cannot be read: {error} "
-            f"({type(error).__name__}). Mend or remove the sample, or leave the shard out of data.shards"
-        ) from error
-
-
 def _key_at(path: Path, offset: int) -> str:
     """What the sample of an image is called: the index keeps no names."""
-    with contextlib.suppress(OSError):
-        for member in read_members(path)[0]:
-            if member.offset == offset:
-                return _key_and_kind(member.name)[0]
-    return f"at byte {offset:,}"
+    try:
+        return _keys(path).get(offset, f"at byte {offset:,}")
+    except OSError:
+        return f"at byte {offset:,}"
+
+
+@lru_cache(maxsize=WINDOW)
+def _keys(path: Path) -> dict[int, str]:
+    """The samples' names by where their files lie; one read of the headers for all that is damaged in a shard."""
+    return {member.offset: _key_and_kind(member.name)[0] for member in read_members(path)[0]}
 
 
 def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:
@@ -385,14 +382,17 @@ def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:
 
 def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
     """A sample's captions, stripped, without blank ones."""
-    said: Any = content.decode("utf-8-sig")
+    try:
+        said: Any = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableError(BAD_UTF8, str(error)) from error
     if is_json:
-        record = json.loads(said)
+        try:
+            record = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise UnusableError(BAD_JSON, str(error)) from error
         said = record.get("caption") if isinstance(record, dict) else None
     texts = [said] if isinstance(said, str) else said
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError('"caption" is neither text nor a list of texts')
-    captions = tuple(text.strip() for text in texts if text.strip())
-    if not captions:
-        raise ValueError("it is blank")
-    return captions
+        raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
+    return stripped(texts)

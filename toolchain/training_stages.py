@@ -137,6 +137,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             how.checkpoint_steps,
             60 * how.checkpoint_minutes,
             how.keep_checkpoints,
+            getattr(data_spec, "max_damaged", 1.0),
             screen.say,
         )
         progress = screen.progress
@@ -154,7 +155,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         version=3,
         fields={
             "seed": recipe.seed,
-            "data": data_spec.model_dump(),
+            "data": _data_fields(data_spec),
             "distill": spec.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # they change no feature
         }
         | evaluated,
@@ -277,7 +278,7 @@ def _cache_depends(recipe: Recipe, teacher: Stage) -> dict[str, Any]:
             "tokenizer": tokenizer,
             "precision": spec.teacher_precision,
         },
-        "data": {**data_spec.model_dump(mode="json", exclude={"shards"}), "fingerprint": _data_fingerprint(data_spec)},
+        "data": {**_data_fields(data_spec), "fingerprint": _data_fingerprint(data_spec)},
         "seed": recipe.seed,
         "views": data_spec.views,
         "dtype": spec.teacher_cache.dtype,
@@ -291,9 +292,14 @@ def _data_fingerprint(spec: DataSpec) -> str:
         from toolchain import glyphs
 
         return glyphs.fingerprint()
-    from toolchain.shard_files import expand, fingerprint
+    from toolchain.listings import fingerprint
 
-    return fingerprint(expand(spec.shards))
+    return fingerprint(spec)
+
+
+def _data_fields(spec: DataSpec) -> dict[str, Any]:
+    """What of the data section decides what is trained: not when to give up."""
+    return spec.model_dump(exclude={"max_damaged": True, "sources": {"__all__": {"max_damaged"}}})
 
 
 def _num_workers(spec: DataSpec, how: How, device: str) -> int:
@@ -379,7 +385,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
         version=4,
         fields={
             "seed": recipe.seed,
-            "data": data_spec.model_dump(),
+            "data": _data_fields(data_spec),
             "quantize": spec.model_dump(),
             "loss_weights": weights.model_dump(),
         }

@@ -1,0 +1,487 @@
+"""Every kind of data, whole and damaged: what is shown, counted and named, and that nothing else is lost.
+
+B batch   N samples
+"""
+
+import csv
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import STUDENT, Ended, jpeg, make_picture, write_tar
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import TypeAdapter
+from torch.utils.data import DataLoader, Dataset
+from training import silent, spec
+
+from toolchain.damage import REASONS, Ledger, LeftOut
+from toolchain.data import Batch, Geometry, TrainingData
+from toolchain.distil import Engine, distil
+from toolchain.errors import ClipkdError, UsageError
+from toolchain.feed import training_data
+from toolchain.listings import csv_rows, fields_of, fingerprint
+from toolchain.models import load_model
+from toolchain.recipe import DataSpec
+
+SMALL = Geometry(16, "bicubic")
+EVERYTHING = slice(None)
+BATCH = 8
+PER_REASON = 34
+GOOD = 120
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def opened(batch_size: int = BATCH, seed: int = 0, **fields: Any) -> TrainingData:
+    parsed: DataSpec = TypeAdapter(DataSpec).validate_python(fields)
+    return training_data(parsed, seed=seed, batch_size=batch_size)
+
+
+def png(picture: Image.Image, **options: Any) -> bytes:
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG", **options)
+    return encoded.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 20,000 x 20,000 by its header, and of a few bytes."""
+    header = b"IHDR" + (20_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    body = b"IDAT" + zlib.compress(bytes(1000))
+    chunks = [len(c[4:]).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in (header, body, b"IEND")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+SOUND = [jpeg(make_picture(40, 30, seed=number)) for number in range(4)]
+
+
+def odd_but_sound() -> dict[str, bytes]:
+    """Pictures that are unusual and no damage."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    webp = io.BytesIO()
+    frames[0].save(webp, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    return {
+        "1x1.png": png(Image.new("RGB", (1, 1), "red")),
+        "cmyk.jpg": jpeg(Image.new("CMYK", (30, 20))),
+        "palette.png": png(Image.new("P", (30, 20))),
+        "16bit.png": png(Image.fromarray(np.full((20, 30), 999, np.uint16))),
+        "turned.jpg": jpeg(make_picture(30, 20, seed=9), exif=exif),
+        "animated.png": png(frames[0], save_all=True, append_images=frames[1:]),
+        "animated.webp": webp.getvalue(),
+        "la.png": png(Image.new("LA", (30, 20))),
+        "rgba.png": png(Image.new("RGBA", (30, 20))),
+        "wide.jpg": jpeg(Image.new("L", (20_000, 4)), quality=30),
+    }
+
+
+DAMAGED = {
+    "truncated image": SOUND[0][: len(SOUND[0]) // 2],
+    "not an image": b"<html>no longer here</html>",
+    "zero-byte file": b"",
+    "too large an image": bomb(),
+}
+"""Pictures' contents by what is wrong with them."""
+
+
+def pictures() -> list[tuple[str, bytes, str]]:
+    """Name, content and reason ("" for none) of good and damaged pictures."""
+    made = [(f"good{number:03}.jpg", SOUND[number % 4], "") for number in range(GOOD)]
+    made += [(name, content, "") for name, content in odd_but_sound().items()]
+    made += [
+        (f"{reason.partition(' ')[0]}{number:03}.jpg", content, reason)
+        for reason, content in DAMAGED.items()
+        for number in range(PER_REASON)
+    ]
+    return made
+
+
+def write_webdataset(folder: Path) -> tuple[dict[str, Any], Counter[str]]:
+    members: list[tuple[str, bytes]] = []
+    expected: Counter[str] = Counter()
+    for name, content, reason in pictures():
+        key = name.replace(".", "-")
+        members += [(f"{key}.jpg", content), (f"{key}.txt", name.encode())]
+        expected[reason] += 1
+    for number in range(PER_REASON):
+        for key, kind, caption, reason in [
+            ("latin", "txt", b"caf\xe9", "bad UTF-8"),
+            ("blank", "txt", b" \n", "missing caption"),
+            ("json", "json", b'{"caption', "bad JSON"),
+            ("../../escaped", "txt", b"", "missing caption"),
+        ]:
+            members += [(f"{key}{number:03}.jpg", SOUND[0]), (f"{key}{number:03}.{kind}", caption)]
+            expected[reason] += 1
+        members += [(f"/alone{number:03}.txt", b"alone")]
+        expected["missing image"] += 1
+    write_tar(folder / "whole.tar", members[: len(members) // 4 * 2])
+    path = write_tar(folder / "cut.tar", members[len(members) // 4 * 2 :])
+    path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    expected["broken tar"] = 1
+    return {"kind": "webdataset", "shards": [str(folder / "{whole,cut}.tar")]}, expected
+
+
+def write_csv(folder: Path) -> tuple[dict[str, Any], Counter[str]]:
+    expected: Counter[str] = Counter()
+    lines = [b"file,title"]
+    for name, content, reason in pictures():
+        (folder / name).write_bytes(content)
+        lines.append(f'{name},"{name}, quoted"'.encode())
+        expected[reason] += 1
+    for number in range(PER_REASON):
+        for line, reason in [
+            (f"gone{number}.jpg,gone", "no such file"),
+            (f"good{number:03}.jpg,a,b", "wrong number of columns"),
+            (f'good{number:03}.jpg,"open', "unbalanced quote"),
+            (f"blank{number}.jpg, ", "missing caption"),
+            (",nothing", "missing image"),
+        ]:
+            lines.insert(2 + number * 3, line.encode())
+            expected[reason] += 1
+        lines.insert(5, b"caf\xe9.jpg,a")
+        expected["bad UTF-8"] += 1
+    path = folder / "list.csv"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    columns = {"image_column": "file", "caption_column": "title", "delimiter": ",", "quoted": True}
+    return {"kind": "csv", "paths": [str(path)]} | columns, expected
+
+
+def write_folders(folder: Path) -> tuple[dict[str, Any], Counter[str]]:
+    expected: Counter[str] = Counter()
+    for number, (name, content, reason) in enumerate(pictures()):
+        path = folder / "root" / f"class_{number % 3}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        expected[reason] += 1
+    for number in range(2 * PER_REASON):
+        (folder / "root" / "class_0" / f"half{number}.png").write_bytes(png(make_picture(20, 20, 0))[:-200])
+        expected["truncated image"] += 1
+    return {"kind": "image_folder", "path": str(folder / "root")}, expected
+
+
+WRITERS = {"webdataset": write_webdataset, "csv": write_csv, "image_folder": write_folders}
+
+
+def shown_once(data: TrainingData) -> tuple[Counter[str], Counter[int]]:
+    """The distinct damage of an epoch and how often each sample was shown in it."""
+    damaged: dict[int, str] = {}
+    shown: Counter[int] = Counter()
+    for step in range(data.steps_per_epoch):
+        batch = data.batch(step, EVERYTHING, [SMALL])
+        assert len(batch.sample_B) == len(set(batch.sample_B.tolist())) == BATCH
+        assert len(batch.captions_B) == len(batch.pixels[SMALL]) == BATCH
+        shown.update(batch.sample_B.tolist())
+        damaged.update({damage.sample: damage.reason for damage in batch.damaged})
+    return Counter(damaged.values()), shown
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_hundreds_of_damaged_samples_are_trained_through(kind: str, tmp_path: Path, one_thread: None) -> None:
+    fields, expected = WRITERS[kind](tmp_path)
+    good = expected.pop("")
+    assert expected.total() >= 200
+    data = opened(**fields)
+    epochs = 2  # so that what fits into no batch of one epoch is met in another
+    student = load_model(STUDENT, random_seed=0)
+    said: list[str] = []
+    engine = Engine(max_damaged=1.0, say=said.append)
+    steps = epochs * data.steps_per_epoch
+    weights = {"loss_weights": {"task": 1, "crd": 0, "fd": 0, "icl": 0}}
+    (tmp_path / "run").mkdir()
+    summary = distil(spec(steps=steps, **weights), student, None, data, tmp_path / "run", silent, seed=0, engine=engine)
+    assert summary["damaged"] == dict(sorted(expected.items()))
+    assert set(expected) <= set(REASONS)
+    assert set(summary["damaged_first"]) == set(expected)
+    assert all(1 <= len(examples) <= 3 for examples in summary["damaged_first"].values())
+    met_while_training = set(expected) - {left.reason for left in data.left_out}
+    assert {text.partition(":")[0] for text in said} >= met_while_training
+    assert len(said) <= len(expected)
+    # No good sample is lost: each can be shown, and nothing else can.
+    everything = data.view_of(np.arange(data.num_samples), 0, [SMALL])
+    assert len(everything.sample_B) == good
+    assert len(everything.damaged) == data.num_samples - good
+    assert not list(tmp_path.parent.glob("escaped*"))
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "csv"])
+def test_a_run_stops_when_too_much_is_damaged(kind: str, tmp_path: Path) -> None:
+    fields, _ = WRITERS[kind](tmp_path)
+    student = load_model(STUDENT, random_seed=0)
+    weights = {"loss_weights": {"task": 1, "crd": 0, "fd": 0, "icl": 0}}
+    data = opened(**fields)
+    with pytest.raises(ClipkdError, match=r"% of the samples are damaged, judged by .*data.max_damaged permits 1.0%"):
+        distil(spec(steps=200, **weights), student, None, data, tmp_path, silent)
+
+
+def test_few_samples_stop_no_run_and_many_do() -> None:
+    from toolchain.damage import Damage
+
+    ledger = Ledger([], 1_000_000, 0.01)
+    ledger.add([Damage(3, "not an image", "here")])
+    ledger.check(8)
+    ledger.check(1000)
+    ledger.add([Damage(3, "not an image", "here")])
+    assert ledger.counts() == {"not an image": 1}, "once, however often it is met"
+    ledger.add([Damage(n, "not an image", "here") for n in range(10, 20)])
+    with pytest.raises(ClipkdError, match=r"1\.1% of the samples"):
+        ledger.check(1000)
+    ledger.check(1101)
+    again = Ledger([], 1_000_000, 0.01)
+    again.restore(json.loads(json.dumps(ledger.state())))
+    assert again.met == ledger.met
+    left = Ledger([LeftOut("missing caption", 5, "a")], 95, 0.04)
+    with pytest.raises(ClipkdError, match=r"5\.0%"):
+        left.check(95)
+
+
+# Purity: whatever the workers, rows and history
+
+
+def make_kinds(folder: Path) -> dict[str, dict[str, Any]]:
+    made = {}
+    for kind, write in WRITERS.items():
+        (folder / kind).mkdir(parents=True)
+        made[kind] = write(folder / kind)[0]
+    (folder / "classes.txt").write_text("cat\ndog\nKäfer\n", encoding="utf-8")
+    made["images"] = {
+        "kind": "images",
+        "path": str(folder / "image_folder" / "root"),
+        "classes": str(folder / "classes.txt"),
+    }
+    made["mixture"] = {
+        "kind": "mixture",
+        "sources": [made["webdataset"], made["csv"], made["image_folder"]],
+        "repeat": [1, 2, 1],
+    }
+    return made
+
+
+KINDS = (*WRITERS, "images", "mixture")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return make_kinds(tmp_path_factory.mktemp("kinds"))
+
+
+class Steps(Dataset[Batch]):
+    def __init__(self, data: TrainingData) -> None:
+        self.data = data
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.data.batch(step, EVERYTHING, [SMALL])
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    assert torch.equal(first.pixels[SMALL], second.pixels[SMALL])
+    assert first.captions_B == second.captions_B
+    assert first.sample_B.tolist() == second.sample_B.tolist()
+    assert first.pick_B.tolist() == second.pick_B.tolist()
+    assert (first.view, set(first.damaged)) == (second.view, set(second.damaged))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_functions_of_seed_and_step(kind: str, kinds: dict[str, dict[str, Any]]) -> None:
+    """In the middle of a shard, in another process, in any order, and however the rows are shared."""
+    data = opened(**kinds[kind])
+    steps = [2, data.steps_per_epoch - 1, data.steps_per_epoch + 3]
+    straight = [data.batch(step, EVERYTHING, [SMALL]) for step in steps]
+    assert any(batch.damaged for batch in straight)
+    fresh = opened(**kinds[kind])
+    for step, whole in reversed(list(zip(steps, straight, strict=True))):
+        assert_same(fresh.batch(step, EVERYTHING, [SMALL]), whole)
+        parts = [fresh.batch(step, rows, [SMALL]) for rows in (slice(0, 2), slice(2, 8))]
+        assert torch.equal(torch.cat([part.pixels[SMALL] for part in parts]), whole.pixels[SMALL])
+        assert np.concatenate([part.sample_B for part in parts]).tolist() == whole.sample_B.tolist()
+        assert {damage for part in parts for damage in part.damaged} == set(whole.damaged)
+    loader = DataLoader(Steps(opened(**kinds[kind])), batch_size=None, sampler=steps, num_workers=2)
+    for made, whole in zip(loader, straight, strict=True):
+        assert_same(made, whole)
+    other = opened(seed=1, **kinds[kind])
+    assert other.batch(2, EVERYTHING, [SMALL]).sample_B.tolist() != straight[0].sample_B.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_are_those_that_are_shown(kind: str, kinds: dict[str, dict[str, Any]]) -> None:
+    data = opened(**kinds[kind])
+    batch = data.batch(1, EVERYTHING, [SMALL])
+    listed = data.captions_of(batch.sample_B)
+    assert [captions[pick] for captions, pick in zip(listed, batch.pick_B, strict=True)] == batch.captions_B
+    assert len(data.undistorted(batch.sample_B, SMALL)) == BATCH
+
+
+def test_a_mixture_shows_every_sample_of_every_turn_once_an_epoch(kinds: dict[str, dict[str, Any]]) -> None:
+    data: Any = opened(**kinds["mixture"])
+    for epoch in range(2):
+        assert sorted(data.in_order(epoch, 0, data.num_samples).tolist()) == list(range(data.num_samples))
+    counts = [opened(**kinds[kind]).num_samples for kind in ("webdataset", "csv", "image_folder")]
+    assert data.num_samples == counts[0] + 2 * counts[1] + counts[2]
+    first, second = data.parts[1], data.parts[2]
+    batches = [data.view_of(np.array([part.first]), 0, [SMALL]) for part in (first, second)]
+    same_picture = batches[0].captions_B == batches[1].captions_B
+    assert same_picture
+    assert not torch.equal(batches[0].pixels[SMALL], batches[1].pixels[SMALL]), "cropped anew"
+
+
+def test_where_nothing_else_is_sound_a_row_is_shown_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "root" / "cat"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(SOUND[number] if number else b"")
+    data = opened(batch_size=4, kind="image_folder", path=str(tmp_path / "root"))
+    batch = data.batch(0, EVERYTHING, [SMALL])
+    assert sorted(Counter(batch.sample_B.tolist()).values()) == [1, 1, 2]
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(ClipkdError, match="every sample tried for 4 row"):
+        opened(batch_size=4, kind="image_folder", path=str(tmp_path / "root")).batch(0, EVERYTHING, [SMALL])
+
+
+def test_a_huge_jpeg_is_decoded_smaller(tmp_path: Path) -> None:
+    folder = tmp_path / "root" / "cat"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        (folder / f"{number}.jpg").write_bytes(jpeg(Image.new("L", (12_000, 8_000), 99), quality=20))
+    shown = opened(batch_size=2, kind="image_folder", path=str(tmp_path / "root")).batch(0, EVERYTHING, [SMALL])
+    assert shown.damaged == ()
+    assert shown.pixels[SMALL].float().mean() == pytest.approx(99, abs=2)
+
+
+# CSV
+
+
+def rows_of(content: bytes, tmp_path: Path, *, quoted: bool = True) -> tuple[list[list[str]], Counter[str]]:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    rows = list(csv_rows(path, ",", quoted=quoted))
+    return [row.fields for row in rows if not row.reason], Counter(row.reason for row in rows if row.reason)
+
+
+def test_a_quoted_field_may_span_lines_and_an_open_quote_swallows_none(tmp_path: Path) -> None:
+    good = b'a,b\r\n1,"two\nlines, ""quoted"""\r\n2,x\n'
+    expected = [["a", "b"], ["1", 'two\nlines, "quoted"'], ["2", "x"]]
+    assert rows_of(good, tmp_path) == (expected, Counter())
+    found, broken = rows_of(b'a,b\n1,"open\n2,x\n3,y\n4,"z"\n', tmp_path)
+    assert found == [["a", "b"], ["2", "x"], ["3", "y"], ["4", "z"]]
+    assert broken == {"unbalanced quote": 1}
+    assert rows_of(b'a,b\n1,"bare\n2,x"\n', tmp_path, quoted=False)[0] == [["a", "b"], ["1", '"bare'], ["2", 'x"']]
+    assert rows_of(b"\xef\xbb\xbfa,b\n1,2", tmp_path)[0] == [["a", "b"], ["1", "2"]]
+
+
+FIELD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(FIELD, min_size=2, max_size=2), min_size=1, max_size=6))
+def test_what_csv_writes_is_read(tmp_path: Path, rows: list[list[str]]) -> None:
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    for line, row in zip(written.getvalue().split("\n"), rows, strict=False):
+        assert fields_of(line, ",", quoted=True) == row
+    assert rows_of(b"a,b\n" + written.getvalue().encode(), tmp_path)[0][1:] == rows
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([b'"', b",", b"\n", b"\r\n", b"a.jpg,x\n", b'b.jpg,"y"\n']), st.binary(max_size=8)),
+        max_size=25,
+    )
+)
+def test_any_csv(tmp_path: Path, pieces: list[bytes]) -> None:
+    """Data or a ClipkdError, and every line that is a good row by itself is one."""
+    content = b"file,title\n" + b"".join(pieces)
+    found, _ = rows_of(content, tmp_path)
+    own = [line.removesuffix(b"\r") for line in content.split(b"\n")[1:]]
+    whole = []
+    for line in own:
+        try:
+            fields = fields_of(line.decode(), ",", quoted=True)
+        except UnicodeDecodeError:
+            continue
+        if fields and len(fields) == 2:
+            whole.append(fields)
+    remaining = iter(found[1:])
+    assert all(any(fields == other for other in remaining) for fields in whole), "in order, none swallowed"
+    try:
+        data = opened(
+            batch_size=2,
+            kind="csv",
+            paths=[str(tmp_path / "rows.csv")],
+            delimiter=",",
+            image_column="file",
+            caption_column="title",
+            quoted=True,
+        )
+    except ClipkdError:
+        return
+    assert len(data.view_of(np.arange(data.num_samples), 0, [SMALL]).damaged) == data.num_samples
+
+
+def test_rows_and_columns_of_a_picture_are_its_captions(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(SOUND[0])
+    (tmp_path / "l.tsv").write_text("f\tone\ttwo\na.jpg\tA\tB\nb.jpg\tC\t\na.jpg\t\tD\n")
+    columns = {"delimiter": "\t", "image_column": "f", "caption_column": ["one", "two"]}
+    data = opened(batch_size=2, kind="csv", paths=[str(tmp_path / "l.tsv")], **columns)
+    assert data.captions_of(np.arange(2)) == [("A", "B", "D"), ("C",)]
+    (tmp_path / "l.tsv").write_text("changed")
+    with pytest.raises(ClipkdError, match="has changed since training began"):
+        data.batch(0, EVERYTHING, [SMALL])
+    (tmp_path / "l.tsv").write_text("f, one\n")
+    with pytest.raises(UsageError, match=r"called f, one, two; .* names: f, one\. Mend"):
+        opened(batch_size=2, kind="csv", paths=[str(tmp_path / "l.tsv")], **columns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fingerprint_follows_the_data(kind: str, tmp_path: Path) -> None:
+    fields = make_kinds(tmp_path)[kind]
+    parsed: DataSpec = TypeAdapter(DataSpec).validate_python(fields)
+    before = fingerprint(parsed)
+    assert fingerprint(parsed) == before
+    for path in (tmp_path / "webdataset" / "whole.tar", tmp_path / "csv" / "list.csv"):
+        path.write_bytes(path.read_bytes() + b"x")
+    (tmp_path / "image_folder" / "root" / "class_0" / "new.jpg").write_bytes(b"x")
+    assert fingerprint(parsed) != before
+
+
+# Recipes
+
+
+def test_pictures_without_captions_have_their_objectives(
+    clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], kinds: dict[str, dict[str, Any]]
+) -> None:
+    distill = {"steps": 2, "batch_size": 8, "lr": 1e-3, "warmup": 0}
+    ended = clipkd("show", tiny_recipe(data=kinds["images"], distill=distill))
+    assert ended.code == 2
+    assert "task, icl hold a picture and its caption to belong together" in ended.err
+    distill["loss_weights"] = {"task": 0, "icl": 0, "crd": 1, "fd": 1}  # type: ignore[assignment]
+    recipe = tiny_recipe(data=kinds["images"] | {"max_damaged": 1.0}, distill=distill)
+    assert clipkd("show", recipe).code == 0
+    ended = clipkd("distill", recipe, "--out", recipe.parent / "run")
+    assert ended.code == 0, ended.err
+    manifest = json.loads((recipe.parent / "run" / "student" / "manifest.json").read_text())
+    assert manifest["summary"]["damaged"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_show_knows_every_kind(
+    kind: str, clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], kinds: dict[str, dict[str, Any]]
+) -> None:
+    weights = {"task": 0, "icl": 0, "crd": 1, "fd": 1}
+    distill = {"steps": 2, "batch_size": 8, "lr": 1e-3, "warmup": 0, "loss_weights": weights}
+    ended = clipkd("show", tiny_recipe(data=kinds[kind], distill=distill))
+    assert ended.code == 0, ended.err
+    assert kind in ended.out
