@@ -25,6 +25,8 @@ TORCH_FREE = [
     "toolchain.sources",
     "toolchain.recipe",
     "toolchain.shard_files",
+    "toolchain.damage",
+    "toolchain.listings",
     "toolchain.pictures",
     "toolchain.samples",
     "toolchain.caption_lengths",
