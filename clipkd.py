@@ -174,11 +174,27 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
 
 
 @app.command()
-def export(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
-    """Export a run's models to ONNX, each proven equal to its PyTorch model.
+def export(
+    run: RunArg,
+    onnx: Annotated[bool, typer.Option("--onnx", help="For ONNX Runtime.")] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="For OpenVINO.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8.")
+    ] = None,
+    overrides: SetOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Export a run's models, each proven equal to its PyTorch model in its own runtime.
 
-    Example: [bold]clipkd export runs/quickstart[/]
+    Without flags, to what the run's recipe says; what flags say is recorded there.
+    A model that fails its proof is kept beside, marked failed, and never used; the exit code is then 5.
+
+    Example: [bold]clipkd export runs/quickstart --onnx --openvino --precision fp32,fp16,int8[/]
     """
+    runtimes = [name for name, wanted in (("onnxruntime", onnx), ("openvino", openvino)) if wanted]
+    flags = [f"export.runtimes=[{', '.join(runtimes)}]"] if runtimes else []
+    flags += [f"export.precisions=[{precision}]"] if precision is not None else []
+    overrides = [*flags, *(overrides or [])]
     from export import deployment_stages as deployment
     from toolchain import training_stages as training
 
@@ -544,7 +560,10 @@ def _state(path: Path) -> str:
     if path.exists():
         open_stage(path)
         return "made"
-    return "interrupted" if path.with_name(f".{path.name}.partial").exists() else "not made"
+    partial = path.with_name(f".{path.name}.partial")
+    if (partial / "failed.json").exists():
+        return "failed"
+    return "interrupted" if partial.exists() else "not made"
 
 
 # The terminal ---------------------------------------------------------------------------------------------------------

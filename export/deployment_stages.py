@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from toolchain.errors import ClipkdError, GateError, UnavailableBackend
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
+
+FAILED = "failed.json"
 
 
 def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
@@ -21,17 +24,23 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
     exported = {}
     accuracy = evaluated(recipe)
     headline = fingerprint(accuracy.headline_set)
-    for name, role, precision in exports(recipe):
+    failures: list[ClipkdError] = []
+    for name, role, runtime, precision in exports(recipe):
         checkpoint = made[f"{role}-int8" if precision == "int8" else role]
 
         def work(
-            folder: Path, role: str = role, precision: str = precision, checkpoint: Stage = checkpoint
+            folder: Path,
+            role: str = role,
+            runtime: str = runtime,
+            precision: str = precision,
+            checkpoint: Stage = checkpoint,
         ) -> dict[str, Any]:
-            from export.parity import check_parity
+            from export.proof import prove
             from export.to_onnx import export_onnx
             from toolchain.models import load_model
             from toolchain.quantize import example_pixels, freeze, load_quantized
 
+            (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
             model = load_model(checkpoint.path)
             image_tower, text_tower = None, None
             if precision == "int8":
@@ -45,26 +54,48 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                 role=role,
                 precision=precision,
                 headline=open_set(accuracy.headline_set),
+                runtime=runtime,
                 opset=recipe.export.opset,
                 image_tower=image_tower,
                 text_tower=text_tower,
             )
             screen.progress("parity", 1, 2)
-            summary["parity"] = check_parity(folder, precision=precision)
-            return summary
+            return summary | prove(folder, runtime=runtime, precision=precision)
 
         screen.starts(name)
-        exported[name] = run_stage(
-            out / "exported" / name,
-            kind="export",
-            version=1,
-            fields={"precision": precision, "opset": recipe.export.opset, "headline": accuracy.headline},
-            fingerprints={"headline": headline},
-            inputs={"checkpoint": checkpoint},
-            work=work,
-        )
+        path = out / "exported" / name
+        try:
+            exported[name] = run_stage(
+                path,
+                kind="export",
+                version=2,
+                fields={
+                    "runtime": runtime,
+                    "precision": precision,
+                    "opset": recipe.export.opset,
+                    "headline": accuracy.headline,
+                },
+                fingerprints={"headline": headline},
+                inputs={"checkpoint": checkpoint},
+                work=work,
+            )
+        except (GateError, UnavailableBackend) as error:  # the others are still worth having
+            mark_failed(path, error)
+            failures.append(error)
+            screen.line(name, f"failed: {error}")
+            continue
         screen.done(name, exported[name])
+    if failures:
+        kind = GateError if any(isinstance(error, GateError) for error in failures) else UnavailableBackend
+        raise kind("\n".join(map(str, failures)))
     return exported
+
+
+def mark_failed(path: Path, error: ClipkdError) -> None:
+    """Say in a stage's unfinished directory why it will not become complete; it is kept for inspection."""
+    document = {"status": "failed", "exit_code": error.exit_code, "reason": str(error)}
+    file = path.with_name(f".{path.name}.partial") / FAILED
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
@@ -113,13 +144,13 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
     return document
 
 
-def exports(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Name, role and precision of every exported model."""
+def exports(recipe: Recipe) -> list[tuple[str, str, str, str]]:
+    """Name, role, runtime and precision of every exported model."""
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
     shipped = "student" if recipe.distill else "adopted"
     pairs = [(role, "fp32") for role in others] + [(shipped, precision) for precision in recipe.export.precisions]
     return [
-        (f"{role}-{runtime}-{precision}", role, precision)
+        (f"{role}-{runtime}-{precision}", role, runtime, precision)
         for runtime in recipe.export.runtimes
         for role, precision in pairs
     ]
@@ -131,5 +162,5 @@ def stage_paths(recipe: Recipe) -> list[str]:
     if recipe.distill is None:
         trained = ["adopted"]
     quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions else []
-    names = [name for name, _, _ in exports(recipe)] if recipe.evaluate else []
+    names = [name for name, *_ in exports(recipe)] if recipe.evaluate else []
     return trained + quantized + [f"exported/{n}" for n in names] + [f"measured/{n}/cpu" for n in names]

@@ -210,8 +210,8 @@ class QuantizeSpec(_Section):
 
 
 class ExportSpec(_Section):
-    runtimes: tuple[Literal["onnxruntime"], ...] = ("onnxruntime",)
-    precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+    runtimes: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime",)
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ("fp32", "int8")
     """Of the student; teacher and baseline are exported in fp32."""
 
     opset: Literal[18, 19, 20] = 20
