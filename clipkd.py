@@ -195,31 +195,42 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
 @app.command()
 def export(
     run: RunArg,
+    onnx: Annotated[bool, typer.Option("--onnx", help="For ONNX Runtime.")] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="For OpenVINO.")] = False,
     trt: Annotated[
         bool, typer.Option("--trt", help="Also write TensorRT kits, and build their engines here if this can.")
     ] = False,
     build: Annotated[
         bool, typer.Option("--build/--no-build", help="Build engines here; --no-build leaves them to the device.")
     ] = True,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8.")
+    ] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Export a run's models, each proven equal to its PyTorch model.
+    """Export a run's models, each proven equal to its PyTorch model in its own runtime.
 
+    Without flags, to what the run's recipe says; what flags say is recorded there.
+    A model that fails its proof is kept beside, marked failed, and never used; the exit code is then 5.
     With --trt, exit code 3 or 4 says that the kits are written but TensorRT or a GPU is missing here.
 
-    Example: [bold]clipkd export runs/quickstart --trt --no-build[/]
+    Example: [bold]clipkd export runs/quickstart --onnx --openvino --trt --no-build --precision fp32,fp16,int8[/]
     """
     from export import deployment_stages as deployment
     from toolchain import training_stages as training
 
-    recipe = _recipe_of(run, overrides)
+    if not (build or trt):
+        raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
+    flags = [f"export.precisions=[{precision}]"] if precision is not None else []
+    named = [name for name, wanted in (("onnxruntime", onnx), ("openvino", openvino)) if wanted]
+    if named:
+        flags.append(f"export.runtimes=[{', '.join(named)}]")
+    recipe = _recipe_of(run, [*flags, *(overrides or [])])
     if trt:
         runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))
         spec = recipe.export.model_copy(update={"runtimes": runtimes, "build_engines": build})
         recipe = recipe.model_copy(update={"export": spec})
-    elif not build:
-        raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
     with _run_directory(recipe, run) as (loaded, screen):
         checkpoints = training.train(loaded, run, screen, training.How())
         checkpoints |= training.quantize(loaded, run, checkpoints, screen)
@@ -602,7 +613,10 @@ def _state(path: Path) -> str:
     if path.exists():
         open_stage(path)
         return "made"
-    return "interrupted" if path.with_name(f".{path.name}.partial").exists() else "not made"
+    partial = path.with_name(f".{path.name}.partial")
+    if (partial / "failed.json").exists():
+        return "failed"
+    return "interrupted" if partial.exists() else "not made"
 
 
 # The terminal ---------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from toolchain.errors import ClipkdError
+from toolchain.errors import ClipkdError, GateError, UnavailableBackend
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
+
+FAILED = "failed.json"
 
 
 def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
@@ -22,6 +24,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
     exported = {}
     accuracy = evaluated(recipe)
     headline = fingerprint(accuracy.headline_set)
+    failures: list[ClipkdError] = []
     for name, role, runtime, precision in exports(recipe):
         is_kit = runtime == "tensorrt"
         checkpoint = made[f"{role}-int8" if precision == "int8" else role]
@@ -30,16 +33,18 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             folder: Path,
             name: str = name,
             role: str = role,
+            runtime: str = runtime,
             precision: str = precision,
             checkpoint: Stage = checkpoint,
             is_kit: bool = is_kit,
         ) -> dict[str, Any]:
             from export.model_card import write_card
-            from export.parity import check_parity
+            from export.proof import prove
             from export.to_onnx import export_onnx
             from toolchain.models import load_model
             from toolchain.quantize import example_pixels, freeze, load_quantized, sign_activations
 
+            (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
             model = load_model(checkpoint.path)
             image_tower, text_tower = None, None
             if precision == "int8":
@@ -55,12 +60,14 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                 role=role,
                 precision=precision,
                 headline=open_set(accuracy.headline_set),
+                runtime=runtime,
                 opset=recipe.export.opset,
                 image_tower=image_tower,
                 text_tower=text_tower,
             )
             screen.progress("parity", 1, 2)
-            summary["parity"] = check_parity(folder, precision=precision)
+            # A kit's graphs are proven where they can be run: its engines do not exist yet.
+            summary |= prove(folder, runtime="onnxruntime" if is_kit else runtime, precision=precision)
             if is_kit:
                 from export.to_tensorrt import complete_kit, write_sums
 
@@ -73,18 +80,32 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             return summary
 
         screen.starts(name)
-        exported[name] = run_stage(
-            out / "exported" / name,
-            kind="export",
-            version=2,
-            fields={"precision": precision, "opset": recipe.export.opset, "headline": accuracy.headline}
-            | {"provenance": _provenance(recipe, checkpoint)}
-            | ({"runtime": runtime} if is_kit else {}),
-            fingerprints={"headline": headline},
-            inputs={"checkpoint": checkpoint},
-            work=work,
-        )
+        path = out / "exported" / name
+        try:
+            exported[name] = run_stage(
+                path,
+                kind="export",
+                version=3,
+                fields={
+                    "runtime": runtime,
+                    "precision": precision,
+                    "opset": recipe.export.opset,
+                    "headline": accuracy.headline,
+                    "provenance": _provenance(recipe, checkpoint),
+                },
+                fingerprints={"headline": headline},
+                inputs={"checkpoint": checkpoint},
+                work=work,
+            )
+        except (GateError, UnavailableBackend) as error:  # the others are still worth having
+            mark_failed(path, error)
+            failures.append(error)
+            screen.line(name, f"failed: {error}")
+            continue
         screen.done(name, exported[name])
+    if failures:
+        kind = GateError if any(isinstance(error, GateError) for error in failures) else UnavailableBackend
+        raise kind("\n".join(map(str, failures)))
     return exported
 
 
@@ -154,6 +175,13 @@ def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen:
         )
         screen.done(f"engines/{name}", built[f"engines/{name}"])
     return built
+
+
+def mark_failed(path: Path, error: ClipkdError) -> None:
+    """Say in a stage's unfinished directory why it will not become complete; it is kept for inspection."""
+    document = {"status": "failed", "exit_code": error.exit_code, "reason": str(error)}
+    file = path.with_name(f".{path.name}.partial") / FAILED
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:

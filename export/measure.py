@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.parity import check_parity
 from export.profile import profile
+from export.proof import prove
 from export.runtime import open_exported
 from toolchain.errors import UsageError
 from toolchain.eval_sets import open_set
@@ -29,8 +29,9 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
         GateError: the model does not compute here what it computed in PyTorch.
     """
     manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
-    encoders = open_exported(model)
-    _write(folder / "parity.json", check_parity(model, precision=manifest["summary"]["precision"], encoders=encoders))
+    runtime, precision = manifest["summary"]["runtime"], manifest["summary"]["precision"]
+    _write(folder / "parity.json", prove(model, runtime=runtime, precision=precision)["parity"])
+    encoders = open_exported(model)  # only now: a graph that would crash its runtime has crashed another process
     sets = [open_set(entry) for entry in spec.sets]
     evaluation, samples = evaluate(encoders, sets, headline=spec.headline, on_progress=partial(progress, "scoring"))
     _write(folder / "evaluation.json", evaluation)

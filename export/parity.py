@@ -4,7 +4,7 @@ The whole path is compared, from uint8 pixels and caption strings on: a wrong me
 that drops the end token changes what ships as much as a wrong weight does.  Needs no torch: `to_onnx` left inputs and
 torch's outputs in parity.npz.
 
-    B samples   D embedding width   T tokens   F first samples   CHW, HWC image
+    B samples   K candidates   D embedding width   T tokens   F first samples   CHW, HWC image
 """
 
 from __future__ import annotations
@@ -25,8 +25,17 @@ from toolchain.errors import ArtifactError, GateError
 MIN_SQNR_DB = {
     "fp32": 80.0,  # reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32
     "fp16": 30.0,  # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16
+    "bf16": 20.0,  # 8 bits: 18 dB less than fp16, 35 to 47 measured; wrong scales leave 10
     "int8": 15.0,  # both sides round to the same 8 bits, but ties fall apart: 25 measured; wrong scales leave 10
 }
+# Least share of samples that still have the same nearest caption (or image) among all of the samples'.
+MIN_TOP1_AGREEMENT = {
+    "fp32": 1.0,  # whatever is further apart than TIE is told apart
+    "fp16": 0.99,  # noise of 30 dB moves a cosine by 0.03 at worst, and by a tenth of that as a rule
+    "bf16": 0.95,
+    "int8": 0.90,  # of its own frozen tower, not of fp32: ties of rounding fall apart
+}
+TIE = 0.01  # of a cosine: candidates nearer than this to the best one count as the same
 MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level
 EXACT_DB = 150.0  # reported for equal vectors: float32 resolves 24 bits, which is 144 dB
 
@@ -42,7 +51,7 @@ class ParityEncoders(Protocol):
 
 
 def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | None = None) -> dict[str, Any]:
-    """The content of parity.json: for "image" and "text", worst cosine, SQNR and sample.
+    """The content of parity.json: for "image" and "text", worst cosine, SQNR and sample, and agreement in top-1.
 
     `encoders` defaults to `open_exported(folder)`.
 
@@ -67,6 +76,8 @@ def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | Non
             min_sqnr_db=bound_db,
             names=image_names,
             what=f"{folder}: image tower, {precision}",
+            candidates_KD=saved["text_features_BD"],
+            min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
         ),
         "text": compare(
             saved["text_features_BD"],
@@ -74,6 +85,8 @@ def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | Non
             min_sqnr_db=bound_db,
             names=text_names,
             what=f"{folder}: text tower, {precision}",
+            candidates_KD=saved["image_features_BD"],
+            min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
         ),
     }
 
@@ -85,13 +98,18 @@ def compare(
     min_sqnr_db: float,
     names: Sequence[str],
     what: str,
+    candidates_KD: NDArray[np.float32] | None = None,
+    min_top1_agreement: float = 0.0,
 ) -> dict[str, Any]:
     """Compare row by row, in float64; returns the worst row's numbers.
 
         SQNR_i = 10 log10( |reference_i|^2 / |reference_i - actual_i|^2 )  dB, at most EXACT_DB
 
+    With candidates (unit features of the other tower), also the share of rows whose nearest candidate is the
+    reference's, or one that the reference holds within TIE of it.
+
     Raises:
-        GateError: a row has less than `min_sqnr_db`, or is not finite, or the shapes differ.
+        GateError: a row has less than `min_sqnr_db`, or is not finite, the shapes differ, or too few rows agree.
     """
     if reference_BD.shape != actual_BD.shape or not len(reference_BD):
         raise GateError(f"{what}: expected features {list(reference_BD.shape)}, got {list(actual_BD.shape)}")
@@ -108,12 +126,30 @@ def compare(
             f"{sqnr_db_B[worst]:.1f} dB, need {min_sqnr_db:g} dB; cosine {cosine_B[worst]:.6f}. "
             "Export it again: clipkd export RUN --onnx"
         )
-    return {
+    result = {
         "min_cosine": float(cosine_B.min()),
         "min_sqnr_db": float(sqnr_db_B[worst]),
         "worst_sample": worst,
         "num_samples": len(reference_BD),
+        "num_not_finite": int((~np.isfinite(actual_BD)).sum()),
     }
+    if candidates_KD is not None:
+        result["top1_agreement"] = agreement = _top1_agreement(reference_BD, actual_BD, candidates_KD)
+        if not agreement >= min_top1_agreement:
+            raise GateError(
+                f"{what}: {agreement:.1%} of {len(names)} samples keep their nearest neighbour in the other tower, "
+                f"need {min_top1_agreement:.0%}. Export it again: clipkd export RUN --onnx"
+            )
+    return result
+
+
+def _top1_agreement(
+    reference_BD: NDArray[np.floating], actual_BD: NDArray[np.floating], candidates_KD: NDArray[np.float32]
+) -> float:
+    cosine_BK = reference_BD @ candidates_KD.astype(np.float64).T
+    chosen_B = (actual_BD @ candidates_KD.astype(np.float64).T).argmax(-1)
+    lost_B = cosine_BK.max(-1) - cosine_BK[np.arange(len(chosen_B)), chosen_B]
+    return float((lost_B <= TIE).mean())
 
 
 def _check_pixels(

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from export.runner import preprocess_image
-from toolchain.errors import ArtifactError, ClipkdError, UsageError
+from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,6 +48,7 @@ _LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
 _TIMEOUT_S = 600.0  # a runner that takes longer hangs
 _STDERR_LINES = 8
 _RESAMPLES = 2000
+_STATUS = {error.exit_code: error for error in (MissingDependency, UnavailableBackend)}
 _RUNNER = Path(__file__).with_name("runner.py")
 
 
@@ -57,6 +58,7 @@ def profile(
     processes: int = 3,
     seconds: float = 1.0,
     threads: int | None = None,
+    device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The content of profile.json: latencies at batch 1 with inputs resident, throughput, memory, size and a grade.
@@ -74,6 +76,7 @@ def profile(
     Raises:
         ArtifactError: the folder lacks a file.
         ClipkdError: a runner crashed, hung, or could not run the graph.
+        UnavailableBackend, MissingDependency: the device is not there, the runtime not installed.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
@@ -82,7 +85,7 @@ def profile(
     others = _other_cpu_share(_LOOK_AROUND_S)
     next(others)  # starts watching; meanwhile the inputs are made
     with tempfile.TemporaryDirectory(prefix="clipkd-profile-") as scratch:
-        commands = _stage(folder, Path(scratch), seconds / processes, threads)
+        commands = _stage(folder, Path(scratch), seconds / processes, threads, device)
         busy_share = next(others)
         results: dict[str, list[dict[str, Any]]] = {tower: [] for tower in commands}
         for turn in range(processes):
@@ -95,7 +98,7 @@ def profile(
     images_per_s, texts_per_s = _best_rate(results["image"]), _best_rate(results["text"])
     flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
     return {
-        "device": "cpu",
+        "device": device,
         "machine": machine | results["image"][0]["versions"],
         "threads": threads,
         "batch": 1,
@@ -166,7 +169,7 @@ def _best_rate(results: Sequence[dict[str, Any]]) -> float:
     return max(rates)
 
 
-def _stage(folder: Path, scratch: Path, seconds: float, threads: int) -> dict[str, list[str]]:
+def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: str) -> dict[str, list[str]]:
     """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
     for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
         if not (folder / name).is_file():
@@ -185,7 +188,7 @@ def _stage(folder: Path, scratch: Path, seconds: float, threads: int) -> dict[st
         picture.save(encoded, "JPEG", quality=95)
         (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
     shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
-    shared += ["--batches", ",".join(map(str, _SWEEP))]
+    shared += [*_runtime(folder), "--device", device, "--batches", ",".join(map(str, _SWEEP))]
     whole_path = ["--images", str(scratch / "images"), "--classes", str(folder / "classes.npz")]
     whole_path += ["--preprocess", str(folder / "preprocess.json")]
     with np.load(folder / "classes.npz") as classes:
@@ -202,6 +205,14 @@ def _stage(folder: Path, scratch: Path, seconds: float, threads: int) -> dict[st
     }
 
 
+def _runtime(folder: Path) -> list[str]:
+    """The runner's arguments that say how the manifest would have the graphs opened."""
+    manifest = folder / "manifest.json"
+    summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
+    named = {name: summary[name] for name in ("runtime", "precision") if name in summary}
+    return [part for name, value in named.items() for part in (f"--{name}", value)]
+
+
 def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
     """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end."""
     command = [sys.executable, str(_RUNNER), *arguments]
@@ -210,6 +221,8 @@ def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr or b""
         raise _failure(folder, tower, f"took longer than {_TIMEOUT_S:g} s", stderr, command) from None
+    if done.returncode in _STATUS:
+        raise _STATUS[done.returncode](f"{folder / tower}.onnx: {done.stderr.strip()}")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise _failure(folder, tower, f"was killed by {name}", done.stderr, command)

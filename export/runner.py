@@ -1,7 +1,8 @@
 """Time one ONNX graph in a fresh process of any machine, and print one JSON document.
 
-This file is copied to devices and runs there on its own: Python 3.8, numpy and onnxruntime, or for an engine
-tensorrt and cuda.bindings (Pillow for `--images`).
+This file is copied to devices and runs there on its own: Python 3.8, numpy and the runtime, which is ONNX Runtime,
+OpenVINO or, for an engine, tensorrt and cuda.bindings (Pillow for `--images`).  A device that is not there ends it with
+status 4, a missing runtime with 3: never another device in its place.
 
     python runner.py --model image.onnx --input pixel_values --shape 1,3,32,32 --dtype float32 --threads 2
 
@@ -26,16 +27,17 @@ if (
     sys.path.pop(0)  # this folder holds a profile.py, which must not stand in for the standard library's
 
 import argparse
+import contextlib
 import gc
 import hashlib
+import importlib
 import io
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +55,11 @@ def main() -> None:
     options = _parse(sys.argv[1:])
     document = os.dup(1)
     os.dup2(2, 1)  # whatever a native library prints must not land in the document
-    result = _measure(options)
+    try:
+        result = _measure(options)
+    except (Unavailable, ModuleNotFoundError, EngineError) as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit({Unavailable: 4, EngineError: 1}.get(type(error), 3))
     with os.fdopen(document, "w", encoding="utf-8") as stdout:
         stdout.write(json.dumps(result) + "\n")
 
@@ -66,6 +72,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", type=_shape, required=True, help="of one query, for example 1,3,32,32")
     parser.add_argument("--dtype", choices=("float32", "int64"), required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--runtime", choices=tuple(_OPEN), default="onnxruntime")
+    parser.add_argument("--precision", default="fp32", help="the graph's, for example fp16")
+    parser.add_argument("--device", default="cpu", help="for example cuda:0 of ONNX Runtime, gpu or npu of OpenVINO")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="to measure, after the warm-up")
     parser.add_argument("--max-warm-up", type=float, default=10.0, help="seconds after which an unsteady warm-up ends")
     parser.add_argument("--inputs", type=Path, help="a .npy of [N, ...] real inputs; random numbers otherwise")
@@ -86,17 +95,21 @@ def _shape(text: str) -> list[int]:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    start_ns = time.perf_counter_ns()
     if options.model.suffix == ".engine":
-        session, runtime_version = open_engine(options.model, options.graph), {"tensorrt": _tensorrt().__version__}
+        start_ns = time.perf_counter_ns()
+        graph: Any = open_engine(options.model, options.graph)
+        options.runtime = "tensorrt"
     else:
-        session, runtime_version = _onnxruntime_session(options.model, options.threads)
+        _import_runtime(options.runtime)  # loading a graph is timed, importing a package is not
+        start_ns = time.perf_counter_ns()
+        graph = open_graph(
+            options.model, options.runtime, precision=options.precision, device=options.device, threads=options.threads
+        )
     load_ms = (time.perf_counter_ns() - start_ns) / 1e6
-    output = session.get_outputs()[0].name
+    run = graph.run
+    if list(graph.input_shapes) != [options.input]:
+        raise SystemExit(f"{options.model}: expected the one input {options.input}, got {list(graph.input_shapes)}")
     single = _queries(options, options.shape[0])
-
-    def run(query: NDArray[Any]) -> Any:
-        return session.run([output], {options.input: query})[0]
 
     start_ns = time.perf_counter_ns()
     run(single[0])
@@ -123,21 +136,136 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     result["versions"] = {
         "python": platform.python_version(),
         "numpy": np.__version__,
-        **runtime_version,
+        options.runtime: graph.version,
     }
     return result
 
 
-def _onnxruntime_session(model: Path, threads: int) -> tuple[Any, dict[str, str]]:
-    import onnxruntime as ort  # here: export.runtime reads preprocess_image from this file before it loads ONNX Runtime
+class Unavailable(Exception):
+    """The device that was asked for is not there, or the runtime has no kernels for this precision on it."""
 
-    ort.set_default_logger_severity(3)  # errors only
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
-    session = ort.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
-    return session, {"onnxruntime": ort.__version__}
+
+class Graph(NamedTuple):
+    """One opened graph, of one input and one output."""
+
+    input_shapes: dict[str, list[Any]]
+    """Of every input by name, the batch included; a dimension that is not a number is free."""
+
+    run: Callable[[Any], Any]
+    """Host array to host array."""
+
+    handle: Any
+    """The runtime's own object."""
+
+    version: str
+
+
+def open_graph(path: Path, runtime: str, *, precision: str | None, device: str, threads: int | None) -> Graph:
+    """Open a graph so that it computes in its own precision on the named device, or not at all.
+
+    Raises:
+        Unavailable: the device is not there, or lacks kernels for the precision.
+        ModuleNotFoundError: the runtime is not installed.
+    """
+    return _OPEN[runtime](path, precision, device.lower(), threads)
+
+
+def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
+    """The session options of every graph.  Those of half precision, and unknown ones, are optimised a level less."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    if precision not in ("fp32", "int8"):  # ENABLE_ALL segfaults on fp16 transformers on a CPU (onnxruntime#26717)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return options
+
+
+def _import_runtime(name: str) -> Any:
+    """Import it without OpenVINO's telemetry, which would write an identity into the home folder."""
+    hide_reporter = "openvino_telemetry" not in sys.modules
+    if hide_reporter:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # importing it is then an ImportError
+    try:
+        return importlib.import_module(name)
+    finally:
+        if hide_reporter:
+            del sys.modules["openvino_telemetry"]
+
+
+def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: int | None) -> Graph:
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(_ERRORS_ONLY)
+    kind, _, index = device.partition(":")
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
+    if provider not in ort.get_available_providers():
+        raise Unavailable(f"ONNX Runtime {ort.__version__} has no device {device} here; {_OTHERWISE}")
+    settings = {} if kind == "cpu" else {"device_id": index or "0", "use_tf32": "0"}  # TF32 is not fp32
+    if kind == "cuda" and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()
+    options = onnxruntime_options(precision, threads)
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+    except Exception as error:
+        if "NOT_IMPLEMENTED" not in str(error):
+            raise
+        lacking = str(error).partition("NOT_IMPLEMENTED : ")[2]
+        raise Unavailable(f"ONNX Runtime cannot run this graph in {precision} on {device}: {lacking}") from None
+    if session.get_providers()[0] != provider:  # a provider that fails to load leaves a session on the CPU
+        raise Unavailable(
+            f"ONNX Runtime offered {provider} and then ran on {session.get_providers()[0]}: "
+            f"a library or the driver of {device} is missing; {_OTHERWISE}"
+        )
+    session.disable_fallback()
+    inputs, output = session.get_inputs(), session.get_outputs()[0].name
+    return Graph(
+        {entry.name: list(entry.shape) for entry in inputs},
+        lambda query: session.run([output], {inputs[0].name: query})[0],
+        session,
+        ort.__version__,
+    )
+
+
+def _open_openvino(path: Path, precision: str | None, device: str, threads: int | None) -> Graph:
+    openvino = _import_runtime("openvino")
+    core = openvino.Core()
+    kind, _, number = device.partition(":")
+    name = f"{kind.upper()}.{number}" if number else kind.upper()
+    there = core.available_devices
+    if name not in there and not any(known.split(".")[0] == name for known in there):
+        raise Unavailable(f"OpenVINO {openvino.__version__} has no device {device} here, only {there}; {_OTHERWISE}")
+    able = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
+    # Without a hint a CPU computes fp32 graphs in bfloat16, and asked for f16 that it lacks, it takes bfloat16 too.
+    wanted = {"fp16": ("FP16", "f16"), "int8-fp16": ("FP16", "f16"), "bf16": ("BF16", "bf16")}
+    capability, hint = wanted.get(precision or "", ("FP32", "f32"))
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": hint if capability in able else "f32",
+    }
+    if threads and kind == "cpu":
+        settings["INFERENCE_NUM_THREADS"] = threads
+    model = core.read_model(str(path))
+    names = [parameter.get_friendly_name() for parameter in model.get_parameters()]  # compiling may add others
+    compiled = core.compile_model(model, name, settings)
+    request = compiled.create_infer_request()
+    shapes = {}
+    for index, entry in enumerate(compiled.inputs):
+        dimensions = entry.get_partial_shape()
+        shapes[names[index]] = [d.get_length() if d.is_static else None for d in dimensions]
+
+    def run(query: NDArray[Any]) -> Any:
+        return request.infer([query], share_inputs=True)[0]  # outputs are copied
+
+    return Graph(shapes, run, compiled, openvino.__version__.partition("-")[0])
+
+
+_ERRORS_ONLY = 3  # ONNX Runtime's logging severity
+_OTHERWISE = "choose another device, or install what this one needs"
+_OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
 
 
 def _time(run: Callable[[Any], Any], queries: Sequence[Any], min_seconds: float, max_warm_up: float) -> dict[str, Any]:
@@ -307,7 +435,7 @@ def open_engine(engine: Path, graph: Path) -> EngineSession:
 
 
 class EngineSession:
-    """A TensorRT engine with the few methods of onnxruntime.InferenceSession that are used of it.
+    """A TensorRT engine, with what a `Graph` has.
 
     Host arrays go in and host arrays come out; device buffers fit the largest batch and are kept.
     """
@@ -340,18 +468,19 @@ class EngineSession:
             self._contexts.append(context)
         _cuda(cudart.cudaStreamSynchronize(self._stream))
 
-    def get_inputs(self) -> list[Any]:
-        return [self._described(self._input)]
+    @property
+    def input_shapes(self) -> dict[str, list[Any]]:
+        return {self._input: [None, *tuple(self._engine.get_tensor_shape(self._input))[1:]]}
 
-    def get_outputs(self) -> list[Any]:
-        return [self._described(self._output)]
+    @property
+    def version(self) -> str:
+        return str(self._trt.__version__)
 
-    def run(self, outputs: Any, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """As ONNX Runtime's: all the rows, in as many runs as the engine's largest batch takes."""
-        rows = feeds[self._input]
+    def run(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """All the rows, in as many runs as the engine's largest batch takes."""
         parts = [self._run(rows[start : start + self._max_batch]) for start in range(0, len(rows), self._max_batch)]
         width = tuple(self._engine.get_tensor_shape(self._output))[1:]
-        return [np.concatenate(parts) if parts else np.zeros((0, *width), self._dtypes[self._output])]
+        return np.concatenate(parts) if parts else np.zeros((0, *width), self._dtypes[self._output])
 
     def _run(self, rows: NDArray[Any]) -> NDArray[Any]:
         kind, cudart = self._cudart.cudaMemcpyKind, self._cudart
@@ -369,9 +498,6 @@ class EngineSession:
         _cuda(copy(features.ctypes.data, self._buffers[self._output], features.nbytes, to_host, stream))
         _cuda(cudart.cudaStreamSynchronize(stream))
         return features
-
-    def _described(self, name: str) -> Any:
-        return SimpleNamespace(name=name, shape=["batch", *tuple(self._engine.get_tensor_shape(name))[1:]])
 
     def __del__(self) -> None:
         for address in self._buffers.values():

@@ -1,4 +1,4 @@
-"""Open an exported model and encode with it: numpy, Pillow, tokenizers, ftfy and ONNX Runtime, no torch.
+"""Open an exported model and encode with it: numpy, Pillow, tokenizers, ftfy and its own runtime, no torch.
 
 Images and captions become graph inputs exactly as open_clip's own evaluation transform and tokenizers make them.
 
@@ -17,24 +17,21 @@ from typing import Any
 
 import ftfy
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.runner import preprocess_image
-from toolchain.errors import ArtifactError
+from export.runner import EngineSession, Graph, Unavailable, open_graph, preprocess_image
+from toolchain.errors import ArtifactError, MissingDependency, UnavailableBackend
 from toolchain.stages import MANIFEST, open_stage
 
 IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
 IMAGE_INPUT, TEXT_INPUT = "pixel_values", "input_ids"
 
 _CHUNK = 256  # rows of one run: bounds memory, and is past where larger batches get faster on a CPU
+_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _EXPORT_AGAIN = "Export it again: clipkd export RUN --onnx"
 _BAKED = "its labels are baked in, and it has no text tower; bake others in with: clipkd classes MODEL --labels FILE"
-_ERRORS_ONLY = 3  # ONNX Runtime's logging severity
-
-ort.set_default_logger_severity(_ERRORS_ONLY)
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class ExportedEncoders:
     """As `export.tokenizers_json.text_spec` documents it."""
 
     _tokenizer: Tokenizer | None
-    _image: ort.InferenceSession
-    _text: ort.InferenceSession | None
+    _image: Graph | EngineSession
+    _text: Graph | EngineSession | None
     """None where labels were baked in and the text tower left out."""
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
@@ -100,18 +97,29 @@ class ExportedEncoders:
 
     def _pixel_values(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
-        shape = [len(pictures), *self._image.get_inputs()[0].shape[1:]]
+        shape = [len(pictures), *self._image.input_shapes[IMAGE_INPUT][1:]]
         return np.array([self.preprocess(picture) for picture in pictures], np.float32).reshape(shape)
 
 
-def open_exported(folder: Path, *, threads: int | None = None) -> ExportedEncoders:
-    """Open both graphs of an exported folder on the CPU; `threads` None leaves their number to ONNX Runtime.
+def open_exported(
+    folder: Path,
+    *,
+    runtime: str | None = None,
+    precision: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> ExportedEncoders:
+    """Open both graphs of an exported folder; `threads` None leaves their number to the runtime.
+
+    `runtime` and `precision` None: what the manifest says, and without one ONNX Runtime.
 
     Every file is first held against the hash in the manifest (measured once: 0.08 s per 100 MB).
     While a folder is being made it has none yet.
 
     Raises:
         ArtifactError: a file is missing, damaged or of another kind.
+        UnavailableBackend: the device is not there, or has no kernels for the precision.
+        MissingDependency: the runtime is not installed.
     """
     manifest = open_stage(folder).manifest if (folder / MANIFEST).is_file() else {}
     is_baked = manifest.get("kind") == "classes"
@@ -123,46 +131,57 @@ def open_exported(folder: Path, *, threads: int | None = None) -> ExportedEncode
         raise ArtifactError(
             f"{folder / 'preprocess.json'}: expected 'image' and 'text', no {error}. {_EXPORT_AGAIN}"
         ) from None
+    summary = manifest.get("summary", {})
+    runtime, precision = runtime or summary.get("runtime", "onnxruntime"), precision or summary.get("precision")
+    if runtime == "tensorrt":  # a kit: its engines are opened by to_tensorrt.open_tensorrt, its graphs by ONNX Runtime
+        runtime = "onnxruntime"
+    settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
     return ExportedEncoders(
         folder=folder,
         image_size=int(size[0] if isinstance(size, list) else size),
         context_length=context_length,
-        precision=manifest.get("summary", {}).get("precision"),
+        precision=precision,
         image_spec=image_spec,
         text_spec=text_spec,
         _tokenizer=None if is_baked else _open_tokenizer(folder / "tokenizer.json"),
-        _image=open_session(folder / IMAGE_GRAPH, IMAGE_INPUT, threads=threads),
-        _text=None if is_baked else open_session(folder / TEXT_GRAPH, TEXT_INPUT, threads=threads),
+        _image=open_tower(folder / IMAGE_GRAPH, IMAGE_INPUT, **settings),
+        _text=None if is_baked else open_tower(folder / TEXT_GRAPH, TEXT_INPUT, **settings),
     )
 
 
-def open_session(path: Path, input_name: str, *, threads: int | None = None) -> ort.InferenceSession:
-    """A graph on the CPU, quiet, that takes one input of the given name.
+def open_tower(
+    path: Path, input_name: str, *, runtime: str, precision: str | None, device: str, threads: int | None
+) -> Graph:
+    """A graph that takes one input of the given name.
 
     Raises:
         ArtifactError: the graph is missing, damaged, or has other inputs.
+        UnavailableBackend: the device is not there, or has no kernels for the precision.
+        MissingDependency: the runtime is not installed.
     """
     _require(path)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-        raise ArtifactError(f"{path}: ONNX Runtime cannot open this graph: {error}. {_EXPORT_AGAIN}") from error
-    names = [graph_input.name for graph_input in session.get_inputs()]
-    if names != [input_name]:
+        graph = open_graph(path, runtime, precision=precision, device=device, threads=threads)
+    except Unavailable as error:
+        raise UnavailableBackend(f"{path}: {error}") from None
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            f"{path}: this model runs in {runtime}, which is not installed: {error}. "
+            f"Install it with: pip install 'clipkd[{runtime}]'"
+        ) from None
+    except Exception as error:  # the runtimes' exceptions share no base of their own
+        raise ArtifactError(f"{path}: {_NAMES[runtime]} cannot open this graph: {error}. {_EXPORT_AGAIN}") from error
+    if list(graph.input_shapes) != [input_name]:
         raise ArtifactError(
-            f"{path}: expected the one input {input_name}, got {', '.join(names) or 'none'}. {_EXPORT_AGAIN}"
+            f"{path}: expected the one input {input_name}, got {', '.join(graph.input_shapes) or 'none'}. "
+            f"{_EXPORT_AGAIN}"
         )
-    return session
+    return graph
 
 
-def _run(session: ort.InferenceSession, inputs: NDArray[Any]) -> NDArray[np.float32]:
-    name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+def _run(graph: Graph | EngineSession, inputs: NDArray[Any]) -> NDArray[np.float32]:
     starts = range(0, max(len(inputs), 1), _CHUNK)  # an empty batch still has a width
-    return np.concatenate([session.run([output], {name: inputs[start : start + _CHUNK]})[0] for start in starts])
+    return np.concatenate([graph.run(inputs[start : start + _CHUNK]) for start in starts])
 
 
 def _clean(text: str, kind: str) -> str:

@@ -1,7 +1,8 @@
 """A checkpoint becomes two ONNX graphs, image and text, and everything a device without torch needs beside them.
 
-Precision is a property of the exported graph, decided here: fp16 stores half-precision weights and computes in them
-(inputs, outputs and the final normalisation stay fp32), int8 stores what quantize.freeze rounded.
+Precision is a property of the exported graph, decided here: fp16 and bf16 store half-precision weights and compute in
+them (inputs, outputs and the final normalisation stay fp32, LayerNormalization sums in fp32), int8 stores what
+quantize.freeze rounded.
 
     B batch   D embedding width   K classes   P templates   T tokens   CHW, HWC image
 """
@@ -10,8 +11,10 @@ import copy
 import io
 import json
 import logging
+import math
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from export.tokenizers_json import write_tokenizer
-from toolchain.errors import ClipkdError
+from toolchain.errors import ClipkdError, GateError
 from toolchain.eval_sets import EvalSet, Picture
 from toolchain.models import ClipModel, num_parameters
 from toolchain.quantize import (
@@ -38,12 +41,15 @@ from toolchain.quantize import (
     without_attention_fast_path,
 )
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
+_BF16_OPSET = 22  # the first in which every operator takes bfloat16; without QuantizeLinear nothing speaks against it
 MAX_PARITY_SAMPLES = 256
-MAX_PARITY_BYTES = 1 << 25  # of pictures: 158 at 224x224
+MAX_PARITY_BYTES = 1 << 26  # of pictures: all 256 at 224x224
 NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
 _CHUNK = 256  # samples per forward
 _MAX_BATCH = 1 << 16
+_MAX_MERGE_ERROR = 1e-3  # of a unit feature, the bound of fold_batch_norms
 
 
 def export_onnx(
@@ -53,6 +59,7 @@ def export_onnx(
     role: str,
     precision: str,
     headline: EvalSet,
+    runtime: str = "onnxruntime",
     opset: int = 20,
     image_tower: nn.Module | None = None,
     text_tower: nn.Module | None = None,
@@ -62,16 +69,18 @@ def export_onnx(
     The classes, and the samples of parity, are those of `headline`; of a set of captions, which has no classes,
     classes.npz holds none.
     Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, and are
-    then also what the exported graphs will be compared with; fp32 and fp16 are compared with the float model.
+    then also what the exported graphs will be compared with; all others are compared with the float model.
     Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
 
     Raises:
         ClipkdError: torch cannot export a tower, or exports a graph that breaks the contract.
+        GateError: fp16 cannot hold a weight, or what a layer makes of the samples.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {PRECISIONS}")
     if (precision == "int8") != (image_tower is not None and text_tower is not None):
-        raise ValueError("int8 is exported from frozen towers, fp32 and fp16 from the model's own")
+        raise ValueError("int8 is exported from frozen towers, the others from the model's own")
+    opset = max(opset, _BF16_OPSET) if precision == "bf16" else opset
     reference_image = (image_tower or ImageTower(model.net)).eval()
     reference_text = (text_tower or TextTower(model.net)).eval()
     text_spec = write_tokenizer(model, folder)
@@ -105,11 +114,15 @@ def export_onnx(
             logit_scale=model.logit_scale.detach().cpu().numpy(),
         )
         towers = reference_image, reference_text
-        _write_parity_samples(folder / "parity.npz", model, towers, headline)
+        with (
+            within_half_range(reference_image, "image") if precision == "fp16" else nullcontext(),
+            within_half_range(reference_text, "text") if precision == "fp16" else nullcontext(),
+        ):
+            _write_parity_samples(folder / "parity.npz", model, towers, headline)
     params_image, params_text = num_parameters(model.net)
     return {
         "role": role,
-        "runtime": "onnxruntime",
+        "runtime": runtime,
         "precision": precision,
         "params_image": params_image,
         "params_text": params_text,
@@ -206,11 +219,70 @@ def _in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
-    """A copy to export: batch norms folded (their variances may underflow in fp16), weights in the precision."""
+    """A copy to export: branches merged, batch norms folded (their variances may underflow), weights in the precision.
+
+    Raises:
+        GateError: a weight is beyond fp16's range.
+    """
     tower = copy.deepcopy(tower).float().cpu()
     if isinstance(tower, ImageTower):
+        _merge_branches(tower, example)
         fold_batch_norms(tower, example)
-    return tower.half() if precision == "fp16" else tower
+    if precision == "fp16":
+        for name, weight in tower.named_parameters():
+            if not weight.abs().max() <= torch.finfo(torch.float16).max:  # not `>`: NaN must fail
+                raise GateError(
+                    f"fp16: the weight {name} has values up to {weight.abs().max():.3g}, expected at most 65504. "
+                    "Export this model in fp32 or bf16"
+                )
+    return tower.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))
+
+
+def _merge_branches(tower: ImageTower, example: Tensor) -> None:
+    """In place: each block of parallel training branches (MobileOne, FastViT, RepVGG) becomes its one convolution."""
+    if not any(hasattr(m, name) for m in tower.modules() for name in ("reparameterize", "switch_to_deploy", "fuse")):
+        return
+    from timm.utils.model import reparameterize_model
+
+    before_BD = tower(example)
+    visual = tower.visual
+    assert isinstance(visual, nn.Module)
+    tower.visual = reparameterize_model(visual)
+    error = (tower(example) - before_BD).abs().max().item()
+    if not error < _MAX_MERGE_ERROR:
+        raise GateError(f"merging the branches of re-parametrised blocks moved a unit feature by {error:.2g}")
+
+
+@contextmanager
+def within_half_range(tower: nn.Module, what: str) -> Iterator[None]:
+    """Watch what the layers of a float tower put out while the block runs.
+
+    Raises:
+        GateError: at the end, the first layer whose values pass MAX_HALF_ACTIVATION in magnitude, or are not finite.
+    """
+    peaks: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            for value in output if isinstance(output, (tuple, list)) else (output,):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    peaks[name] = max(peaks.get(name, 0.0), value.detach().abs().nan_to_num(math.inf).max().item())
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in tower.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    beyond = {name: peak for name, peak in peaks.items() if not peak <= MAX_HALF_ACTIVATION}
+    if beyond:
+        name, peak = next(iter(beyond.items()))
+        raise GateError(
+            f"fp16: {what} tower, layer {name}: values up to {peak:.3g} on real samples, expected at most "
+            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). Export it in fp32 or bf16"
+        )
 
 
 def _write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:

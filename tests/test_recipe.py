@@ -278,7 +278,10 @@ def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
             {"distill": MINIMAL["distill"] | {"batch_size": 1}},
             "distill.batch_size: Input should be greater than or equal to 2 (got 1)",
         ),
-        ({"export": {"precisions": ["fp8"]}}, "export.precisions.0: Input should be 'fp32' or 'int8' (got 'fp8')"),
+        (
+            {"export": {"precisions": ["fp8"]}},
+            "export.precisions.0: Input should be 'fp32', 'fp16', 'bf16' or 'int8' (got 'fp8')",
+        ),
         ({"student": {}}, "student.model: Field required"),
     ],
     ids=str,

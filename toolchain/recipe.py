@@ -377,11 +377,11 @@ class QuantizeSpec(_Section):
 
 
 class ExportSpec(_Section):
-    runtimes: tuple[Literal["onnxruntime", "tensorrt"], ...] = ("onnxruntime",)
+    runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ("onnxruntime",)
     """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
 
     build_engines: bool = True
-    precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ("fp32", "int8")
     """Of the student; teacher and baseline are exported in fp32."""
 
     opset: Literal[18, 19, 20] = 20

@@ -1,0 +1,206 @@
+"""ViT-S-16's image tower at batch 1 on this CPU: PyTorch, the stock int8 path, and what clipkd exports.
+
+    python benchmarks/deploy_latency.py [--model ViT-S-16] [--rounds 5] [--seconds 2] [--threads N]
+
+Sides: PyTorch eager, torch.compile, ONNX Runtime fp32; stock: NNCF's default post-training quantization of the ONNX
+graph, run by OpenVINO with its default settings; ours: each precision in each runtime, opened as export/runtime.py
+does.  Every measurement is a fresh process, the sides take turns in an order that each round draws anew.  A ratio is
+the median over rounds, its interval a bootstrap over them.  The last line of stdout is one JSON document; exit code 5
+when a claim does not hold.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claims import claim, finish
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from export.profile import bootstrap_interval, describe_machine  # noqa: E402  # once the repository is on the path
+from export.runner import open_graph  # noqa: E402
+
+MIN_SPEEDUP, MIN_OVER_STOCK = 3.3, 1.0
+OURS = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "bf16")]
+OURS += [("openvino", "int8")]
+GEMM = 1024  # rows, columns and depth of the product that says what the machine can do
+
+
+def tower_of(model: str) -> Any:
+    from toolchain.models import build_model
+    from toolchain.quantize import ImageTower
+    from toolchain.recipe import ModelSpec
+    from toolchain.sources import anchored
+
+    built = build_model(anchored(ModelSpec(model=model, init="random"), Path(), "student"), seed=0)
+    return built, ImageTower(built.net).eval()
+
+
+def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
+    """Write every graph; returns the input's shape and the tower's floating-point operations for one image."""
+    import nncf
+    import openvino
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from export.to_onnx import prepared, write_graph
+    from toolchain.quantize import example_pixels, freeze, load_quantized, quantize, without_attention_fast_path
+
+    built, tower = tower_of(model)
+    pixels = example_pixels(built.net).float()
+    shown = example_pixels(built.net, 16).float()
+    (scratch / "quantized").mkdir()
+    quantize(
+        built, iter(()), (shown, built.tokenize(["a cat", "a dog"])), steps=0, lr=0.0, folder=scratch / "quantized"
+    )
+    frozen = freeze(load_quantized(scratch / "quantized", built)[0], pixels)
+    names = ("pixel_values", "image_features")
+    with torch.no_grad(), without_attention_fast_path():
+        for precision in ("fp32", "bf16", "int8"):
+            exported = frozen if precision == "int8" else prepared(tower, pixels, precision)
+            opset = 22 if precision == "bf16" else 20
+            write_graph(exported, pixels, scratch / f"{precision}.onnx", names_io=names, opset=opset, metadata={})
+        counted = prepared(tower, pixels, "fp32").requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            counted(pixels[:1])
+    samples = [sample[None].numpy() for sample in shown]
+    stock = nncf.quantize(openvino.Core().read_model(scratch / "fp32.onnx"), nncf.Dataset(samples))
+    openvino.save_model(stock, scratch / "stock.xml")
+    write_gemms(scratch)
+    return [1, *pixels.shape[1:]], float(counter.get_total_flops())
+
+
+def write_gemms(scratch: Path) -> None:
+    """A product of GEMM x GEMM x GEMM in float32, and the same with 8-bit operands, as graphs."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    draw = np.random.default_rng(0)
+    io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [GEMM, GEMM]) for name in ("x", "y")]
+    floats = numpy_helper.from_array(draw.standard_normal((GEMM, GEMM)).astype(np.float32), "w")
+    bytes_ = numpy_helper.from_array(draw.integers(-127, 128, (GEMM, GEMM), np.int8), "w8")
+    scale, zero = numpy_helper.from_array(np.float32(0.03), "s"), numpy_helper.from_array(np.int8(0), "z")
+    rounded = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["a"]),
+        helper.make_node("DequantizeLinear", ["w8", "s", "z"], ["w"]),
+    ]
+    product = helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("MatMul", ["a", "w"], ["y"])
+    opset = [helper.make_opsetid("", 20)]
+    for name, nodes, weights in (
+        ("gemm-fp32", [product[0]], [floats]),
+        ("gemm-int8", [*rounded, product[1]], [bytes_, scale, zero]),
+    ):
+        graph = helper.make_graph(nodes, name, io[:1], io[1:], weights)
+        save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(scratch / f"{name}.onnx"))
+
+
+def opened(side: str, options: argparse.Namespace) -> Callable[[np.ndarray], Any]:
+    if side in ("eager", "compile"):
+        import torch
+
+        torch.set_num_threads(options.threads)
+        tower = tower_of(options.model)[1].requires_grad_(False)
+        run = torch.compile(tower) if side == "compile" else tower
+
+        def forward(pixels: np.ndarray) -> Any:
+            with torch.inference_mode():
+                return run(torch.from_numpy(pixels)).numpy()
+
+        return forward
+    if side == "stock":
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": options.threads}
+        compiled = openvino.Core().compile_model(str(options.scratch / "stock.xml"), "CPU", settings)
+        request = compiled.create_infer_request()
+        return lambda pixels: request.infer([pixels])[0]
+    runtime, _, precision = side.partition(" ")
+    path = options.scratch / f"{precision}.onnx"
+    precision = precision.rpartition("-")[2]
+    return open_graph(path, runtime, precision=precision, device="cpu", threads=options.threads).run
+
+
+def child(options: argparse.Namespace) -> None:
+    """The median time of one query in this process, after as long a warm-up."""
+    run, draw = opened(options.side, options), np.random.default_rng(0)
+    queries = [draw.standard_normal(options.shape, np.float32) for _ in range(8)]
+    for measured in (False, True):
+        samples_ms, end = [], time.perf_counter() + options.seconds
+        while time.perf_counter() < end or len(samples_ms) < 3:
+            started = time.perf_counter_ns()
+            run(queries[len(samples_ms) % len(queries)])
+            samples_ms.append((time.perf_counter_ns() - started) / 1e6)
+        if measured:
+            print(json.dumps(statistics.median(samples_ms)))
+
+
+def timed(side: str, shape: list[int], scratch: Path, options: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--side", side, "--model", options.model, "--scratch", str(scratch)]
+    command += ["--seconds", str(options.seconds), "--threads", str(options.threads)]
+    command += ["--shape", ",".join(map(str, shape))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side}: status {done.returncode}\n{done.stderr[-2000:]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-S-16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--threads", type=int, default=describe_machine()["usable_cores"])
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=lambda text: [int(n) for n in text.split(",")], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        child(options)
+        return
+    ours = [f"{runtime} {precision}" for runtime, precision in OURS]
+    sides = ["eager", "compile", "stock", *ours]
+    with tempfile.TemporaryDirectory(prefix="deploy-latency-") as name:
+        shape, flops = prepare(options.model, Path(name))
+        medians: dict[str, list[float]] = {side: [] for side in sides}
+        peaks: dict[str, float] = {}
+        for runtime in ("onnxruntime", "openvino"):
+            for precision in ("fp32", "int8"):
+                took_ms = timed(f"{runtime} gemm-{precision}", [GEMM, GEMM], Path(name), options)
+                peaks[precision] = max(peaks.get(precision, 0.0), 2e-6 * GEMM**3 / took_ms)
+        for turn in range(options.rounds):
+            for side in random.Random(turn).sample(sides, len(sides)):
+                medians[side].append(timed(side, shape, Path(name), options))
+    print(
+        f"measured peaks: fp32 {peaks['fp32']:.0f} GFLOP/s, int8 {peaks['int8']:.0f} GOP/s, {options.threads} threads"
+    )
+    for side in sides:
+        middle, (low, high) = statistics.median(medians[side]), bootstrap_interval(medians[side])
+        peak = "int8" if "int8" in side or side == "stock" else "fp32"  # bf16's own is not measured
+        share = flops / middle / 1e6 / peaks[peak]
+        print(f"{side:<18} {middle:8.2f} ms [{low:.2f}, {high:.2f}]  {100 * share:5.1f} % of the {peak} peak")
+    best = min(ours, key=lambda side: statistics.median(medians[side]))
+    for runtime in ("onnxruntime", "openvino"):
+        fastest = min((s for s in ours if s.startswith(runtime)), key=lambda s: statistics.median(medians[s]))
+        print(f"best in {runtime}: {fastest}")
+    ratios, claims = {}, []
+    for against, bound in (("eager", MIN_SPEEDUP), ("stock", MIN_OVER_STOCK)):
+        by_round = [theirs / mine for theirs, mine in zip(medians[against], medians[best], strict=True)]
+        low, high = bootstrap_interval(by_round)
+        ratios[against] = {"low": low, "high": high}
+        print(f"{best} against {against}: {statistics.median(by_round):.3f} [{low:.3f}, {high:.3f}]")
+        claims.append(claim(f"{against} over {best}, median of rounds", statistics.median(by_round), "x", ">=", bound))
+    finish("deploy_latency", claims, model=options.model, medians_ms=medians, intervals=ratios, peaks=peaks)
+
+
+if __name__ == "__main__":
+    main()

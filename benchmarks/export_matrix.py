@@ -1,0 +1,152 @@
+"""Real-size towers with random weights, through every precision and runtime: does each export, run and stay true?
+
+    python benchmarks/export_matrix.py [--models vit_t_16,resnet18] [--precisions fp32,fp16,int8] [--samples 256]
+                                       [--docs docs/export.md]
+
+Each cell is a whole export of both towers and its proof, in a process of the runtime's own.  fp32 and fp16 must pass
+parity on ONNX Runtime and OpenVINO, on the CPU; int8 (calibrated, not fine-tuned) must export, run and report its SQNR
+to its own frozen towers.  `--docs` replaces the table between that file's markers.  The last line of stdout is one
+JSON document; exit code 5 when a claim does not hold.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claims import claim, finish
+
+from export.proof import prove
+from export.to_onnx import export_onnx
+from toolchain.errors import ClipkdError
+from toolchain.eval_sets import classes_set
+from toolchain.models import ClipModel, build_model
+from toolchain.quantize import example_pixels, freeze, load_quantized, quantize
+from toolchain.recipe import ModelSpec
+from toolchain.sources import anchored
+
+MODELS = ("ViT-S-16", "vit_t_16", "mobilenetv4_s", "MobileCLIP2-S0", "resnet18", "swin_t")
+CONFIGS = {  # open_clip has no CLIP of this image tower
+    "mobilenetv4_s": (
+        "vit_t_16",
+        {
+            "vision_cfg": {
+                "timm_model_name": "mobilenetv4_conv_small",
+                "timm_model_pretrained": False,
+                "timm_pool": "avg",
+                "timm_proj": "linear",
+                "image_size": 224,
+            }
+        },
+    ),
+}
+RUNTIMES = ("onnxruntime", "openvino")
+PRECISIONS = ("fp32", "fp16", "int8")
+BEGIN, END = "<!-- export_matrix: begin -->", "<!-- export_matrix: end -->"
+ADJECTIVES = ("red", "small", "old", "wet", "broken", "tall", "striped", "paper", "silent", "round", "two", "distant")
+NOUNS = ("dog", "house", "boat", "tree", "cup", "road", "bird", "chair", "bridge", "lamp", "horse", "window")
+
+
+def pictures(count: int, size: int) -> np.ndarray:
+    """[B, size, size, 3] uint8: fields of colour and grain, no two alike; noise alone would leave towers unmoved."""
+    random = np.random.default_rng(0)
+    cells = random.integers(0, 256, (count, 8, 8, 3))
+    spread = np.kron(cells, np.ones((1, -(-size // 8), -(-size // 8), 1)))[:, :size, :size]
+    return (spread + random.normal(0, 20, spread.shape)).clip(0, 255).astype(np.uint8)
+
+
+def captions(count: int) -> list[str]:
+    pairs = [f"a {adjective} {noun}" for noun in NOUNS for adjective in ADJECTIVES]
+    return [pairs[index % len(pairs)] + f" number {index}" for index in range(count)]
+
+
+def built(name: str) -> ClipModel:
+    base, changes = CONFIGS.get(name, (name, {}))
+    return build_model(anchored(ModelSpec(model=base, model_cfg=changes, init="random"), Path(), "student"), seed=0)
+
+
+def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: Path) -> dict[str, Any]:
+    """`status` ok or the reason, SQNR and top-1 agreement of each tower, and what the runtime made of the graphs."""
+    size = example_pixels(model.net).shape[-1]
+    shown, spoken = pictures(samples, size), captions(samples)
+    towers: dict[str, Any] = {}
+    try:
+        if precision == "int8":
+            checkpoint = folder / "int8"
+            checkpoint.mkdir()
+            few = 8
+            pixels = example_pixels(model.net, few).float()
+            quantize(model, iter(()), (pixels, model.tokenize(spoken[:few])), steps=0, lr=0.0, folder=checkpoint)
+            image, text = load_quantized(checkpoint, model)
+            towers = {
+                "image_tower": freeze(image, example_pixels(model.net)),
+                "text_tower": freeze(text, model.tokenize(spoken[:2])),
+            }
+        export_onnx(
+            model,
+            folder,
+            role="student",
+            runtime=runtime,
+            precision=precision,
+            headline=classes_set("made", shown, spoken, ("{}",)),
+            **towers,
+        )
+        proof = prove(folder, runtime=runtime, precision=precision)
+    except ClipkdError as error:
+        return {"status": " ".join(str(error).split())}
+    except Exception as error:  # torch, timm and NNCF raise anything of an architecture they cannot take
+        return {"status": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return {"status": "ok", **proof}
+
+
+def row(name: str, runtime: str, precision: str, result: dict[str, Any]) -> str:
+    if result["status"] != "ok":
+        said = result["status"].replace("|", "/")[:160]
+        return f"| {name} | {runtime} | {precision} | failed: {said} | | | | |"
+    parity, nodes = result["parity"], result["nodes"]
+    towers = ("image", "text")
+    sqnr = " / ".join(f"{parity[tower]['min_sqnr_db']:.0f}" for tower in towers)
+    agreement = " / ".join(f"{100 * parity[tower]['top1_agreement']:.1f}" for tower in towers)
+    integer = " / ".join(str(nodes[tower]["integer"]) for tower in towers)
+    left = " / ".join(str(sum(nodes[tower]["rounding"].values())) for tower in towers)
+    fused = " / ".join(f"{nodes[t]['attention']['fused']} of {sum(nodes[t]['attention'].values())}" for t in towers)
+    return f"| {name} | {runtime} | {precision} | {sqnr} | {agreement} | {integer} | {left} | {fused} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
+    parser.add_argument("--runtimes", default=",".join(RUNTIMES))
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--docs", type=Path, help="a file whose table to replace")
+    options = parser.parse_args()
+    lines = [
+        "| towers | runtime | precision | worst SQNR, dB | top-1 agreement, % | integer kernels | Q/DQ left | "
+        "attention fused |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    claims = []
+    print("\n".join(lines))
+    for name in options.models.split(","):
+        model = built(name)
+        for precision in options.precisions.split(","):
+            for runtime in options.runtimes.split(","):
+                with tempfile.TemporaryDirectory(prefix="export-matrix-") as folder:
+                    result = cell(model, runtime, precision, options.samples, Path(folder))
+                lines.append(row(name, runtime, precision, result))
+                print(lines[-1], flush=True)
+                wanted = "exports, runs and reports its SQNR" if precision == "int8" else "exports and passes parity"
+                holds = float(result["status"] == "ok")
+                claims.append(claim(f"{name} {runtime} {precision} {wanted}", holds, "1 = yes", ">=", 1))
+    if options.docs:
+        before, _, rest = options.docs.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        table = "\n".join(lines)
+        options.docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    finish("export_matrix", claims, samples=options.samples)
+
+
+if __name__ == "__main__":
+    main()

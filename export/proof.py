@@ -1,0 +1,139 @@
+"""Prove an exported folder in a process of its own, so that a runtime that crashes is a failed row with a reason.
+
+The same process says what the runtime made of each graph: which operators run, in integers or in which precision, how
+many QuantizeLinear and DequantizeLinear are left over, and whether attention became one fused operator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from export.parity import check_parity
+from export.runner import onnxruntime_options
+from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, open_exported, open_tower
+from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
+
+_CHILD = "from export.proof import answer; answer()"
+_TIMEOUT_S = 1800.0  # 256 samples of the largest towers take minutes on a small machine
+_STDERR_LINES = 8
+_ERRORS: dict[str, type[ClipkdError]] = {
+    error.__name__: error for error in (ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend)
+}
+_ROUNDING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize")
+_INTEGER = ("QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")  # and QLinear...
+_FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
+_WORK = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")  # what OpenVINO may run in integers
+
+
+def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu") -> dict[str, Any]:
+    """`parity`, as `parity.check_parity` returns it, and `nodes`, a `node_table` for each tower (CPU only).
+
+    Raises:
+        GateError: a tower does not compute what PyTorch did, or its runtime crashed or hung on it.
+        UnavailableBackend, MissingDependency, ArtifactError: as `runtime.open_exported`.
+    """
+    question = {"folder": str(folder), "runtime": runtime, "precision": precision, "device": device}
+    ours = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
+    what = f"{folder}: {runtime}, {precision}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            input=json.dumps(question),
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise GateError(f"{what}: the process that proves it took longer than {_TIMEOUT_S:g} s") from None
+    if done.returncode:
+        ended = f"ended with status {done.returncode}"
+        if done.returncode < 0:
+            ended = f"was killed by {signal.Signals(-done.returncode).name}"
+        last = "\n".join(done.stderr.strip().splitlines()[-_STDERR_LINES:]) or "(nothing on stderr)"
+        raise GateError(f"{what}: the process that proves it {ended}. Its last words:\n{last}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    if "error" in answer:
+        raise _ERRORS[answer["error"]](answer["message"])
+    return answer
+
+
+def answer() -> None:
+    """In the child: a question on stdin, its answer on stdout."""
+    question = json.load(sys.stdin)
+    document = os.dup(1)
+    os.dup2(2, 1)  # whatever a native library prints must not land in the document
+    folder = Path(question.pop("folder"))
+    try:
+        encoders = open_exported(folder, **question)
+        result: dict[str, Any] = {"parity": check_parity(folder, precision=question["precision"], encoders=encoders)}
+        if question["device"] == "cpu":
+            del question["device"]
+            result["nodes"] = {
+                "image": node_table(folder / IMAGE_GRAPH, IMAGE_INPUT, **question),
+                "text": node_table(folder / TEXT_GRAPH, TEXT_INPUT, **question),
+            }
+    except ClipkdError as error:
+        kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _ERRORS)
+        result = {"error": kind, "message": str(error)}
+    with os.fdopen(document, "w", encoding="utf-8") as stdout:
+        stdout.write(json.dumps(result))
+
+
+def node_table(path: Path, input_name: str, *, runtime: str, precision: str | None) -> dict[str, Any] | None:
+    """What the CPU runs after the runtime's own optimisation; None where ONNX, which reads it, is not installed.
+
+    `ops` counts operators by type and `precisions`, for OpenVINO, the matrix products and convolutions by the precision
+    they are executed in; `integer` counts those in integers, `rounding` what is left of quantization, `attention` the
+    fused ones (in OpenVINO one operator that took in a softmax) and the open-coded, which show as a Softmax, or in
+    ONNX Runtime's fp16, which has no kernel for it, as the operators that it is made of.
+    """
+    precisions: dict[str, int] = {}
+    if runtime == "openvino":
+        graph = open_tower(path, input_name, runtime=runtime, precision=precision, device="cpu", threads=None)
+        described = [op.get_rt_info() for op in graph.handle.get_runtime_model().get_ops()]
+        executed = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in described]
+        ops = Counter(kind for kind, _ in executed)
+        precisions = dict(Counter(of for kind, of in executed if kind in _WORK).most_common())
+        integer = sum(count for of, count in precisions.items() if of in ("i8", "u8"))
+        fused = sum(
+            kind != "Softmax" and "softmax" in str(info["originalLayersNames"].value).lower()
+            for (kind, _), info in zip(executed, described, strict=True)
+        )
+    else:
+        ops_or_none = _optimised_by_onnxruntime(path, precision)
+        if ops_or_none is None:
+            return None
+        ops = ops_or_none
+        fused = sum(ops[kind] for kind in _FUSED_ATTENTION)
+        integer = sum(count for kind, count in ops.items() if kind in _INTEGER or kind.startswith("QLinear"))
+    return {
+        "ops": dict(ops.most_common()),
+        "precisions": precisions,
+        "integer": integer,
+        "rounding": {kind: ops[kind] for kind in _ROUNDING},
+        "attention": {"fused": fused, "open": ops["Softmax"] + min(ops["ReduceMax"], ops["Exp"])},
+    }
+
+
+def _optimised_by_onnxruntime(path: Path, precision: str | None) -> Counter[str] | None:
+    import onnxruntime as ort
+
+    try:
+        import onnx
+    except ModuleNotFoundError:
+        return None
+    with tempfile.TemporaryDirectory(prefix="clipkd-nodes-") as scratch:
+        options = onnxruntime_options(precision, None)
+        options.optimized_model_filepath = str(Path(scratch) / "optimised.onnx")
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
