@@ -35,10 +35,10 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     sets = [open_set(entry) for entry in spec.sets]
     evaluation, samples = evaluate(encoders, sets, headline=spec.headline, on_progress=partial(progress, "scoring"))
     _write(folder / "evaluation.json", evaluation)
-    np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # numpy types keywords as one array
     timed = profile(model, processes=timing.processes, seconds=timing.seconds, on_progress=progress)
-    _write(folder / "profile.json", timed)
-    return {"top1": evaluation["sets"][spec.headline]["top1"], "p50_ms": timed["image"]["p50_ms"]}
+    np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
+    _write(folder / "profile.json", timed.document)
+    return {"top1": evaluation["sets"][spec.headline]["top1"], "p50_ms": timed.document["image"]["p50_ms"]}
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

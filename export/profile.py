@@ -21,10 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from export.runner import preprocess_image
@@ -42,7 +44,7 @@ MAX_CV = 0.05
 MAX_OTHER_CPU = 0.25
 """Share of the machine's CPU time that other programs may take before a measurement is BUSY."""
 
-_SWEEP = (32,)  # batches beside 1, for throughput
+_SWEEP = (2, 4, 8, 16, 32)  # batches beside 1, for throughput
 _NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in the memory that is being measured
 _LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
 _TIMEOUT_S = 600.0  # a runner that takes longer hangs
@@ -50,6 +52,17 @@ _STDERR_LINES = 8
 _RESAMPLES = 2000
 _STATUS = {error.exit_code: error for error in (MissingDependency, UnavailableBackend)}
 _RUNNER = Path(__file__).with_name("runner.py")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one exported model takes."""
+
+    document: dict[str, Any]
+    """The content of profile.json."""
+
+    samples: dict[str, NDArray[np.float32]]
+    """Every latency measured, in order: `image_ms`, `text_ms`, `e2e_ms`, and for each `..._process`, whose it was."""
 
 
 def profile(
@@ -60,23 +73,45 @@ def profile(
     threads: int | None = None,
     device: str = "cpu",
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The content of profile.json: latencies at batch 1 with inputs resident, throughput, memory, size and a grade.
-
-    `seconds` is what each tower is measured for at batch 1, shared among the processes; the whole path and the larger
-    batch take a quarter of it each.  `p50_ms` is the median over processes of the medians of their samples,
-    `p50_low_ms` and `p50_high_ms` its 95 % bootstrap interval over processes; `p90_ms` and `p99_ms` are of all samples
-    and None below their floors.  `e2e_p50_ms` is a JPEG's bytes to its class: decoding, preprocessing, image tower,
-    features @ class matrix, top-1; None for a model without classes of its own.  `images_per_s` and `texts_per_s` are
-    the best over the batches tried.
-    `peak_memory_bytes` is the greater of the two towers' processes, without the larger batches.
-
-    Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, BUSY, SINGLE: one process has no interval).
+) -> Profile:
+    """Latencies at batch 1 with inputs resident, throughput, memory, size and a grade, of one model.
 
     Raises:
         ArtifactError: the folder lacks a file.
         ClipkdError: a runner crashed, hung, or could not run the graph.
         UnavailableBackend, MissingDependency: the device is not there, the runtime not installed.
+    """
+    (found,) = profile_together(
+        [folder], processes=processes, seconds=seconds, threads=threads, device=device, on_progress=on_progress
+    )
+    if isinstance(found, ClipkdError):
+        raise found
+    return found
+
+
+def profile_together(
+    folders: Sequence[Path],
+    *,
+    processes: int = 3,
+    seconds: float = 1.0,
+    threads: int | None = None,
+    device: str = "cpu",
+    spin_ms: Sequence[float] = (),
+    on_progress: Progress | None = None,
+) -> list[Profile | ClipkdError]:
+    """Profiles of several models whose processes take turns, so that drift of the machine hits all; or why not.
+
+    `seconds` is what each tower is measured for at batch 1, shared among the processes; the whole path and each larger
+    batch take a quarter of it each.  `p50_ms` is the median over processes of the medians of their samples,
+    `p50_low_ms` and `p50_high_ms` its 95 % bootstrap interval over processes; `p90_ms` and `p99_ms` are of all samples
+    and None below their floors.  `e2e_p50_ms` is a JPEG's bytes to its class, `e2e_stages_ms` the medians of its
+    stages: decoding, preprocessing, image tower, features @ class matrix and top-1.  `images_per_s` and `texts_per_s`
+    are the best over the batches tried, `sweep` the former by batch.  `peak_memory_bytes` is the greater of the towers'
+    processes, without the larger batches.  `load_ms` and `first_ms` are cold: of a process that has just begun.
+
+    Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
+    SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
+    runs them.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
@@ -84,32 +119,74 @@ def profile(
     threads = threads or machine["usable_cores"]
     others = _other_cpu_share(_LOOK_AROUND_S)
     next(others)  # starts watching; meanwhile the inputs are made
+    results: list[dict[str, list[dict[str, Any]]]] = [{"image": [], "text": []} for _ in folders]
+    failures: dict[int, ClipkdError] = {}
     with tempfile.TemporaryDirectory(prefix="clipkd-profile-") as scratch:
-        commands = _stage(folder, Path(scratch), seconds / processes, threads, device)
+        commands: dict[tuple[int, str], list[str]] = {}
+        for place, folder in enumerate(folders):
+            try:
+                staged = _stage(folder, Path(scratch) / str(place), seconds / processes, threads, device)
+            except ClipkdError as error:
+                failures[place] = error
+                continue
+            spin = ["--spin-ms", f"{spin_ms[place]:g}"] if spin_ms and spin_ms[place] else []
+            commands |= {(place, tower): [*arguments, *spin] for tower, arguments in staged.items()}
         busy_share = next(others)
-        results: dict[str, list[dict[str, Any]]] = {tower: [] for tower in commands}
+        done = 0
         for turn in range(processes):
-            for tower in list(commands)[:: -1 if turn % 2 else 1]:  # neither always runs on what the other heated
-                results[tower].append(_run(folder, tower, commands[tower]))
+            order = list(commands)[:: -1 if turn % 2 else 1]  # no one always runs on what the same other heated
+            for place, tower in order:
+                if place not in failures:
+                    try:
+                        results[place][tower].append(_run(folders[place], tower, commands[place, tower]))
+                    except ClipkdError as error:
+                        failures[place] = error
+                done += 1
                 if on_progress is not None:
-                    on_progress("timing", sum(map(len, results.values())), processes * len(commands))
-    image, text = summarise(results["image"]), summarise(results["text"])
-    whole_paths = [result["e2e"] for result in results["image"] if "e2e" in result]
-    images_per_s, texts_per_s = _best_rate(results["image"]), _best_rate(results["text"])
+                    on_progress("timing", done, processes * len(commands))
     flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
-    return {
+    return [
+        failures.get(place) or _profile_of(folder, results[place], machine, threads, device, flags)
+        for place, folder in enumerate(folders)
+    ]
+
+
+def _profile_of(
+    folder: Path,
+    results: dict[str, list[dict[str, Any]]],
+    machine: dict[str, Any],
+    threads: int,
+    device: str,
+    flags: Sequence[str],
+) -> Profile:
+    image, text = summarise(results["image"]), summarise(results["text"])
+    sweep, text_sweep = _rates(results["image"]), _rates(results["text"])
+    whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # none of a model without classes
+    document = {
         "device": device,
         "machine": machine | results["image"][0]["versions"],
         "threads": threads,
         "batch": 1,
-        "image": image | {"images_per_s": images_per_s},
-        "text": text | {"texts_per_s": texts_per_s},
-        "e2e_p50_ms": statistics.median(_medians(whole_paths)) if whole_paths else None,
-        "images_per_s": images_per_s,
+        "image": image | {"images_per_s": max(sweep.values())},
+        "text": text | {"texts_per_s": max(text_sweep.values())},
+        "e2e_p50_ms": statistics.median(_medians(whole)) if whole else None,
+        "e2e_stages_ms": {
+            stage: statistics.median(result["stages_ms"][stage] for result in whole)
+            for stage in (whole[0]["stages_ms"] if whole else ())
+        },
+        "images_per_s": max(sweep.values()),
+        "sweep": sweep,
         "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
         "size_bytes": sum((folder / name).stat().st_size for name in ("image.onnx", "text.onnx")),
+        "to_lock_clocks": [] if machine["clocks_locked"] else _clock_commands(),
         **grade(list(results.values()), machine, flags),
     }
+    samples: dict[str, NDArray[np.float32]] = {}
+    for name, documents in (("image", results["image"]), ("text", results["text"]), ("e2e", whole)):
+        samples[f"{name}_ms"] = np.array([ms for each in documents for ms in each["samples_ms"]], np.float32)
+        lengths = [len(each["samples_ms"]) for each in documents]
+        samples[f"{name}_process"] = np.repeat(np.arange(len(documents)), lengths).astype(np.float32)
+    return Profile(document, samples)
 
 
 def grade(
@@ -117,6 +194,8 @@ def grade(
 ) -> dict[str, Any]:
     """`grade` and `flags` of a measurement, from the runner's documents of each tower and flags raised already."""
     raised = list(flags)
+    if not all(result["steady"] for results in towers for result in results):
+        raised.insert(0, "UNSTEADY")
     if any(_cv(_medians(results)) > MAX_CV for results in towers):
         raised.insert(0, "UNSTABLE")
     if any(len(results) == 1 for results in towers):
@@ -161,12 +240,25 @@ def _cv(values: Sequence[float]) -> float:
     return statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else 0.0
 
 
-def _best_rate(results: Sequence[dict[str, Any]]) -> float:
-    """Samples per second at the best batch: of each batch the median over processes of the median time."""
-    rates = [1000 / statistics.median(_medians(results))]
-    for batch in set.intersection(*(set(result["batches"]) for result in results)):
-        rates.append(int(batch) * 1000 / statistics.median(_medians([result["batches"][batch] for result in results])))
-    return max(rates)
+def _rates(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Samples per second by batch: of each the median over processes of the median time."""
+    rates = {"1": 1000 / statistics.median(_medians(results))}
+    for batch in sorted(set.intersection(*(set(result["batches"]) for result in results)), key=int):
+        typical_ms = statistics.median(_medians([result["batches"][batch] for result in results]))
+        rates[batch] = int(batch) * 1000 / typical_ms
+    return rates
+
+
+def _clock_commands() -> list[str]:
+    """What would hold this machine's clocks still, for the user to run."""
+    commands = []
+    if _read(f"{_CPUS}/cpu0/cpufreq/scaling_governor") is not None:
+        commands.append("sudo cpupower frequency-set --governor performance")
+    if _read(f"{_CPUS}/intel_pstate/no_turbo") is not None:
+        commands.append(f"echo 1 | sudo tee {_CPUS}/intel_pstate/no_turbo")
+    elif _read(f"{_CPUS}/cpufreq/boost") is not None:
+        commands.append(f"echo 0 | sudo tee {_CPUS}/cpufreq/boost")
+    return commands
 
 
 def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: str) -> dict[str, list[str]]:
@@ -174,6 +266,7 @@ def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: st
     for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx")
+    scratch.mkdir(exist_ok=True)
     image_spec = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))["image"]
     with np.load(folder / "parity.npz") as samples:
         pixels_BHWC, input_ids_BT = samples["pixels_BHWC"][:_NUM_INPUTS], samples["input_ids_BT"][:_NUM_INPUTS]
@@ -258,6 +351,7 @@ def describe_machine() -> dict[str, Any]:
         "logical_cores": len(affinity),
         "cpu_quota": quota,
         "usable_cores": usable,
+        "isa": _isa(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "governor": next(iter(governors)) if len(governors) == 1 else "mixed",
         "clocks_locked": all(_is_clock_locked(index) for index in affinity),
@@ -300,6 +394,22 @@ def _cpu_model() -> str:
         if key.strip() in ("model name", "Model", "Hardware"):
             return value.strip()
     return _read("/proc/device-tree/model") or platform.processor() or platform.machine()
+
+
+_ISA = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
+    *("neon", "asimd", "asimddp", "i8mm", "bf16", "sve"),
+)
+
+
+def _isa() -> list[str]:
+    """The instruction sets that decide how fast a CPU multiplies matrices in each precision."""
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            present = set(value.split())
+            return [name for name in _ISA if name in present]
+    return []
 
 
 def _read(path: str) -> str | None:

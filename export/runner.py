@@ -82,6 +82,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="a folder of image files: also time the whole path")
     parser.add_argument("--classes", type=Path, help="classes.npz, for --images")
     parser.add_argument("--preprocess", type=Path, help="preprocess.json, for --images")
+    parser.add_argument(
+        "--spin-ms", type=float, default=0.0, help="waste so much in every query: a check of the protocol"
+    )
     options = parser.parse_args(arguments)
     if options.model.suffix == ".engine" and options.graph is None:
         parser.error("an engine is opened only with the graph it was built from: --graph")
@@ -106,7 +109,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             options.model, options.runtime, precision=options.precision, device=options.device, threads=options.threads
         )
     load_ms = (time.perf_counter_ns() - start_ns) / 1e6
-    run = graph.run
+    run = _spinning(graph.run, options.spin_ms) if options.spin_ms else graph.run
     if list(graph.input_shapes) != [options.input]:
         raise SystemExit(f"{options.model}: expected the one input {options.input}, got {list(graph.input_shapes)}")
     single = _queries(options, options.shape[0])
@@ -121,8 +124,11 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"load_ms": load_ms, "first_ms": first_ms, **headline}
     brief = options.min_seconds / 4, options.max_warm_up / 4  # for what has no interval of its own
     if options.images:
-        end_to_end, paths = _end_to_end(run, options)
-        result["e2e"] = _time(end_to_end, paths, *brief)
+        end_to_end, files, stages_ns = _end_to_end(run, options)
+        result["e2e"] = _time(end_to_end, files, *brief)
+        timed_ns = np.array(stages_ns[-len(result["e2e"]["samples_ms"]) :])  # those of the warm-up came before
+        medians_ms = np.median(timed_ns, axis=0) / 1e6
+        result["e2e"]["stages_ms"] = {stage: float(medians_ms[place]) for place, stage in enumerate(_STAGES)}
         peak_rss_bytes = _peak_rss_bytes()
     typical_ms = float(np.median(headline["samples_ms"])) / options.shape[0]
     result["batches"] = {}
@@ -318,19 +324,50 @@ def _queries(options: argparse.Namespace, batch: int) -> list[NDArray[Any]]:
     return [np.ascontiguousarray(inputs[(row + np.arange(batch)) % len(inputs)]) for row in first_rows]
 
 
-def _end_to_end(run: Callable[[Any], Any], options: argparse.Namespace) -> tuple[Callable[[bytes], int], list[bytes]]:
+_STAGES = ("decode", "preprocess", "image_tower", "match")
+
+
+def _end_to_end(
+    run: Callable[[Any], Any], options: argparse.Namespace
+) -> tuple[Callable[[bytes], int], list[bytes], list[list[int]]]:
+    """A user's whole path, what to call it with, and the nanoseconds of its stages, a list for each call so far."""
     from PIL import Image
 
     spec = json.loads(options.preprocess.read_text(encoding="utf-8"))["image"]
     with np.load(str(options.classes), allow_pickle=False) as classes:
         features_DK = np.ascontiguousarray(classes["features_KD"].T)
     files = [path.read_bytes() for path in sorted(options.images.iterdir())]
+    stages_ns: list[list[int]] = []
+    now = time.perf_counter_ns
 
     def classify(file: bytes) -> int:
-        pixel_values_CHW = preprocess_image(Image.open(io.BytesIO(file)), spec)
-        return int((run(pixel_values_CHW[None]) @ features_DK).argmax())
+        times = [now()]
+        image = Image.open(io.BytesIO(file))
+        image.load()
+        times.append(now())
+        pixel_values_CHW = preprocess_image(image, spec)
+        times.append(now())
+        features_1D = run(pixel_values_CHW[None])
+        times.append(now())
+        label = int((features_1D @ features_DK).argmax())
+        times.append(now())
+        stages_ns.append(np.diff(times).tolist())
+        return label
 
-    return classify, files
+    return classify, files, stages_ns
+
+
+def _spinning(run: Callable[[Any], Any], spin_ms: float) -> Callable[[Any], Any]:
+    """The same, that much slower."""
+
+    def slower(query: Any) -> Any:
+        result = run(query)
+        end_ns = time.perf_counter_ns() + int(spin_ms * 1e6)
+        while time.perf_counter_ns() < end_ns:
+            pass
+        return result
+
+    return slower
 
 
 def preprocess_image(image: Image.Image, spec: dict[str, Any]) -> NDArray[np.float32]:

