@@ -1,0 +1,135 @@
+"""Does the measuring protocol tell models apart when they differ, and only then?
+
+    python benchmarks/measuring.py [--model runs/quickstart/exported/teacher-onnxruntime-fp32] [--pairs 20]
+
+Pairs of profiles of one exported model, their processes taking turns as in `clipkd profile A B`: once both as they are,
+once with the second slowed by wasting a tenth of its median in every query.  Two profiles are told apart where their
+95 % intervals are disjoint.  Then profiles beside programs that keep every core busy, which must lower the grade.  Last, an
+independent harness, OpenVINO's benchmark_app, on the same graph, threads and precision, in turns with ours.
+
+The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from claims import claim, finish
+
+from export.profile import Profile, profile, profile_together
+
+MAX_FALSE = 2  # of 20 pairs of the same model, told apart
+MIN_FOUND = 18  # of 20 pairs with one side a tenth slower
+MAX_DISAGREEMENT = 0.05  # of the median, to benchmark_app
+SLOWED_BY = 0.10
+PROCESSES, SECONDS = 5, 2.5  # of each profile
+HARNESS_ROUNDS, HARNESS_S = 5, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/exported/teacher-onnxruntime-fp32"))
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--hogs", type=int, default=10)
+    arguments = parser.parse_args()
+    p50_ms = pair(arguments.model, 0.0)[0].document["image"]["p50_ms"]  # also warms up
+    told_apart, grades = {}, []
+    for name, spin_ms in (("the same", 0.0), ("one a tenth slower", SLOWED_BY * p50_ms)):
+        found = 0
+        for number in range(arguments.pairs):
+            first, second = pair(arguments.model, spin_ms)
+            found += disjoint(first, second)
+            ratio = second.document["image"]["p50_ms"] / first.document["image"]["p50_ms"]
+            grades.append(first.document["grade"])
+            print(f"{name}, pair {number}: p50 ratio {ratio:.3f}, told apart: {disjoint(first, second)}", flush=True)
+        told_apart[name] = found
+    dropped = 0
+    for number in range(arguments.hogs):
+        beside = beside_hogs(arguments.model)
+        dropped += beside["grade"] == "C"
+        print(f"beside hogs, profile {number}: grade {beside['grade']} {beside['flags']}", flush=True)
+    disagreement = against_benchmark_app(arguments.model)
+    scale = arguments.pairs / 20
+    print("\n| check | seen | bound |\n|---|---|---|")
+    print(
+        f"| pairs of one model told apart | {told_apart['the same']} of {arguments.pairs} | at most {MAX_FALSE} of 20 |"
+    )
+    slowed = told_apart["one a tenth slower"]
+    print(f"| pairs told apart with one a tenth slower | {slowed} of {arguments.pairs} | at least {MIN_FOUND} of 20 |")
+    print(f"| profiles graded C beside programs on every core | {dropped} of {arguments.hogs} | all |")
+    print(f"| our p50 to benchmark_app's | {100 * disagreement:+.1f} % | within {100 * MAX_DISAGREEMENT:.0f} % |")
+    finish(
+        "measuring",
+        [
+            claim("pairs of one model told apart", told_apart["the same"], "pairs", "<=", MAX_FALSE * scale),
+            claim("pairs told apart with one side slowed by 10 %", slowed, "pairs", ">=", MIN_FOUND * scale),
+            claim("profiles whose grade drops beside CPU hogs", dropped, "profiles", ">=", arguments.hogs),
+            claim("distance of our p50 from benchmark_app's", abs(disagreement), "fraction", "<=", MAX_DISAGREEMENT),
+        ],
+        p50_ms=p50_ms,
+        grades={grade: grades.count(grade) for grade in sorted(set(grades))},
+    )
+
+
+def pair(model: Path, spin_ms: float) -> list[Profile]:
+    found = profile_together([model, model], processes=PROCESSES, seconds=SECONDS, spin_ms=[0.0, spin_ms])
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+    return found  # type: ignore[return-value]
+
+
+def disjoint(first: Profile, second: Profile) -> bool:
+    a, b = first.document["image"], second.document["image"]
+    return bool(a["p50_high_ms"] < b["p50_low_ms"] or b["p50_high_ms"] < a["p50_low_ms"])
+
+
+def beside_hogs(model: Path) -> dict[str, Any]:
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        return profile(model, processes=3, seconds=0.6).document
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def against_benchmark_app(model: Path) -> float:
+    """How far our median of the image tower in OpenVINO is from benchmark_app's: the median of rounds in turns."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        shutil.copytree(model, folder)
+        manifest = folder / "manifest.json"  # ours opens what the manifest names
+        manifest.write_text(re.sub(r'("runtime": )"\w+"', r'\1"openvino"', manifest.read_text(encoding="utf-8")))
+        size = re.search(r'"size": \[\s*(\d+)', (folder / "preprocess.json").read_text(encoding="utf-8"))
+        assert size is not None
+        for number in range(HARNESS_ROUNDS):
+            ours = profile(folder, processes=1, seconds=HARNESS_S)
+            threads = ours.document["threads"]
+            theirs_ms = benchmark_app(folder / "image.onnx", int(size[1]), threads)
+            ratios.append(ours.document["image"]["p50_ms"] / theirs_ms)
+            print(f"benchmark_app, round {number}: ours over theirs {ratios[-1]:.3f}", flush=True)
+    return statistics.median(ratios) - 1
+
+
+def benchmark_app(graph: Path, size: int, threads: int) -> float:
+    command = [str(Path(sys.executable).with_name("benchmark_app")), "-m", str(graph), "-d", "CPU", "-hint", "none"]
+    command += ["-nstreams", "1", "-nireq", "1", "-api", "sync", "-nthreads", str(threads), "-infer_precision", "f32"]
+    command += ["-shape", f"pixel_values[1,3,{size},{size}]", "-t", str(HARNESS_S)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    median = re.search(r"Median:\s+([\d.]+) ms", ended.stdout)
+    if median is None:
+        raise SystemExit(f"benchmark_app said no median:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
+    return float(median[1])
+
+
+if __name__ == "__main__":
+    main()
