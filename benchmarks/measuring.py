@@ -4,8 +4,8 @@
 
 Pairs of profiles of one exported model, their processes taking turns as in `clipkd profile A B`: once both as they are,
 once with the second slowed by wasting a tenth of its median in every query.  Two profiles are told apart where their
-95 % intervals are disjoint.  Then profiles beside programs that keep every core busy, which must lower the grade.  Last, an
-independent harness, OpenVINO's benchmark_app, on the same graph, threads and precision, in turns with ours.
+95 % intervals are disjoint.  Then profiles beside programs that keep every core busy, which must lower the grade.
+Last, an independent harness, OpenVINO's benchmark_app, on the same graph, threads and precision, in turns with ours.
 
 The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
 """
@@ -125,10 +125,10 @@ def benchmark_app(graph: Path, size: int, threads: int) -> float:
     command += ["-nstreams", "1", "-nireq", "1", "-api", "sync", "-nthreads", str(threads), "-infer_precision", "f32"]
     command += ["-shape", f"pixel_values[1,3,{size},{size}]", "-t", str(HARNESS_S)]
     ended = subprocess.run(command, capture_output=True, text=True)
-    median = re.search(r"Median:\s+([\d.]+) ms", ended.stdout)
+    median = re.search(r"Median:\s+([\d.]+) (ms|us)", ended.stdout)
     if median is None:
         raise SystemExit(f"benchmark_app said no median:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
-    return float(median[1])
+    return float(median[1]) / (1000 if median[2] == "us" else 1)
 
 
 if __name__ == "__main__":
