@@ -245,6 +245,18 @@ def quantize(
     _save(image_tower, text_tower, made, student, folder)
 
 
+def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:
+    """The image tower of a net in int8, calibrated and not fine-tuned, frozen for export.
+
+    Raises:
+        MissingDependency: NNCF is not there, or asks for a compiler that is not.
+    """
+    nncf, made = _import_nncf(), _float_towers(net)
+    with without_attention_fast_path(), _explaining_extensions():
+        tower = _calibrate(nncf, made.image, pixel_values_BCHW, is_convolutional=made.is_convolutional)
+        return freeze(tower, example_pixels(net))
+
+
 def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
     """The image and text tower that `quantize` left in `folder`, with fake quantization, exactly as they were.
 
