@@ -144,7 +144,8 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
         trained = distil(
             spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
         )
-        return {"role": name, "teacher_s": caching_s} | trained
+        train_s = round(trained["train_s"] + caching_s, 1)  # what the student cost, the teacher's part included
+        return {"role": name, "teacher_s": caching_s} | trained | {"train_s": train_s}
 
     screen.starts(name)
     evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
