@@ -9,6 +9,18 @@ import numpy as np
 from conftest import jpeg, make_picture
 from PIL import Image
 
+from toolchain.damage import (
+    BAD_JSON,
+    BAD_UTF8,
+    BROKEN,
+    NO_CAPTION,
+    NO_IMAGE,
+    NOT_AN_IMAGE,
+    TOO_LARGE,
+    TRUNCATED,
+    ZERO_BYTES,
+)
+
 PICTURE = jpeg(make_picture(60, 50, seed=0))
 
 
@@ -46,27 +58,36 @@ def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
     samples = {key: {"jpg": content, "txt": b"fine"} for key, content in good.items()}
     whole_png = saved(picture, "PNG")
     undecodable = {
-        "cut_jpeg": PICTURE[: len(PICTURE) // 2],
-        "cut_png": whole_png[: len(whole_png) // 2],
-        "cut_webp": good["animated"][:200],
-        "text": b"<html>404 not found</html>",
-        "gif": saved(picture, "GIF"),
-        "zeros": bytes(1000),
-        "flipped_png": whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:],
+        "cut_jpeg": (PICTURE[: len(PICTURE) // 2], TRUNCATED),
+        "cut_png": (whole_png[: len(whole_png) // 2], TRUNCATED),
+        "cut_webp": (good["animated"][:200], TRUNCATED),
+        "text": (b"<html>404 not found</html>", NOT_AN_IMAGE),
+        "gif": (saved(picture, "GIF"), NOT_AN_IMAGE),
+        "zeros": (bytes(1000), NOT_AN_IMAGE),
+        "flipped_png": (whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:], BROKEN),
     }
     too_large = {"huge": png_that_claims(20_000, 20_000), "large": png_that_claims(10_000, 10_000)}
-    unreadable = {"latin1": "é".encode("latin1"), "blank": b" \n\t", "empty": b""}
-    json_unreadable = {"list": b"[1]", "number": b'{"caption": 3}', "half": b'{"caption": "\\ud800"}', "open": b"{"}
+    unreadable = {
+        "latin1": ("é".encode("latin1"), BAD_UTF8),
+        "blank": (b" \n\t", NO_CAPTION),
+        "empty": (b"", NO_CAPTION),
+    }
+    json_unreadable = {
+        "list": (b"[1]", NO_CAPTION),
+        "number": (b'{"caption": 3}', NO_CAPTION),
+        "half": (b'{"caption": "\\ud800"}', BAD_UTF8),
+        "open": (b"{", BAD_JSON),
+    }
     damaged = {}
-    for key, content in undecodable.items():
-        samples[key], damaged[key] = {"jpg": content, "txt": b"x"}, "the picture cannot be decoded"
+    for key, (content, reason) in undecodable.items():
+        samples[key], damaged[key] = {"jpg": content, "txt": b"x"}, reason
     for key, content in too_large.items():
-        samples[key], damaged[key] = {"png": content, "txt": b"x"}, "the picture is too large"
-    for key, content in unreadable.items():
-        samples[key], damaged[key] = {"jpg": PICTURE, "txt": content}, "the caption cannot be read"
-    for key, content in json_unreadable.items():
-        samples[key], damaged[key] = {"jpg": PICTURE, "json": content}, "the caption cannot be read"
-    samples["no_bytes"], damaged["no_bytes"] = {"jpg": b"", "txt": b"x"}, "the picture's file is empty"
-    samples["alone"], damaged["alone"] = {"jpg": PICTURE}, "no caption"
-    samples["imagined"], damaged["imagined"] = {"txt": b"x", "json": b"{}"}, "no picture"
+        samples[key], damaged[key] = {"png": content, "txt": b"x"}, TOO_LARGE
+    for key, (content, reason) in unreadable.items():
+        samples[key], damaged[key] = {"jpg": PICTURE, "txt": content}, reason
+    for key, (content, reason) in json_unreadable.items():
+        samples[key], damaged[key] = {"jpg": PICTURE, "json": content}, reason
+    samples["no_bytes"], damaged["no_bytes"] = {"jpg": b"", "txt": b"x"}, ZERO_BYTES
+    samples["alone"], damaged["alone"] = {"jpg": PICTURE}, NO_CAPTION
+    samples["imagined"], damaged["imagined"] = {"txt": b"x", "json": b"{}"}, NO_IMAGE
     return samples, damaged

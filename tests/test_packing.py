@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolchain import packing
+from toolchain.damage import BROKEN_TAR
 from toolchain.data import Geometry
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 from toolchain.packing import INDEX, pack
@@ -134,7 +135,7 @@ def test_damage_is_left_out_and_counted_exactly(tmp_path: Path) -> None:
     cut = write_tar(tmp_path / "b.tar", [("x.jpg", PICTURE), ("x.txt", b"x"), ("y.jpg", PICTURE), ("y.txt", b"y")])
     cut.write_bytes(cut.read_bytes()[: 512 + len(PICTURE) // 512 * 512 + 512 + 1024 + 700])
     index = pack(spec_of(path, cut), tmp_path / "out", samples_per_shard=3)
-    expected: dict[str, list[str]] = {"the archive is damaged": [str(cut)]}
+    expected: dict[str, list[str]] = {BROKEN_TAR: [str(cut)]}
     for key in order:
         if key in damaged:
             expected.setdefault(damaged[key], []).append(f"{path}: {key}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, jpeg, make_picture, make_shards
+from conftest import REPOSITORY, jpeg, make_picture, make_shards, write_tar
 from killable import MOMENTS, Killable, start
 from training import assert_same_state, files, rows
 
@@ -23,7 +23,7 @@ from toolchain.distil import CHECKPOINTS
 
 BATCH_SIZE = 4
 STEPS_OF_A_LIFE = 4  # an attempt is killed after so many steps at the most, and what it does before the kill arrives
-DATA = ("glyphs", "webdataset", "csv")  # the last with damaged samples
+DATA = ("glyphs", "webdataset", "csv")  # all but the first with damaged samples
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def commands(tmp_path: Path, tiny_recipe: Callable[..., Path]) -> Callable[..., 
         sections: dict[str, Any] = {"baseline": baseline}
         if data == "webdataset":
             make_shards(tmp_path / "shards", 3, 7, sizes=(40, 60))
-            sections["data"] = {"kind": data, "shards": [str(tmp_path / "shards" / "{00000..00002}.tar")]}
+            damaged = [(f"{n}.{kind}", content) for n in range(6) for kind, content in (("jpg", b"no"), ("txt", b"x"))]
+            write_tar(tmp_path / "shards" / "00003.tar", damaged)
+            shards = [str(tmp_path / "shards" / "{00000..00003}.tar")]
+            sections["data"] = {"kind": data, "shards": shards, "max_damaged": 1.0}
         if data == "csv":
             lines = ["file\ttitle"]
             for number in range(21):
@@ -97,6 +100,7 @@ def assert_same(parts: Command, whole: Command, stages: tuple[str, ...] = ("stud
         assert_same_state(parts.last_state(stage), whole.last_state(stage))
         manifests = [json.loads((command.run / stage / "manifest.json").read_text()) for command in (parts, whole)]
         assert manifests[0]["digest"] == manifests[1]["digest"]
+        assert manifests[0]["summary"].get("damaged") == manifests[1]["summary"].get("damaged")
         assert sorted(path.name for path in (parts.run / stage).iterdir()) == sorted(
             path.name for path in (whole.run / stage).iterdir()
         )

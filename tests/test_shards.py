@@ -827,9 +827,9 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     assert data.shards[0].num_samples == 3
     assert data.view_of(np.arange(3), 0, [SMALL]).captions_B == ["one", "four", "five"]
     assert data.left_out == (
-        LeftOut("missing caption", 2, f"{path}: alone"),
-        LeftOut("missing image", 1, f"{path}: unseen"),
-        LeftOut("zero-byte file", 1, f"{path}: empty"),
+        LeftOut("missing caption", 2, (f"{path}: alone", f"{path}: silent")),
+        LeftOut("missing image", 1, (f"{path}: unseen",)),
+        LeftOut("zero-byte file", 1, (f"{path}: empty",)),
     )
     last = next(member for member in read_members(path)[0] if member.name == "scattered.webp")
     length = last.offset + 100

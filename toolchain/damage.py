@@ -35,7 +35,7 @@ MAX_DAMAGED = 0.01
 wrong column, root or folder is nearly all."""
 
 _JUDGED_FROM = 1000  # samples shown before a run may stop, or all there are: one in the first batch says nothing
-_EXAMPLES = 3
+_EXAMPLES = 5
 
 
 class Damage(NamedTuple):
@@ -54,7 +54,8 @@ class LeftOut(NamedTuple):
 
     reason: str
     number: int
-    first: str
+    examples: tuple[str, ...]
+    """The first few, where they are."""
 
 
 class UnusableError(Exception):
@@ -66,17 +67,20 @@ class UnusableError(Exception):
 
 
 def together(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
-    """One entry for each reason: the numbers added, the first one named."""
+    """One entry for each reason: the numbers added, the first few named."""
     by_reason: dict[str, LeftOut] = {}
     for left in left_out:
         before = by_reason.get(left.reason)
-        by_reason[left.reason] = left if before is None else before._replace(number=before.number + left.number)
+        if before is not None:
+            examples = (before.examples + left.examples)[:_EXAMPLES]
+            left = LeftOut(left.reason, before.number + left.number, examples)
+        by_reason[left.reason] = left
     return tuple(by_reason.values())
 
 
 def sentences(left_out: Iterable[LeftOut]) -> list[str]:
     """What a source holds that training will not show, a sentence each."""
-    return [f"left out, {left.reason}: {left.number:,}, the first {left.first}" for left in left_out]
+    return [f"left out, {left.reason}: {left.number:,}, the first {left.examples[0]}" for left in left_out]
 
 
 def described(where: str, error: UnusableError) -> str:
@@ -157,7 +161,7 @@ class Ledger:
     def examples(self) -> dict[str, list[str]]:
         """The first few by reason."""
         found: dict[str, list[str]] = {}
-        told = [(left.reason, left.first) for left in self.left_out]
+        told = [(left.reason, where) for left in self.left_out for where in left.examples]
         for reason, where in [*told, *((damage.reason, damage.where) for damage in self.met.values())]:
             if len(found.setdefault(reason, [])) < _EXAMPLES:
                 found[reason].append(where)

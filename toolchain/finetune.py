@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from toolchain.data import Batch as Shown
 from toolchain.data import Geometry, TrainingData
+from toolchain.errors import ClipkdError
 from toolchain.losses import fd_loss
 from toolchain.models import ClipModel, save_model, unit_image_features, unit_text_features
 from toolchain.objectives import DistillationHeads, TeacherBatch, loss_terms
@@ -99,6 +100,11 @@ def quantize_student(
 
     sample_B = np.random.default_rng(seed).permutation(data.num_samples)[: spec.calibration_samples]
     shown = data.view_of(sample_B, 0, geometries)
+    if not len(shown.sample_B):
+        raise ClipkdError(
+            f"all of {len(sample_B)} samples to calibrate with are damaged; the first: {shown.damaged[0].reason}: "
+            f"{shown.damaged[0].where}. Mend the data, or raise quantize.calibration_samples"
+        )
     pixels_B3HH = torch.cat([shown.pixels[student.geometry], data.undistorted(sample_B, student.geometry)])
     calibration = {"image": student.normalise(pixels_B3HH), "text": student.tokenize(shown.captions_B)}
     found: dict[str, Any] = {}

@@ -34,9 +34,9 @@ from toolchain.shard_files import expand
 from toolchain.shard_files import fingerprint as shards_fingerprint
 
 _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-_LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
 _LONGEST_ROW = 100  # lines that a quoted field may span
 _LONGEST_LINE = 1 << 20  # bytes; a longer one is damage
+_LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
 
 
 class Listing(Protocol):
@@ -145,7 +145,7 @@ def content_of(path: Path) -> bytes:
     """A picture's file.
 
     Raises:
-        UnusableError: there is none, or it is far too large.
+        UnusableError: there is none, it is no file, or too large for one picture.
     """
     try:
         about = path.stat()
@@ -304,7 +304,7 @@ class CsvRows:
                 if not reason and not any(row.fields[c].strip() for c in table.captions):
                     reason = NO_CAPTION
                 if reason:
-                    left_out.append(LeftOut(reason, 1, readable(f"{path}: line {row.line}")))
+                    left_out.append(LeftOut(reason, 1, (readable(f"{path}: line {row.line}"),)))
                     if len(left_out) > 1000:
                         left_out = list(together(left_out))
                     continue

@@ -18,7 +18,7 @@ from typing import Any
 
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.listings import fingerprint
-from toolchain.recipe import DataSpec, GlyphsSpec
+from toolchain.recipe import DataSpec, GlyphsSpec, lacks_captions
 from toolchain.samples import Broken, Place, Sample, examined, num_places, places
 from toolchain.stages import held
 
@@ -52,6 +52,10 @@ def pack(
         raise UsageError(
             "data.kind glyphs: its pictures are drawn while training and stored nowhere; there is nothing to pack. "
             "Name a source of files"
+        )
+    if lacks_captions(spec):
+        raise UsageError(
+            "data.kind images: its pictures have no captions, and shards hold a picture's own. Train from the folder"
         )
     asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
     _make_folder(out)

@@ -8,7 +8,8 @@ H image size   R uniform random numbers
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,9 @@ _GAP = 2.0  # how much finer than asked for a picture must stay where it is firs
 _SCALES = (8, 4, 2)  # 1 / these: at which libjpeg decodes for less
 
 MAX_PIXELS = 1 << 26
-"""A picture of more is refused by its header: decoded, it takes 4 bytes a pixel, 256 MB in each loader.  A JPEG may
-have 64 times as many, as it decodes at an eighth of its size."""
+"""A picture of more is refused by its header: decoded, it takes 4 bytes a pixel, 256 MB in each loader.
+
+A JPEG of one scan may have 64 times as many, as it is decoded, strip by strip, at an eighth of its size."""
 
 CROP_NUMBERS = 4 * _TRIES
 """How many random numbers a crop is drawn from."""
@@ -68,10 +70,17 @@ def cropped(
     Raises:
         UnusableError: it is empty, no picture, damaged, or larger than `MAX_PIXELS`.
     """
+    with readable_picture(content):
+        return _cropped(content, crop_scale, random_R, geometries)
+
+
+@contextmanager
+def readable_picture(content: bytes) -> Iterator[None]:
+    """Whatever Pillow raises within, of a picture's bytes, is an `UnusableError`."""
     if not content:
         raise UnusableError(ZERO_BYTES)
     try:
-        return _cropped(content, crop_scale, random_R, geometries)
+        yield
     except (UnusableError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -92,16 +101,42 @@ def _is_cut(content: bytes) -> bool:
     return b"IEND" not in content[-1024:]
 
 
-def _opened(content: bytes) -> Image.Image:
-    """Only its header is read, and Pillow's own bound is not heard for a JPEG, which can be decoded smaller."""
+def opened(content: bytes) -> tuple[Image.Image, int]:
+    """A picture of which only the header has been read; and 1 over the scale, 1 to 8, above which it is too large.
+
+    By its size alone and not what is asked for: what is damaged is so for every model.
+
+    Raises:
+        UnusableError: it has more than `MAX_PIXELS` at every scale that it can be decoded at.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        if content.startswith(b"\xff\xd8\xff"):
-            try:
-                return JpegImageFile(io.BytesIO(content))
-            except Exception as error:  # as Image.open does
-                raise UnidentifiedImageError(str(error)) from error
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        if content.startswith(b"\xff\xd8\xff"):  # Pillow's own bound is of the size before it is scaled
+            image = _opened_jpeg(content)
+            largest = 8 if _is_decoded_in_strips(image, content) else 1
+        else:
+            image, largest = Image.open(io.BytesIO(content), formats=FORMATS), 1
+    least = next((s for s in (1, 2, 4, 8) if image.width * image.height <= MAX_PIXELS * s**2), 16)
+    if least > largest:
+        raise UnusableError(TOO_LARGE, f"{image.width} x {image.height} pixels")
+    return image, least
+
+
+def _opened_jpeg(content: bytes) -> Image.Image:
+    try:
+        return JpegImageFile(io.BytesIO(content))
+    except Exception as error:  # as Image.open does
+        raise UnidentifiedImageError(str(error)) from error
+
+
+def _is_decoded_in_strips(image: Image.Image, content: bytes) -> bool:
+    """Whether one scan holds all of a JPEG: of any other, libjpeg keeps every coefficient, whatever the scale."""
+    assert isinstance(image, JpegImageFile)
+    if image.info.get("progressive") or image.fp is None:
+        return False
+    header_bytes = 8 + 2 * image.layers  # of a scan of all components, its marker included
+    start = image.fp.tell() - header_bytes
+    return start > 0 and content[start : start + 2] == b"\xff\xda"
 
 
 def _cropped(
@@ -109,13 +144,8 @@ def _cropped(
 ) -> list[NDArray[np.uint8]]:
     views: list[NDArray[np.uint8]] = []
     decoded: dict[int, Image.Image] = {}
-    with _opened(content) as image:
-        # by its size alone and not what is asked for: what is damaged is so for every model
-        pixels, least = image.width * image.height, 1
-        while pixels > MAX_PIXELS * least**2:
-            least *= 2
-        if least > (_SCALES[0] if isinstance(image, JpegImageFile) else 1):
-            raise UnusableError(TOO_LARGE, f"{image.width} x {image.height} pixels")
+    image, least = opened(content)
+    with image:
         image_size = image.size  # before a draft
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # these turn it by a quarter
@@ -128,7 +158,7 @@ def _cropped(
                 scale = next((scale for scale in _SCALES if scale <= room), 1)
             scale = max(scale, least)
             if scale not in decoded:
-                fresh = _opened(content) if decoded else image
+                fresh = opened(content)[0] if decoded else image
                 if scale > 1:
                     fresh.draft(None, (image_size[0] // scale, image_size[1] // scale))
                 decoded[scale] = in_rgb(fresh if orientation == 1 else ImageOps.exif_transpose(fresh))

@@ -4,8 +4,7 @@ Importing this needs no torch.
 """
 
 import io
-import json
-import warnings
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,20 +12,23 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from toolchain.damage import UnusableError
+from toolchain.damage import BROKEN_TAR, NO_CAPTION, NO_IMAGE, ZERO_BYTES, UnusableError, readable
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.listings import Listing, content_of, listing
-from toolchain.pictures import FORMATS, in_rgb
+from toolchain.pictures import in_rgb, opened, readable_picture
 from toolchain.recipe import (
     DataSpec,
+    FileSpec,
     GlyphsSpec,
+    ImageFolderSpec,
+    ImagesSpec,
     MixtureSpec,
     WebdatasetSpec,
     load_recipe,
     recipe_path,
     shipped_recipes,
 )
-from toolchain.shard_files import Member, expand, read_members
+from toolchain.shard_files import Member, captions_in, expand, read_members
 
 _PROGRESS_EVERY = 1000
 _PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -66,34 +68,41 @@ def source_spec(source: str, kind: str | None) -> DataSpec:
         except UsageError as error:
             if Path(source).suffix in (".yaml", ".yml") or source in shipped_recipes():
                 raise
-            raise UsageError(f"{error}. For a path or pattern of data, say its kind: --kind webdataset") from None
+            raise UsageError(
+                f"{error}. For a path or pattern of data, say its kind: --kind webdataset or image_folder"
+            ) from None
         if recipe.data is None:
             raise UsageError(f"{source}: this recipe has no data")
         return recipe.data
     if kind == "webdataset":
         return WebdatasetSpec(kind="webdataset", shards=(source,))
-    raise UsageError(f"--kind {kind}: a path alone names data of kind webdataset; write a recipe with the rest")
+    if kind == "image_folder":
+        return ImageFolderSpec(kind="image_folder", path=source)
+    raise UsageError(
+        f"--kind {kind}: a path alone names data of kind webdataset or image_folder; write a recipe with the rest"
+    )
 
 
 def places(spec: DataSpec) -> Iterator[Place]:
     """Every sample of a source in order; listing them reads no picture.
 
+    Of a folder of classes the order is by chance, the same each time: one class after another is no order to train in.
+    Sources that are mixed follow each other, each once.
+
     Raises:
-        UsageError: shards are missing or misnamed.
-        ClipkdError: a shard cannot be read.
+        UsageError: files are missing or misnamed.
+        ClipkdError: one cannot be read.
     """
     if isinstance(spec, GlyphsSpec):
         yield from _glyph_places()
-        return
-    if isinstance(spec, MixtureSpec):
+    elif isinstance(spec, MixtureSpec):
         for source in spec.sources:
             yield from places(source)
-        return
-    if not isinstance(spec, WebdatasetSpec):
-        yield from _places_of_files(listing(spec))
-        return
-    for path in expand(spec.shards):
-        yield from _places_in_shard(path)
+    elif isinstance(spec, WebdatasetSpec):
+        for path in expand(spec.shards):
+            yield from _places_in_shard(path)
+    else:
+        yield from _listed_places(spec)
 
 
 def num_places(spec: DataSpec, progress: Callable[[str, int, int], None]) -> int:
@@ -108,25 +117,6 @@ def num_places(spec: DataSpec, progress: Callable[[str, int, int], None]) -> int
         if total % _PROGRESS_EVERY == 0:
             progress("listing samples", total, total)
     return total
-
-
-# Files
-
-
-def _places_of_files(files: Listing) -> Iterator[Place]:
-    """A listing's samples, then what it left out, of each kind the first one named."""
-    for number in range(len(files)):
-        yield partial(_read_file, files, number)
-    for left in files.left_out:
-        for _ in range(left.number):
-            yield partial(Broken, left.first, left.reason)
-
-
-def _read_file(files: Listing, number: int) -> Sample | Broken:
-    try:
-        return Sample(files.where(number), content_of(files.picture(number)), files.captions(number))
-    except UnusableError as error:
-        return Broken(files.where(number), error.reason, error.detail)
 
 
 # Webdataset shards
@@ -147,28 +137,28 @@ def _places_in_shard(path: Path) -> Iterator[Place]:
     for key, files in files_of.items():
         yield partial(_read_from_shard, path, key, files)
     if damage:
-        yield partial(Broken, str(path), "the archive is damaged", f"{damage}; samples before that: {len(files_of):,}")
+        yield partial(Broken, str(path), BROKEN_TAR, f"{damage}; samples before that: {len(files_of):,}")
 
 
 def _read_from_shard(path: Path, key: str, files: dict[str, Member]) -> Sample | Broken:
-    where = f"{path}: {key}".encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # whatever bytes it has
+    where = readable(f"{path}: {key}")
     picture = next((files[kind] for kind in _PICTURES if kind in files), None)
     caption = files.get("txt") or files.get("json")
     if picture is None:
-        return Broken(where, "no picture", f"only {', '.join(sorted(files))}")
+        return Broken(where, NO_IMAGE, f"only {', '.join(sorted(files))}")
     if caption is None:
-        return Broken(where, "no caption", f"only {', '.join(sorted(files))}")
+        return Broken(where, NO_CAPTION, f"only {', '.join(sorted(files))}")
     try:
         with path.open("rb") as file:
             contents = [_read(file, member) for member in (picture, caption)]
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
     if not contents[0]:
-        return Broken(where, "the picture's file is empty")
+        return Broken(where, ZERO_BYTES)
     try:
-        return Sample(where, contents[0], captions_of(contents[1], is_json="txt" not in files))
-    except ValueError as error:
-        return Broken(where, "the caption cannot be read", f"{error}")
+        return Sample(where, contents[0], captions_in(contents[1], is_json="txt" not in files))
+    except UnusableError as error:
+        return Broken(where, error.reason, error.detail)
 
 
 def _read(file: Any, member: Member) -> bytes:
@@ -177,24 +167,30 @@ def _read(file: Any, member: Member) -> bytes:
     return content
 
 
-def captions_of(content: bytes, *, is_json: bool) -> tuple[str, ...]:
-    """A caption file's captions, stripped, without blank ones.
+# Files
 
-    Raises:
-        ValueError: it is not UTF-8, not JSON, or says nothing.
-    """
-    said: Any = content.decode("utf-8-sig")
-    if is_json:
-        record = json.loads(said)
-        said = record.get("caption") if isinstance(record, dict) else None
-    texts = [said] if isinstance(said, str) else said
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError('"caption" is neither text nor a list of texts')
-    captions = tuple(text.strip() for text in texts if text.strip())
-    "".join(captions).encode()  # JSON can spell half a character
-    if not captions:
-        raise ValueError("it is blank")
-    return captions
+
+def _listed_places(spec: FileSpec) -> Iterator[Place]:
+    listed = listing(spec)
+    order = list(range(len(listed)))
+    if isinstance(spec, ImageFolderSpec):
+        random.Random(0).shuffle(order)
+    for number in order:
+        yield partial(_read_listed, listed, number, has_captions=not isinstance(spec, ImagesSpec))
+    for left in listed.left_out:
+        for number in range(left.number):
+            yield partial(Broken, left.examples[number] if number < len(left.examples) else "", left.reason)
+
+
+def _read_listed(listed: Listing, number: int, *, has_captions: bool) -> Sample | Broken:
+    where = listed.where(number)
+    try:
+        content = content_of(listed.picture(number))
+        if not content:
+            raise UnusableError(ZERO_BYTES)
+        return Sample(where, content, listed.captions(number) if has_captions else ())
+    except UnusableError as error:
+        return Broken(where, error.reason, readable(error.detail))
 
 
 # Glyphs
@@ -239,17 +235,13 @@ def look(sample: Sample, small_px: int) -> Looked | Broken:
     A JPEG is decoded at reduced scale, which still reads all of its data.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(sample.picture), formats=FORMATS) as image:
-                size, kind = image.size, str(image.format)
-                image.draft("RGB", (min(size[0], small_px), min(size[1], small_px)))
-                image.load()
-                return Looked(kind, *size, in_rgb(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return Broken(sample.where, "the picture is too large", str(error))
-    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
-        return Broken(sample.where, "the picture cannot be decoded", f"{error} ({type(error).__name__})")
+        with readable_picture(sample.picture), opened(sample.picture)[0] as image:
+            size, kind = image.size, str(image.format)
+            image.draft("RGB", (min(size[0], small_px), min(size[1], small_px)))
+            image.load()
+            return Looked(kind, *size, in_rgb(image))
+    except UnusableError as error:
+        return Broken(sample.where, error.reason, error.detail)
 
 
 def examined(place: Place, small_px: int = 1) -> tuple[Sample, Looked] | Broken:

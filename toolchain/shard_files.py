@@ -6,12 +6,14 @@ Importing this needs neither torch nor numpy: the keys of stages are computed wh
 import contextlib
 import hashlib
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from toolchain.damage import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, stripped
 from toolchain.errors import UsageError
 
 _NAMED_MISSING = 5
@@ -190,3 +192,25 @@ def _extended(kind: bytes, content: bytes, before: _Extended) -> _Extended:
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
+
+
+def captions_in(content: bytes, *, is_json: bool) -> tuple[str, ...]:
+    """A caption file's captions, stripped, without blank ones.
+
+    Raises:
+        UnusableError: it is not UTF-8, not JSON, or says nothing.
+    """
+    try:
+        said: Any = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableError(BAD_UTF8, str(error)) from error
+    if is_json:
+        try:
+            record = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise UnusableError(BAD_JSON, str(error)) from error
+        said = record.get("caption") if isinstance(record, dict) else None
+    texts = [said] if isinstance(said, str) else said
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
+    return stripped(texts)

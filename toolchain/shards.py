@@ -28,8 +28,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toolchain.damage import (
-    BAD_JSON,
-    BAD_UTF8,
     BROKEN_TAR,
     NO_CAPTION,
     NO_IMAGE,
@@ -41,7 +39,6 @@ from toolchain.damage import (
     described,
     readable,
     sentences,
-    stripped,
     together,
 )
 from toolchain.data import Batch, Geometry, assembled, filled_batch
@@ -49,7 +46,7 @@ from toolchain.errors import ClipkdError, UsageError
 from toolchain.glyphs import user_cache_folder
 from toolchain.pictures import CROP_NUMBERS, cropped
 from toolchain.recipe import WebdatasetSpec
-from toolchain.shard_files import Member, expand, read_members
+from toolchain.shard_files import Member, captions_in, expand, read_members
 from toolchain.views import uniforms
 
 WINDOW = 8
@@ -169,7 +166,7 @@ class ShardBatches:
         damaged: list[Damage] = []
         for b, shard, file, pair in _as_they_lie(self.shards, sample_B):
             try:
-                captions = _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
+                captions = captions_in(_read(file, pair, "caption"), is_json=bool(pair["is_json"]))
                 views = cropped(_read(file, pair, "image"), self.crop_scale, random_BR[b, _CROP:_CAPTION], geometries)
             except UnusableError as error:
                 where = f"{shard.path}: {_key_at(shard.path, int(pair['image']))}"
@@ -188,7 +185,7 @@ class ShardBatches:
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
         for b, _, file, pair in _as_they_lie(self.shards, sample_B):
             with contextlib.suppress(UnusableError):
-                captions_B[b] = _captions(_read(file, pair, "caption"), bool(pair["is_json"]))
+                captions_B[b] = captions_in(_read(file, pair, "caption"), is_json=bool(pair["is_json"]))
         return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
@@ -262,7 +259,10 @@ def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
         with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
             if saved["stamp"].tolist() == stamp:
                 pair_N = saved["pairs"]
-                left_out = tuple(LeftOut(*left) for left in json.loads(str(saved["left_out"])))
+                left_out = tuple(
+                    LeftOut(reason, number, tuple(examples))
+                    for reason, number, examples in json.loads(str(saved["left_out"]))
+                )
                 return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
         members, damage = read_members(path)
     except OSError as error:
@@ -270,7 +270,7 @@ def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
     pair_N, left_out = _paired(path, members)
     if damage:
         said = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
-        left_out += (LeftOut(BROKEN_TAR, 1, readable(said)),)
+        left_out += (LeftOut(BROKEN_TAR, 1, (readable(said),)),)
     _keep(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
     return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
 
@@ -315,7 +315,7 @@ def _paired(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[
         elif caption is None or not 0 < caption.size_bytes < 1 << 32:
             reason = NO_CAPTION
         if reason:
-            left_out.append(LeftOut(reason, 1, readable(f"{path}: {key}")))
+            left_out.append(LeftOut(reason, 1, (readable(f"{path}: {key}"),)))
             continue
         assert image is not None
         assert caption is not None
@@ -378,21 +378,3 @@ def _keys(path: Path) -> dict[int, str]:
 def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:
     file.seek(int(pair[part]))
     return file.read(int(pair[f"{part}_bytes"]))
-
-
-def _captions(content: bytes, is_json: bool) -> tuple[str, ...]:
-    """A sample's captions, stripped, without blank ones."""
-    try:
-        said: Any = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnusableError(BAD_UTF8, str(error)) from error
-    if is_json:
-        try:
-            record = json.loads(said)
-        except (ValueError, RecursionError) as error:
-            raise UnusableError(BAD_JSON, str(error)) from error
-        said = record.get("caption") if isinstance(record, dict) else None
-    texts = [said] if isinstance(said, str) else said
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
-    return stripped(texts)
