@@ -23,6 +23,8 @@ from pydantic import TypeAdapter
 from torch.utils.data import DataLoader, Dataset
 from training import silent, spec
 
+from toolchain import caching
+from toolchain.caching import make_cache
 from toolchain.damage import REASONS, Ledger, LeftOut
 from toolchain.data import Batch, Geometry, TrainingData
 from toolchain.distil import Engine, distil
@@ -33,6 +35,8 @@ from toolchain.listings import csv_rows, fields_of, fingerprint
 from toolchain.models import load_model
 from toolchain.packing import pack
 from toolchain.recipe import DataSpec
+from toolchain.teacher import live_teacher
+from toolchain.teacher_cache import ABOUT, TeacherCache
 
 SMALL = Geometry(16, "bicubic")
 EVERYTHING = slice(None)
@@ -249,6 +253,38 @@ def test_inspecting_and_packing_count_the_same_damage(kind: str, tmp_path: Path)
     if kind == "image_folder":  # by chance, not class after class
         captions = packed.view_of(np.arange(20), 0, []).captions_B
         assert set(captions) == {f"a photo of a class {number}." for number in range(3)}
+
+
+@pytest.mark.parametrize("kind", [*WRITERS, "mixture"])
+def test_a_teacher_cache_counts_the_same_damage_and_trains_through_it(
+    kind: str, tmp_path: Path, teacher_folder: Path, one_thread: None
+) -> None:
+    if kind == "mixture":
+        expected = Counter[str]()
+        sources = []
+        for part in WRITERS:
+            (tmp_path / part).mkdir()
+            fields, damage = WRITERS[part](tmp_path / part)
+            sources.append(fields)
+            expected += damage
+        fields = {"kind": "mixture", "sources": sources, "repeat": [2, 1, 1]}
+    else:
+        fields, expected = WRITERS[kind](tmp_path)
+    expected.pop("")
+    data = opened(**fields, views=2)
+    teacher, student = load_model(teacher_folder), load_model(STUDENT, random_seed=0)
+    live = live_teacher(teacher, "fp32", torch.device("cpu"))
+    folder = tmp_path / "features"
+    folder.mkdir()
+    depends = {"views": 2, "dtype": "float16", "shard_samples": caching.SHARD_SAMPLES}
+    made = make_cache(live, data, folder, depends, silent, num_views=2, steps=10, dtype="float16")
+    assert made["damaged"] == dict(sorted(expected.items()))
+    cache = TeacherCache(folder, json.loads((folder / ABOUT).read_text()))
+    engine = Engine(max_damaged=1.0)
+    (tmp_path / "run").mkdir()
+    steps = 3 * data.steps_per_epoch
+    summary = distil(spec(steps=steps), student, cache, data, tmp_path / "run", silent, seed=0, engine=engine)
+    assert summary["damaged"] == made["damaged"]
 
 
 def test_pictures_without_captions_are_inspected_and_not_packed(

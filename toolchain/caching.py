@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from toolchain.damage import LeftOut
 from toolchain.data import TrainingData
 from toolchain.errors import ClipkdError
 from toolchain.processes import ALONE, Processes
@@ -33,7 +34,7 @@ SHARD_SAMPLES = 4096
 CHUNK = 256
 """Samples or captions per forward pass."""
 
-_COUNTED_SAMPLES = 1024  # whose captions say how many those of all samples are
+_STRETCHES, _STRETCH_SAMPLES = 8, 128  # whose captions say how many those of all samples are
 _CHECKED_SAMPLES = 256
 _CHECKED_TOGETHER = 64  # candidates of the matching that fidelity is measured by
 
@@ -48,12 +49,15 @@ def break_even(data: TrainingData, num_views: int, steps: int) -> str:
 
 
 def needed_bytes(data: TrainingData, num_views: int, embed_dim: int, dtype: StoredDtype) -> int:
-    """An upper bound, by the number of captions of some samples: those that repeat in a shard are stored once."""
-    count = min(_COUNTED_SAMPLES, data.num_samples)
-    some_N = np.unique(np.linspace(0, data.num_samples - 1, count).astype(np.int64))
-    captions = sum(map(len, data.captions_of(some_N))) / len(some_N)
+    """An upper bound, by the captions of some stretches of samples: of those that repeat, a shard repeats more."""
+    stretch = min(_STRETCH_SAMPLES, SHARD_SAMPLES, data.num_samples)
+    samples, captions, distinct = 0, 0, 0
+    for start in np.unique(np.linspace(0, data.num_samples - stretch, _STRETCHES).astype(np.int64)).tolist():
+        captions_N = data.captions_of(np.arange(start, start + stretch))
+        samples, captions = samples + stretch, captions + sum(map(len, captions_N))
+        distinct += len({caption for said in captions_N for caption in said})
     row = embed_dim * STORED[dtype].itemsize + (4 if dtype == "int8" else 0)
-    return round(data.num_samples * (num_views * (row + 1) + captions * (row + 4) + 8))
+    return round(data.num_samples * (num_views * (row + 1) + distinct / samples * row + captions / samples * 4 + 8))
 
 
 def make_cache(
@@ -93,7 +97,7 @@ def make_cache(
     if not processes.leads:
         return {}
     cache = TeacherCache(folder, about)
-    damaged = _damaged(folder, numbers)
+    damaged = _damaged(folder, numbers, data.left_out)
     fidelity = measured_fidelity(live, data, cache)
     say(
         f"teacher cache in {dtype}: cosine to live features, image {fidelity['image_cosine_worst']:.6f} at the worst, "
@@ -215,12 +219,15 @@ def _settle(partial: Path, path: Path) -> None:
     partial.replace(path)
 
 
-def _damaged(folder: Path, numbers: range) -> dict[str, int]:
-    """How many samples have no features, by reason."""
-    reasons: Counter[str] = Counter()
+def _damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) -> dict[str, int]:
+    """How many samples have no features, by reason, each counted once; and what was left out before."""
+    reason_of: dict[int, str] = {}
     for number in numbers:
         with safe_open(shard_path(folder, number), "pt") as file:
-            reasons.update(reason for _, reason in json.loads(file.metadata()["damaged"]))
+            reason_of |= dict(json.loads(file.metadata()["damaged"]))
+    reasons = Counter(reason_of.values())
+    for left in left_out:
+        reasons[left.reason] += left.number
     return dict(sorted(reasons.items()))
 
 

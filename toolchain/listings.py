@@ -7,6 +7,7 @@ Importing this needs no torch.
 
 import hashlib
 import os
+import random
 import stat
 from array import array
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from toolchain.shard_files import expand
 from toolchain.shard_files import fingerprint as shards_fingerprint
 
 _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_PROMPTS_OF_A_PICTURE = 8  # where it has no captions
 _LONGEST_ROW = 100  # lines that a quoted field may span
 _LONGEST_LINE = 1 << 20  # bytes; a longer one is damage
 _LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
@@ -432,7 +434,7 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class PlainPictures:
-    """Pictures without captions; each may be shown with any of the classes' prompts."""
+    """Pictures without captions; each is shown with some of the classes' prompts, drawn by chance."""
 
     pictures_N: list[Path]
     prompts: tuple[str, ...]
@@ -453,7 +455,9 @@ class PlainPictures:
         return self.pictures_N[sample]
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        return self.prompts
+        """A few: what may be shown with a picture is stored with it in a teacher cache."""
+        count = min(_PROMPTS_OF_A_PICTURE, len(self.prompts))
+        return tuple(random.Random(sample).sample(self.prompts, count))
 
     def where(self, sample: int) -> str:
         return readable(str(self.pictures_N[sample]))
