@@ -451,7 +451,9 @@ app.add_typer(data_app, name="data")
 SourceArg = Annotated[
     str, typer.Argument(help="A recipe, for its data; or, with --kind, a path or pattern.", metavar="SOURCE")
 ]
-KindOpt = Annotated[str | None, typer.Option("--kind", help="What a path is: webdataset. Never guessed.")]
+KindOpt = Annotated[
+    str | None, typer.Option("--kind", help="What a path is: webdataset or image_folder. Never guessed.")
+]
 
 
 @data_app.command("inspect")

@@ -76,6 +76,7 @@ def odd_but_sound() -> dict[str, bytes]:
     """Pictures that are unusual and no damage."""
     exif = Image.Exif()
     exif[0x0112] = 6
+    broken_exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(range(40))
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
     webp = io.BytesIO()
     frames[0].save(webp, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
@@ -85,6 +86,8 @@ def odd_but_sound() -> dict[str, bytes]:
         "palette.png": png(Image.new("P", (30, 20))),
         "16bit.png": png(Image.fromarray(np.full((20, 30), 999, np.uint16))),
         "turned.jpg": jpeg(make_picture(30, 20, seed=9), exif=exif),
+        "exif_of_nothing.jpg": jpeg(make_picture(30, 20, seed=9), exif=broken_exif),
+        "exif_of_junk.jpg": jpeg(make_picture(30, 20, seed=9), exif=b"Exif\0\0junkjunkjunk"),
         "animated.png": png(frames[0], save_all=True, append_images=frames[1:]),
         "animated.webp": webp.getvalue(),
         "la.png": png(Image.new("LA", (30, 20))),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from toolchain.damage import BROKEN, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, ZERO_BYTES, UnusableError
@@ -27,6 +27,16 @@ _ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
 _SCALES = (8, 4, 2)  # 1 / these: at which libjpeg decodes for less
+
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 MAX_PIXELS = 1 << 26
 """A picture of more is refused by its header: decoded, it takes 4 bytes a pixel, 256 MB in each loader.
@@ -76,14 +86,16 @@ def cropped(
 
 @contextmanager
 def readable_picture(content: bytes) -> Iterator[None]:
-    """Whatever Pillow raises within, of a picture's bytes, is an `UnusableError`."""
+    """Whatever Pillow raises within, of a picture's bytes, is an `UnusableError`; of what it warns nothing is heard."""
     if not content:
         raise UnusableError(ZERO_BYTES)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (UnusableError, MemoryError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise UnusableError(TOO_LARGE, str(error)) from error
     except UnidentifiedImageError as error:
         raise UnusableError(NOT_AN_IMAGE, f"starts with {content[:8]!r}") from error
@@ -109,13 +121,11 @@ def opened(content: bytes) -> tuple[Image.Image, int]:
     Raises:
         UnusableError: it has more than `MAX_PIXELS` at every scale that it can be decoded at.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        if content.startswith(b"\xff\xd8\xff"):  # Pillow's own bound is of the size before it is scaled
-            image = _opened_jpeg(content)
-            largest = 8 if _is_decoded_in_strips(image, content) else 1
-        else:
-            image, largest = Image.open(io.BytesIO(content), formats=FORMATS), 1
+    if content.startswith(b"\xff\xd8\xff"):  # Pillow's own bound is of the size before it is scaled
+        image = _opened_jpeg(content)
+        largest = 8 if _is_decoded_in_strips(image, content) else 1
+    else:
+        image, largest = Image.open(io.BytesIO(content), formats=FORMATS), 1
     least = next((s for s in (1, 2, 4, 8) if image.width * image.height <= MAX_PIXELS * s**2), 16)
     if least > largest:
         raise UnusableError(TOO_LARGE, f"{image.width} x {image.height} pixels")
@@ -147,7 +157,7 @@ def _cropped(
     image, least = opened(content)
     with image:
         image_size = image.size  # before a draft
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = _orientation(image)
         size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # these turn it by a quarter
         box = crop_box(*size, crop_scale, random_R)
         cut_HW4: NDArray[np.uint8] | None = None
@@ -161,7 +171,7 @@ def _cropped(
                 fresh = opened(content)[0] if decoded else image
                 if scale > 1:
                     fresh.draft(None, (image_size[0] // scale, image_size[1] // scale))
-                decoded[scale] = in_rgb(fresh if orientation == 1 else ImageOps.exif_transpose(fresh))
+                decoded[scale] = in_rgb(fresh if orientation == 1 else fresh.transpose(_TURNS[orientation]))
             if scale == 1:
                 if cut_HW4 is None:
                     cut_HW4 = _cut(decoded[1], box)
@@ -169,6 +179,15 @@ def _cropped(
             else:
                 views.append(_resized_between_pixels(decoded[scale], [edge / scale for edge in box], geometry))
     return views
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF says; 1 where it says nothing that can be read, which is no damage to the picture."""
+    try:
+        said = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1
+    return said if isinstance(said, int) and said in _TURNS else 1
 
 
 def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
