@@ -624,3 +624,31 @@ def test_show_knows_every_kind(
     ended = clipkd("show", tiny_recipe(data=kinds[kind], distill=distill))
     assert ended.code == 0, ended.err
     assert kind in ended.out
+
+
+def test_a_run_that_stopped_continues_where_more_damage_is_permitted(
+    clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "root" / "cat").mkdir(parents=True)
+    for number in range(24):
+        (tmp_path / "root" / "cat" / f"{number:02}.jpg").write_bytes(SOUND[number % 4] if number % 6 else b"")
+    recipe = tiny_recipe(
+        data={"kind": "image_folder", "path": str(tmp_path / "root"), "views": 1},
+        distill={"steps": 9, "batch_size": 8, "lr": 1e-3, "warmup": 0, "teacher_cache": {}},
+    )
+    run = tmp_path / "run"
+    ended = clipkd("cache", recipe, "--out", run)
+    assert ended.code == 0, ended.err
+    cached = json.loads((run / "teacher-cache" / "teacher" / "manifest.json").read_text())
+    assert cached["summary"]["damaged"] == {"zero-byte file": 4}
+    stopped = clipkd("distill", recipe, "--out", run, "--checkpoint-steps", "1")
+    assert stopped.code == 1
+    assert "16.7% of the samples are damaged" in stopped.err
+    assert "data.max_damaged permits 10.0%. zero-byte file: 4 (" in stopped.err
+    ended = clipkd("distill", recipe, "--out", run, "--set", "data.max_damaged=0.2")
+    assert ended.code == 0, ended.err
+    summary = json.loads((run / "student" / "manifest.json").read_text())["summary"]
+    assert summary["damaged"] == {"zero-byte file": 4}
+    assert sorted(summary["damaged_first"]["zero-byte file"]) == [
+        str(tmp_path / "root" / "cat" / f"{number:02}.jpg") for number in range(0, 24, 6)
+    ]

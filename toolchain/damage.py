@@ -32,7 +32,7 @@ REASONS = (
 
 MAX_DAMAGED = 0.1
 """Share of damaged samples at which a run stops unless told otherwise: broken downloads are a few in a hundred at the
-worst, a wrong column, root or folder is nearly all.  In between is room, so that no run stops for chance at hour nine."""
+worst, a wrong column, root or folder is nearly all.  In between is room, so that chance stops no run at hour nine."""
 
 _JUDGED_FROM = 1000  # samples shown before a run may stop, or all there are: one in the first batch says nothing
 _EXAMPLES = 5
