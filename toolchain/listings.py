@@ -388,7 +388,7 @@ class CsvRows:
 class ClassFolders:
     """Pictures of FOLDER/CLASS/PICTURE, with every template of every name of their class for captions."""
 
-    pictures_N: list[Path]
+    pictures_N: list[str]
     class_N: "array[int]"
     captions_K: list[tuple[str, ...]]
     left_out: tuple[LeftOut, ...] = ()
@@ -408,14 +408,14 @@ class ClassFolders:
                 f"{spec.names}: has no name for {len(unknown)} of {len(folders)} folders: "
                 f"{readable(', '.join(unknown[:5]))}. Add a line FOLDER<tab>NAME for each"
             )
-        pictures: list[Path] = []
+        pictures: list[str] = []
         classes = array("q")
         captions = []
         for k, folder in enumerate(folders):
             called = [readable(folder.name).replace("_", " ")] if names is None else names[folder.name]
             captions.append(_prompts(spec.templates, called))
             for path in _pictures(folder):
-                pictures.append(path)
+                pictures.append(str(path))
                 classes.append(k)
         return cls(pictures, classes, captions)
 
@@ -423,20 +423,20 @@ class ClassFolders:
         return len(self.pictures_N)
 
     def picture(self, sample: int) -> Path:
-        return self.pictures_N[sample]
+        return Path(self.pictures_N[sample])
 
     def captions(self, sample: int) -> tuple[str, ...]:
         return self.captions_K[self.class_N[sample]]
 
     def where(self, sample: int) -> str:
-        return readable(str(self.pictures_N[sample]))
+        return readable(self.pictures_N[sample])
 
 
 @dataclass(frozen=True)
 class PlainPictures:
     """Pictures without captions; each is shown with some of the classes' prompts, drawn by chance."""
 
-    pictures_N: list[Path]
+    pictures_N: list[str]
     prompts: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
 
@@ -446,13 +446,13 @@ class PlainPictures:
         classes = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if len(classes) < 2:
             raise UsageError(f"{spec.classes}: expected two classes or more, one a line; got {len(classes)}")
-        return cls(list(_pictures(_folder(spec.path))), _prompts(spec.templates, classes))
+        return cls([str(path) for path in _pictures(_folder(spec.path))], _prompts(spec.templates, classes))
 
     def __len__(self) -> int:
         return len(self.pictures_N)
 
     def picture(self, sample: int) -> Path:
-        return self.pictures_N[sample]
+        return Path(self.pictures_N[sample])
 
     def captions(self, sample: int) -> tuple[str, ...]:
         """A few: what may be shown with a picture is stored with it in a teacher cache."""
@@ -460,7 +460,7 @@ class PlainPictures:
         return tuple(random.Random(sample).sample(self.prompts, count))
 
     def where(self, sample: int) -> str:
-        return readable(str(self.pictures_N[sample]))
+        return readable(self.pictures_N[sample])
 
 
 def _prompts(templates: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
