@@ -152,12 +152,12 @@ def content_of(path: Path) -> bytes:
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise UnusableError(NO_FILE, f"{path}: is not a file")
+            raise UnusableError(NO_FILE, "it is not a file")
         if about.st_size > _LARGEST_FILE:
-            raise UnusableError(TOO_LARGE, f"{path}: {about.st_size:,} bytes")
+            raise UnusableError(TOO_LARGE, f"{about.st_size:,} bytes")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name may hold a zero byte
-        raise UnusableError(NO_FILE, f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UnusableError(NO_FILE, getattr(error, "strerror", None) or str(error)) from error
 
 
 # CSV files
@@ -344,7 +344,8 @@ class CsvRows:
 
     def where(self, sample: int) -> str:
         row = self._first_N[sample]
-        return f"{self._tables[self._file_R[row]].path}: the row at byte {self._offset_R[row]:,}"
+        place = f"{self._tables[self._file_R[row]].path}: the row at byte {self._offset_R[row]:,}"
+        return readable(f"{place}: {self.picture(sample)}")
 
     def _table(self, path: Path, header: Row | None) -> _Table:
         about, spec = path.stat(), self._spec
