@@ -56,7 +56,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 # Columns of `uniforms`: what each random number of a sample in an epoch is for.
 _ORDER, _CROP, _CAPTION = 0, 1, 1 + CROP_NUMBERS
 
-_INDEX_FORMAT = 2
+_INDEX_FORMAT = 3
 _INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
 _PAIR = np.dtype(
     [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
