@@ -8,7 +8,8 @@ which batch changes nothing.
 
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -162,13 +163,28 @@ def feed(
         # Python 3.14 would have a server fork them, whose end of the run they never notice, and copy the nets to them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    for fed in loader:
+    with _held_signals():
+        loaded = iter(loader)  # starts the processes, which inherit what is held
+    for fed in loaded:
         if isinstance(fed, ClipkdError):
             raise fed
         yield fed
 
 
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Signals that come while loaders start wait: one that does not ignore them yet would die of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 def _leave_signals(worker: int) -> None:
     """A loader's process leaves them to the one it works for: Ctrl-C reaches both, and a dead loader ends a run."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
