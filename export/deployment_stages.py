@@ -5,12 +5,15 @@ Heavy packages are imported inside the work, so that a run whose stages are all 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolchain.errors import ClipkdError, GateError, UnavailableBackend
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
+
+if TYPE_CHECKING:
+    from export.devices import Device
 
 FAILED = "failed.json"
 
@@ -213,6 +216,48 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
         )
         screen.done(f"measured/{name}", measured[name])
     return measured
+
+
+def profile_on(device: "Device", model: Path, *, processes: int, seconds: float, screen: Screen) -> dict[str, Any]:
+    """The profile of an exported model on a device reached by ssh.
+
+    A run's model keeps it, in measured/MODEL/DEVICE of its run.
+
+    Raises:
+        ClipkdError: as `export.profile.profile`.
+    """
+    import numpy as np
+
+    from export.measure import run_of
+    from export.profile import Profile, describe_device, profile
+    from toolchain.stages import open_stage, run_lock, run_stage
+
+    def timed() -> Profile:
+        return profile(model, processes=processes, seconds=seconds, on=device, on_progress=screen.progress)
+
+    run = run_of(model)
+    if run is None:
+        return timed().document
+
+    def work(folder: Path) -> dict[str, Any]:
+        found = timed()
+        (folder / "profile.json").write_text(json.dumps(found.document, indent=1) + "\n", encoding="utf-8")
+        np.savez(folder / "samples.npz", **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
+        return {"p50_ms": found.document["image"]["p50_ms"]}
+
+    with run_lock(run):
+        stage = run_stage(
+            run / "measured" / model.name / device.name,
+            kind="profile",
+            version=1,
+            fields={"processes": processes, "seconds": seconds},
+            fingerprints={"machine": json.dumps(describe_device(device), sort_keys=True)},
+            inputs={"model": open_stage(model)},
+            work=work,
+        )
+    screen.done(f"measured/{model.name}/{device.name}", stage)
+    document: dict[str, Any] = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
+    return document
 
 
 def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, Any]:

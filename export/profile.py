@@ -127,7 +127,8 @@ def profile_together(
 
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
     SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
-    runs them.  `on` is a machine reached by ssh, of which `device` is the part; None is this machine.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
+    runs them.  `on` is a machine reached by ssh, and `device` one of its; None is this machine.  `spin_ms` wastes time
+    in every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")

@@ -1,6 +1,5 @@
 """Programs on a device that a real OpenSSH server on loopback stands for: what arrives, what stays, how it breaks."""
 
-import ast
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import ssh_server
-from conftest import REPOSITORY
 
 from export.devices import Device
 from export.remote import SSH_CONFIG, TimedOut, build_engines_on, run_on
@@ -388,9 +386,3 @@ print(json.dumps({"engines": 1}))
     (kit / "image.onnx").write_bytes(b"none")
     with pytest.raises(UnavailableBackend, match="no NVIDIA GPU here"):
         build_engines_on(board, kit, out, on_line=heard.append)
-
-
-@pytest.mark.parametrize("name", ["agent", "machine", "probes", "runner"])
-def test_what_runs_on_devices_is_of_python_3_8(name: str) -> None:
-    source = (REPOSITORY / "export" / f"{name}.py").read_text(encoding="utf-8")
-    ast.parse(source, feature_version=(3, 8))
