@@ -32,7 +32,7 @@ NOT_INSTALLED, NOT_THERE = 3, 4  # how a probe ends
 
 _PROBES = Path(__file__).with_name("probes.py")
 _STATUS = {0: "ok", NOT_INSTALLED: "not installed", NOT_THERE: "not there"}
-_GPU = "the NVIDIA driver: sudo apt-get install nvidia-driver, then restart (a container: run it with --gpus all)"
+_GPU = "sudo apt-get install nvidia-driver, then restart (a container: start it with --gpus all)"
 _STDERR_CHARACTERS = 300
 
 

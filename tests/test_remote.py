@@ -2,20 +2,26 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ssh_server
+import test_profile
+from conftest import Ended
 
-from export.devices import Device
+from export.devices import Device, add_device
+from export.profile import profile
 from export.remote import SSH_CONFIG, TimedOut, build_engines_on, run_on
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
+from toolchain.report import collect
+from toolchain.stages import RESOLVED, open_stage, run_stage
 
 pytestmark = [
     pytest.mark.ssh,
@@ -386,3 +392,81 @@ print(json.dumps({"engines": 1}))
     (kit / "image.onnx").write_bytes(b"none")
     with pytest.raises(UnavailableBackend, match="no NVIDIA GPU here"):
         build_engines_on(board, kit, out, on_line=heard.append)
+
+
+folder = test_profile.folder
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.profile._LOOK_AROUND_S", 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_profile_of_a_device_is_that_of_a_machine(board: Device, folder: Path) -> None:
+    result = profile(folder, processes=2, seconds=0.06, threads=1, on=board)
+    assert set(result) == test_profile.KEYS
+    assert result["device"] == "board"
+    assert result["machine"]["numpy"]
+    for tower in (result["image"], result["text"]):
+        assert 0 < tower["p50_low_ms"] <= tower["p50_ms"] <= tower["p50_high_ms"]
+        assert tower["processes"] == 2
+    assert result["e2e_p50_ms"] > 0
+    assert left_behind(board) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("module", ["onnxruntime", "numpy"])
+def test_what_a_device_lacks_is_named_with_the_line_that_mends_it(
+    board: Device, folder: Path, tmp_path: Path, module: str
+) -> None:
+    (tmp_path / "shim").mkdir()
+    (tmp_path / "shim" / f"{module}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{module}'\")")
+    python = wrapped(tmp_path, f'PYTHONPATH={tmp_path}/shim exec {sys.executable} "$@"')
+    lacking = Device("board", "board", python=python, workdir=board.workdir)
+    with pytest.raises(MissingDependency) as caught:
+        profile(folder, processes=1, seconds=0.02, on=lacking)
+    assert f"board: ModuleNotFoundError: No module named '{module}'." in str(caught.value)
+    assert f"Install it there: ssh -- board '{python} -m pip install numpy onnxruntime pillow'" in str(caught.value)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
+    board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_profile.replace_runner(monkeypatch, tmp_path, "import time\ntime.sleep(600)\n")
+    monkeypatch.setattr("export.profile._TIMEOUT_S", 1.0)
+    with pytest.raises(ClipkdError, match=r"image\.onnx: on board: the program took longer than 1 s"):
+        profile(folder, processes=1, seconds=0.02, on=board)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_keeps_a_devices_profile_in_the_run(
+    board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    add_device(board)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"# {RESOLVED}\n")
+
+    def work(made: Path) -> dict[str, str]:
+        for file in (path for path in folder.iterdir() if path.is_file()):
+            shutil.copy(file, made)
+        return {"role": "student", "precision": "fp32", "runtime": "onnxruntime"}
+
+    model = run_stage(
+        run / "exported" / "m", kind="export", version=1, fields={}, fingerprints={}, inputs={}, work=work
+    )
+    words = ("profile", model.path, "--device", "board", "--processes", "2", "--seconds", "0.06", "--json")
+    first = clipkd(*words)
+    assert first.code == 0, first.err
+    kept = open_stage(run / "measured" / "m" / "board")
+    (document,) = json.loads(first.out)
+    assert document == {"model": str(model.path), **json.loads((kept.path / "profile.json").read_text())}
+    assert document["device"] == "board"
+    again = clipkd(*words)
+    assert json.loads(again.out) == [document]
+    assert "cached" in again.err
+    (row,) = collect([run])["rows"]
+    assert (row["device"], row["p50_ms"]) == ("board", document["image"]["p50_ms"])
