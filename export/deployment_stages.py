@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import ClipkdError, GateError, UnavailableBackend
+from toolchain.errors import ClipkdError, GateError, UnavailableBackend, UsageError
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
@@ -221,39 +221,62 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
 def profile_on(device: "Device", model: Path, *, processes: int, seconds: float, screen: Screen) -> dict[str, Any]:
     """The profile of an exported model on a device reached by ssh.
 
-    A run's model keeps it, in measured/MODEL/DEVICE of its run.
+    A run's model keeps it, in measured/MODEL/DEVICE of its run.  The engines of a TensorRT kit are built there first,
+    and kept in engines/MODEL@DEVICE.
 
     Raises:
-        ClipkdError: as `export.profile.profile`.
+        ClipkdError: as `export.profile.profile` and `export.remote.build_engines_on`.
     """
     import numpy as np
 
     from export.measure import run_of
-    from export.profile import Profile, describe_device, profile
+    from export.profile import describe_device, profile
+    from export.remote import build_engines_on
     from toolchain.stages import open_stage, run_lock, run_stage
-
-    def timed() -> Profile:
-        return profile(model, processes=processes, seconds=seconds, on=device, on_progress=screen.progress)
 
     run = run_of(model)
     if run is None:
-        return timed().document
+        if (model / "build_engine.py").is_file():
+            raise UsageError(
+                f"{model}: a TensorRT kit; its engines are kept in its run, so name it inside: RUN/exported/..."
+            )
+        return profile(model, processes=processes, seconds=seconds, on=device, on_progress=screen.progress).document
 
-    def work(folder: Path) -> dict[str, Any]:
-        found = timed()
+    def build(folder: Path) -> dict[str, Any]:
+        made = build_engines_on(device, model, folder, on_line=lambda line: screen.progress(line.strip(), 0, 1))
+        return {"runtime": "tensorrt"} | made
+
+    def measured(folder: Path) -> dict[str, Any]:
+        found = profile(
+            model,
+            processes=processes,
+            seconds=seconds,
+            on=device,
+            engines=engines.path if engines is not None else None,
+            on_progress=screen.progress,
+        )
         (folder / "profile.json").write_text(json.dumps(found.document, indent=1) + "\n", encoding="utf-8")
         np.savez(folder / "samples.npz", **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
         return {"p50_ms": found.document["image"]["p50_ms"]}
 
     with run_lock(run):
+        inputs = {"model": open_stage(model)}
+        machine = {"machine": json.dumps(describe_device(device), sort_keys=True)}
+        engines = None
+        if inputs["model"].manifest["summary"].get("runtime") == "tensorrt":
+            name = f"engines/{model.name}@{device.name}"
+            engines = run_stage(
+                run / name, kind="engines", version=1, fields={}, fingerprints=machine, inputs=inputs, work=build
+            )
+            screen.done(name, engines)
         stage = run_stage(
             run / "measured" / model.name / device.name,
             kind="profile",
             version=1,
             fields={"processes": processes, "seconds": seconds},
-            fingerprints={"machine": json.dumps(describe_device(device), sort_keys=True)},
-            inputs={"model": open_stage(model)},
-            work=work,
+            fingerprints=machine,
+            inputs=inputs | ({"engines": engines} if engines is not None else {}),
+            work=measured,
         )
     screen.done(f"measured/{model.name}/{device.name}", stage)
     document: dict[str, Any] = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))

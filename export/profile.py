@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,9 +89,12 @@ def profile(
     threads: int | None = None,
     device: str = "cpu",
     on: Device | None = None,
+    engines: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Profile:
     """Latencies at batch 1 with inputs resident, throughput, memory, size and a grade, of one model.
+
+    `on` and `device` as `profile_together`.  `engines` are the TensorRT engines of a kit, built where it is measured.
 
     Raises:
         ArtifactError: the folder lacks a file.
@@ -98,7 +102,9 @@ def profile(
         UnavailableBackend, MissingDependency: the device is not there, the runtime not installed.
     """
     settings: dict[str, Any] = {"processes": processes, "seconds": seconds, "threads": threads, "device": device}
-    (found,) = profile_together([folder], **settings, on=on, on_progress=on_progress)
+    (found,) = profile_together(
+        [folder], **settings, on=on, engines={folder: engines} if engines else {}, on_progress=on_progress
+    )
     if isinstance(found, ClipkdError):
         raise found
     return found
@@ -112,6 +118,7 @@ def profile_together(
     threads: int | None = None,
     device: str = "cpu",
     on: Device | None = None,
+    engines: Mapping[Path, Path] = MappingProxyType({}),
     spin_ms: Sequence[float] = (),
     on_progress: Progress | None = None,
 ) -> list[Profile | ClipkdError]:
@@ -127,8 +134,8 @@ def profile_together(
 
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
     SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
-    runs them.  `on` is a machine reached by ssh, and `device` one of its; None is this machine.  `spin_ms` wastes time
-    in every query of a model, for checks of this protocol.
+    runs them.  `on` is a machine reached by ssh, and `device` one of its; None is this machine.  `engines` are those of
+    TensorRT kits.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
@@ -142,7 +149,9 @@ def profile_together(
         commands: dict[tuple[int, str], list[str]] = {}
         for place, folder in enumerate(folders):
             try:
-                staged = _stage(folder, Path(scratch) / str(place), seconds / processes, threads, device)
+                staged = _stage(
+                    folder, Path(scratch) / str(place), seconds / processes, threads, device, engines.get(folder)
+                )
             except ClipkdError as error:
                 failures[place] = error
                 continue
@@ -164,13 +173,20 @@ def profile_together(
     flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
     name = device if on is None else on.name
     return [
-        failures.get(place) or _profile_of(folder, results[place], machine, threads, name, flags)
+        failures.get(place)
+        or _profile_of(_files(folder, engines.get(folder)), results[place], machine, threads, name, flags)
         for place, folder in enumerate(folders)
     ]
 
 
+def _files(folder: Path, engines: Path | None) -> dict[str, Path]:
+    """What is opened of each tower."""
+    where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
+    return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
+
+
 def _profile_of(
-    folder: Path,
+    files: Mapping[str, Path],
     results: dict[str, list[dict[str, Any]]],
     machine: dict[str, Any],
     threads: int,
@@ -195,7 +211,7 @@ def _profile_of(
         "images_per_s": max(sweep.values()),
         "sweep": sweep,
         "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
-        "size_bytes": sum((folder / name).stat().st_size for name in ("image.onnx", "text.onnx")),
+        "size_bytes": sum(path.stat().st_size for path in files.values()),
         "to_lock_clocks": [] if machine["clocks_locked"] else machine["to_lock_clocks"],
         **grade(list(results.values()), machine, flags),
     }
@@ -267,7 +283,9 @@ def _rates(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     return rates
 
 
-def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: str) -> dict[str, list[str]]:
+def _stage(
+    folder: Path, scratch: Path, seconds: float, threads: int, device: str, engines: Path | None
+) -> dict[str, list[str]]:
     """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
     for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
         if not (folder / name).is_file():
@@ -287,14 +305,21 @@ def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: st
         picture.save(encoded, "JPEG", quality=95)
         (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
     shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
-    shared += [*_runtime(folder), "--device", device, "--batches", ",".join(map(str, _SWEEP))]
+    shared += [
+        *(_runtime(folder) if engines is None else ()),
+        "--device",
+        device,
+        "--batches",
+        ",".join(map(str, _SWEEP)),
+    ]
     whole_path = ["--images", str(scratch / "images"), "--classes", str(folder / "classes.npz")]
     whole_path += ["--preprocess", str(folder / "preprocess.json")]
     with np.load(folder / "classes.npz") as classes:
         has_classes = len(classes["names"]) > 0  # a headline set of captions has none
 
     def arguments(tower: str, input_name: str, dtype: str, shape: tuple[int, ...]) -> list[str]:
-        graph = ["--model", str(folder / f"{tower}.onnx"), "--input", input_name, "--dtype", dtype]
+        graph = ["--model", str(_files(folder, engines)[tower]), "--input", input_name, "--dtype", dtype]
+        graph += ["--graph", str(folder / f"{tower}.onnx")] if engines is not None else []
         query = ["--shape", ",".join(map(str, (1, *shape))), *shared, "--inputs", str(scratch / f"{tower}.npy")]
         return graph + query
 
@@ -334,7 +359,7 @@ def _run_on(device: Device, folder: Path, tower: str, arguments: list[str]) -> d
     if done.returncode > 0 and "No module named" in done.stderr:
         runtime = arguments[arguments.index("--runtime") + 1] if "--runtime" in arguments else "onnxruntime"
         raise MissingDependency(
-            f"{device.name}: {done.stderr.strip().splitlines()[-1]}. Install it there: "
+            f"{device.name}: {done.stderr.strip().splitlines()[-1].removeprefix('ModuleNotFoundError: ')}. Install it there: "
             + by_hand(device, device.python, "-m", "pip", "install", "numpy", runtime, "pillow")
         )
     return _document(folder, tower, done, [sys.executable, str(_RUNNER), *arguments])
