@@ -376,11 +376,15 @@ def profile(
     device: Annotated[str, typer.Option("--device", "-d", help="Where: cpu, or a device of `clipkd devices`.")] = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="Fresh processes per tower.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.01, help="Measured time per tower, shared among them.")] = 1.0,
+    scored: Annotated[
+        bool, typer.Option("--evaluate", help="Also score it on the device, on the sets of its run's recipe.")
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure exported models here, or on a device reached by ssh: latency, throughput, memory, and how sure we are.
 
-    What a device measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again.
+    What a device measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again; before it is
+    timed there, it is proven to compute there what it computed in PyTorch.
 
     Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --device orin[/]
     """
@@ -390,6 +394,8 @@ def profile(
 
     _refuse_torchrun()
     on = None if device == "cpu" else find_device(device)
+    if scored and on is None:
+        raise UsageError("--evaluate is for devices reached by ssh; here, use clipkd evaluate")
     profiles = []
     with _progress() as screen:
         for model in models:
@@ -397,7 +403,7 @@ def profile(
             if on is None:
                 found = measure(model, processes=processes, seconds=seconds, on_progress=screen.progress).document
             else:
-                found = profile_on(on, model, processes=processes, seconds=seconds, screen=screen)
+                found = profile_on(on, model, processes=processes, seconds=seconds, scored=scored, screen=screen)
             profiles.append({"model": str(model), **found})
     if as_json:
         stdout.print_json(json.dumps(profiles))

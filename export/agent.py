@@ -85,6 +85,9 @@ def _serve(request: dict[str, Any], root: Path, source: BinaryIO, out: _Out) -> 
         work = scratch / "work"
         for name, sha in request["files"].items():
             _link(root / "files" / sha, work / name)
+        for sha in request["once"]:
+            with contextlib.suppress(FileNotFoundError):
+                (root / "files" / sha).unlink()
         _run(request, root, work, out)
     finally:
         shutil.rmtree(str(scratch), ignore_errors=True)

@@ -139,7 +139,7 @@ def profile_together(
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
-    run = _run if on is None else partial(_run_on, on)
+    run = _run if on is None else partial(runner_on, on)
     machine, others = (describe_machine(), other_cpu_share(_LOOK_AROUND_S)) if on is None else _look_at(on)
     threads = threads or machine["usable_cores"]
     next(others)  # starts watching; meanwhile the inputs are made
@@ -174,12 +174,12 @@ def profile_together(
     name = device if on is None else on.name
     return [
         failures.get(place)
-        or _profile_of(_files(folder, engines.get(folder)), results[place], machine, threads, name, flags)
+        or _profile_of(tower_files(folder, engines.get(folder)), results[place], machine, threads, name, flags)
         for place, folder in enumerate(folders)
     ]
 
 
-def _files(folder: Path, engines: Path | None) -> dict[str, Path]:
+def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
     """What is opened of each tower."""
     where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
     return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
@@ -306,7 +306,7 @@ def _stage(
         (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
     shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
     shared += [
-        *(_runtime(folder) if engines is None else ()),
+        *(runtime_words(folder) if engines is None else ()),
         "--device",
         device,
         "--batches",
@@ -318,7 +318,7 @@ def _stage(
         has_classes = len(classes["names"]) > 0  # a headline set of captions has none
 
     def arguments(tower: str, input_name: str, dtype: str, shape: tuple[int, ...]) -> list[str]:
-        graph = ["--model", str(_files(folder, engines)[tower]), "--input", input_name, "--dtype", dtype]
+        graph = ["--model", str(tower_files(folder, engines)[tower]), "--input", input_name, "--dtype", dtype]
         graph += ["--graph", str(folder / f"{tower}.onnx")] if engines is not None else []
         query = ["--shape", ",".join(map(str, (1, *shape))), *shared, "--inputs", str(scratch / f"{tower}.npy")]
         return graph + query
@@ -329,7 +329,7 @@ def _stage(
     }
 
 
-def _runtime(folder: Path) -> list[str]:
+def runtime_words(folder: Path) -> list[str]:
     """The runner's arguments that say how the manifest would have the graphs opened."""
     manifest = folder / "manifest.json"
     summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
@@ -348,18 +348,26 @@ def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
     return _document(folder, tower, done, command)
 
 
-def _run_on(device: Device, folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
-    """The same of the runner on a device, to which the files it reads are copied."""
+def runner_on(
+    device: Device, folder: Path, tower: str, arguments: list[str], *, once: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """The document of the runner on a device, to which the files that its arguments name are copied.
+
+    Raises:
+        ClipkdError: it crashed, hung, or failed; and as `export.remote.run_on`.
+        MissingDependency: the device lacks numpy or the runtime.
+    """
     named = [Path(word) if before in _PATHS else word for before, word in itertools.pairwise(["", *arguments])]
     files, words = carry(named)
     try:
-        done = run_on(device, {**files, _RUNNER.name: _RUNNER}, _RUNNER.name, words, timeout_s=_TIMEOUT_S)
+        done = run_on(device, {**files, _RUNNER.name: _RUNNER}, _RUNNER.name, words, timeout_s=_TIMEOUT_S, once=once)
     except TimedOut as error:
         raise ClipkdError(f"{folder / tower}.onnx: on {error}") from None
     if done.returncode > 0 and "No module named" in done.stderr:
+        last = done.stderr.strip().splitlines()[-1]
         runtime = arguments[arguments.index("--runtime") + 1] if "--runtime" in arguments else "onnxruntime"
         raise MissingDependency(
-            f"{device.name}: {done.stderr.strip().splitlines()[-1].removeprefix('ModuleNotFoundError: ')}. Install it there: "
+            f"{device.name}: {last.removeprefix('ModuleNotFoundError: ')}. Install it there: "
             + by_hand(device, device.python, "-m", "pip", "install", "numpy", runtime, "pillow")
         )
     return _document(folder, tower, done, [sys.executable, str(_RUNNER), *arguments])

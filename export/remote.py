@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -71,6 +71,7 @@ def run_on(
     arguments: Sequence[str],
     *,
     timeout_s: float = TIMEOUT_S,
+    once: Collection[Path] = (),
     fetch: Sequence[str] = (),
     into: Path | None = None,
     on_line: Callable[[str], None] = lambda line: None,
@@ -78,8 +79,9 @@ def run_on(
 ) -> Ended:
     """Run `program`, one of `files`, with the device's Python, in a fresh folder that holds `files` under their names.
 
-    A file that an earlier run brought is not copied again.  `on_line` hears each line of stderr as it comes.  If the
-    program succeeds, the files that `fetch` names (or that are in folders it names) are written into `into`.
+    A file that an earlier run brought is not copied again; all but those of `once` are kept there for later runs.
+    `on_line` hears each line of stderr as it comes.  If the program succeeds, the files that `fetch` names (or that are
+    in folders it names) are written into `into`.
 
     Raises:
         UnavailableBackend: the device cannot be reached, or does not let this user in.
@@ -100,6 +102,7 @@ def run_on(
         "program": program,
         "arguments": list(arguments),
         "timeout_s": timeout_s,
+        "once": [digest for name, digest in digests.items() if files[name] in once],
         "fetch": list(fetch),
     }
     with _connected(device) as link:

@@ -11,14 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ssh_server
+import test_exported_folders
 import test_profile
 from conftest import Ended
 
 from export.devices import Device, add_device
+from export.parity import MIN_SQNR_DB, check_parity
 from export.profile import profile
+from export.proof import encoders_on
 from export.remote import SSH_CONFIG, TimedOut, build_engines_on, run_on
+from export.runtime import open_exported
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
 from toolchain.report import collect
 from toolchain.stages import RESOLVED, open_stage, run_stage
@@ -53,6 +58,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def board(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setenv(SSH_CONFIG, str(server))
     return Device("board", "board", python=sys.executable, workdir=str(tmp_path / "on the device"))
+
+
+def test_what_is_of_no_use_again_is_not_kept(board: Device, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("once")
+    files = {**program(tmp_path, ECHO), "a": tmp_path / "a"}
+    for _ in range(2):
+        ended = run_on(board, files, "program.py", [], once=[tmp_path / "a"])
+        assert json.loads(ended.stdout)["contents"] == {"a": "once"}
+        assert len(list((Path(str(board.workdir)) / "files").iterdir())) == 1
+    assert ended.copied_bytes == 4
 
 
 def program(tmp_path: Path, source: str) -> dict[str, Path]:
@@ -270,8 +285,7 @@ def test_a_connection_that_drops_leaves_nothing(board: Device, tmp_path: Path, v
     pids = started(heard)
     agent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
     if victim == "ssh":
-        (client,) = [pid for pid in children_of(os.getpid()) if "ssh" in name_of(pid) and "sshd" not in name_of(pid)]
-        os.kill(client, signal.SIGKILL)
+        os.kill(ssh_client(), signal.SIGKILL)
     else:
         os.kill(int(Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
     thread.join(20)
@@ -292,6 +306,11 @@ def children_of(parent: int) -> list[int]:
         if int(words[1]) == parent and words[0] != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def ssh_client() -> int:
+    (client,) = [pid for pid in children_of(os.getpid()) if name_of(pid) == "ssh"]  # and not sshd, the server
+    return client
 
 
 def name_of(pid: int) -> str:
@@ -325,7 +344,7 @@ def test_runs_at_the_same_time_do_not_sweep_each_other(board: Device, tmp_path: 
     program_pid, _ = started(heard)
     assert run_on(board, program(tmp_path, ECHO), "program.py", []).returncode == 0
     assert is_alive(program_pid)
-    os.kill(children_of(os.getpid())[-1], signal.SIGKILL)
+    os.kill(ssh_client(), signal.SIGKILL)
     thread.join(20)
     assert left_behind(board) == []
 
@@ -443,6 +462,13 @@ def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
         profile(folder, processes=1, seconds=0.02, on=board)
 
 
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For graphs that no PyTorch model is behind."""
+    monkeypatch.setattr("export.proof.encoders_on", lambda *arguments, **settings: None)
+    monkeypatch.setattr("export.parity.check_parity", lambda *arguments, **settings: {"image": {"min_cosine": 1.0}})
+
+
 def a_run(run: Path, exported: Path, runtime: str) -> Path:
     """A run with one exported model, a copy of a folder."""
     run.mkdir()
@@ -458,7 +484,7 @@ def a_run(run: Path, exported: Path, runtime: str) -> Path:
     return run_stage(path, kind="export", version=1, fields={}, fingerprints=nothing, inputs={}, work=work).path
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "proven")
 def test_the_command_keeps_a_devices_profile_in_the_run(
     board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
 ) -> None:
@@ -478,6 +504,7 @@ def test_the_command_keeps_a_devices_profile_in_the_run(
     assert "cached" in again.err
     (row,) = collect([run])["rows"]
     assert (row["device"], row["p50_ms"]) == ("board", document["image"]["p50_ms"])
+    assert row["status"] == "no evaluation.json"
 
 
 FAKE_BUILD = """
@@ -506,7 +533,7 @@ print(json.dumps(dict(timed, **rest, **e2e)))
 """
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "proven")
 def test_a_kit_is_built_where_it_is_measured(
     board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
 ) -> None:
@@ -530,3 +557,20 @@ def test_a_kit_is_built_where_it_is_measured(
     again = clipkd(*words)
     assert json.loads(again.out) == [document]
     assert again.err.count("cached") == 2
+
+
+run = test_exported_folders.run
+model = test_exported_folders.model
+
+
+@pytest.mark.slow
+def test_a_device_encodes_as_this_machine_does(board: Device, model: Path) -> None:
+    """The same graphs and runtime: bit by bit; and what PyTorch computed, within parity's bounds."""
+    there, here = encoders_on(board, model, precision="fp32"), open_exported(model)
+    random = np.random.default_rng(0)
+    pixels_BHWC = random.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(there.encode_images(pixels_BHWC), here.encode_images(pixels_BHWC))
+    texts = ["latin small letter a", "a b"]
+    assert np.array_equal(there.encode_texts(texts), here.encode_texts(texts))
+    assert check_parity(model, precision="fp32", encoders=there)["image"]["min_sqnr_db"] > MIN_SQNR_DB["fp32"]
+    assert left_behind(board) == []
