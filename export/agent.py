@@ -103,10 +103,19 @@ def _sweep(root: Path) -> None:
             pass
         except OSError:
             continue  # its run is alive
+        _end_strays(scratch)
         shutil.rmtree(str(scratch), ignore_errors=True)
     for file in (root / "files").iterdir():
         if time.time() - file.stat().st_mtime > _MONTH_S:
             file.unlink()
+
+
+def _end_strays(scratch: Path) -> None:
+    """What a program of a dead run had started and that lives on: whoever works in its folder (Linux)."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if scratch.resolve() in Path(os.readlink(str(process / "cwd"))).parents:
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _receive(request: dict[str, Any], root: Path, scratch: Path, source: BinaryIO, out: _Out) -> None:

@@ -264,7 +264,7 @@ def test_a_program_that_hangs_is_ended_with_what_it_started(board: Device, tmp_p
 
 def test_a_device_that_never_answers(board: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.remote._ANSWER_S", 0.7)
-    stuck = wrapped(tmp_path, "exec sleep 600")
+    stuck = wrapped(tmp_path, "exec sleep 3")
     with pytest.raises(UnavailableBackend, match="no answer from board in time"):
         run_on(Device("board", "board", python=stuck), program(tmp_path, ECHO), "program.py", [])
 
@@ -321,7 +321,7 @@ def test_an_agent_that_is_killed_is_cleaned_up_by_the_next_run(board: Device, tm
     heard: list[str] = []
     thread = threading.Thread(target=lambda: _swallow(board, tmp_path, heard))
     thread.start()
-    program_pid, _ = started(heard)
+    program_pid, child_pid = started(heard)
     agent = int(Path(f"/proc/{program_pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(agent, signal.SIGKILL)
     thread.join(20)
@@ -329,6 +329,7 @@ def test_an_agent_that_is_killed_is_cleaned_up_by_the_next_run(board: Device, tm
     runs = Path(str(board.workdir)) / "runs"
     assert len(list(runs.iterdir())) == 1
     assert run_on(board, program(tmp_path, ECHO), "program.py", []).returncode == 0
+    assert ends(child_pid)
     assert left_behind(board) == []
 
 
