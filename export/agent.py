@@ -114,7 +114,8 @@ def _end_strays(scratch: Path) -> None:
     """What a program of a dead run had started and that lives on: whoever works in its folder (Linux)."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if scratch.resolve() in Path(os.readlink(str(process / "cwd"))).parents:
+            cwd = os.readlink(str(process / "cwd"))  # noqa: PTH115  # Path.readlink is of Python 3.9
+            if scratch.resolve() in Path(cwd).parents:
                 os.kill(int(process.name), signal.SIGKILL)
 
 
