@@ -210,4 +210,8 @@ def test_a_device_is_probed_there(
     assert rows["onnxruntime cpu"]["mend"] == f"ssh -- board '{python} -m pip install onnxruntime'"
     assert rows["openvino cpu"]["detail"] == "ended by SIGSEGV"
     assert document["system"]["architecture"]
-    assert list((tmp_path / "there" / "runs").iterdir()) == []
+    for _ in range(100):  # the agent of the last run may still be on its way out
+        if not list((tmp_path / "there" / "runs").iterdir()):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a run is left behind")
