@@ -253,6 +253,8 @@ def profile_on(
         if scored:
             raise UsageError(f"{model}: in no run whose recipe would name the sets to score it on")
         return profile(model, processes=processes, seconds=seconds, on=device, on_progress=screen.progress).document
+    kept = run / "measured" / model.name / device.name
+    scored = scored or (kept / "evaluation.json").is_file()  # what was once scored does not lose its scores
     spec = evaluated(load_recipe(run / "recipe.yaml")) if scored else None
 
     def build(folder: Path) -> dict[str, Any]:
@@ -295,7 +297,7 @@ def profile_on(
             )
             screen.done(name, engines)
         stage = run_stage(
-            run / "measured" / model.name / device.name,
+            kept,
             kind="profile",
             version=1,
             fields={"processes": processes, "seconds": seconds, "evaluate": spec and spec.model_dump(mode="json")},
