@@ -371,6 +371,54 @@ def classes(
 
 
 @app.command()
+def profile(
+    models: Annotated[list[Path], typer.Argument(help="Exported models' directories.", metavar="MODEL...")],
+    device: Annotated[str, typer.Option("--device", "-d", help="Where: cpu, or a device of `clipkd devices`.")] = "cpu",
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes per tower.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Measured time per tower, shared among them.")] = 1.0,
+    scored: Annotated[
+        bool, typer.Option("--evaluate", help="Also score it on the device, on the sets of its run's recipe.")
+    ] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure exported models here, or on a device reached by ssh: latency, throughput, memory, and how sure we are.
+
+    What a device measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again; before it is
+    timed there, it is proven to compute there what it computed in PyTorch.
+
+    Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --device orin[/]
+    """
+    from export.deployment_stages import profile_on
+    from export.devices import find_device
+    from export.profile import profile as measure
+
+    _refuse_torchrun()
+    on = None if device == "cpu" else find_device(device)
+    if scored and on is None:
+        raise UsageError("--evaluate is for devices reached by ssh; here, use clipkd evaluate")
+    profiles = []
+    with _progress() as screen:
+        for model in models:
+            screen.starts(model.name)
+            if on is None:
+                found = measure(model, processes=processes, seconds=seconds, on_progress=screen.progress).document
+            else:
+                found = profile_on(on, model, processes=processes, seconds=seconds, scored=scored, screen=screen)
+            profiles.append({"model": str(model), **found})
+    if as_json:
+        stdout.print_json(json.dumps(profiles))
+        return
+    table = Table("model", "device", "p50 ms", "p90 ms", "text p50 ms", "end to end ms", "images/s", "grade")
+    for found in profiles:
+        image = found["image"]
+        cells = (image["p50_ms"], image["p90_ms"], found["text"]["p50_ms"], found["e2e_p50_ms"])
+        shown = ["-" if ms is None else f"{ms:.2f}" for ms in cells]
+        grade = " ".join([found["grade"], *found["flags"]])
+        table.add_row(escape(found["model"]), found["device"], *shown, f"{found['images_per_s']:,.0f}", grade)
+    _wide(table)
+
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
     images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
@@ -513,6 +561,136 @@ def pack_data(
     shards, samples = len(index["shards"]), index["samples"]
     stderr.print(f"{samples:,} samples in {shards:,} shard(s), {index['bytes'] / 1e6:,.1f} MB", highlight=False)
     stdout.print(str(out / INDEX), soft_wrap=True, highlight=False, markup=False)
+
+
+devices_app = typer.Typer(
+    no_args_is_help=True,
+    help="Machines to measure on: this one, and any that ssh reaches.\n\nExample: [bold]clipkd devices list[/]",
+)
+app.add_typer(devices_app, name="devices")
+
+DeviceArg = Annotated[str, typer.Argument(help="The device's name.", metavar="NAME")]
+
+
+@devices_app.command("list")
+def list_devices(
+    presets: Annotated[bool, typer.Option("--presets", help="Say what common boards support instead.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """List the devices of this machine and those added, or what is known of common boards.
+
+    Example: [bold]clipkd devices list --presets[/]
+    """
+    from export.devices import PRESETS, read_devices
+
+    if presets:
+        if as_json:
+            stdout.print_json(json.dumps({name: asdict(preset) for name, preset in PRESETS.items()}))
+            return
+        table = Table(Column("preset", no_wrap=True), "board", "runtimes", "TensorRT", "precisions", "notes")
+        for name, preset in PRESETS.items():
+            cells = (preset.title, ", ".join(preset.runtimes), preset.tensorrt or "-", ", ".join(preset.precisions))
+            table.add_row(name, *map(escape, (*cells, preset.notes)))
+        _wide(table)
+        return
+    from export.doctor import local_devices
+
+    known = read_devices()
+    here = local_devices()
+    if as_json:
+        stdout.print_json(json.dumps({"local": here, "remote": [asdict(device) for device in known.values()]}))
+        return
+    table = Table("device", "where", "what")
+    for found in here:
+        table.add_row(found["name"], "here", escape(found["what"]))
+    for device in known.values():
+        table.add_row(device.name, escape(device.destination), escape(device.preset or "-"))
+    _wide(table)
+
+
+@devices_app.command("add")
+def add_device(
+    name: DeviceArg,
+    destination: Annotated[str, typer.Argument(help="As ssh takes it: HOST or USER@HOST.", metavar="DESTINATION")],
+    port: Annotated[int | None, typer.Option(min=1, max=65535, show_default="as ssh's configuration says")] = None,
+    python: Annotated[
+        str, typer.Option(help="The device's Python, 3.8 or newer, with numpy and a runtime.")
+    ] = "python3",
+    preset: Annotated[str | None, typer.Option(help="What board it is: see `clipkd devices list --presets`.")] = None,
+    workdir: Annotated[str | None, typer.Option(help="Its folder for clipkd.", show_default="in ~/.cache")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Even if there is one of this name.")] = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Name a machine that ssh reaches, with the keys, jump hosts and known hosts of your own ssh configuration.
+
+    Example: [bold]clipkd devices add orin me@orin.local --preset jetson-orin-nano[/]
+    """
+    from export.devices import PRESETS, Device, config_file
+    from export.devices import add_device as keep
+
+    device = Device(name, destination, port, python, preset, workdir)
+    keep(device, replace=replace)
+    if preset is not None:
+        stderr.print(PRESETS[preset].notes, highlight=False, markup=False, soft_wrap=True)
+    stderr.print(f"Try it with: clipkd devices test {name}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        stdout.print_json(json.dumps(asdict(device)))
+    else:
+        stdout.print(str(config_file()), soft_wrap=True, highlight=False, markup=False)
+
+
+@devices_app.command("test")
+def try_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
+    """Connect to a device and find out what it can do, by doing it.
+
+    Example: [bold]clipkd devices test orin[/]
+    """
+    from export.devices import find_device
+    from export.doctor import examine, problem
+
+    document = examine(find_device(name))
+    _print_capabilities(document, as_json)
+    if lacking := problem(document["rows"]):
+        raise lacking
+
+
+@devices_app.command("remove")
+def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
+    """Forget a device; nothing on it is touched.
+
+    Example: [bold]clipkd devices remove orin[/]
+    """
+    from export.devices import remove_device as forget
+
+    forget(name)
+    if as_json:
+        stdout.print_json(json.dumps({"removed": name}))
+    else:
+        stdout.print(name, highlight=False, markup=False)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe: what it needs is marked.", metavar="[RECIPE]")] = None,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="cpu, cuda:0, gpu, npu, or one added.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Find out what this machine, and a device, can do, by doing it; say what mends what cannot be done.
+
+    Exit code 0 if all that the recipe and the device need is there.  Nothing is downloaded.
+
+    Example: [bold]clipkd doctor glyphs --device orin[/]
+    """
+    from export.doctor import device_named, diagnose, problem
+
+    loaded = None if recipe is None else _recipe(recipe, None)
+    where = None if device is None else device_named(device)
+    with _progress() as screen:
+        screen.starts("doctor")
+        document = diagnose(loaded, where, progress=screen.progress)
+    _print_capabilities(document, as_json)
+    if lacking := problem(document["rows"]):
+        raise lacking
 
 
 recipes_app = typer.Typer(invoke_without_command=True)
@@ -829,6 +1007,29 @@ def _print_evaluation(document: dict[str, Any]) -> None:
             first = ", ".join(scores["unreadable"]["first"])
             said = f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: {first}"
             stderr.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_capabilities(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(json.dumps(document))
+        return
+    table = Table("", Column("capability", no_wrap=True), "where", "status", Column("detail", overflow="fold"))
+    for row in document["rows"]:
+        mend = f"\n-> {row['mend']}" if row["mend"] else ""
+        needed = "needed" if row["needed"] else ""
+        table.add_row(needed, row["capability"], escape(row["where"]), row["status"], escape(row["detail"] + mend))
+    _wide(table)
+    machine = document.get("machine")
+    if machine is not None:
+        quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
+        limit = machine["memory_limit_bytes"]
+        memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" + (f", limit {limit / 1e9:.1f} GB" if limit else "")
+        lines = [
+            f"{machine['name']}{quota}; {' '.join(machine['isa'])}; governor {machine['governor'] or 'unknown'}",
+            f"memory {memory}; free: {machine['disk_free_bytes'] / 1e9:.1f} GB here, "
+            f"{machine['home_free_bytes'] / 1e9:.1f} GB at home; {machine['os']}; Python {machine['python']}",
+        ]
+        stdout.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_inspection(document: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ from claims import claim, finish
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from export.profile import bootstrap_interval, describe_machine  # noqa: E402  # once the repository is on the path
+from export.machine import describe_machine  # noqa: E402  # once the repository is on the path
+from export.profile import bootstrap_interval  # noqa: E402
 from export.runner import open_graph  # noqa: E402
 
 MIN_SPEEDUP, MIN_OVER_STOCK = 3.3, 1.0

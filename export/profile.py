@@ -10,25 +10,26 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
-import os
-import platform
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from export.devices import Device
+from export.machine import describe_machine, other_cpu_share
+from export.remote import TimedOut, by_hand, carry, run_on
 from export.runner import preprocess_image
 from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
 
@@ -52,6 +53,21 @@ _STDERR_LINES = 8
 _RESAMPLES = 2000
 _STATUS = {error.exit_code: error for error in (MissingDependency, UnavailableBackend)}
 _RUNNER = Path(__file__).with_name("runner.py")
+_MACHINE = Path(__file__).with_name("machine.py")
+_PATHS = frozenset({"--model", "--graph", "--inputs", "--images", "--classes", "--preprocess"})  # the runner's
+
+
+class Finished(Protocol):
+    """How a runner ended, here or elsewhere."""
+
+    @property
+    def returncode(self) -> int: ...
+
+    @property
+    def stdout(self) -> str: ...
+
+    @property
+    def stderr(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -72,17 +88,22 @@ def profile(
     seconds: float = 1.0,
     threads: int | None = None,
     device: str = "cpu",
+    on: Device | None = None,
+    engines: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Profile:
     """Latencies at batch 1 with inputs resident, throughput, memory, size and a grade, of one model.
+
+    `on` and `device` as `profile_together`.  `engines` are the TensorRT engines of a kit, built where it is measured.
 
     Raises:
         ArtifactError: the folder lacks a file.
         ClipkdError: a runner crashed, hung, or could not run the graph.
         UnavailableBackend, MissingDependency: the device is not there, the runtime not installed.
     """
+    settings: dict[str, Any] = {"processes": processes, "seconds": seconds, "threads": threads, "device": device}
     (found,) = profile_together(
-        [folder], processes=processes, seconds=seconds, threads=threads, device=device, on_progress=on_progress
+        [folder], **settings, on=on, engines={folder: engines} if engines else {}, on_progress=on_progress
     )
     if isinstance(found, ClipkdError):
         raise found
@@ -96,6 +117,8 @@ def profile_together(
     seconds: float = 1.0,
     threads: int | None = None,
     device: str = "cpu",
+    on: Device | None = None,
+    engines: Mapping[Path, Path] = MappingProxyType({}),
     spin_ms: Sequence[float] = (),
     on_progress: Progress | None = None,
 ) -> list[Profile | ClipkdError]:
@@ -111,13 +134,14 @@ def profile_together(
 
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
     SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
-    runs them.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
+    runs them.  `on` is a machine reached by ssh, and `device` one of its; None is this machine.  `engines` are those of
+    TensorRT kits.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
-    machine = describe_machine()
+    run = _run if on is None else partial(runner_on, on)
+    machine, others = (describe_machine(), other_cpu_share(_LOOK_AROUND_S)) if on is None else _look_at(on)
     threads = threads or machine["usable_cores"]
-    others = _other_cpu_share(_LOOK_AROUND_S)
     next(others)  # starts watching; meanwhile the inputs are made
     results: list[dict[str, list[dict[str, Any]]]] = [{"image": [], "text": []} for _ in folders]
     failures: dict[int, ClipkdError] = {}
@@ -125,7 +149,9 @@ def profile_together(
         commands: dict[tuple[int, str], list[str]] = {}
         for place, folder in enumerate(folders):
             try:
-                staged = _stage(folder, Path(scratch) / str(place), seconds / processes, threads, device)
+                staged = _stage(
+                    folder, Path(scratch) / str(place), seconds / processes, threads, device, engines.get(folder)
+                )
             except ClipkdError as error:
                 failures[place] = error
                 continue
@@ -138,21 +164,29 @@ def profile_together(
             for place, tower in order:
                 if place not in failures:
                     try:
-                        results[place][tower].append(_run(folders[place], tower, commands[place, tower]))
+                        results[place][tower].append(run(folders[place], tower, commands[place, tower]))
                     except ClipkdError as error:
                         failures[place] = error
                 done += 1
                 if on_progress is not None:
                     on_progress("timing", done, processes * len(commands))
     flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
+    name = device if on is None else on.name
     return [
-        failures.get(place) or _profile_of(folder, results[place], machine, threads, device, flags)
+        failures.get(place)
+        or _profile_of(tower_files(folder, engines.get(folder)), results[place], machine, threads, name, flags)
         for place, folder in enumerate(folders)
     ]
 
 
+def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
+    """What is opened of each tower."""
+    where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
+    return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
+
+
 def _profile_of(
-    folder: Path,
+    files: Mapping[str, Path],
     results: dict[str, list[dict[str, Any]]],
     machine: dict[str, Any],
     threads: int,
@@ -164,7 +198,7 @@ def _profile_of(
     whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # none of a model without classes
     document = {
         "device": device,
-        "machine": machine | results["image"][0]["versions"],
+        "machine": {key: machine[key] for key in machine if key != "to_lock_clocks"} | results["image"][0]["versions"],
         "threads": threads,
         "batch": 1,
         "image": image | {"images_per_s": max(sweep.values())},
@@ -177,8 +211,8 @@ def _profile_of(
         "images_per_s": max(sweep.values()),
         "sweep": sweep,
         "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
-        "size_bytes": sum((folder / name).stat().st_size for name in ("image.onnx", "text.onnx")),
-        "to_lock_clocks": [] if machine["clocks_locked"] else _clock_commands(),
+        "size_bytes": sum(path.stat().st_size for path in files.values()),
+        "to_lock_clocks": [] if machine["clocks_locked"] else machine["to_lock_clocks"],
         **grade(list(results.values()), machine, flags),
     }
     samples: dict[str, NDArray[np.float32]] = {}
@@ -249,19 +283,9 @@ def _rates(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     return rates
 
 
-def _clock_commands() -> list[str]:
-    """What would hold this machine's clocks still, for the user to run."""
-    commands = []
-    if _read(f"{_CPUS}/cpu0/cpufreq/scaling_governor") is not None:
-        commands.append("sudo cpupower frequency-set --governor performance")
-    if _read(f"{_CPUS}/intel_pstate/no_turbo") is not None:
-        commands.append(f"echo 1 | sudo tee {_CPUS}/intel_pstate/no_turbo")
-    elif _read(f"{_CPUS}/cpufreq/boost") is not None:
-        commands.append(f"echo 0 | sudo tee {_CPUS}/cpufreq/boost")
-    return commands
-
-
-def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: str) -> dict[str, list[str]]:
+def _stage(
+    folder: Path, scratch: Path, seconds: float, threads: int, device: str, engines: Path | None
+) -> dict[str, list[str]]:
     """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
     for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
         if not (folder / name).is_file():
@@ -281,14 +305,21 @@ def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: st
         picture.save(encoded, "JPEG", quality=95)
         (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
     shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
-    shared += [*_runtime(folder), "--device", device, "--batches", ",".join(map(str, _SWEEP))]
+    shared += [
+        *(runtime_words(folder) if engines is None else ()),
+        "--device",
+        device,
+        "--batches",
+        ",".join(map(str, _SWEEP)),
+    ]
     whole_path = ["--images", str(scratch / "images"), "--classes", str(folder / "classes.npz")]
     whole_path += ["--preprocess", str(folder / "preprocess.json")]
     with np.load(folder / "classes.npz") as classes:
         has_classes = len(classes["names"]) > 0  # a headline set of captions has none
 
     def arguments(tower: str, input_name: str, dtype: str, shape: tuple[int, ...]) -> list[str]:
-        graph = ["--model", str(folder / f"{tower}.onnx"), "--input", input_name, "--dtype", dtype]
+        graph = ["--model", str(tower_files(folder, engines)[tower]), "--input", input_name, "--dtype", dtype]
+        graph += ["--graph", str(folder / f"{tower}.onnx")] if engines is not None else []
         query = ["--shape", ",".join(map(str, (1, *shape))), *shared, "--inputs", str(scratch / f"{tower}.npy")]
         return graph + query
 
@@ -298,7 +329,7 @@ def _stage(folder: Path, scratch: Path, seconds: float, threads: int, device: st
     }
 
 
-def _runtime(folder: Path) -> list[str]:
+def runtime_words(folder: Path) -> list[str]:
     """The runner's arguments that say how the manifest would have the graphs opened."""
     manifest = folder / "manifest.json"
     summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
@@ -314,6 +345,56 @@ def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr or b""
         raise _failure(folder, tower, f"took longer than {_TIMEOUT_S:g} s", stderr, command) from None
+    return _document(folder, tower, done, command)
+
+
+def runner_on(
+    device: Device, folder: Path, tower: str, arguments: list[str], *, once: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """The document of the runner on a device, to which the files that its arguments name are copied.
+
+    Raises:
+        ClipkdError: it crashed, hung, or failed; and as `export.remote.run_on`.
+        MissingDependency: the device lacks numpy or the runtime.
+    """
+    named = [Path(word) if before in _PATHS else word for before, word in itertools.pairwise(["", *arguments])]
+    files, words = carry(named)
+    try:
+        done = run_on(device, {**files, _RUNNER.name: _RUNNER}, _RUNNER.name, words, timeout_s=_TIMEOUT_S, once=once)
+    except TimedOut as error:
+        raise ClipkdError(f"{folder / tower}.onnx: on {error}") from None
+    if done.returncode > 0 and "No module named" in done.stderr:
+        last = done.stderr.strip().splitlines()[-1]
+        runtime = arguments[arguments.index("--runtime") + 1] if "--runtime" in arguments else "onnxruntime"
+        raise MissingDependency(
+            f"{device.name}: {last.removeprefix('ModuleNotFoundError: ')}. Install it there: "
+            + by_hand(device, device.python, "-m", "pip", "install", "numpy", runtime, "pillow")
+        )
+    return _document(folder, tower, done, [sys.executable, str(_RUNNER), *arguments])
+
+
+def _look_at(device: Device) -> tuple[dict[str, Any], Iterator[float | None]]:
+    """A device's machine, and, as `other_cpu_share`, the share of its CPU time that other programs take."""
+    document = _describe(device, _LOOK_AROUND_S)
+    return document["machine"], iter([None, document["other_cpu_share"]])
+
+
+def describe_device(device: Device) -> dict[str, Any]:
+    """What of a device reached by ssh stays the same from one measurement to the next."""
+    machine = _describe(device, 0.0)["machine"]
+    return {"destination": device.destination, **{key: machine[key] for key in ("name", "architecture", "cpu_quota")}}
+
+
+def _describe(device: Device, watch_seconds: float) -> dict[str, Any]:
+    words = ["--watch-seconds", f"{watch_seconds:g}"]
+    done = run_on(device, {_MACHINE.name: _MACHINE}, _MACHINE.name, words, timeout_s=_TIMEOUT_S)
+    if done.returncode:
+        raise ClipkdError(f"{device.name}: it could not be described:\n{done.stderr}")
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> dict[str, Any]:
     if done.returncode in _STATUS:
         raise _STATUS[done.returncode](f"{folder / tower}.onnx: {done.stderr.strip()}")
     if done.returncode < 0:
@@ -334,109 +415,3 @@ def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: 
         + "\n".join(f"  {line}" for line in lines)
         + f"\nSee for yourself: {by_hand}"
     )
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a latency depends on and cannot be seen in it; unreadable values are None."""
-    cpu, affinity = _cpu_model(), sorted(_affinity())
-    cores = {_topology(index) for index in affinity}
-    quota = _cpu_quota()
-    usable = max(1, min(len(cores), math.ceil(quota) if quota else len(cores)))
-    governors = {_read(f"{_CPUS}/cpu{index}/cpufreq/scaling_governor") for index in affinity}
-    return {
-        "name": f"{cpu}, {usable} cores",
-        "cpu": cpu,
-        "architecture": platform.machine(),
-        "cores": len(cores),
-        "logical_cores": len(affinity),
-        "cpu_quota": quota,
-        "usable_cores": usable,
-        "isa": _isa(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "governor": next(iter(governors)) if len(governors) == 1 else "mixed",
-        "clocks_locked": all(_is_clock_locked(index) for index in affinity),
-        "os": f"{platform.system()} {platform.release()}",
-    }
-
-
-_CPUS = "/sys/devices/system/cpu"
-
-
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))  # macOS
-
-
-def _topology(index: int) -> tuple[str, str]:
-    """A key that two hardware threads of one core share."""
-    topology = f"{_CPUS}/cpu{index}/topology"
-    return _read(f"{topology}/physical_package_id") or "0", _read(f"{topology}/core_id") or str(index)
-
-
-def _is_clock_locked(index: int) -> bool:
-    frequency = f"{_CPUS}/cpu{index}/cpufreq"
-    least, greatest = _read(f"{frequency}/scaling_min_freq"), _read(f"{frequency}/scaling_max_freq")
-    has_no_turbo = _read(f"{_CPUS}/intel_pstate/no_turbo") == "1" or _read(f"{_CPUS}/cpufreq/boost") == "0"
-    is_performance = _read(f"{frequency}/scaling_governor") == "performance"
-    return (least is not None and least == greatest) or (is_performance and has_no_turbo)
-
-
-def _cpu_quota() -> float | None:
-    """Cores that a container may use (cgroup v2), None where there is no limit."""
-    quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def _cpu_model() -> str:
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "Hardware"):
-            return value.strip()
-    return _read("/proc/device-tree/model") or platform.processor() or platform.machine()
-
-
-_ISA = (
-    *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
-    *("neon", "asimd", "asimddp", "i8mm", "bf16", "sve"),
-)
-
-
-def _isa() -> list[str]:
-    """The instruction sets that decide how fast a CPU multiplies matrices in each precision."""
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            present = set(value.split())
-            return [name for name in _ISA if name in present]
-    return []
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return None
-
-
-def _other_cpu_share(duration_s: float) -> Iterator[float | None]:
-    """First None at once, then, `duration_s` after that, the share of the machine's CPU time that others took."""
-    before, started = _other_cpu_seconds(), time.monotonic()
-    yield None
-    time.sleep(max(0.0, started + duration_s - time.monotonic()))
-    after = _other_cpu_seconds()
-    if before is None or after is None:
-        yield None
-        return
-    yield max(0.0, after - before) / ((time.monotonic() - started) * (os.cpu_count() or 1))
-
-
-def _other_cpu_seconds() -> float | None:
-    """CPU time spent on the machine since it started, but not by this process; None where /proc/stat is missing."""
-    line = (_read("/proc/stat") or "").partition("\n")[0].split()
-    if not line:
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line[1:9])
-    own = os.times()
-    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - own.user - own.system - own.children_user - own.children_system

@@ -13,12 +13,18 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from export.devices import Device
 from export.parity import check_parity
-from export.runner import onnxruntime_options
-from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, open_exported, open_tower
+from export.profile import runner_on, runtime_words, tower_files
+from export.runner import Graph, onnxruntime_options
+from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, ExportedEncoders, open_exported, open_tower
 from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
 
 _CHILD = "from export.proof import answer; answer()"
@@ -65,6 +71,40 @@ def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu") ->
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
     return answer
+
+
+def encoders_on(
+    device: Device, folder: Path, *, precision: str | None = None, engines: Path | None = None
+) -> ExportedEncoders:
+    """An exported folder's encoders, whose graphs, or a kit's engines, run on a device reached by ssh.
+
+    Pictures are preprocessed and texts tokenized here, and each call that encodes is a run of `runner.py` there.
+
+    Raises:
+        ClipkdError: when they encode: as `profile.runner_on`.
+    """
+    files = tower_files(folder, engines)
+
+    def tower(name: str, input_name: str, shapes: dict[str, list[Any]]) -> Graph:
+        def run(inputs: NDArray[Any]) -> NDArray[np.float32]:
+            with tempfile.TemporaryDirectory(prefix="clipkd-encode-") as scratch:
+                path = Path(scratch) / "inputs.npy"
+                np.save(path, inputs)
+                shape = ",".join(map(str, (1, *inputs.shape[1:])))
+                words = ["--model", str(files[name]), "--input", input_name, "--dtype", str(inputs.dtype)]
+                words += ["--shape", shape, "--threads", "0", "--inputs", str(path), "--encode"]
+                words += runtime_words(folder) if engines is None else ["--graph", str(folder / f"{name}.onnx")]
+                document = runner_on(device, folder, name, words, once=[path])
+                return np.array(document["features"], np.float32)
+
+        return Graph(shapes, run, None, "")
+
+    here = open_exported(folder, runtime="onnxruntime", precision=precision)
+    return replace(
+        here,
+        _image=tower("image", IMAGE_INPUT, here._image.input_shapes),
+        _text=None if here._text is None else tower("text", TEXT_INPUT, here._text.input_shapes),
+    )
 
 
 def answer() -> None:

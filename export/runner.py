@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _NUM_DISTINCT = 64  # inputs, when none are given
 _WINDOWS = 3  # successive medians that must agree for a warm-up to end
 _AGREEMENT = 0.05  # between the least and the greatest of them
+_ENCODE_BATCH = 8
 _SWEEP_LIMIT = 5  # a larger batch that would outlast the measurement this many times is left out
 
 
@@ -78,6 +79,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--min-seconds", type=float, default=1.0, help="to measure, after the warm-up")
     parser.add_argument("--max-warm-up", type=float, default=10.0, help="seconds after which an unsteady warm-up ends")
     parser.add_argument("--inputs", type=Path, help="a .npy of [N, ...] real inputs; random numbers otherwise")
+    parser.add_argument("--encode", action="store_true", help="time nothing: print the features of all the inputs")
     parser.add_argument("--batches", type=_shape, default=[], help="also time these batch sizes, for example 8,32")
     parser.add_argument("--images", type=Path, help="a folder of image files: also time the whole path")
     parser.add_argument("--classes", type=Path, help="classes.npz, for --images")
@@ -112,6 +114,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     run = _spinning(graph.run, options.spin_ms) if options.spin_ms else graph.run
     if list(graph.input_shapes) != [options.input]:
         raise SystemExit(f"{options.model}: expected the one input {options.input}, got {list(graph.input_shapes)}")
+    if options.encode:
+        rows = np.concatenate(_queries(options, options.shape[0]))
+        starts = range(0, len(rows), _ENCODE_BATCH)
+        return {"features": np.concatenate([run(rows[start : start + _ENCODE_BATCH]) for start in starts]).tolist()}
     single = _queries(options, options.shape[0])
 
     start_ns = time.perf_counter_ns()

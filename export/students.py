@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from export.profile import describe_machine, grade, summarise
+from export.machine import describe_machine
+from export.profile import grade, summarise
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.glyphs import user_cache_folder
 from toolchain.report import pareto_front

@@ -18,6 +18,8 @@ MODULES = [
 OURS = {"clipkd", "export", "toolchain"}
 MAY_IMPORT = {"clipkd.py": {"export", "toolchain"}, "export": {"export", "toolchain"}, "toolchain": {"toolchain"}}
 
+PROGRAMS = ("runner", "machine", "probes", "agent", "build_engine")  # of their own, on devices that have no clipkd
+
 TORCH_FREE = [
     "toolchain.stages",
     "toolchain.training_stages",
@@ -48,6 +50,12 @@ TORCH_FREE = [
     "export.to_tensorrt",
     "export.classes",
     "export.model_card",
+    "export.machine",
+    "export.probes",
+    "export.agent",
+    "export.devices",
+    "export.remote",
+    "export.doctor",
     "clipkd",
 ]
 FORBIDDEN = ["torch", "torchvision", "open_clip", "timm", "transformers", "nncf", "onnx", "onnxscript", "safetensors"]
@@ -102,7 +110,7 @@ def test_only_the_command_line_parses_prints_and_exits(path: Path) -> None:
     tree = tree_of(path)
     imported = {name.partition(".")[0] for name in imports(tree)}
     assert imported & {"typer", "click", "rich"} == set()
-    if path.stem in ("runner", "build_engine"):  # programs of their own: they run on devices that have no clipkd
+    if path.stem in PROGRAMS:
         return
     assert "argparse" not in imported
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -121,6 +129,18 @@ def test_the_runner_stands_alone() -> None:
     third_party = {"numpy", "onnxruntime", "tensorrt", "cuda", "PIL", "tokenizers"}
     assert everywhere - set(sys.stdlib_module_names) <= third_party
     assert top - set(sys.stdlib_module_names) <= {"numpy"}, "a device without Pillow can still time graphs"
+
+
+@pytest.mark.parametrize("name", ["agent", "machine", "probes"])
+def test_what_devices_run_needs_the_standard_library_alone(name: str) -> None:
+    tree = tree_of(REPOSITORY / "export" / f"{name}.py")
+    top = {module.partition(".")[0] for node in tree.body for module in _imports_of(node)}
+    assert top <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_devices_run_is_of_python_3_8(name: str) -> None:
+    ast.parse((REPOSITORY / "export" / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 def _imports_of(node: ast.stmt) -> Iterator[str]:

@@ -12,12 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from export import machine as machine_module
 from export import profile as profile_module
+from export.machine import describe_machine
 from export.profile import (
     MIN_SAMPLES_P90,
     MIN_SAMPLES_P99,
     bootstrap_interval,
-    describe_machine,
     profile,
     profile_together,
     summarise,
@@ -84,7 +85,7 @@ def folder(tmp_path):
 def quiet_machine(monkeypatch):
     """A machine on which nothing else runs, for tests that are not about that."""
     monkeypatch.setattr(profile_module, "_LOOK_AROUND_S", 0.0)
-    monkeypatch.setattr(profile_module, "_other_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr(machine_module, "_other_cpu_seconds", lambda: 0.0)
 
 
 @pytest.mark.usefixtures("quiet_machine")
@@ -167,7 +168,7 @@ def test_flags_and_grade(folder, monkeypatch, medians, others, locked, grade, fl
     machine = describe_machine() | {"clocks_locked": locked}
     monkeypatch.setattr(profile_module, "_run", run)
     monkeypatch.setattr(profile_module, "describe_machine", lambda: machine)
-    monkeypatch.setattr(profile_module, "_other_cpu_share", lambda duration_s: iter([None, others]))
+    monkeypatch.setattr(profile_module, "other_cpu_share", lambda duration_s: iter([None, others]))
     result = profile(folder, processes=len(medians)).document
     assert (result["grade"], result["flags"]) == (grade, flags)
     assert order == ["image", "text", "text", "image", "image", "text"][: 2 * len(medians)]
@@ -268,21 +269,21 @@ def test_senseless_requests_are_refused(folder):
 def test_other_programs_are_noticed_and_this_one_is_not(monkeypatch):
     """/proc/stat counts everybody; what this process and its children used is taken off."""
     seconds = iter([100.0, 101.0])
-    monkeypatch.setattr(profile_module, "_other_cpu_seconds", lambda: next(seconds))
+    monkeypatch.setattr(machine_module, "_other_cpu_seconds", lambda: next(seconds))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    share = profile_module._other_cpu_share(0.2)
+    share = machine_module.other_cpu_share(0.2)
     assert next(share) is None
     assert next(share) == pytest.approx(1.0 / (0.2 * 4), rel=0.5)  # sleeping takes at least as long as asked for
 
 
 def test_own_work_does_not_count_as_others(monkeypatch):
     ticks = os.sysconf("SC_CLK_TCK")
-    monkeypatch.setattr(profile_module, "_read", lambda path: f"cpu {90 * ticks} 0 {10 * ticks} 500 0 0 0 0 0 0\ncpu0")
+    monkeypatch.setattr(machine_module, "_read", lambda path: f"cpu {90 * ticks} 0 {10 * ticks} 500 0 0 0 0 0 0\ncpu0")
     own = os.times()
     expected = 100 - own.user - own.system - own.children_user - own.children_system
-    assert profile_module._other_cpu_seconds() == pytest.approx(expected, abs=1.0)
-    monkeypatch.setattr(profile_module, "_read", lambda path: None)
-    assert profile_module._other_cpu_seconds() is None
+    assert machine_module._other_cpu_seconds() == pytest.approx(expected, abs=1.0)
+    monkeypatch.setattr(machine_module, "_read", lambda path: None)
+    assert machine_module._other_cpu_seconds() is None
 
 
 @pytest.mark.parametrize(
@@ -297,8 +298,8 @@ def test_own_work_does_not_count_as_others(monkeypatch):
     ],
 )
 def test_clocks_count_as_locked_only_when_they_cannot_move(monkeypatch, files, locked):
-    monkeypatch.setattr(profile_module, "_read", lambda path: files.get(path.removeprefix("/sys/devices/system/cpu/")))
-    assert profile_module._is_clock_locked(0) is locked
+    monkeypatch.setattr(machine_module, "_read", lambda path: files.get(path.removeprefix("/sys/devices/system/cpu/")))
+    assert machine_module._is_clock_locked(0) is locked
 
 
 def test_the_runner_runs_alone_and_prints_one_document(folder, tmp_path):
