@@ -6,6 +6,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_report import MODELS, edit, make_run, write_json
 
@@ -320,6 +321,33 @@ def test_a_front_without_a_row_left_is_hidden(visit, tmp_path):
     page.locator("select[data-field=device]").select_option("orin")
     assert page.locator("figure:visible .plot[id^=front]").count() == 1
     assert page.locator("table.models tbody tr:visible").count() == len(MODELS)
+
+
+@pytest.mark.browser
+def test_stages_and_histograms_are_drawn_where_they_were_kept(visit, run):
+    random = np.random.default_rng(0)
+    for folder in run.glob("measured/*/cpu"):
+        stages_ms = {"decode": 0.1, "preprocess": 0.2, "image_tower": 0.3, "match": 0.01}
+        edit(folder / "profile.json", e2e_stages_ms=stages_ms)
+        np.savez(folder / "samples.npz", image_ms=random.gamma(4, 0.2, 500).astype(np.float32))
+    write_report([run], run)
+    visited = visit(run / "report.html")
+    page = visited.page
+    cells = page.locator("table.stages tbody tr").first.locator("td").all_text_contents()
+    assert cells[:4] == ["0.1", "0.2", "0.3", "0.01"]
+    assert page.locator("#histogram-0 .scatterlayer .js-line").count() == len(MODELS)
+    page.locator("select[data-field=precision]").select_option("int8")
+    assert page.locator("#histogram-0 .scatterlayer .js-line").count() == 1
+    assert page.locator("table.stages tbody tr:visible").count() == 1
+    assert visited.said == []
+
+
+def test_a_histogram_counts_every_latency_that_is_not_an_outlier(run):
+    (folder,) = run.glob("measured/student-onnxruntime-int8/cpu")
+    np.savez(folder / "samples.npz", image_ms=np.full(1000, 0.48, np.float32))
+    (histogram,) = json.loads(Page(render_page([run], collect([run]), title=run.name)).scripts[0])["histograms"]
+    assert [row["name"] for row in histogram["rows"]] == ["student int8"]
+    assert sum(histogram["rows"][0]["share"]) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.browser

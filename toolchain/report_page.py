@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from plotly.offline import get_plotlyjs
 
 from toolchain.errors import ArtifactError
@@ -42,6 +43,7 @@ def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> 
     curves = {name: read_curve(log) for name, log in logs.items() if log.exists()}
     data = {
         "fronts": [_front(group) for group in groups],
+        "histograms": [histogram for group in groups if (histogram := _histogram(group))],
         "curves": [{"stage": stage, **curve} for stage, curve in curves.items() if curve["step"]],
     }
     body = [
@@ -50,6 +52,7 @@ def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> 
         _filters_section(rows),
         _front_section(groups),
         f"<section><h2>Every model</h2>{_models_table(rows)}<p class=note>{escape(READING)}</p></section>",
+        _latency_section(rows, data["histograms"]),
         _sets_section(rows),
         _curves_section(data["curves"]),
         _provenance_section(runs, rows),
@@ -270,6 +273,76 @@ def _table(
         body.append(f"<tr{mark}>{''.join(texts)}</tr>")
     table = f"<table class={name}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f"<div class=scroll tabindex=0 role=region aria-label={name}>{table}</div>"
+
+
+_STAGES = ("decode", "preprocess", "image_tower", "match")
+
+
+def _latency_section(rows: Sequence[Row], histograms: Sequence[Any]) -> str:
+    """Where the time from a picture's bytes to its label goes, and how single latencies are spread."""
+    cells, marks = [], []
+    for row in rows:
+        stages_ms = _profile_of(row).get("e2e_stages_ms") or {}
+        if stages_ms:
+            values = [stages_ms.get(stage) for stage in _STAGES] + [row["e2e_p50_ms"]]
+            cells.append([str(row["name"]), *("-" if ms is None else f"{ms:.3g}" for ms in values)])
+            marks.append(_filter_data(row))
+    parts = []
+    if cells:
+        headers = ["name", *(f"{stage.replace('_', ' ')} ms" for stage in _STAGES), "bytes to label ms"]
+        keys: list[list[float | str | None]] = [[row[0], *map(_leading_number, row[1:])] for row in cells]
+        numeric = [place > 0 for place in range(len(headers))]
+        parts.append(_table(headers, cells, keys, numeric, marks, "stages"))
+    parts += [
+        f"<figure><figcaption>latencies of single queries of the image tower, {escape(histogram['title'])}</figcaption>"
+        f"<div class='plot small' id=histogram-{place} role=img aria-label='Histogram of latencies'></div></figure>"
+        for place, histogram in enumerate(histograms)
+    ]
+    if not parts:
+        return ""
+    note = "<p class=note>Medians at batch 1: of a JPEG's bytes to its label, and of its stages.</p>"
+    return f"<section><h2>Where the time goes</h2>{''.join(parts)}{note}</section>"
+
+
+def _histogram(group: Sequence[Row]) -> dict[str, Any] | None:
+    """Shares of the latencies that were measured, in bins that all rows of a front have in common."""
+    samples_ms = {str(row["name"]): found for row in group if (found := _samples_ms(row)) is not None}
+    if not samples_ms:
+        return None
+    pooled = np.concatenate(list(samples_ms.values()))
+    low, high = np.percentile(pooled, (0.1, 99))
+    edges = np.geomspace(max(low, 1e-6), max(high, low * 1.001), _BINS + 1)
+    colors = {str(row["name"]): ROLE_COLORS.get(row["role"], "#888888") for row in group}
+    return {
+        "title": group_title(group),
+        "edges": [float(f"{edge:.5g}") for edge in edges],
+        "rows": [
+            {"name": name, "color": colors[name], "share": (np.histogram(ms, edges)[0] / len(ms)).round(5).tolist()}
+            for name, ms in samples_ms.items()
+        ],
+    }
+
+
+_BINS = 60
+
+
+def _measured(row: Row) -> Path | None:
+    return None if row["run"] is None else Path(row["run"]) / "measured" / row["model"] / str(row["device"])
+
+
+def _profile_of(row: Row) -> dict[str, Any]:
+    folder = _measured(row)
+    return read_json(folder / "profile.json") if folder and (folder / "profile.json").exists() else {}
+
+
+def _samples_ms(row: Row) -> Any:
+    """Every latency of the image tower that was kept, [n] in milliseconds; None where none was."""
+    folder = _measured(row)
+    if folder is None or not (folder / "samples.npz").exists():
+        return None
+    with np.load(folder / "samples.npz", allow_pickle=False) as saved:
+        found = saved.get("image_ms")
+    return found if found is not None and len(found) else None
 
 
 def _curves_section(curves: Sequence[dict[str, Any]]) -> str:
@@ -519,6 +592,22 @@ function placeLabels(plot) {
     Plotly.restyle(plot, {textposition: chosen}, points.map((_, i) => i + 1));
 }
 
+function drawHistogram(histogram, place) {
+  const shown = histogram.rows.filter(row => {
+    const point = data.fronts.flatMap(front => front.points).find(point => point.name === row.name);
+    return !point || isShown(field => point[field]);
+  });
+  const plot = document.getElementById("histogram-" + place);
+  plot.parentElement.hidden = shown.length === 0;
+  if (plot.parentElement.hidden) return;
+  const traces = shown.map((row, i) => ({x: histogram.edges, y: [...row.share.map(share => 100 * share), 0],
+    name: text(row.name), mode: "lines", line: {color: row.color, width: 1.5, shape: "hv",
+      dash: ["solid", "dash", "dot", "dashdot"][i % 4]}, hovertemplate: "%{x:.3g} ms: %{y:.1f} %"}));
+  Plotly.react(plot, traces, layout(axis("ms", {type: "log"}), axis("% of queries", {rangemode: "tozero"}),
+    {showlegend: true, legend: {orientation: "h", y: 1.02, yanchor: "bottom"}, hovermode: "closest",
+      margin: {l: 40, r: 12, t: 36, b: 44}}), settings);
+}
+
 function drawLoss(curve, place) {
   const line = (name, y, style) => ({x: curve.step, y, name: text(name), mode: "lines", line: style,
     hovertemplate: "%{y:.4g}"});
@@ -541,6 +630,7 @@ function drawSpeed() {
 
 function draw() {
   data.fronts.forEach(drawFront);
+  data.histograms.forEach(drawHistogram);
   data.curves.forEach(drawLoss);
   if (data.curves.length) drawSpeed();
 }
@@ -549,6 +639,7 @@ function filter() {
   for (const row of document.querySelectorAll("table:not(.plain) tbody tr"))
     row.hidden = !isShown(field => row.dataset[field]);
   data.fronts.forEach(drawFront);
+  data.histograms.forEach(drawHistogram);
 }
 
 function sortBy(table, column) {
