@@ -214,7 +214,7 @@ def ours(
         with clock("teacher"):
             sample_B = np.arange(index * len(pixels), (index + 1) * len(pixels))
             features = cache.features(sample_B, np.zeros_like(sample_B), 0) if cache else None
-            fed = Fed(pixels, ids_BL, pixels, ids_BL, [], sample_B, 0, features)
+            fed = Fed(pixels, ids_BL, pixels, ids_BL, [], sample_B, 0, teacher_features=features)
             taught = guide.of(fed)
         with clock("student and losses"):
             done = _forward(trained, trained, student, fed, taught, spec, ALONE, 0, index)
