@@ -35,6 +35,7 @@ from toolchain.stages import run_stage
 def work(folder):
     (folder / "checkpoint").write_text("half")
     (folder / "weights.partial").write_text("torn")
+    (folder / ".tmpAb3x_Z").write_text("torn")  # as safetensors names what it is writing
     print("working", flush=True)
     time.sleep(60)
 

@@ -37,6 +37,9 @@ SCRATCH = ".scratch"
 # How a stage went, with times: recorded, but nothing depends on it.
 _LOGS = frozenset({MANIFEST, "train.jsonl", "tensorboard"})
 _KEY, _LOCK = "key", "lock"
+_TORN = ("*.partial", ".tmp??????")
+"""Files that an earlier, killed attempt was writing: under our own name for such, and under that of safetensors."""
+
 _FULL_BYTES = 1 << 20
 _PACKAGES = ("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
 
@@ -116,8 +119,9 @@ def run_stage(
                 (partial / _KEY).write_text(key)
             started, started_at = time.monotonic(), datetime.now(timezone.utc)
             summary = work(partial)
-            for torn in partial.rglob("*.partial"):  # a file that an earlier, killed attempt was replacing
-                torn.unlink()
+            for pattern in _TORN:
+                for torn in partial.rglob(pattern):
+                    torn.unlink()
             files = _hashes(partial)
             manifest = {
                 "format": _FORMAT,
