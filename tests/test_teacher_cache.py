@@ -231,6 +231,28 @@ def test_distill_reuses_what_cache_made(
     assert "00000.safetensors: damaged since clipkd wrote it" in ended.err
 
 
+def test_further_teachers_have_a_cache_each_from_their_own_weights(
+    clipkd: Callable[..., Ended],
+    tiny_recipe: Callable[..., Path],
+    teacher_folder: Path,
+    wide_teacher: Path,
+    tmp_path: Path,
+) -> None:
+    also = [{"model": str(teacher_folder)}, {"model": str(wide_teacher)}]
+    distill = {"steps": 3, "batch_size": BATCH_SIZE, "lr": 1e-3, "warmup": 0, "teacher_cache": {"also": also}}
+    ended = clipkd("cache", tiny_recipe(distill=distill), "--out", tmp_path / "run", "--json")
+    assert ended.code == 0, ended.err
+    assert list(json.loads(ended.out)) == [f"teacher-cache/teacher{end}" for end in ("", "-2", "-3")]
+    first, same, other = (files(tmp_path / "run" / "teacher-cache" / f"teacher{end}") for end in ("", "-2", "-3"))
+    assert same == first, "the same weights, and none drawn from the seed"
+    assert other["00000.safetensors"] != first["00000.safetensors"]
+    assert clipkd("verify", tmp_path / "run").code == 0
+    distill["teacher_cache"] = {"also": [{"recipe": "glyphs_teacher"}]}
+    ended = clipkd("cache", tiny_recipe(distill=distill), "--out", tmp_path / "run")
+    assert ended.code == 2
+    assert "name its run as model" in ended.err
+
+
 def test_a_cache_needs_a_number_of_views(clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path]) -> None:
     data = {"kind": "webdataset", "shards": ["x.tar"]}
     distill = {"steps": 3, "batch_size": BATCH_SIZE, "lr": 1e-3, "warmup": 0, "teacher_cache": {}}

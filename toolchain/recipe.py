@@ -287,8 +287,14 @@ class TeacherCacheSpec(_Section):
     """A cache that another run made of the same data and teacher: runs/OTHER/teacher-cache/teacher.
     Absent: this run's own, made if it is not there.  Relative to the folder clipkd runs in."""
 
-    also: tuple[ModelSpec, ...] = ()
+    also: tuple[TeacherSpec, ...] = ()
     """Further teachers that `clipkd cache` stores the features of, for other recipes."""
+
+    @model_validator(mode="after")
+    def _further_teachers_are_there(self) -> "TeacherCacheSpec":
+        if any(spec.recipe is not None for spec in self.also):
+            raise ValueError("also: a teacher that a recipe trains is trained by that recipe; name its run as model")
+        return self
 
 
 class DistillSpec(_Section):
