@@ -439,7 +439,7 @@ def test_a_batch_says_which_of_its_captions_each_sample_shows(data: ShardBatches
 
 def test_only_the_rows_asked_for_are_read(data: ShardBatches, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr(module, "cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)])
+    monkeypatch.setattr("toolchain.data.cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)])
     data.batch(2, slice(3, 6), [SMALL])
     assert len(read) == 3
 

@@ -4,7 +4,7 @@ N samples   B batch   K characters   H image size
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -17,10 +17,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from toolchain.damage import Damage as Damage
-from toolchain.damage import LeftOut
+from toolchain.damage import LeftOut, UnusableError, described, sentences
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.glyphs import TEMPLATES, TrainingSet, clean_images
-from toolchain.views import draw_views, template_picks
+from toolchain.pictures import CROP_NUMBERS, cropped
+from toolchain.views import draw_views, template_picks, uniforms
 
 
 class Geometry(NamedTuple):
@@ -115,17 +116,40 @@ class Ordered(Protocol):
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch: ...
 
 
-def assembled(
-    shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]],
-    damaged: list[Damage],
+class Readable(NamedTuple):
+    """A sample of pictures on a disk, read when its turn comes; each function raises UnusableError for damage."""
+
+    place: int
+    """Among the samples asked for."""
+
+    captions: Callable[[], tuple[str, ...]]
+    picture: Callable[[], bytes]
+    where: Callable[[], str]
+    """What it is called in a message."""
+
+
+def cropped_view(
+    samples: Iterable[Readable],
     sample_B: NDArray[np.int64],
     view: int,
     geometries: Sequence[Geometry],
+    *,
+    seed: int,
+    crop_scale: tuple[float, float],
 ) -> Batch:
-    """A batch of the samples that could be shown, by their places in `sample_B`.
-
-    Each is its crops [H, H, 3], one for each geometry, the caption and which of the sample's captions that is.
-    """
+    """One view of chosen samples, the damaged left out; every geometry shows the same crop."""
+    random_BR = uniforms(seed, sample_B, view, _CAPTION + 1)
+    shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]] = {}
+    damaged: list[Damage] = []
+    for b, captions_of, picture_of, where in samples:
+        try:
+            captions = captions_of()
+            views = cropped(picture_of(), crop_scale, random_BR[b, _CROP:_CAPTION], geometries)
+        except UnusableError as error:
+            damaged.append(Damage(int(sample_B[b]), error.reason, described(where(), error)))
+            continue
+        pick = int(random_BR[b, _CAPTION] * len(captions))
+        shown[b] = views, captions[pick], pick
     rows = [shown[b] for b in sorted(shown)]
     pixels = {}
     for index, geometry in enumerate(geometries):
@@ -135,6 +159,24 @@ def assembled(
         pixels[geometry] = torch.from_numpy(pixels_B3HH)
     pick_B = np.array([pick for _, _, pick in rows], np.int64)
     return Batch(pixels, [caption for _, caption, _ in rows], sample_B[sorted(shown)], pick_B, view, tuple(damaged))
+
+
+_CROP, _CAPTION = 1, 1 + CROP_NUMBERS  # columns of `uniforms`; 0 orders samples
+
+
+def require_a_batch(
+    field: str, num_samples: int, batch_size: int, left_out: Sequence[LeftOut], *, held: str = "", more: str = "data"
+) -> None:
+    """Refuse data that has fewer samples than a batch; `field` is the recipe's, `held` says what holds them.
+
+    Raises:
+        UsageError: it has.
+    """
+    if num_samples < batch_size:
+        raise UsageError(
+            f"{field}: {num_samples:,} sample(s){held} are fewer than a batch of {batch_size:,}; "
+            f"{'; '.join(sentences(left_out)) or 'nothing was left out'}. Name more {more}, or lower distill.batch_size"
+        )
 
 
 _ATTEMPTS = 64  # batches whose samples are tried in place of a damaged one

@@ -5,21 +5,19 @@ N samples   B batch
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.damage import Damage, LeftOut, UnusableError, described, sentences
-from toolchain.data import Batch, Geometry, assembled, filled_batch
-from toolchain.errors import UsageError
+from toolchain.damage import LeftOut, UnusableError
+from toolchain.data import Batch, Geometry, Readable, cropped_view, filled_batch, require_a_batch
 from toolchain.listings import Listing, content_of, listing
-from toolchain.pictures import CROP_NUMBERS, cropped
 from toolchain.recipe import FileSpec
 from toolchain.views import uniforms
 
-_ORDER, _CROP, _CAPTION = 0, 1, 1 + CROP_NUMBERS  # columns of `uniforms`
+_ORDER = 0  # column of `uniforms`
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +37,7 @@ class FileBatches:
     num_views: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_samples < self.batch_size:
-            raise UsageError(
-                f"data: {self.num_samples:,} sample(s) are fewer than a batch of {self.batch_size:,}; "
-                f"{'; '.join(sentences(self.left_out)) or 'nothing was left out'}. "
-                "Name more data, or lower distill.batch_size"
-            )
+        require_a_batch("data", self.num_samples, self.batch_size, self.left_out)
 
     @classmethod
     def open(
@@ -95,20 +88,19 @@ class FileBatches:
         Raises:
             ClipkdError: a CSV file has changed or gone.
         """
-        random_BR = uniforms(self.seed, sample_B, view, _CAPTION + 1)
-        shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]] = {}
-        damaged: list[Damage] = []
-        for b, sample in enumerate(sample_B.tolist()):
-            try:
-                captions = self.listing.captions(sample)
-                content = content_of(self.listing.picture(sample))
-                views = cropped(content, self.crop_scale, random_BR[b, _CROP:_CAPTION], geometries)
-            except UnusableError as error:
-                damaged.append(Damage(sample, error.reason, described(self.listing.where(sample), error)))
-                continue
-            pick = int(random_BR[b, _CAPTION] * len(captions))
-            shown[b] = views, captions[pick], pick
-        return assembled(shown, damaged, sample_B, view, geometries)
+        readable = (
+            Readable(
+                b,
+                partial(self.listing.captions, sample),
+                partial(self._content, sample),
+                partial(self.listing.where, sample),
+            )
+            for b, sample in enumerate(sample_B.tolist())
+        )
+        return cropped_view(readable, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
+
+    def _content(self, sample: int) -> bytes:
+        return content_of(self.listing.picture(sample))
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """[B] the captions of chosen samples, none where they are damaged; pictures are not read.

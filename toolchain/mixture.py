@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.damage import LeftOut, sentences, together
-from toolchain.data import Batch, Geometry, filled_batch
-from toolchain.errors import UsageError
+from toolchain.damage import LeftOut, together
+from toolchain.data import Batch, Geometry, filled_batch, require_a_batch
 from toolchain.files import FileBatches
 from toolchain.recipe import MixtureSpec, WebdatasetSpec
 from toolchain.shards import ShardBatches
@@ -50,12 +49,7 @@ class MixtureBatches:
     num_views: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_samples < self.batch_size:
-            raise UsageError(
-                f"data.sources: {self.num_samples:,} sample(s) are fewer than a batch of {self.batch_size:,}; "
-                f"{'; '.join(sentences(self.left_out)) or 'nothing was left out'}. "
-                "Name more data, or lower distill.batch_size"
-            )
+        require_a_batch("data.sources", self.num_samples, self.batch_size, self.left_out)
 
     @classmethod
     def open(

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,18 +33,14 @@ from toolchain.damage import (
     NO_IMAGE,
     TOO_LARGE,
     ZERO_BYTES,
-    Damage,
     LeftOut,
     UnusableError,
-    described,
     readable,
-    sentences,
     together,
 )
-from toolchain.data import Batch, Geometry, assembled, filled_batch
-from toolchain.errors import ClipkdError, UsageError
+from toolchain.data import Batch, Geometry, Readable, cropped_view, filled_batch, require_a_batch
+from toolchain.errors import ClipkdError
 from toolchain.glyphs import user_cache_folder
-from toolchain.pictures import CROP_NUMBERS, cropped
 from toolchain.recipe import WebdatasetSpec
 from toolchain.shard_files import Member, captions_in, expand, read_members
 from toolchain.views import uniforms
@@ -53,8 +49,8 @@ WINDOW = 8
 """Shards among which samples are shuffled; a batch reads from few more than these."""
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-# Columns of `uniforms`: what each random number of a sample in an epoch is for.
-_ORDER, _CROP, _CAPTION = 0, 1, 1 + CROP_NUMBERS
+# Column of `uniforms`: orders samples within an epoch; the others are data.py's.
+_ORDER = 0
 
 _INDEX_FORMAT = 3
 _INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
@@ -96,12 +92,8 @@ class ShardBatches:
         return together(left for shard in self.shards for left in shard.left_out)
 
     def __post_init__(self) -> None:
-        if self.num_samples < self.batch_size:
-            raise UsageError(
-                f"data.shards: {self.num_samples:,} sample(s) in {len(self.shards)} shard(s) are fewer than a batch of "
-                f"{self.batch_size:,}; {'; '.join(sentences(self.left_out)) or 'nothing was left out'}. "
-                "Name more shards, or lower distill.batch_size"
-            )
+        held = f" in {len(self.shards)} shard(s)"
+        require_a_batch("data.shards", self.num_samples, self.batch_size, self.left_out, held=held, more="shards")
 
     @classmethod
     def open(
@@ -161,20 +153,13 @@ class ShardBatches:
         Raises:
             ClipkdError: a shard has changed or gone.
         """
-        random_BR = uniforms(self.seed, sample_B, view, _CAPTION + 1)
-        shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]] = {}
-        damaged: list[Damage] = []
-        for b, shard, file, pair in _as_they_lie(self.shards, sample_B):
-            try:
-                captions = captions_in(_read(file, pair, "caption"), is_json=bool(pair["is_json"]))
-                views = cropped(_read(file, pair, "image"), self.crop_scale, random_BR[b, _CROP:_CAPTION], geometries)
-            except UnusableError as error:
-                where = f"{shard.path}: {_key_at(shard.path, int(pair['image']))}"
-                damaged.append(Damage(int(sample_B[b]), error.reason, described(where, error)))
-                continue
-            pick = int(random_BR[b, _CAPTION] * len(captions))
-            shown[b] = views, captions[pick], pick
-        return assembled(shown, damaged, sample_B, view, geometries)
+        readable = (
+            Readable(
+                b, partial(_captions, file, pair), partial(_read, file, pair, "image"), partial(_named, shard, pair)
+            )
+            for b, shard, file, pair in _as_they_lie(self.shards, sample_B)
+        )
+        return cropped_view(readable, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """[B] the captions of chosen samples, none for those whose caption is damaged; their pictures are not read.
@@ -185,7 +170,7 @@ class ShardBatches:
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
         for b, _, file, pair in _as_they_lie(self.shards, sample_B):
             with contextlib.suppress(UnusableError):
-                captions_B[b] = captions_in(_read(file, pair, "caption"), is_json=bool(pair["is_json"]))
+                captions_B[b] = _captions(file, pair)
         return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
@@ -359,6 +344,14 @@ def _as_they_lie(
         with _opened(shards[s]) as file:
             for b in chosen_B[np.argsort(row_B[chosen_B])].tolist():
                 yield b, shards[s], file, pair_N[row_B[b]]
+
+
+def _captions(file: BinaryIO, pair: np.void) -> tuple[str, ...]:
+    return captions_in(_read(file, pair, "caption"), is_json=bool(pair["is_json"]))
+
+
+def _named(shard: Shard, pair: np.void) -> str:
+    return f"{shard.path}: {_key_at(shard.path, int(pair['image']))}"
 
 
 def _key_at(path: Path, offset: int) -> str:
