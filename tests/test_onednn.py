@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from toolchain import onednn
 from toolchain.onednn import on_onednn
 
 CPU = torch.device("cpu")
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch does not use MKL here")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums of some hundred products, in another order
+
+
+@pytest.fixture
+def small_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of any size run as large ones do: what is tested must not need a large one."""
+    monkeypatch.setattr(onednn, "_FEW_PRODUCTS", 0)
 
 
 def gradients(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -39,6 +46,7 @@ def kernels(call: Callable[[], object]) -> set[str]:
     return {event.key for event in profiled.key_averages()}
 
 
+@pytest.mark.usefixtures("small_too")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(64, 96), (4, 50, 96), (2, 3, 30, 96), (1, 1, 96)])
 def test_a_linear_layer_is_the_same(bias: bool, shape: tuple[int, ...]) -> None:
@@ -47,6 +55,7 @@ def test_a_linear_layer_is_the_same(bias: bool, shape: tuple[int, ...]) -> None:
     same(layer, layer, torch.randn(shape))
 
 
+@pytest.mark.usefixtures("small_too")
 def test_inputs_that_are_not_contiguous_and_empty_ones_are_the_same() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(96, 64)
@@ -62,9 +71,12 @@ def test_a_float32_linear_layer_runs_as_a_convolution_and_a_float64_one_does_not
     with torch.no_grad(), on_onednn(CPU):
         assert "aten::mkldnn_convolution" in kernels(lambda: layer(x))
         assert "aten::mkldnn_convolution" not in kernels(lambda: layer.double()(x.double()))
+        small = nn.Linear(64, 64)
+        assert "aten::mkldnn_convolution" not in kernels(lambda: small(x[:, :64])), "a small one gains nothing"
     assert "aten::mkldnn_convolution" not in kernels(lambda: layer.float()(x)), "only within"
 
 
+@pytest.mark.usefixtures("small_too")
 @pytest.mark.parametrize("masked", [None, "causal", "per head"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_self_attention_is_the_same(masked: str | None, bias: bool) -> None:
@@ -78,6 +90,7 @@ def test_self_attention_is_the_same(masked: str | None, bias: bool) -> None:
     same(attention, lambda x: attention(x, x, x, need_weights=False, attn_mask=mask)[0], torch.randn(4, 20, 64))
 
 
+@pytest.mark.usefixtures("small_too")
 def test_attention_that_asks_for_one_token_is_the_same() -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(64, 4, batch_first=True)
@@ -85,6 +98,7 @@ def test_attention_that_asks_for_one_token_is_the_same() -> None:
     same(attention, lambda x: attention(x[:, :1], x, x, need_weights=False, attn_mask=mask)[0], torch.randn(4, 20, 64))
 
 
+@pytest.mark.usefixtures("small_too")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_attention_in_other_precisions_is_near_its_own_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -100,6 +114,7 @@ def test_attention_in_other_precisions_is_near_its_own_reference(dtype: torch.dt
     assert (found.float() - reference).abs().max() < (0.02 if dtype == torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.usefixtures("small_too")
 @pytest.mark.parametrize(
     ("made", "called"),
     [
@@ -122,6 +137,7 @@ def test_attention_of_another_kind_is_left_alone(made: dict[str, object], called
     assert (weights is None) == (found_weights is None)
 
 
+@pytest.mark.usefixtures("small_too")
 def test_dropout_of_attention_is_drawn_as_torch_draws_it() -> None:
     attention = nn.MultiheadAttention(64, 4, batch_first=True, dropout=0.5)
     x = torch.randn(4, 20, 64, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _FEW_ROWS = 64  # of so few, bringing the weights into oneDNN's order costs more than it saves
+_FEW_PRODUCTS = 1 << 25  # of numbers: in so small a layer, as glyphs' are, the call costs more than it saves
 
 
 def on_onednn(device: torch.device, *, compiled: bool = False) -> AbstractContextManager[object]:
@@ -45,7 +46,8 @@ class _OneDNN(TorchFunctionMode):
 def _linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """[..., N] of [..., K], whose rows become the pixels of one channels-last picture."""
     rows = x.numel() // x.shape[-1]
-    if x.dtype != torch.float32 or rows < _FEW_ROWS:
+    is_small = rows < _FEW_ROWS or x.numel() * len(weight_NK) < _FEW_PRODUCTS
+    if x.dtype != torch.float32 or is_small:
         return F.linear(x, weight_NK, bias_N)
     picture_1KR1 = x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2)
     # Dilation changes nothing of a filter of size 1, but PyTorch asks oneDNN for it in a single thread too.
