@@ -489,12 +489,17 @@ def a_run(run: Path, exported: Path, runtime: str) -> Path:
     return run_stage(path, kind="export", version=1, fields={}, fingerprints=nothing, inputs={}, work=work).path
 
 
-@pytest.mark.usefixtures("quick", "proven")
-def test_the_command_keeps_a_devices_profile_in_the_run(
-    board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
-) -> None:
+@pytest.fixture
+def known_board(board: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is in the user's own list, under its name."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     add_device(board)
+
+
+@pytest.mark.usefixtures("quick", "proven", "known_board")
+def test_the_command_keeps_a_devices_profile_in_the_run(
+    folder: Path, tmp_path: Path, clipkd: Callable[..., Ended]
+) -> None:
     run = tmp_path / "run"
     model = a_run(run, folder, "onnxruntime")
     words = ("profile", model, "--device", "board", "--processes", "2", "--seconds", "0.06", "--json")
@@ -538,13 +543,11 @@ print(json.dumps(dict(timed, **rest, **e2e)))
 """
 
 
-@pytest.mark.usefixtures("quick", "proven")
+@pytest.mark.usefixtures("quick", "proven", "known_board")
 def test_a_kit_is_built_where_it_is_measured(
-    board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
 ) -> None:
     """Stand-ins for TensorRT: the engines are built there, kept in the run, opened there beside their manifest."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    add_device(board)
     (folder / "build_engine.py").write_text(FAKE_BUILD)
     model = a_run(tmp_path / "run", folder, "tensorrt")
     test_profile.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)

@@ -391,9 +391,8 @@ def _not_finite(
     folder: Path, row: dict[str, Any], trained: _Trained, again: _Pass, data: TrainingData, processes: Processes
 ) -> ClipkdError:
     """What to tell the user: the step, the terms to blame, and the samples."""
-    sample_B = data.batch(
-        row["step"], slice(None), [trained.student.geometry]
-    ).sample_B  # after what stands in for damaged ones
+    whole = data.batch(row["step"], slice(None), [trained.student.geometry])  # pictures too: damaged ones are replaced
+    sample_B = whole.sample_B
     values = {name: term["unweighted"] for name, term in row["terms"].items()}
     blamed = [name for name, value in values.items() if not math.isfinite(value)]
     what = "loss"
