@@ -334,6 +334,20 @@ def test_closed_early_no_loader_is_left(student: ClipModel, data: GlyphBatches) 
     assert ended(loaders)
 
 
+def test_no_loader_outlives_an_error_that_is_still_held(student: ClipModel, data: GlyphBatches) -> None:
+    """At its end a process waits for what it forked: it would never end, while the error's traceback is kept."""
+    before = multiprocessing.active_children()
+    failing: Any = Failing(data, 3)
+    fed = feed(failing, range(1000), slice(None), student, None, 2)
+    next(fed)
+    loaders = [child for child in multiprocessing.active_children() if child not in before]
+    assert loaders
+    with pytest.raises(ClipkdError) as caught:
+        list(fed)
+    assert ended(loaders)
+    assert caught.tb is not None
+
+
 def test_no_loader_asks_a_net_whether_its_text_is_trimmed(
     tmp_path: Path, data: GlyphBatches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

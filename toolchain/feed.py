@@ -165,10 +165,13 @@ def feed(
     )
     with _held_signals():
         loaded = iter(loader)  # starts the processes, which inherit what is held
-    for fed in loaded:
-        if isinstance(fed, ClipkdError):
-            raise fed
-        yield fed
+    try:
+        for fed in loaded:
+            if isinstance(fed, ClipkdError):
+                raise fed
+            yield fed
+    finally:
+        del loaded  # which ends them: an error's traceback would keep it, and they would keep the run from ending
 
 
 @contextmanager
