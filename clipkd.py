@@ -88,16 +88,19 @@ def run(
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
     from export import deployment_stages as deployment
+    from export.auto_stages import choose
     from toolchain import training_stages as training
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
         training.evaluated(loaded)  # before hours of training
         checkpoints = training.train(loaded, out, screen, training.How(workers))  # teacher, baseline, student
-        checkpoints |= training.quantize(loaded, out, checkpoints, screen)  # student-int8
+        checkpoints |= deployment.quantize(loaded, out, checkpoints, screen)  # student-int8
         exported = deployment.export(loaded, out, checkpoints, screen)  # graphs that passed parity
         measured = deployment.measure(loaded, out, exported, screen)  # accuracy and latency of what ships
+        chosen = choose(loaded, out, exported, measured, screen) if loaded.export.auto else None
         document = deployment.report(out, measured, screen)  # the table, and the front
     _print_report(document, out, as_json)
+    _require_choices(chosen, out)
 
 
 @app.command()
@@ -206,6 +209,14 @@ def export(
     precision: Annotated[
         str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8.")
     ] = None,
+    auto: Annotated[
+        bool | None,
+        typer.Option("--auto/--no-auto", help="Of all precisions, choose for each runtime the one to ship."),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, help="--auto tolerates this fraction of top-1.", show_default="quantize.max_drop, or 0.01"),
+    ] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -215,15 +226,44 @@ def export(
     A model that fails its proof is kept beside, marked failed, and never used; the exit code is then 5.
     With --trt, exit code 3 or 4 says that the kits are written but TensorRT or a GPU is missing here.
 
+    With --auto, each precision is also scored and timed here, in its runtime.  The one to ship is within --max-drop of
+    fp32 and measurably faster than every safer one; auto.json of the run says it, and why not each of the others.
+
+    The fastest that is still right: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
+
     Example: [bold]clipkd export runs/quickstart --onnx --openvino --trt --no-build --precision fp32,fp16,int8[/]
     """
     from export import deployment_stages as deployment
+    from export.auto import REFERENCE, all_precisions
+    from export.auto_stages import choose
     from toolchain import training_stages as training
 
     if not (build or trt):
         raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
+    if max_drop is not None and not auto:
+        raise UsageError("--max-drop is about --auto: write --auto --max-drop 0.01")
+    if auto and trt:
+        raise UsageError(
+            "--auto weighs what runs here, and a kit's engines are the device's: export kits apart, by --trt"
+        )
+    if auto:
+        precisions = [word.strip() for word in precision.split(",")] if precision is not None else all_precisions()
+        precision = ", ".join(dict.fromkeys((REFERENCE, *precisions)))  # which all others are held against
     flags = [f"export.precisions=[{precision}]"] if precision is not None else []
+    if auto:
+        flags.append(f"export.auto={{max_drop: {'null' if max_drop is None else max_drop}}}")
+    elif trt or auto is not None:
+        flags.append("export.auto=null")
     named = [name for name, wanted in (("onnxruntime", onnx), ("openvino", openvino)) if wanted]
+    if auto and not named:
+        recorded = _recipe_of(run, None).export.runtimes
+        named = [name for name in recorded if name != "tensorrt"]
+        if not named:
+            raise UsageError(
+                "--auto weighs what runs here, and the recipe names tensorrt alone: add --onnx or --openvino"
+            )
+        if named != list(recorded):
+            stderr.print("tensorrt is left out: its engines are built and measured on the device", highlight=False)
     if named:
         flags.append(f"export.runtimes=[{', '.join(named)}]")
     recipe = _recipe_of(run, [*flags, *(overrides or [])])
@@ -233,10 +273,15 @@ def export(
         recipe = recipe.model_copy(update={"export": spec})
     with _run_directory(recipe, run) as (loaded, screen):
         checkpoints = training.train(loaded, run, screen, training.How())
-        checkpoints |= training.quantize(loaded, run, checkpoints, screen)
+        checkpoints |= deployment.quantize(loaded, run, checkpoints, screen)
         exported = deployment.export(loaded, run, checkpoints, screen)
+        chosen = choose(loaded, run, exported, {}, screen) if loaded.export.auto else None
         exported |= deployment.build_engines(loaded, run, exported, screen)
-    _print_stages(exported, as_json)
+    if chosen is None:
+        _print_stages(exported, as_json)
+    else:
+        _print_chosen(chosen, run, as_json)
+    _require_choices(chosen, run)
 
 
 @app.command()
@@ -984,6 +1029,36 @@ def _print_choice(choice: "Choice") -> None:
         for row, reasons in choice.rejected:
             table.add_row(escape(str(row["name"])), escape("; ".join(reasons)))
         _wide(table)
+
+
+def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(json.dumps(document))
+        return
+    table = Table(
+        "runtime", "precision", "verdict", "top-1 drop, pp", "p50 ms", "grade", Column("why", overflow="fold")
+    )
+    for runtime, found in document["runtimes"].items():
+        shipped = f"{found['precision']}  {run / found['model']}" if found["model"] else "nothing to ship"
+        stdout.print(f"{runtime}: {shipped}", soft_wrap=True, highlight=False, markup=False)
+        for row in found["candidates"]:
+            drop, p50_ms = row["top1_drop_vs_fp32"], row["p50_ms"]
+            around = [100 * row[f"top1_drop_vs_fp32_{end}"] for end in ("low", "high")] if drop is not None else []
+            lost = "-" if drop is None else f"{100 * drop:.2f} [{around[0]:.2f}, {around[1]:.2f}]"
+            took = "-" if p50_ms is None else f"{p50_ms:.4g} [{row['p50_low_ms']:.4g}, {row['p50_high_ms']:.4g}]"
+            grade = " ".join(filter(None, [row["grade"] or "-", ", ".join(row["flags"])]))
+            table.add_row(runtime, row["precision"], row["verdict"], lost, took, grade, escape(row["reason"]))
+        for warning in found["warnings"]:
+            stderr.print(f"warning: {runtime}: {warning}", soft_wrap=True, highlight=False, markup=False)
+    _wide(table)
+
+
+def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
+    """Raises: GateError for a runtime in which not even fp32 can be shipped."""
+    runtimes = document["runtimes"].items() if document is not None else ()
+    without = [runtime for runtime, found in runtimes if found["model"] is None]
+    if without:
+        raise GateError(f"{run / 'auto.json'}: nothing to ship for {', '.join(without)}, not even fp32; it says why")
 
 
 def _print_evaluation(document: dict[str, Any]) -> None:

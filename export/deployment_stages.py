@@ -8,7 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import ClipkdError, GateError, UnavailableBackend, UsageError
+from toolchain import training_stages
+from toolchain.errors import (
+    ArtifactError,
+    ClipkdError,
+    GateError,
+    Interrupted,
+    MissingDependency,
+    UnavailableBackend,
+    UsageError,
+)
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
@@ -17,6 +26,22 @@ if TYPE_CHECKING:
     from export.devices import Device
 
 FAILED = "failed.json"
+
+
+def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """`training_stages.quantize`; where `export.auto` chooses, an int8 student that cannot be made is rejected."""
+    try:
+        if recipe.quantize is None and any(map(_is_quantized, recipe.export.precisions)):
+            raise UsageError("the recipe has no quantize section to make it with")
+        return training_stages.quantize(recipe, out, made, screen)
+    except ClipkdError as error:
+        if recipe.export.auto is None or isinstance(error, ArtifactError | Interrupted):
+            raise
+        for name, _, _, precision in exports(recipe):
+            if _is_quantized(precision):
+                mark_failed(out / "exported" / name, error)
+                screen.line(name, f"failed: {error}")
+        return {}
 
 
 def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
@@ -31,6 +56,8 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
     failures: list[ClipkdError] = []
     for name, role, runtime, precision in exports(recipe):
         is_kit = runtime == "tensorrt"
+        if _is_quantized(precision) and f"{role}-int8" not in made:
+            continue  # `quantize` said why
         checkpoint = made[f"{role}-int8" if precision == "int8" else role]
 
         def work(
@@ -101,9 +128,13 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                 inputs={"checkpoint": checkpoint},
                 work=work,
             )
-        except (GateError, UnavailableBackend) as error:  # the others are still worth having
+        except ClipkdError as error:  # the others are still worth having
+            weighed = recipe.export.auto is not None and role == shipped_role(recipe)
+            if not (is_of_the_model(error) if weighed else isinstance(error, GateError | UnavailableBackend)):
+                raise
             mark_failed(path, error)
-            failures.append(error)
+            if not weighed:
+                failures.append(error)
             screen.line(name, f"failed: {error}")
             continue
         screen.done(name, exported[name])
@@ -185,6 +216,7 @@ def mark_failed(path: Path, error: ClipkdError) -> None:
     """Say in a stage's unfinished directory why it will not become complete; it is kept for inspection."""
     document = {"status": "failed", "exit_code": error.exit_code, "reason": str(error)}
     file = path.with_name(f".{path.name}.partial") / FAILED
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -217,6 +249,20 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
         )
         screen.done(f"measured/{name}", measured[name])
     return measured
+
+
+def is_of_the_model(error: ClipkdError) -> bool:
+    """Whether an error says that a model is no good, and not that the command cannot go on."""
+    return not isinstance(error, ArtifactError | Interrupted | MissingDependency | UsageError)
+
+
+def _is_quantized(precision: str) -> bool:
+    return precision.startswith("int8")
+
+
+def shipped_role(recipe: Recipe) -> str:
+    """The role of the model that a run is for."""
+    return "student" if recipe.distill else "adopted"
 
 
 def profile_on(
@@ -330,7 +376,7 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
 def exports(recipe: Recipe) -> list[tuple[str, str, str, str]]:
     """Name, role, runtime and precision of every exported model."""
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
-    shipped = "student" if recipe.distill else "adopted"
+    shipped = shipped_role(recipe)
     pairs = [(role, "fp32") for role in others] + [(shipped, precision) for precision in recipe.export.precisions]
     return [
         (f"{role}-{runtime}-{precision}", role, runtime, precision)
@@ -348,7 +394,8 @@ def stage_paths(recipe: Recipe) -> list[str]:
         trained.insert(-1, "teacher-cache/teacher")
     if recipe.distill is None:
         trained = ["adopted"]
-    quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions else []
+    quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions and recipe.quantize else []
     made = [(name, runtime) for name, _, runtime, _ in exports(recipe)] if recipe.evaluate else []
     measured = [f"measured/{name}/cpu" for name, runtime in made if runtime != "tensorrt"]
-    return trained + quantized + [f"exported/{name}" for name, _ in made] + measured
+    chosen = [f"auto/{runtime}" for runtime in recipe.export.runtimes if recipe.export.auto]
+    return trained + quantized + [f"exported/{name}" for name, _ in made] + measured + chosen

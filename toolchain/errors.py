@@ -2,7 +2,7 @@
 
     ClipkdError               printed without a traceback                      1
     ├── UsageError            a flag or a recipe is wrong                      2
-    ├── ArtifactError         a directory is missing, foreign, damaged or busy 1
+    ├── ArtifactError         a folder missing, foreign, damaged, busy or full 1
     ├── MissingDependency     a package, compiler or driver is not installed   3
     ├── UnavailableBackend    the requested device or provider is not there    4
     ├── GateError             parity, accuracy or a budget was not met         5

@@ -382,6 +382,12 @@ class QuantizeSpec(_Section):
         return self
 
 
+class AutoSpec(_Section):
+    max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """How much top-1 on the headline set may fall below that of fp32 in the same runtime, as a fraction.
+    Absent: quantize.max_drop, or 0.01."""
+
+
 class ExportSpec(_Section):
     runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ("onnxruntime",)
     """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
@@ -392,10 +398,24 @@ class ExportSpec(_Section):
 
     opset: Literal[18, 19, 20] = 20
 
+    auto: AutoSpec | None = None
+    """Choose, for each runtime, the one of `precisions` to ship: the fastest here within a budget of fp32's accuracy.
+    One that cannot be made is then no error but rejected.  Absent: nothing is chosen."""
+
     @model_validator(mode="after")
     def _something_is_exported(self) -> "ExportSpec":
         if not self.runtimes or not self.precisions:
             raise ValueError("runtimes and precisions need at least one entry each")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_has_something_to_weigh(self) -> "ExportSpec":
+        if self.auto is not None and "fp32" not in self.precisions:
+            raise ValueError("auto holds every precision against fp32; add fp32 to precisions")
+        if self.auto is not None and "tensorrt" in self.runtimes:
+            raise ValueError(
+                "auto weighs what runs here, and tensorrt's engines are the device's; export its kits apart"
+            )
         return self
 
 
@@ -597,7 +617,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _int8_needs_quantize(self) -> "Recipe":
-        if "int8" in self.export.precisions and self.quantize is None:
+        if "int8" in self.export.precisions and self.quantize is None and self.export.auto is None:
             raise ValueError("export.precisions has int8 but there is no quantize section; add one or drop int8")
         return self
 

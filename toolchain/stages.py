@@ -94,7 +94,7 @@ def run_stage(
     the manifest's summary.
 
     Raises:
-        ArtifactError: a finished stage is damaged or foreign, or another process is at work on this one.
+        ArtifactError: a finished stage is damaged or foreign, another process is at work on this one, the disk is full.
     """
     depends = {
         "kind": kind,
@@ -252,7 +252,7 @@ def _explaining_full_disk(partial: Path) -> Iterator[None]:
         said = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if isinstance(error, ClipkdError) or not (said or free < _FULL_BYTES):
             raise
-        raise ClipkdError(
+        raise ArtifactError(
             f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Nothing finished is lost; "
             "free some space and repeat the command to continue"
         ) from error
