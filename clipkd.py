@@ -234,7 +234,6 @@ def export(
     Example: [bold]clipkd export runs/quickstart --onnx --openvino --trt --no-build --precision fp32,fp16,int8[/]
     """
     from export import deployment_stages as deployment
-    from export.auto import REFERENCE, all_precisions
     from export.auto_stages import choose
     from toolchain import training_stages as training
 
@@ -243,29 +242,15 @@ def export(
     if max_drop is not None and not auto:
         raise UsageError("--max-drop is about --auto: write --auto --max-drop 0.01")
     if auto and trt:
-        raise UsageError(
-            "--auto weighs what runs here, and a kit's engines are the device's: export kits apart, by --trt"
-        )
-    if auto:
-        precisions = [word.strip() for word in precision.split(",")] if precision is not None else all_precisions()
-        precision = ", ".join(dict.fromkeys((REFERENCE, *precisions)))  # which all others are held against
-    flags = [f"export.precisions=[{precision}]"] if precision is not None else []
-    if auto:
-        flags.append(f"export.auto={{max_drop: {'null' if max_drop is None else max_drop}}}")
-    elif trt or auto is not None:
-        flags.append("export.auto=null")
+        raise UsageError("--auto weighs what runs here, and a kit's engines run on its device: export kits apart")
     named = [name for name, wanted in (("onnxruntime", onnx), ("openvino", openvino)) if wanted]
-    if auto and not named:
-        recorded = _recipe_of(run, None).export.runtimes
-        named = [name for name in recorded if name != "tensorrt"]
-        if not named:
-            raise UsageError(
-                "--auto weighs what runs here, and the recipe names tensorrt alone: add --onnx or --openvino"
-            )
-        if named != list(recorded):
-            stderr.print("tensorrt is left out: its engines are built and measured on the device", highlight=False)
+    flags = [f"export.precisions=[{precision}]"] if precision is not None else []
     if named:
         flags.append(f"export.runtimes=[{', '.join(named)}]")
+    if auto:
+        flags = _auto_flags(run, named, precision, max_drop)
+    elif trt or auto is not None:
+        flags.append("export.auto=null")
     recipe = _recipe_of(run, [*flags, *(overrides or [])])
     if trt:
         runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))
@@ -945,6 +930,24 @@ def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
     from toolchain.recipe import load_recipe, recipe_path
 
     return load_recipe(recipe_path(name), overrides)
+
+
+def _auto_flags(run: Path, runtimes: list[str], precision: str | None, max_drop: float | None) -> list[str]:
+    """What --auto says of a run's recipe: what is weighed, fp32 always among it."""
+    from export.auto import REFERENCE, all_precisions
+
+    recorded = _recipe_of(run, None).export.runtimes
+    runtimes = runtimes or [name for name in recorded if name != "tensorrt"]
+    if not runtimes:
+        raise UsageError("--auto weighs what runs here, and the recipe has tensorrt alone: add --onnx or --openvino")
+    if "tensorrt" in recorded:
+        stderr.print("tensorrt is not weighed: its engines are built and measured on the device", highlight=False)
+    precisions = [word.strip() for word in precision.split(",")] if precision is not None else all_precisions()
+    return [
+        f"export.runtimes=[{', '.join(runtimes)}]",
+        f"export.precisions=[{', '.join(dict.fromkeys((REFERENCE, *precisions)))}]",
+        f"export.auto={{max_drop: {'null' if max_drop is None else max_drop}}}",
+    ]
 
 
 def _recipe_of(run: Path, overrides: list[str] | None) -> "Recipe":

@@ -413,9 +413,7 @@ class ExportSpec(_Section):
         if self.auto is not None and "fp32" not in self.precisions:
             raise ValueError("auto holds every precision against fp32; add fp32 to precisions")
         if self.auto is not None and "tensorrt" in self.runtimes:
-            raise ValueError(
-                "auto weighs what runs here, and tensorrt's engines are the device's; export its kits apart"
-            )
+            raise ValueError("auto weighs what runs here, and a tensorrt engine runs on its device; export kits apart")
         return self
 
 
