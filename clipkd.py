@@ -227,7 +227,7 @@ def export(
     With --trt, exit code 3 or 4 says that the kits are written but TensorRT or a GPU is missing here.
 
     With --auto, each precision is also scored and timed here, in its runtime.  The one to ship is within --max-drop of
-    fp32 and measurably faster than every safer one; auto.json of the run says it, and why not each of the others.
+    fp32 and measurably faster than the safer ones; auto.json of the run names it, and says why not each of the others.
 
     The fastest that is still right: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
 

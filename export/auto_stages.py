@@ -55,7 +55,10 @@ def choose(recipe: Recipe, out: Path, exported: Models, measured: Models, screen
         found[runtime] = {
             "precision": chosen,
             "model": None if chosen is None else f"exported/{names[chosen]}",
-            "candidates": [_row(names[of], candidates[of], verdicts[of], profiles.get(of)) for of in verdicts],
+            "candidates": [
+                _row(names[of], exported.get(names[of]), candidates[of], verdicts[of], profiles.get(of))
+                for of in verdicts
+            ],
             "warnings": [*doubts(candidates[chosen], max_drop), *_noise(out, runtime, profiles)] if chosen else [],
         }
         screen.line(f"auto/{runtime}", f"ship {chosen}" if chosen is not None else "nothing to ship")
@@ -161,12 +164,15 @@ def _latency(profile: Mapping[str, Any]) -> Latency:
     return Latency(image["p50_ms"], image["p50_low_ms"], image["p50_high_ms"])
 
 
-def _row(name: str, candidate: Candidate, verdict: Verdict, profile: Mapping[str, Any] | None) -> dict[str, Any]:
+def _row(
+    name: str, exported: Stage | None, candidate: Candidate, verdict: Verdict, profile: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """A candidate of auto.json; what is not known is null."""
     drop, latency = candidate.drop, candidate.latency
     return {
         "precision": candidate.precision,
         "model": f"exported/{name}",
+        "digest": exported and exported.digest,
         "verdict": verdict.count,
         "reason": verdict.reason,
         "top1_drop_vs_fp32": drop and drop.drop,

@@ -24,6 +24,8 @@ TORCH_FREE = [
     "toolchain.stages",
     "toolchain.training_stages",
     "export.deployment_stages",
+    "export.auto",
+    "export.auto_stages",
     "toolchain.sources",
     "toolchain.recipe",
     "toolchain.shard_files",

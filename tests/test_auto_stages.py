@@ -173,8 +173,9 @@ def test_a_slowed_and_a_wrong_model_are_rejected_each_on_its_count(
     assert verdicts(document) == {"fp32": "chosen", "fp16": "speed", "bf16": "failed", "int8": "accuracy"}
     found = document["runtimes"]["onnxruntime"]
     assert (found["precision"], found["model"]) == ("fp32", "exported/adopted-onnxruntime-fp32")
-    assert open_stage(tmp_path / found["model"])
     fp32, fp16, bf16, int8 = found["candidates"]
+    assert fp32["digest"] == open_stage(tmp_path / found["model"]).digest
+    assert bf16["digest"] is None
     assert fp16["p50_low_ms"] > fp32["p50_high_ms"] > SPIN_MS
     assert fp16["reason"].startswith("not measurably faster than fp32: ")
     assert bf16["reason"] == "no kernels"
