@@ -340,7 +340,7 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "weights"))
 
     finished = make(tmp_path / "teacher", write())
-    with pytest.raises(ClipkdError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         make(tmp_path / "student", full)
     partial = tmp_path / ".student.partial"
     free = f"{shutil.disk_usage(tmp_path).free / 1e6:.0f}"
