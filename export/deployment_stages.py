@@ -116,7 +116,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             exported[name] = run_stage(
                 path,
                 kind="export",
-                version=3,
+                version=4,
                 fields={
                     "runtime": runtime,
                     "precision": precision,

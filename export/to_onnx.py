@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from export.tokenizers_json import write_tokenizer
+from toolchain.attention import plain_attention
 from toolchain.errors import ClipkdError, GateError
 from toolchain.eval_sets import EvalSet, Picture
 from toolchain.models import ClipModel, num_parameters
@@ -219,12 +220,14 @@ def _in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
-    """A copy to export: branches merged, batch norms folded (their variances may underflow), weights in the precision.
+    """A copy to export: attention open-coded, branches merged, batch norms folded (their variances may underflow),
+    weights in the precision.
 
     Raises:
         GateError: a weight is beyond fp16's range.
     """
     tower = copy.deepcopy(tower).float().cpu()
+    plain_attention(tower)
     if isinstance(tower, ImageTower):
         _merge_branches(tower, example)
         fold_batch_norms(tower, example)

@@ -260,7 +260,7 @@ def test_onnx_runtime_computes_in_integers(graphs, tmp_path):
     assert "Conv" not in image
     assert "FusedConv" not in image
     assert (image["QLinearConv"], image["QGemm"], image["QLinearAdd"]) == (15, 1, 4)
-    assert text["MatMulIntegerToFloat"] + text["QGemm"] == 8  # four linear layers in each of two blocks
+    assert text["MatMulIntegerToFloat"] + text.get("QGemm", 0) == 8  # four linear layers in each of two blocks
     assert "DequantizeLinear" not in text  # neither weights nor the vocabulary are dequantized on every call
 
 
@@ -328,8 +328,9 @@ def test_a_tower_that_stays_float_is_as_it_was_and_is_not_trained(model, inputs,
     assert not quantizers_of(text_tower)
     with torch.no_grad():
         expected_BD = TextTower(model.net)(inputs[1])
-        assert torch.equal(text_tower(inputs[1]), expected_BD)
-        assert torch.equal(freeze(text_tower, inputs[1])(inputs[1]), expected_BD)
+        actual_BD = text_tower(inputs[1])
+        assert (actual_BD - expected_BD).abs().max() < 1e-6  # attention sums in another order
+        assert torch.equal(freeze(text_tower, inputs[1])(inputs[1]), actual_BD)
         assert not torch.equal(image_tower(inputs[0]), ImageTower(model.net)(inputs[0]))
 
 

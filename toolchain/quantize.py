@@ -40,6 +40,7 @@ from timm.models import reparameterize_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from toolchain.attention import plain_attention
 from toolchain.errors import ArtifactError, MissingDependency
 from toolchain.models import ClipModel
 from toolchain.sources import WEIGHTS
@@ -525,6 +526,7 @@ class _FloatTowers(NamedTuple):
 
 def _float_towers(net: nn.Module) -> _FloatTowers:
     net = copy.deepcopy(net).eval().requires_grad_(True)
+    plain_attention(net)
     image_tower, example = ImageTower(net), example_pixels(net)
     is_merged = merge_branches(image_tower, example)
     return _FloatTowers(image_tower, TextTower(net), fold_batch_norms(image_tower, example), is_merged)

@@ -1,0 +1,78 @@
+"""Attention in the form that inference runtimes recognise.
+
+torch's nn.MultiheadAttention moves the batch behind the positions and back, and stacks queries, keys and values before
+it takes them apart: 5 copies a layer, between which OpenVINO still finds attention, and ONNX Runtime carries out each.
+
+    B batch   L positions   E width   H heads   D width of a head
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from timm.layers.attention import Attention as TimmAttention
+from torch import Tensor, nn
+
+
+def plain_attention(tower: nn.Module) -> None:
+    """Replace, in place, the self-attention of open_clip's and timm's transformers; kinds with more to them stay.
+
+    Parameters stay the same objects under the same names.
+    """
+    for name, module in list(tower.named_modules()):
+        if isinstance(module, ResidualAttentionBlock) and not hasattr(module, "ln_1_kv") and module.attn.batch_first:
+            module.attn = _OfTorch(module.attn)
+        elif type(module) is TimmAttention and _is_plain(module):
+            tower.set_submodule(name, _OfTimm(module))
+
+
+def _is_plain(module: Any) -> bool:
+    return module.gate is None and all(type(p) is nn.Identity for p in (module.q_norm, module.k_norm, module.norm))
+
+
+def attend(qkv_BLE3: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v, heads side by side: [B, L, E].  Arxiv 1706.03762, 3.2.
+
+    `qkv_BLE3` has queries, keys and values beside each other, [B, L, 3 E]; the mask is [L, L] or [B * H, L, L].
+    """
+    q_BLE, k_BLE, v_BLE = qkv_BLE3.chunk(3, -1)
+    width = q_BLE.shape[-1] // num_heads
+    q_BHLD, k_BHLD, v_BHLD = (
+        part_BLE.reshape(*part_BLE.shape[:2], num_heads, width).transpose(1, 2)
+        for part_BLE in (q_BLE * width**-0.5, k_BLE, v_BLE)  # before the product, whose sums fp16 might not hold
+    )
+    logits_BHLL = q_BHLD @ k_BHLD.transpose(-2, -1)
+    if mask is not None:
+        logits_BHLL = logits_BHLL + (mask if mask.dim() == 2 else mask.reshape(-1, num_heads, *mask.shape[1:]))
+    mixed_BLHD = (logits_BHLL.softmax(-1) @ v_BHLD).transpose(1, 2)
+    return mixed_BLHD.flatten(-2)
+
+
+class _OfTorch(nn.Module):
+    """In place of nn.MultiheadAttention, of one sequence to itself."""
+
+    def __init__(self, replaced: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.in_proj_weight, self.in_proj_bias = replaced.in_proj_weight, replaced.in_proj_bias
+        self.out_proj, self.num_heads = replaced.out_proj, replaced.num_heads
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        assert key is query
+        assert value is query
+        qkv_BLE3 = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attend(qkv_BLE3, self.num_heads, attn_mask)), None
+
+
+class _OfTimm(nn.Module):
+    """In place of timm's."""
+
+    def __init__(self, replaced: Any) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.num_heads = replaced.qkv, replaced.proj, replaced.num_heads
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        assert not is_causal
+        projected: Tensor = self.proj(attend(self.qkv(x), self.num_heads, attn_mask))
+        return projected
