@@ -8,16 +8,20 @@ import torch
 from conftest import STUDENT
 
 from toolchain import finetune
+from toolchain.caching import SHARD_SAMPLES, make_cache
 from toolchain.data import GlyphBatches
 from toolchain.finetune import quantize_student
 from toolchain.glyphs import TrainingSet
 from toolchain.models import ClipModel, load_model, unit_image_features
 from toolchain.quantize import load_quantized, quantizers_of
 from toolchain.recipe import LossWeights, QuantizeSpec
+from toolchain.teacher import live_teacher
+from toolchain.teacher_cache import TeacherCache, open_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = 16
+ABOUT_CACHE = {"views": 2, "shard_samples": SHARD_SAMPLES}
 
 
 def silent(what: str, done: int, total: int, note: str = "") -> None:
@@ -25,7 +29,7 @@ def silent(what: str, done: int, total: int, note: str = "") -> None:
 
 
 def quantized(
-    folder: Path, samples: TrainingSet, teacher: ClipModel | None, weights: LossWeights, **changes: Any
+    folder: Path, samples: TrainingSet, teacher: ClipModel | TeacherCache | None, weights: LossWeights, **changes: Any
 ) -> tuple[ClipModel, dict[str, Any]]:
     folder.mkdir()
     student = load_model(STUDENT, random_seed=0)
@@ -64,6 +68,34 @@ def test_without_a_teacher_the_float_student_teaches_and_runs_once(
     assert said["steps"] == 2
     fresh = load_model(STUDENT, random_seed=0)
     assert all(torch.equal(value, fresh.net.state_dict()[key]) for key, value in student.net.state_dict().items())
+
+
+def test_a_cache_teaches_what_the_teacher_does(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = GlyphBatches(tiny_samples, 0, 8, 2)
+    (tmp_path / "cache").mkdir()
+    live = live_teacher(load_model(teacher_folder), "fp32", torch.device("cpu"))
+    make_cache(live, data, tmp_path / "cache", ABOUT_CACHE, silent, dtype="float32", num_views=2, steps=2)
+    seen: list[list[Any]] = []
+
+    def keep(student: ClipModel, batches: Any, calibration: Any, **kept: Any) -> None:
+        seen.append([list(batches), kept["loss_of"]])
+
+    monkeypatch.setattr(finetune, "quantize", keep)
+    weights = LossWeights(task=0, crd=1, fd=0, icl=0)
+    quantized(tmp_path / "live", tiny_samples, load_model(teacher_folder), weights)
+    monkeypatch.setattr(finetune, "live_teacher", None)  # a cache asks nothing of a model
+    cache = open_cache(tmp_path / "cache", ABOUT_CACHE)
+    student, _ = quantized(tmp_path / "cached", tiny_samples, cache, weights)
+    (of_live, live_loss), (of_cache, cache_loss) = seen
+    assert len(of_live) == len(of_cache) == 2
+    features = torch.nn.functional.normalize(torch.randn(2, 8, student.embed_dim), dim=-1)
+    for one, other in zip(of_live, of_cache, strict=True):
+        assert torch.equal(one[0], other[0])
+        for expected, found in zip(one[2:], other[2:], strict=True):
+            assert (expected - found).abs().max() < 1e-5
+        assert torch.isclose(live_loss(*features, one), cache_loss(*features, other), rtol=1e-3)
 
 
 def test_ptq_takes_no_step(tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path) -> None:

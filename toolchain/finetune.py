@@ -5,7 +5,7 @@ B batch   D student width   E guide's width
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from toolchain.objectives import DistillationHeads, TeacherBatch, loss_terms
 from toolchain.quantize import Batch, ImageTower, TextTower, quantize
 from toolchain.recipe import LossWeights, QuantizeSpec
 from toolchain.sensitivity import Probe, agreement_probe, revert_worst, score_of
-from toolchain.teacher import LiveTeacher, Progress, live_teacher
+from toolchain.teacher import Progress, live_teacher
+from toolchain.teacher_cache import TeacherCache
 
 _SENSITIVITY_SAMPLES = 64  # of calibration, for each layer's SQNR
 
@@ -31,7 +32,7 @@ def quantize_student(
     spec: QuantizeSpec,
     loss_weights: LossWeights,
     student: ClipModel,
-    teacher: ClipModel | None,
+    teacher: ClipModel | TeacherCache | None,
     data: TrainingData,
     folder: Path,
     progress: Progress,
@@ -46,8 +47,7 @@ def quantize_student(
 
     The loss is the distillation's plus `spec.anchor` times the squared distance to the float student's own features.
     Without that anchor, a few steps of an optimizer that starts anew undo some of what a long, annealed training
-    reached.  The teacher runs live: a few dozen batches do not pay for stored features.  Without one, the float student
-    teaches.
+    reached.  The teacher runs live, or its features are looked up; without one, the float student teaches.
 
     With `spec.max_drop`, layers go back to float until the int8 student holds it, on `headline`, or without one in how
     often it chooses the teacher's caption among those of the calibration samples.
@@ -57,9 +57,8 @@ def quantize_student(
     """
     started = time.monotonic()
     steps = (spec.steps or 0) if spec.method == "qat" else 0
-    guide = teacher or student
-    live = live_teacher(copy.deepcopy(guide) if guide is student else guide, "fp32", torch.device("cpu"))
-    geometries = list({student.geometry, guide.geometry})
+    guide = teacher or copy.deepcopy(student)
+    taught, logit_scale_of_guide, geometries = _taught_by(guide, student.geometry)
     # A fresh fusion layer would teach nothing, and the graphs have no slot for a mask: MFD goes on without one.
     weights = loss_weights.model_dump()
     weights |= {"fd": weights["fd"] + weights.get("mfd", 0.0), "mfd": 0.0, "afd": 0.0}
@@ -72,27 +71,19 @@ def quantize_student(
     def batches() -> Iterator[Batch]:
         for step in range(steps):
             batch = data.batch(step, slice(None), geometries)
-            with torch.no_grad():
-                image_BE = live.image_features(batch.pixels[guide.geometry])
-                text_BE = live.text_features(guide.ids_of(batch.captions_B))
-            yield (
-                student.normalise(batch.pixels[student.geometry]),
-                student.tokenize(batch.captions_B),
-                image_BE,
-                text_BE,
-            )
+            pixel_values_BCHW = student.normalise(batch.pixels[student.geometry])
+            yield pixel_values_BCHW, student.tokenize(batch.captions_B), *taught(batch)
 
     logit_scale = student.logit_scale.detach()
 
     def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: Batch) -> Tensor:
         assert batch[2] is not None
         assert batch[3] is not None
-        taught = batch[2], batch[3]
-        guided = TeacherBatch(*taught, live.logit_scale)
+        guided = TeacherBatch(batch[2], batch[3], logit_scale_of_guide)
         features = heads(image_features_BD, text_features_BD, guided)
         terms = loss_terms(features, logit_scale, guided, heads, weights)
-        own_BD = taught  # of the student that teaches itself
-        if guide is not student:
+        own_BD = batch[2], batch[3]  # of the student that teaches itself
+        if teacher is not None:
             with torch.no_grad():
                 own_BD = unit_image_features(student.net, batch[0]), unit_text_features(student.net, batch[1])
         distance = fd_loss(image_features_BD, text_features_BD, *own_BD)
@@ -113,7 +104,7 @@ def quantize_student(
         if spec.max_drop is None:
             return
         probe = headline or _agreement(
-            student, "the float student" if teacher is None else "the teacher", live, shown, guide.geometry
+            student, "the float student" if teacher is None else "the teacher", shown, *taught(shown)
         )
         float_score = score_of({"image": ImageTower(student.net), "text": TextTower(student.net)}, probe)
         found["sensitivity"] = revert_worst(
@@ -142,11 +133,30 @@ def quantize_student(
     return {"train_s": round(time.monotonic() - started, 1), "steps": steps} | found
 
 
-@torch.no_grad()
-def _agreement(student: ClipModel, whose: str, live: LiveTeacher, shown: Shown, geometry: Geometry) -> Probe:
+def _taught_by(
+    guide: ClipModel | TeacherCache, of_student: Geometry
+) -> tuple[Callable[[Shown], tuple[Tensor, Tensor]], Tensor, list[Geometry]]:
+    """What gives the guide's unit features [B, E] of a batch, its multiplier, and the geometries the batch needs."""
+    if isinstance(guide, TeacherCache):
+        looked_up = guide.features
+        return (
+            lambda batch: looked_up(batch.sample_B, batch.pick_B, batch.view),
+            torch.tensor(guide.logit_scale),
+            [of_student],
+        )
+    model, live = guide, live_teacher(guide, "fp32", torch.device("cpu"))
+
+    @torch.no_grad()
+    def computed(batch: Shown) -> tuple[Tensor, Tensor]:
+        image_BE = live.image_features(batch.pixels[model.geometry])
+        return image_BE, live.text_features(model.ids_of(batch.captions_B))
+
+    return computed, live.logit_scale, list({of_student, model.geometry})
+
+
+def _agreement(student: ClipModel, whose: str, shown: Shown, image_BE: Tensor, text_BE: Tensor) -> Probe:
     """Which of the samples' captions the teacher, by `whose` name, chooses for each of their pictures."""
-    captions = list(dict.fromkeys(shown.captions_B))
-    text_CE = live.text_features(live.model.ids_of(captions))
-    choice_B = (live.image_features(shown.pixels[geometry]) @ text_CE.T).argmax(-1)
+    first_C = {caption: row for row, caption in reversed(list(enumerate(shown.captions_B)))}
+    choice_B = (image_BE @ text_BE[list(first_C.values())].T).argmax(-1)
     pixel_values_BCHW = student.normalise(shown.pixels[student.geometry])
-    return agreement_probe(whose, pixel_values_BCHW, student.tokenize(captions), choice_B)
+    return agreement_probe(whose, pixel_values_BCHW, student.tokenize(list(first_C)), choice_B)

@@ -367,7 +367,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
         from toolchain.models import load_model
 
         data = training_data(data_spec, seed=recipe.seed, batch_size=spec.batch_size)
-        frozen = load_model(teacher.path) if teacher else None
+        frozen = _cached_or_live(recipe, out, teacher) if teacher else None
         float_student, probe = load_model(student.path), None
         if judged and recipe.evaluate is not None:
             from toolchain.eval_sets import open_set
@@ -383,7 +383,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     stage = run_stage(
         out / name,
         kind="quantize",
-        version=4,
+        version=5,
         fields={
             "seed": recipe.seed,
             "data": _data_fields(data_spec),
@@ -397,6 +397,23 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     )
     screen.done(name, stage)
     return {name: stage}
+
+
+def _cached_or_live(recipe: Recipe, out: Path, teacher: Stage) -> Any:
+    """The features that the student learnt from, where they are still there; a few dozen batches pay for no new ones.
+
+    Raises:
+        ArtifactError: they belong to something else.
+    """
+    from toolchain.models import load_model
+    from toolchain.teacher_cache import open_cache
+
+    spec = recipe.distill.teacher_cache if recipe.distill else None
+    if spec is not None:
+        folder = Path(spec.path) if spec.path else out / "teacher-cache" / "teacher"
+        if folder.is_dir():
+            return open_cache(folder, _cache_depends(recipe, teacher))
+    return load_model(teacher.path)
 
 
 def evaluated(recipe: Recipe) -> EvaluateSpec:
