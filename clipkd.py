@@ -403,49 +403,47 @@ def classes(
 @app.command()
 def profile(
     models: Annotated[list[Path], typer.Argument(help="Exported models' directories.", metavar="MODEL...")],
-    device: Annotated[str, typer.Option("--device", "-d", help="Where: cpu, or a device of `clipkd devices`.")] = "cpu",
-    processes: Annotated[int, typer.Option(min=1, help="Fresh processes per tower.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Measured time per tower, shared among them.")] = 1.0,
+    device: Annotated[
+        str, typer.Option("--device", "-d", help="Where: cpu, cuda:0, gpu, npu, or a device of `clipkd devices`.")
+    ] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="3 processes of 2 s for each tower.")] = False,
+    standard: Annotated[bool, typer.Option("--standard", help="5 processes of 12 s: numbers to publish.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Fresh processes per tower.", show_default="3")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.01, help="Measured time per tower, shared among them.", show_default="1")
+    ] = None,
     scored: Annotated[
         bool, typer.Option("--evaluate", help="Also score it on the device, on the sets of its run's recipe.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for the result and every latency measured.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure exported models here, or on a device reached by ssh: latency, throughput, memory, and how sure we are.
 
-    What a device measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again; before it is
-    timed there, it is proven to compute there what it computed in PyTorch.
+    Several models take turns.  One that crashes, hangs or does not fit is a row with its reason; the others are
+    measured, and the exit code is that of the first that failed.
+
+    What another device than cpu measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again;
+    before it is timed there, it is proven to compute there what it computed in PyTorch.
 
     Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --device orin[/]
     """
-    from export.deployment_stages import profile_on
-    from export.devices import find_device
-    from export.profile import profile as measure
+    from export.profile import QUICK, STANDARD, Effort
+    from export.profile_models import profile_models
 
     _refuse_torchrun()
-    on = None if device == "cpu" else find_device(device)
-    if scored and on is None:
-        raise UsageError("--evaluate is for devices reached by ssh; here, use clipkd evaluate")
-    profiles = []
+    own = {key: value for key, value in (("processes", processes), ("seconds", seconds)) if value is not None}
+    if quick + standard + bool(own) > 1:
+        raise UsageError("choose one of --quick, --standard, and --processes with --seconds: each says how long")
+    effort = QUICK if quick else STANDARD if standard else Effort(**own)  # type: ignore[arg-type]  # of an int and a float
     with _progress() as screen:
-        for model in models:
-            screen.starts(model.name)
-            if on is None:
-                found = measure(model, processes=processes, seconds=seconds, on_progress=screen.progress).document
-            else:
-                found = profile_on(on, model, processes=processes, seconds=seconds, scored=scored, screen=screen)
-            profiles.append({"model": str(model), **found})
-    if as_json:
-        stdout.print_json(json.dumps(profiles))
-        return
-    table = Table("model", "device", "p50 ms", "p90 ms", "text p50 ms", "end to end ms", "images/s", "grade")
-    for found in profiles:
-        image = found["image"]
-        cells = (image["p50_ms"], image["p90_ms"], found["text"]["p50_ms"], found["e2e_p50_ms"])
-        shown = ["-" if ms is None else f"{ms:.2f}" for ms in cells]
-        grade = " ".join([found["grade"], *found["flags"]])
-        table.add_row(escape(found["model"]), found["device"], *shown, f"{found['images_per_s']:,.0f}", grade)
-    _wide(table)
+        rows, errors = profile_models(models, device, effort, scored=scored, out=out, screen=screen)
+    if len(models) > 1 or not errors:
+        _print_profiles(rows, as_json)
+    if errors:
+        raise errors[0] if len(models) == 1 else type(errors[0])("\n".join(map(str, errors)))
 
 
 @app.command()
@@ -1085,6 +1083,23 @@ def _print_evaluation(document: dict[str, Any]) -> None:
             first = ", ".join(scores["unreadable"]["first"])
             said = f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: {first}"
             stderr.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        stdout.print_json(json.dumps(rows))
+        return
+    from export.profile import table
+
+    headers, cells = table(rows)
+    shown = Table(*(Column(header, overflow="fold") for header in headers))
+    for row in cells:
+        shown.add_row(*map(escape, row))
+    _wide(shown)
+    to_lock = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
+    if to_lock:
+        said = "\n".join(("Clocks float, so no grade is A. What would lock them, which clipkd never does:", *to_lock))
+        stderr.print(said, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_capabilities(document: dict[str, Any], as_json: bool) -> None:

@@ -4,9 +4,8 @@ Heavy packages are imported inside the work, so that a run whose stages are all 
 """
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolchain import training_stages
 from toolchain.errors import (
@@ -21,9 +20,6 @@ from toolchain.errors import (
 from toolchain.recipe import Recipe
 from toolchain.stages import MANIFEST, Screen, Stage
 from toolchain.training_stages import evaluated
-
-if TYPE_CHECKING:
-    from export.devices import Device
 
 FAILED = "failed.json"
 
@@ -183,8 +179,7 @@ def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen:
     kits = {name: stage for name, stage in exported.items() if stage.manifest["summary"]["runtime"] == "tensorrt"}
     if not kits or not recipe.export.build_engines:
         return {}
-    from export.to_tensorrt import build, can_build
-    from toolchain.stages import run_stage
+    from export.to_tensorrt import can_build
 
     try:
         device = can_build()
@@ -192,24 +187,30 @@ def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen:
         places = ", ".join(str(stage.path) for stage in kits.values())
         hint = f"The kits are written: {places}; build on the device with build_on_device.sh, or export with --no-build"
         raise type(error)(f"{error}. {hint}") from None
-    built = {}
-    for name, kit in kits.items():
+    return {f"engines/{name}": engines_of(kit, out, device, screen) for name, kit in kits.items()}
 
-        def work(folder: Path, kit: Stage = kit) -> dict[str, Any]:
-            return build(kit.path, folder, screen.progress)
 
-        screen.starts(f"engines/{name}")
-        built[f"engines/{name}"] = run_stage(
-            out / "engines" / name,
-            kind="engines",
-            version=1,
-            fields={},
-            fingerprints={"device": json.dumps(device, sort_keys=True)},
-            inputs={"kit": kit},
-            work=work,
-        )
-        screen.done(f"engines/{name}", built[f"engines/{name}"])
-    return built
+def engines_of(kit: Stage, out: Path, device: dict[str, str], screen: Screen) -> Stage:
+    """The TensorRT engines of one kit of a run, for the GPU of this machine, which is what `can_build` said."""
+    from export.to_tensorrt import build
+    from toolchain.stages import run_stage
+
+    def work(folder: Path) -> dict[str, Any]:
+        return build(kit.path, folder, screen.progress)
+
+    name = f"engines/{kit.path.name}"
+    screen.starts(name)
+    stage = run_stage(
+        out / name,
+        kind="engines",
+        version=1,
+        fields={},
+        fingerprints={"device": json.dumps(device, sort_keys=True)},
+        inputs={"kit": kit},
+        work=work,
+    )
+    screen.done(name, stage)
+    return stage
 
 
 def mark_failed(path: Path, error: ClipkdError) -> None:
@@ -263,97 +264,6 @@ def _is_quantized(precision: str) -> bool:
 def shipped_role(recipe: Recipe) -> str:
     """The role of the model that a run is for."""
     return "student" if recipe.distill else "adopted"
-
-
-def profile_on(
-    device: "Device", model: Path, *, processes: int, seconds: float, scored: bool = False, screen: Screen
-) -> dict[str, Any]:
-    """The profile of an exported model on a device reached by ssh.
-
-    A run's model keeps it, in measured/MODEL/DEVICE of its run, with the proof that it computes there what PyTorch did
-    and, if `scored`, its accuracy there on the sets of the run's recipe.  The engines of a TensorRT kit are built there
-    first, and kept in engines/MODEL@DEVICE.
-
-    Raises:
-        GateError: the model does not compute on the device what it computed in PyTorch.
-        ClipkdError: as `export.profile.profile` and `export.remote.build_engines_on`.
-    """
-    import numpy as np
-
-    from export.measure import run_of
-    from export.parity import check_parity
-    from export.profile import describe_device, profile
-    from export.proof import encoders_on
-    from export.remote import build_engines_on
-    from toolchain.eval_sets import fingerprints, open_set
-    from toolchain.evaluate import evaluate
-    from toolchain.recipe import load_recipe
-    from toolchain.stages import open_stage, run_lock, run_stage
-
-    run = run_of(model)
-    if run is None:
-        if (model / "build_engine.py").is_file():
-            raise UsageError(
-                f"{model}: a TensorRT kit; its engines are kept in its run, so name it inside: RUN/exported/..."
-            )
-        if scored:
-            raise UsageError(f"{model}: in no run whose recipe would name the sets to score it on")
-        return profile(model, processes=processes, seconds=seconds, on=device, on_progress=screen.progress).document
-    kept = run / "measured" / model.name / device.name
-    scored = scored or (kept / "evaluation.json").is_file()  # what was once scored does not lose its scores
-    spec = evaluated(load_recipe(run / "recipe.yaml")) if scored else None
-
-    def build(folder: Path) -> dict[str, Any]:
-        made = build_engines_on(device, model, folder, on_line=lambda line: screen.progress(line.strip(), 0, 1))
-        return {"runtime": "tensorrt"} | made
-
-    def measured(folder: Path) -> dict[str, Any]:
-        built = engines.path if engines is not None else None
-        precision = inputs["model"].manifest["summary"]["precision"]
-        encoders = encoders_on(device, model, precision=precision, engines=built)
-        screen.progress("parity", 0, 1)
-        parity = check_parity(model, precision=precision, encoders=encoders)  # a wrong model is not worth timing
-        (folder / "parity.json").write_text(json.dumps(parity, indent=1) + "\n", encoding="utf-8")
-        samples: dict[str, Any] = {}
-        if spec is not None:
-            sets = [open_set(entry) for entry in spec.sets]
-            scoring = partial(screen.progress, "scoring")
-            evaluation, samples = evaluate(encoders, sets, headline=spec.headline, on_progress=scoring)
-            (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
-        found = profile(
-            model,
-            processes=processes,
-            seconds=seconds,
-            on=device,
-            engines=built,
-            on_progress=screen.progress,
-        )
-        (folder / "profile.json").write_text(json.dumps(found.document, indent=1) + "\n", encoding="utf-8")
-        np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
-        return {"p50_ms": found.document["image"]["p50_ms"]}
-
-    with run_lock(run):
-        inputs = {"model": open_stage(model)}
-        machine = {"machine": json.dumps(describe_device(device), sort_keys=True)}
-        engines = None
-        if inputs["model"].manifest["summary"].get("runtime") == "tensorrt":
-            name = f"engines/{model.name}@{device.name}"
-            engines = run_stage(
-                run / name, kind="engines", version=1, fields={}, fingerprints=machine, inputs=inputs, work=build
-            )
-            screen.done(name, engines)
-        stage = run_stage(
-            kept,
-            kind="profile",
-            version=1,
-            fields={"processes": processes, "seconds": seconds, "evaluate": spec and spec.model_dump(mode="json")},
-            fingerprints=machine | ({"sets": fingerprints(spec.sets)} if spec is not None else {}),
-            inputs=inputs | ({"engines": engines} if engines is not None else {}),
-            work=measured,
-        )
-    screen.done(f"measured/{model.name}/{device.name}", stage)
-    document: dict[str, Any] = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
-    return document
 
 
 def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, Any]:

@@ -185,9 +185,28 @@ def local_devices() -> list[dict[str, str]]:
         found += [{"name": f"cuda:{index}", "what": name} for index, name in enumerate(details["gpus"])]
     if importlib.util.find_spec("openvino") is not None:
         status, details, _ = _probe_here("openvino:cpu", 60)
-        others = [name for name in details.get("devices", []) if name != "CPU"] if status == 0 else []
-        found += [{"name": name.lower().replace(".", ":"), "what": "of OpenVINO"} for name in others]
+        others = zip(details["devices"], details["names"], strict=True) if status == 0 else ()
+        found += [{"name": key.lower().replace(".", ":"), "what": name} for key, name in others if key != "CPU"]
     return found
+
+
+def local_device(name: str) -> dict[str, str]:
+    """The device of this machine that a name means, as `local_devices` has it: cuda is cuda:0.
+
+    Raises:
+        UnavailableBackend: this machine has none of this name.
+    """
+    if name == "cpu":
+        return {"name": name, "what": describe_machine()["name"]}
+    found = local_devices()
+    wanted = name.replace(".", ":")
+    for device in found:
+        if device["name"] in (wanted, f"{wanted}:0", wanted.removesuffix(":0")):
+            return device
+    there = ", ".join(device["name"] for device in found)
+    raise UnavailableBackend(
+        f"this machine has no device {name}; it has: {there}. What is missing, and what mends it, says: clipkd doctor"
+    )
 
 
 def device_named(name: str) -> Device | str:

@@ -211,7 +211,8 @@ def _openvino(device: str) -> dict[str, Any]:
     result = compiled(np.array([-1.0, 2.0], np.float32))[0]
     if result.tolist() != [0.0, 2.0]:
         raise RuntimeError(f"relu of [-1, 2] is {result.tolist()} on {wanted}")
-    return {"openvino": openvino.__version__.partition("-")[0], "devices": there}
+    names = [core.get_property(name, "FULL_DEVICE_NAME") for name in there]
+    return {"openvino": openvino.__version__.partition("-")[0], "devices": there, "names": names}
 
 
 def _tensorrt(_argument: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import shlex
 import signal
 import statistics
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,24 @@ from export.runner import preprocess_image
 from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
 
 Progress = Callable[[str, int, int], None]
+
+
+class Effort(NamedTuple):
+    """How long a model is measured."""
+
+    processes: int = 3
+    """Fresh processes for each tower."""
+
+    seconds: float = 1.0
+    """Measured time of each tower at batch 1, shared among its processes."""
+
+
+QUICK = Effort(3, 6.0)
+"""A first look: 2 s in each of three processes."""
+
+STANDARD = Effort(5, 60.0)
+"""The interval of five medians reaches from the least to the greatest: those of two equal models are disjoint in 1 of
+126 pairs, where with three processes it is 1 of 10.  In 60 s a tower of up to 90 ms has the samples of a p99."""
 
 MIN_SAMPLES_P90, MIN_SAMPLES_P99 = 64, 662
 """Fewer samples cannot bound a percentile at 99 % confidence: that at most one of them lies above it is then likelier
@@ -48,9 +67,15 @@ MAX_OTHER_CPU = 0.25
 _SWEEP = (2, 4, 8, 16, 32)  # batches beside 1, for throughput
 _NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in the memory that is being measured
 _LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
-_TIMEOUT_S = 600.0  # a runner that takes longer hangs
+_TIMEOUT_S = 600.0  # a runner that takes longer than this, and _TIMES what it was to measure for, hangs
+_TIMES = 6  # warm-up and measurement, and a quarter of both for the whole path and each of the larger batches
 _STDERR_LINES = 8
 _RESAMPLES = 2000
+_OUT_OF_MEMORY = re.compile(
+    r"MemoryError|bad_alloc|ALLOC_FAILED|MemoryAllocation|out ?of ?memory|fail\w* to allocate", re.I
+)
+_KILLED = {"SIGKILL": " (a machine that runs out of memory ends a process so)"}
+_GPU_CLOCKS = ("sudo nvidia-smi -pm 1", "sudo nvidia-smi -lgc F,F  # F in MHz: nvidia-smi -q -d SUPPORTED_CLOCKS")
 _STATUS = {error.exit_code: error for error in (MissingDependency, UnavailableBackend)}
 _RUNNER = Path(__file__).with_name("runner.py")
 _MACHINE = Path(__file__).with_name("machine.py")
@@ -134,8 +159,9 @@ def profile_together(
 
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
     SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
-    runs them.  `on` is a machine reached by ssh, and `device` one of its; None is this machine.  `engines` are those of
-    TensorRT kits.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
+    runs them.  Whether those of a GPU or NPU are locked is not known, and counts as no.  `on` is a machine reached by
+    ssh, and `device` one of its; None is this machine.  `engines` are those of TensorRT kits.  `spin_ms` wastes time in
+    every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
@@ -174,15 +200,73 @@ def profile_together(
     name = device if on is None else on.name
     return [
         failures.get(place)
-        or _profile_of(tower_files(folder, engines.get(folder)), results[place], machine, threads, name, flags)
+        or _profile_of(
+            tower_files(folder, engines.get(folder)),
+            results[place],
+            _with_clocks_of("cuda" if folder in engines else device.partition(":")[0], machine),
+            threads,
+            name,
+            flags,
+        )
         for place, folder in enumerate(folders)
     ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the printed table of rows with `model` and `status`, and a profile where that is `ok`.
+
+    Times are milliseconds to three digits; a percentile of too few samples says how few.
+    """
+    headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text p50 ms [95 %]", "end to end ms"]
+    headers += ["images/s (batch)", "load, first ms", "peak MB", "grade"]
+    all_ok = all(row["status"] == "ok" for row in rows)
+    return headers + ([] if all_ok else ["status"]), [
+        [row["model"], *(_cells(row) if row["status"] == "ok" else ["-"] * (len(headers) - 1))]
+        + ([] if all_ok else [row["status"].partition("\n")[0]])
+        for row in rows
+    ]
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+    image, text, sweep = found["image"], found["text"], found["sweep"]
+    floors = {"p90_ms": MIN_SAMPLES_P90, "p99_ms": MIN_SAMPLES_P99}
+    return [
+        _interval(image),
+        *(f"n<{floor}" if image[key] is None else _ms(image[key]) for key, floor in floors.items()),
+        _interval(text),
+        "-" if found["e2e_p50_ms"] is None else _ms(found["e2e_p50_ms"]),
+        f"{found['images_per_s']:,.0f} ({max(sweep, key=sweep.__getitem__)})",
+        f"{_ms(image['load_ms'])}, {_ms(image['first_ms'])}",
+        f"{found['peak_memory_bytes'] / 1e6:,.0f}",
+        " ".join([found["grade"], *found["flags"]]),
+    ]
+
+
+def _interval(tower: Mapping[str, Any]) -> str:
+    return f"{_ms(tower['p50_ms'])} [{_ms(tower['p50_low_ms'])}, {_ms(tower['p50_high_ms'])}]"
+
+
+def _ms(value: float) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
 
 
 def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
     """What is opened of each tower."""
     where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
     return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
+
+
+def _with_clocks_of(kind: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """The machine, its clocks being those of the CPU and of the kind of device that computes."""
+    is_jetson = "sudo jetson_clocks" in machine["to_lock_clocks"]  # which locks the GPU's as well
+    if kind == "cpu" or is_jetson:
+        return machine
+    of_cpu = [] if machine["clocks_locked"] else machine["to_lock_clocks"]
+    return machine | {
+        "clocks_locked": False,
+        "to_lock_clocks": [*of_cpu, *(_GPU_CLOCKS if kind == "cuda" else ())],
+    }
 
 
 def _profile_of(
@@ -339,12 +423,12 @@ def runtime_words(folder: Path) -> list[str]:
 
 def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
     """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end."""
-    command = [sys.executable, str(_RUNNER), *arguments]
+    command, timeout_s = [sys.executable, str(_RUNNER), *arguments], _timeout_s(arguments)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr or b""
-        raise _failure(folder, tower, f"took longer than {_TIMEOUT_S:g} s", stderr, command) from None
+        raise _failure(folder, tower, f"took longer than {timeout_s:g} s", stderr, command) from None
     return _document(folder, tower, done, command)
 
 
@@ -360,7 +444,9 @@ def runner_on(
     named = [Path(word) if before in _PATHS else word for before, word in itertools.pairwise(["", *arguments])]
     files, words = carry(named)
     try:
-        done = run_on(device, {**files, _RUNNER.name: _RUNNER}, _RUNNER.name, words, timeout_s=_TIMEOUT_S, once=once)
+        done = run_on(
+            device, {**files, _RUNNER.name: _RUNNER}, _RUNNER.name, words, timeout_s=_timeout_s(arguments), once=once
+        )
     except TimedOut as error:
         raise ClipkdError(f"{folder / tower}.onnx: on {error}") from None
     if done.returncode > 0 and "No module named" in done.stderr:
@@ -371,6 +457,11 @@ def runner_on(
             + by_hand(device, device.python, "-m", "pip", "install", "numpy", runtime, "pillow")
         )
     return _document(folder, tower, done, [sys.executable, str(_RUNNER), *arguments])
+
+
+def _timeout_s(arguments: Sequence[str]) -> float:
+    named = dict(itertools.pairwise(arguments))
+    return _TIMEOUT_S + _TIMES * float(named.get("--min-seconds", 0))
 
 
 def _look_at(device: Device) -> tuple[dict[str, Any], Iterator[float | None]]:
@@ -399,9 +490,10 @@ def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> d
         raise _STATUS[done.returncode](f"{folder / tower}.onnx: {done.stderr.strip()}")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise _failure(folder, tower, f"was killed by {name}", done.stderr, command)
+        raise _failure(folder, tower, f"was killed by {name}{_KILLED.get(name, '')}", done.stderr, command)
     if done.returncode:
-        raise _failure(folder, tower, f"exited with status {done.returncode}", done.stderr, command)
+        what = "ran out of memory and " if _OUT_OF_MEMORY.search(done.stderr) else ""
+        raise _failure(folder, tower, f"{what}exited with status {done.returncode}", done.stderr, command)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

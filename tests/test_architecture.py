@@ -44,6 +44,7 @@ TORCH_FREE = [
     "toolchain.glyphs",
     "export.runtime",
     "export.profile",
+    "export.profile_models",
     "export.predict",
     "export.measure",
     "export.parity",

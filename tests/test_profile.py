@@ -228,7 +228,9 @@ def test_a_crash_names_the_signal_and_the_last_words(folder, monkeypatch):
     with pytest.raises(ClipkdError) as caught:
         profile(folder, seconds=0.01)
     message = str(caught.value)
-    assert message.startswith(f"{folder / 'image.onnx'}: the process that timed it was killed by SIGKILL.")
+    assert message.startswith(
+        f"{folder / 'image.onnx'}: the process that timed it was killed by SIGKILL (a machine that "
+    )
     assert "last words" in message
     assert message.count("noise") < 10
     assert "--model" in message
@@ -239,7 +241,7 @@ def test_a_crash_names_the_signal_and_the_last_words(folder, monkeypatch):
 def test_a_runner_that_hangs_is_ended(folder, monkeypatch):
     monkeypatch.setattr(profile_module, "_TIMEOUT_S", 0.5)
     replace_runner(monkeypatch, folder, "import time\ntime.sleep(60)\n")
-    with pytest.raises(ClipkdError, match=r"image\.onnx: the process that timed it took longer than 0\.5 s"):
+    with pytest.raises(ClipkdError, match=r"image\.onnx: the process that timed it took longer than 0\.52 s"):
         profile(folder, seconds=0.01)
 
 

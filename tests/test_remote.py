@@ -463,15 +463,17 @@ def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
 ) -> None:
     test_profile.replace_runner(monkeypatch, tmp_path, "import time\ntime.sleep(600)\n")
     monkeypatch.setattr("export.profile._TIMEOUT_S", 1.0)
-    with pytest.raises(ClipkdError, match=r"image\.onnx: on board: the program took longer than 1 s"):
+    with pytest.raises(ClipkdError, match=r"image\.onnx: on board: the program took longer than 1\.12 s"):
         profile(folder, processes=1, seconds=0.02, on=board)
 
 
 @pytest.fixture
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """For graphs that no PyTorch model is behind."""
-    monkeypatch.setattr("export.proof.encoders_on", lambda *arguments, **settings: None)
-    monkeypatch.setattr("export.parity.check_parity", lambda *arguments, **settings: {"image": {"min_cosine": 1.0}})
+    monkeypatch.setattr("export.profile_models.encoders_on", lambda *arguments, **settings: None)
+    monkeypatch.setattr(
+        "export.profile_models.check_parity", lambda *arguments, **settings: {"image": {"min_cosine": 1.0}}
+    )
 
 
 def a_run(run: Path, exported: Path, runtime: str) -> Path:
@@ -507,7 +509,9 @@ def test_the_command_keeps_a_devices_profile_in_the_run(
     assert first.code == 0, first.err
     kept = open_stage(run / "measured" / "m" / "board")
     (document,) = json.loads(first.out)
-    assert document == {"model": str(model), **json.loads((kept.path / "profile.json").read_text())}
+    measured = json.loads((kept.path / "profile.json").read_text())
+    samples = str(kept.path / "samples.npz")
+    assert document == {"model": str(model), "status": "ok", **measured, "samples": samples}
     assert document["device"] == "board"
     again = clipkd(*words)
     assert json.loads(again.out) == [document]

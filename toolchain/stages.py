@@ -96,14 +96,7 @@ def run_stage(
     Raises:
         ArtifactError: a finished stage is damaged or foreign, another process is at work on this one, the disk is full.
     """
-    depends = {
-        "kind": kind,
-        "version": version,
-        "fields": dict(fields),
-        "fingerprints": dict(fingerprints),
-        "inputs": {name: stage.digest for name, stage in inputs.items()},
-    }
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    depends, key = _depends(kind, version, fields, fingerprints, inputs)
     if path.exists():
         finished = open_stage(path)
         if finished.manifest["key"] == key:
@@ -144,6 +137,33 @@ def run_stage(
         (partial / _LOCK).unlink()
         _swap_in(partial, path)
     return Stage(path, manifest, cached)
+
+
+def is_made(
+    path: Path,
+    *,
+    kind: str,
+    version: int,
+    fields: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    inputs: Mapping[str, Stage],
+) -> bool:
+    """Whether `run_stage` would reuse what is there, unless it is damaged."""
+    return _manifest_of(path, _depends(kind, version, fields, fingerprints, inputs)[1]) is not None
+
+
+def _depends(
+    kind: str, version: int, fields: Mapping[str, Any], fingerprints: Mapping[str, str], inputs: Mapping[str, Stage]
+) -> tuple[dict[str, Any], str]:
+    """All that a stage depends on, and the hash of that, its key."""
+    depends = {
+        "kind": kind,
+        "version": version,
+        "fields": dict(fields),
+        "fingerprints": dict(fingerprints),
+        "inputs": {name: stage.digest for name, stage in inputs.items()},
+    }
+    return depends, hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest_of(partial: Path, key: str) -> dict[str, Any] | None:
