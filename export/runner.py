@@ -212,9 +212,11 @@ def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: i
 
     ort.set_default_logger_severity(_ERRORS_ONLY)
     kind, _, index = device.partition(":")
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
+    providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    provider = providers.get(kind)
     if provider not in ort.get_available_providers():
-        raise Unavailable(f"ONNX Runtime {ort.__version__} has no device {device} here; {_OTHERWISE}")
+        there = [name for name, known in providers.items() if known in ort.get_available_providers()]
+        raise Unavailable(f"ONNX Runtime {ort.__version__} has no device {device} here, only {there}; {_OTHERWISE}")
     settings = {} if kind == "cpu" else {"device_id": index or "0", "use_tf32": "0"}  # TF32 is not fp32
     if kind == "cuda" and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find

@@ -521,6 +521,33 @@ def test_the_command_keeps_a_devices_profile_in_the_run(
     assert row["status"] == "no evaluation.json"
 
 
+@pytest.mark.usefixtures("quick", "proven", "known_board")
+def test_models_take_turns_on_a_device(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
+) -> None:
+    """One in a run, one in none; a third is not what it should be."""
+    inside = a_run(tmp_path / "run", folder, "onnxruntime")
+    outside = tmp_path / "outside"
+    shutil.copytree(folder, outside, ignore=shutil.ignore_patterns("run", "outside", "on the device", "config"))
+    turns = []
+
+    def runner_on(device: Device, model: Path, tower: str, arguments: list[str]) -> dict[str, object]:
+        turns.append((device.name, model.name, tower))
+        return test_profile.documents([1.0])[0]
+
+    monkeypatch.setattr("export.profile.runner_on", runner_on)
+    words = ("--device", "board", "--processes", "2", "--out", tmp_path / "kept", "--json")
+    ended = clipkd("profile", tmp_path / "run" / "exported" / "none", inside, outside, *words)
+    assert ended.code == 1
+    towers = [("board", model, tower) for model in ("m", "outside") for tower in ("image", "text")]
+    assert turns == towers + towers[::-1]
+    lost, kept, loose = json.loads(ended.out)
+    assert lost["status"].endswith("none: no such directory")
+    assert (kept["device"], kept["status"], loose["device"], loose["status"]) == ("board", "ok", "board", "ok")
+    assert open_stage(tmp_path / "run" / "measured" / "m" / "board").path.is_dir()
+    assert [row["samples"] for row in (kept, loose)] == [str(tmp_path / "kept" / f"samples-{n}.npz") for n in (2, 3)]
+
+
 FAKE_BUILD = """
 import hashlib, json, pathlib, sys
 kit, out = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[4])

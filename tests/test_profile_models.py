@@ -1,0 +1,269 @@
+"""`clipkd profile` of several models: taking turns, failing one by one, and what is kept where."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import test_profile
+from conftest import Ended
+from onnx import TensorProto, helper
+
+from export import profile as profile_module
+from export.profile import MIN_SAMPLES_P99, QUICK, STANDARD, Effort, profile_together, table
+from toolchain.report import collect
+from toolchain.stages import RESOLVED, open_stage, run_stage
+
+Clipkd = Callable[..., Ended]
+folder = test_profile.folder
+quiet_machine = test_profile.quiet_machine
+
+SHORT = ("--processes", "1", "--seconds", "0.03")
+BAD_RUNNER = """
+import os, signal, sys
+if "crashes" in sys.argv[sys.argv.index("--model") + 1]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+words = [{{"gpu": "cpu"}}.get(word, word) for word in sys.argv[1:]]
+os.execv(sys.executable, [sys.executable, {runner!r}, *words])
+"""
+
+
+def copies(folder: Path, *names: str) -> list[Path]:
+    made = []
+    for name in names:
+        made.append(folder.parent / f"{folder.name}-models" / name)
+        shutil.copytree(folder, made[-1])
+    return made
+
+
+def exhaust_memory(model: Path) -> None:
+    """A graph that asks for 3 TiB when it is run."""
+    inputs = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    output = helper.make_tensor_value_info("image_features", TensorProto.FLOAT, ["batch", 4])
+    nodes = [
+        helper.make_node("Expand", ["pixel_values", "times"], ["huge"]),
+        helper.make_node("ReduceMax", ["huge"], ["largest"], keepdims=0),
+        helper.make_node("Expand", ["largest", "shape"], ["image_features"]),
+    ]
+    numbers = {"times": [1 << 16, 1 << 16, 1, 1, 1, 1], "shape": [1, 4]}
+    initializers = [helper.make_tensor(key, TensorProto.INT64, [len(value)], value) for key, value in numbers.items()]
+    graph = helper.make_graph(nodes, "image", [inputs], [output], initializers)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(made, model / "image.onnx")
+
+
+@pytest.fixture
+def bad_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner, but it crashes on models whose names say so; what is called gpu is the CPU."""
+    source = BAD_RUNNER.format(runner=str(test_profile.RUNNER))
+    test_profile.replace_runner(monkeypatch, tmp_path, source)
+
+
+@pytest.mark.usefixtures("quiet_machine", "bad_runner")
+def test_what_fails_is_a_row_and_the_others_are_measured(folder: Path, tmp_path: Path, clipkd: Clipkd) -> None:
+    good, crashes, starved, also_good, absent = copies(folder, "good", "crashes", "starved", "also_good", "absent")
+    exhaust_memory(starved)
+    shutil.rmtree(absent)
+    out = tmp_path / "kept"
+    models = (good, crashes, starved, also_good, absent)
+    ended = clipkd("profile", *models, *SHORT, "--out", out, "--json")
+    assert ended.code == 1, ended.err
+    rows = json.loads(ended.out)
+    assert [row["model"] for row in rows] == list(map(str, models))
+    assert [row["status"] == "ok" for row in rows] == [True, False, False, True, False]
+    assert "image.onnx: the process that timed it was killed by SIGSEGV." in rows[1]["status"]
+    assert "image.onnx: the process that timed it ran out of memory and exited with status 1." in rows[2]["status"]
+    assert "image.onnx: missing; profiling needs it" in rows[4]["status"]
+    assert [row["exit_code"] for row in rows if row["status"] != "ok"] == [1, 1, 1]
+    assert ended.err.endswith("".join(("error: ", "\n".join(rows[index]["status"] for index in (1, 2, 4)), "\n")))
+    assert json.loads((out / "profile.json").read_text()) == rows
+    for row in (rows[0], rows[3]):
+        with np.load(row["samples"]) as samples:
+            assert len(samples["image_ms"]) == row["image"]["n"]
+            assert len(samples["e2e_process"]) > 1
+    assert sorted(path.name for path in out.iterdir()) == ["profile.json", "samples-1.npz", "samples-4.npz"]
+
+
+@pytest.mark.usefixtures("quiet_machine", "bad_runner")
+def test_one_model_that_fails_is_one_error(folder: Path, clipkd: Clipkd) -> None:
+    (crashes,) = copies(folder, "crashes")
+    ended = clipkd("profile", crashes, *SHORT, "--json")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith(f"error: {crashes / 'image.onnx'}: the process that timed it was killed by SIGSEGV.")
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_the_exit_code_is_that_of_the_first_that_failed(folder: Path, clipkd: Clipkd) -> None:
+    kit, good = copies(folder, "kit", "good")
+    (kit / "build_engine.py").write_text("")
+    ended = clipkd("profile", kit, good, kit.with_name("absent"), *SHORT)
+    assert ended.code == 4
+    said = " ".join(ended.out.replace("│", " ").split())
+    assert "p50 ms [95 %]" in said
+    assert "SINGLE ok" in said
+    assert said.count("- - - - - - - - -") == 2, "of the two that have no numbers"
+    assert "missing; profiling needs it" in ended.err
+    assert f"error: {kit}: a TensorRT kit, which the cpu of this machine cannot run" in ended.err
+
+
+def test_how_long_is_said_once(clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def profile_models(models: Any, device: str, effort: Effort, **settings: Any) -> Any:
+        asked.append(effort)
+        return [], []
+
+    monkeypatch.setattr("export.profile_models.profile_models", profile_models)
+    for words in ([], ["--quick"], ["--standard"], ["--seconds", "3"], ["--processes", "7", "--seconds", "2"]):
+        assert clipkd("profile", "m", *words, "--json").code == 0
+    assert asked == [(3, 1.0), QUICK, STANDARD, (3, 3.0), (7, 2.0)]
+    for words in (["--quick", "--standard"], ["--quick", "--seconds", "1"], ["--standard", "--processes", "3"]):
+        ended = clipkd("profile", "m", *words)
+        assert (ended.code, ended.out) == (2, "")
+        assert "choose one of --quick, --standard" in ended.err
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "cuda.97", "npu:97", "gpu:97", "auto"])
+def test_a_device_of_this_machine_that_is_not_there(folder: Path, clipkd: Clipkd, device: str) -> None:
+    ended = clipkd("profile", folder, "--device", device)
+    assert (ended.code, ended.out) == (4, "")
+    assert ended.err.startswith(f"error: this machine has no device {device}; it has: cpu")
+
+
+def test_what_is_no_folder_is_not_written_to(folder: Path, tmp_path: Path, clipkd: Clipkd) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    ended = clipkd("profile", folder, "--out", tmp_path / "thesis.tex")
+    assert (ended.code, ended.err) == (2, f"error: {tmp_path / 'thesis.tex'}: is a file; --out names a folder\n")
+    assert clipkd("profile", folder, "--evaluate").code == 2
+
+
+def a_run(run: Path, exported: Path, *names: str) -> list[Path]:
+    """A run of exported models, copies of a folder."""
+    run.mkdir()
+    (run / "recipe.yaml").write_text(f"# {RESOLVED}\n")
+
+    def work(made: Path) -> dict[str, str]:
+        for file in (path for path in exported.iterdir() if path.suffix in (".onnx", ".npz", ".json")):
+            shutil.copy(file, made)
+        return {"role": "student", "precision": "fp32", "runtime": "onnxruntime"}
+
+    nothing: dict[str, Any] = {"version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
+    return [run_stage(run / "exported" / name, kind="export", work=work, **nothing).path for name in names]
+
+
+@pytest.mark.usefixtures("quiet_machine", "bad_runner")
+def test_a_run_keeps_what_its_machines_gpu_measured(
+    folder: Path, tmp_path: Path, clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in: the machine says that it has a GPU, and the runner takes the CPU for it."""
+    gpu = {"name": "gpu", "what": "Example Graphics"}
+    monkeypatch.setattr("export.doctor.local_devices", lambda: [{"name": "cpu", "what": "a CPU"}, gpu])
+    proven, turns = [], []
+
+    def prove(model: Path, **how: str) -> dict[str, Any]:
+        proven.append((model.name, how))
+        return {"parity": {"image": {"min_cosine": 1.0}, "text": {"min_cosine": 1.0}}}
+
+    once = profile_module._run
+
+    def run(model: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
+        turns.append((model.name, tower, arguments[arguments.index("--device") + 1]))
+        return once(model, tower, arguments)
+
+    monkeypatch.setattr("export.profile_models.prove", prove)
+    monkeypatch.setattr(profile_module, "_run", run)
+    first, second = a_run(tmp_path / "run", folder, "first", "second")
+    words = ("--device", "gpu:0", *SHORT, "--json")
+    assert clipkd("profile", first, *words).code == 0
+    how = {"runtime": "onnxruntime", "precision": "fp32", "device": "gpu"}
+    assert proven == [("first", how)]
+    assert turns == [("first", "image", "gpu"), ("first", "text", "gpu")]
+    turns.clear()
+    kept = open_stage(tmp_path / "run" / "measured" / "first" / "gpu").path
+    (outside,) = copies(folder, "outside")
+    ended = clipkd("profile", first, outside, second, *words)
+    assert ended.code == 0, ended.err
+    assert "measured/first/gpu                       cached" in ended.err
+    towers = [("outside", "image"), ("outside", "text"), ("second", "image"), ("second", "text")]
+    assert turns == [(*each, "gpu") for each in towers], "together: what is not kept"
+    rows = json.loads(ended.out)
+    assert rows[0] == {
+        **{"model": str(first), "status": "ok", "samples": str(kept / "samples.npz")},
+        **json.loads((kept / "profile.json").read_text()),
+    }
+    assert rows[1]["samples"] is None
+    assert all(row["device"] == "gpu" and row["machine"]["name"].startswith("Example Graphics, ") for row in rows)
+    reported = collect([tmp_path / "run"])["rows"]
+    assert [(row["model"], row["device"], row["p50_ms"]) for row in reported] == [
+        (name, "gpu", row["image"]["p50_ms"]) for name, row in (("first", rows[0]), ("second", rows[2]))
+    ]
+
+
+@pytest.mark.usefixtures("quiet_machine", "bad_runner")
+def test_a_model_that_is_wrong_on_a_device_is_not_timed_there(
+    folder: Path, tmp_path: Path, clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real proof, of a folder that has none of what it needs."""
+    gpu = {"name": "gpu", "what": "Example Graphics"}
+    monkeypatch.setattr("export.doctor.local_devices", lambda: [gpu])
+    (model,) = a_run(tmp_path / "run", folder, "wrong")
+    monkeypatch.setattr(profile_module, "_run", lambda *_: pytest.fail("it was timed"))
+    ended = clipkd("profile", model, "--device", "gpu", *SHORT)
+    assert ended.code == 1
+    assert not (tmp_path / "run" / "measured" / "wrong" / "gpu").exists()
+
+
+def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = test_profile.describe_machine() | {"clocks_locked": True, "to_lock_clocks": ["sudo cpupower"]}
+    jetson = locked | {"to_lock_clocks": ["sudo nvpmodel -m 0", "sudo jetson_clocks"]}
+    monkeypatch.setattr(profile_module, "_run", lambda *_: test_profile.documents([1.0])[0])
+    monkeypatch.setattr(profile_module, "other_cpu_share", lambda duration_s: iter([None, 0.0]))
+    for suffix in ("image.engine", "text.engine"):
+        (folder / suffix).write_bytes(b"")
+    found = {}
+    for name, machine in (("server", locked), ("jetson", jetson)):
+        monkeypatch.setattr(profile_module, "describe_machine", lambda machine=machine: machine)
+        for device, engines in (("cpu", {}), ("cuda:0", {}), ("gpu", {}), ("cpu", {folder: folder})):
+            (one,) = profile_together([folder], processes=2, device=device, engines=engines)
+            found[name, device, bool(engines)] = (one.document["grade"], one.document["to_lock_clocks"])
+    nvidia = list(profile_module._GPU_CLOCKS)
+    assert found["server", "cpu", False] == ("A", [])
+    assert found["server", "cuda:0", False] == ("B", nvidia)
+    assert found["server", "cpu", True] == ("B", nvidia)
+    assert found["server", "gpu", False] == ("B", [])
+    assert found["jetson", "cuda:0", False] == found["jetson", "cpu", True] == ("A", [])
+
+
+def test_the_table_has_what_the_protocol_promises() -> None:
+    machine = test_profile.describe_machine()
+    results = {tower: test_profile.documents([1.0, 1.25, 2.0], n=40) for tower in ("image", "text")}
+    files = {"image": Path(__file__), "text": Path(__file__)}
+    found = profile_module._profile_of(files, results, machine, 2, "cpu", []).document
+    headers, (shown, failed) = table(
+        [{"model": "m", "status": "ok", **found}, {"model": "n", "status": "it crashed\nfor this reason"}]
+    )
+    assert dict(zip(headers, shown, strict=True)) == {
+        "model": "m",
+        "p50 ms [95 %]": "1.25 [1.00, 2.00]",
+        "p90 ms": "2.00",
+        "p99 ms": f"n<{MIN_SAMPLES_P99}",
+        "text p50 ms [95 %]": "1.25 [1.00, 2.00]",
+        "end to end ms": "3.75",
+        "images/s (batch)": "3,200 (32)",
+        "load, first ms": "1.00, 2.00",
+        "peak MB": "0",
+        "grade": "C UNSTABLE",
+        "status": "ok",
+    }
+    assert failed == ["n", *["-"] * 9, "it crashed"]
+    assert "status" not in table([{"model": "m", "status": "ok", **found}])[0]
+
+
+def test_a_long_measurement_is_given_its_time() -> None:
+    limit_s = profile_module._timeout_s(["--model", "m", "--min-seconds", "200"])
+    assert limit_s > profile_module._TIMEOUT_S + 2 * 200 + 6 * 2 * 50, "each with its warm-up"
+    assert profile_module._timeout_s(["--encode"]) == profile_module._TIMEOUT_S
