@@ -1,13 +1,15 @@
 """Does the measuring protocol tell models apart when they differ, and only then?
 
     python benchmarks/measuring.py [--model runs/quickstart/exported/teacher-onnxruntime-fp32] [--pairs 20]
+                                   [--docs docs/measuring.md]
 
 Pairs of profiles of one exported model, their processes taking turns as in `clipkd profile A B`: once both as they are,
 once with the second slowed by wasting a tenth of its median in every query.  Two profiles are told apart where their
 95 % intervals are disjoint.  Then profiles beside programs that keep every core busy, which must lower the grade.
 Last, an independent harness, OpenVINO's benchmark_app, on the same graph, threads and precision, in turns with ours.
 
-The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
+`--docs` replaces the table between that file's markers, and benchmarks/results/measuring.md.  The last line of stdout
+is one JSON document; exit code 5 when a claim does not hold.
 """
 
 import argparse
@@ -18,13 +20,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from claims import claim, finish
 
 from export.profile import Profile, profile, profile_together
+from toolchain.stages import _revision, machine
 
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- measuring: begin -->", "<!-- measuring: end -->"
 MAX_FALSE = 2  # of 20 pairs of the same model, told apart
 MIN_FOUND = 18  # of 20 pairs with one side a tenth slower
 MAX_DISAGREEMENT = 0.05  # of the median, to benchmark_app
@@ -38,44 +44,71 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/exported/teacher-onnxruntime-fp32"))
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--hogs", type=int, default=10)
+    parser.add_argument("--docs", type=Path, help="a file whose table to replace")
     arguments = parser.parse_args()
     p50_ms = pair(arguments.model, 0.0)[0].document["image"]["p50_ms"]  # also warms up
-    told_apart, grades = {}, []
-    for name, spin_ms in (("the same", 0.0), ("one a tenth slower", SLOWED_BY * p50_ms)):
-        found = 0
-        for number in range(arguments.pairs):
-            first, second = pair(arguments.model, spin_ms)
-            found += disjoint(first, second)
-            ratio = second.document["image"]["p50_ms"] / first.document["image"]["p50_ms"]
-            grades.append(first.document["grade"])
-            print(f"{name}, pair {number}: p50 ratio {ratio:.3f}, told apart: {disjoint(first, second)}", flush=True)
-        told_apart[name] = found
-    dropped = 0
-    for number in range(arguments.hogs):
-        beside = beside_hogs(arguments.model)
-        dropped += beside["grade"] == "C"
-        print(f"beside hogs, profile {number}: grade {beside['grade']} {beside['flags']}", flush=True)
+    false = told_apart(arguments.model, 0.0, arguments.pairs, "the same")
+    slowed = told_apart(arguments.model, SLOWED_BY * p50_ms, arguments.pairs, "one a tenth slower")
+    dropped = dropped_beside_hogs(arguments.model, arguments.hogs)
     disagreement = against_benchmark_app(arguments.model)
+    lines = [
+        "| check | seen | bound |",
+        "|---|---|---|",
+        f"| pairs of one model told apart | {false} of {arguments.pairs} | at most {MAX_FALSE} of 20 |",
+        f"| pairs told apart with one a tenth slower | {slowed} of {arguments.pairs} | at least {MIN_FOUND} of 20 |",
+        f"| profiles graded C beside programs on every core | {dropped} of {arguments.hogs} | all |",
+        f"| our p50 to benchmark_app's | {100 * disagreement:+.1f} % | within {100 * MAX_DISAGREEMENT:.0f} % |",
+    ]
+    print("\n".join(["", *lines]))
+    if arguments.docs:
+        write(arguments.docs, "\n".join(lines), arguments.model.name, p50_ms)
     scale = arguments.pairs / 20
-    print("\n| check | seen | bound |\n|---|---|---|")
-    print(
-        f"| pairs of one model told apart | {told_apart['the same']} of {arguments.pairs} | at most {MAX_FALSE} of 20 |"
-    )
-    slowed = told_apart["one a tenth slower"]
-    print(f"| pairs told apart with one a tenth slower | {slowed} of {arguments.pairs} | at least {MIN_FOUND} of 20 |")
-    print(f"| profiles graded C beside programs on every core | {dropped} of {arguments.hogs} | all |")
-    print(f"| our p50 to benchmark_app's | {100 * disagreement:+.1f} % | within {100 * MAX_DISAGREEMENT:.0f} % |")
     finish(
         "measuring",
         [
-            claim("pairs of one model told apart", told_apart["the same"], "pairs", "<=", MAX_FALSE * scale),
+            claim("pairs of one model told apart", false, "pairs", "<=", MAX_FALSE * scale),
             claim("pairs told apart with one side slowed by 10 %", slowed, "pairs", ">=", MIN_FOUND * scale),
             claim("profiles whose grade drops beside CPU hogs", dropped, "profiles", ">=", arguments.hogs),
             claim("distance of our p50 from benchmark_app's", abs(disagreement), "fraction", "<=", MAX_DISAGREEMENT),
         ],
         p50_ms=p50_ms,
-        grades={grade: grades.count(grade) for grade in sorted(set(grades))},
     )
+
+
+def write(docs: Path, table: str, model: str, p50_ms: float) -> None:
+    place = machine()
+    result = (
+        f"{table}\n\n{model}, p50 {p50_ms:.2f} ms, {PROCESSES} processes and {SECONDS:g} s for each profile; "
+        f"{place['cpu']}, {place['cores']} cores, commit `{_revision()}`, {time.strftime('%Y-%m-%d')}."
+    )
+    (ROOT / "benchmarks" / "results" / "measuring.md").write_text(f"# measuring\n\n{result}\n", encoding="utf-8")
+    before, rest = docs.read_text(encoding="utf-8").split(BEGIN)
+    docs.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def told_apart(model: Path, spin_ms: float, pairs: int, name: str) -> int:
+    """Of so many pairs of profiles of one model, the second side slowed, how many have disjoint intervals."""
+    found = 0
+    for number in range(pairs):
+        first, second = pair(model, spin_ms)
+        found += disjoint(first, second)
+        ratio = second.document["image"]["p50_ms"] / first.document["image"]["p50_ms"]
+        grades = first.document["grade"], second.document["grade"]
+        print(
+            f"{name}, pair {number}: p50 ratio {ratio:.3f}, grades {grades}, told apart: {disjoint(first, second)}",
+            flush=True,
+        )
+    return found
+
+
+def dropped_beside_hogs(model: Path, profiles: int) -> int:
+    """Of so many profiles beside programs that keep every core busy, how many have grade C."""
+    dropped = 0
+    for number in range(profiles):
+        beside = beside_hogs(model)
+        dropped += beside["grade"] == "C"
+        print(f"beside hogs, profile {number}: grade {beside['grade']} {beside['flags']}", flush=True)
+    return dropped
 
 
 def pair(model: Path, spin_ms: float) -> list[Profile]:

@@ -17,7 +17,17 @@ from conftest import REPOSITORY
 
 from toolchain import stages
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.stages import MANIFEST, SCRATCH, Stage, folder_fingerprint, machine, open_stage, run_lock, run_stage
+from toolchain.stages import (
+    MANIFEST,
+    SCRATCH,
+    Stage,
+    folder_fingerprint,
+    is_made,
+    machine,
+    open_stage,
+    run_lock,
+    run_stage,
+)
 
 DEPENDS: dict[str, Any] = {
     "kind": "test",
@@ -129,10 +139,21 @@ def test_the_manifest_says_what_the_stage_came_from(tmp_path: Path) -> None:
 )
 def test_every_dependency_makes_another_stage(tmp_path: Path, change: dict[str, Any]) -> None:
     first = make(tmp_path / "student", write("old"))
+    assert is_made(tmp_path / "student", **DEPENDS)
+    assert not is_made(tmp_path / "student", **(DEPENDS | change))
     second = make(tmp_path / "student", write("new"), **change)
     assert not second.cached
     assert second.manifest["key"] != first.manifest["key"]
     assert (tmp_path / "student" / "weights").read_text() == "new"
+
+
+def test_what_is_not_there_or_damaged_is_not_made(tmp_path: Path) -> None:
+    assert not is_made(tmp_path / "student", **DEPENDS)
+    make(tmp_path / "student", write())
+    (tmp_path / "student" / "weights").write_text("other")
+    assert not is_made(tmp_path / "student", **DEPENDS)
+    (tmp_path / "file").write_text("")
+    assert not is_made(tmp_path / "file", **DEPENDS)
 
 
 def test_order_of_fields_does_not_matter(tmp_path: Path) -> None:

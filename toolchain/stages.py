@@ -148,8 +148,11 @@ def is_made(
     fingerprints: Mapping[str, str],
     inputs: Mapping[str, Stage],
 ) -> bool:
-    """Whether `run_stage` would reuse what is there, unless it is damaged."""
-    return _manifest_of(path, _depends(kind, version, fields, fingerprints, inputs)[1]) is not None
+    """Whether `run_stage` would reuse what is there."""
+    try:
+        return bool(open_stage(path).manifest["key"] == _depends(kind, version, fields, fingerprints, inputs)[1])
+    except ArtifactError:
+        return False
 
 
 def _depends(
