@@ -1092,7 +1092,7 @@ def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
     from export.profile import table
 
     headers, cells = table(rows)
-    shown = Table(*(Column(header, overflow="fold") for header in headers))
+    shown = Table(*(Column(header, overflow="fold", no_wrap=header.startswith("p50")) for header in headers))
     for row in cells:
         shown.add_row(*map(escape, row))
     _wide(shown)

@@ -70,6 +70,7 @@ _LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
 _TIMEOUT_S = 600.0  # a runner that takes longer than this, and _TIMES what it was to measure for, hangs
 _TIMES = 6  # warm-up and measurement, and a quarter of both for the whole path and each of the larger batches
 _STDERR_LINES = 8
+_REASON_CHARACTERS = 100  # in the table; the whole of it is the error's
 _RESAMPLES = 2000
 _OUT_OF_MEMORY = re.compile(
     r"MemoryError|bad_alloc|ALLOC_FAILED|MemoryAllocation|out ?of ?memory|fail\w* to allocate", re.I
@@ -217,33 +218,38 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
     Times are milliseconds to three digits; a percentile of too few samples says how few.
     """
-    headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text p50 ms [95 %]", "end to end ms"]
-    headers += ["images/s (batch)", "load, first ms", "peak MB", "grade"]
+    headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text\np50 ms", "end to\nend ms"]
+    headers += ["images/s\n(batch)", "load,\nfirst ms", "peak\nMB", "grade"]
     all_ok = all(row["status"] == "ok" for row in rows)
+    names = [Path(row["model"]).name for row in rows]
+    if len(set(names)) < len(names):
+        names = [row["model"] for row in rows]
+    cells = [_cells(row) if row["status"] == "ok" else ["-"] * (len(headers) - 1) for row in rows]
+    status = [[] if all_ok else [_reason(row)] for row in rows]
     return headers + ([] if all_ok else ["status"]), [
-        [row["model"], *(_cells(row) if row["status"] == "ok" else ["-"] * (len(headers) - 1))]
-        + ([] if all_ok else [row["status"].partition("\n")[0]])
-        for row in rows
+        [name, *measured, *said] for name, measured, said in zip(names, cells, status, strict=True)
     ]
 
 
+def _reason(row: Mapping[str, Any]) -> str:
+    """The beginning of a status, without what the row says already."""
+    said: str = row["status"].partition("\n")[0].removeprefix(row["model"]).lstrip("/: ")
+    return said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}…"
+
+
 def _cells(found: Mapping[str, Any]) -> list[str]:
-    image, text, sweep = found["image"], found["text"], found["sweep"]
+    image, sweep = found["image"], found["sweep"]
     floors = {"p90_ms": MIN_SAMPLES_P90, "p99_ms": MIN_SAMPLES_P99}
     return [
-        _interval(image),
+        f"{_ms(image['p50_ms'])} [{_ms(image['p50_low_ms'])}, {_ms(image['p50_high_ms'])}]",
         *(f"n<{floor}" if image[key] is None else _ms(image[key]) for key, floor in floors.items()),
-        _interval(text),
+        _ms(found["text"]["p50_ms"]),
         "-" if found["e2e_p50_ms"] is None else _ms(found["e2e_p50_ms"]),
         f"{found['images_per_s']:,.0f} ({max(sweep, key=sweep.__getitem__)})",
         f"{_ms(image['load_ms'])}, {_ms(image['first_ms'])}",
         f"{found['peak_memory_bytes'] / 1e6:,.0f}",
         " ".join([found["grade"], *found["flags"]]),
     ]
-
-
-def _interval(tower: Mapping[str, Any]) -> str:
-    return f"{_ms(tower['p50_ms'])} [{_ms(tower['p50_low_ms'])}, {_ms(tower['p50_high_ms'])}]"
 
 
 def _ms(value: float) -> str:

@@ -1,5 +1,6 @@
 """The statistics of a profile against their definitions; a small model end to end; runners that crash and hang."""
 
+import itertools
 import json
 import os
 import shutil
@@ -209,6 +210,21 @@ def test_bootstrap_by_definition():
     many = list(np.linspace(1, 2, 20))
     assert bootstrap_interval(many) == bootstrap_interval(many)  # sampled, but the same every time
     assert 1 < bootstrap_interval(many)[0] < 1.5 < bootstrap_interval(many)[1] < 2
+
+
+@pytest.mark.parametrize(("processes", "splits"), [(3, 20), (4, 70), (5, 252)])
+def test_how_often_equal_models_have_disjoint_intervals(processes, splits):
+    """docs/measuring.md: every way to deal the medians of one distribution to two models is as likely."""
+    medians = [float(rank) for rank in range(2 * processes)]
+    chosen = list(itertools.combinations(medians, processes))
+    intervals = {first: bootstrap_interval(first) for first in chosen}
+    disjoint = 0
+    for first in chosen:
+        low, high = intervals[first]
+        other_low, other_high = intervals[tuple(median for median in medians if median not in first)]
+        assert (low, high) == (min(first), max(first))
+        disjoint += high < other_low or other_high < low
+    assert (disjoint, len(chosen)) == (2, splits)
 
 
 def replace_runner(monkeypatch, tmp_path, source):
