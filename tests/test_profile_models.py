@@ -142,7 +142,7 @@ def test_what_is_no_folder_is_not_written_to(folder: Path, tmp_path: Path, clipk
     assert clipkd("profile", folder, "--evaluate").code == 2
 
 
-def a_run(run: Path, exported: Path, *names: str) -> list[Path]:
+def a_run(run: Path, exported: Path, *names: str, runtime: str = "onnxruntime") -> list[Path]:
     """A run of exported models, copies of a folder."""
     run.mkdir()
     (run / "recipe.yaml").write_text(f"# {RESOLVED}\n")
@@ -150,7 +150,9 @@ def a_run(run: Path, exported: Path, *names: str) -> list[Path]:
     def work(made: Path) -> dict[str, str]:
         for file in (path for path in exported.iterdir() if path.suffix in (".onnx", ".npz", ".json")):
             shutil.copy(file, made)
-        return {"role": "student", "precision": "fp32", "runtime": "onnxruntime"}
+        if runtime == "tensorrt":
+            (made / "build_engine.py").write_text("")
+        return {"role": "student", "precision": "fp32", "runtime": runtime}
 
     nothing: dict[str, Any] = {"version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
     return [run_stage(run / "exported" / name, kind="export", work=work, **nothing).path for name in names]
@@ -216,6 +218,47 @@ def test_a_model_that_is_wrong_on_a_device_is_not_timed_there(
     ended = clipkd("profile", model, "--device", "gpu", *SHORT)
     assert ended.code == 1
     assert not (tmp_path / "run" / "measured" / "wrong" / "gpu").exists()
+
+
+FAKE_RUNNER = """
+import json, pathlib, sys
+named = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert pathlib.Path(named["--model"]).read_bytes() == b"plan of " + pathlib.Path(named["--graph"]).read_bytes()
+timed = {"samples_ms": [1.0, 1.0], "steady": True}
+rest = {"load_ms": 1, "first_ms": 1, "batches": {}, "peak_rss_bytes": 1, "versions": {"tensorrt": "10.13"}}
+print(json.dumps(dict(timed, **rest)))
+"""
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_a_kit_is_built_for_this_machines_gpu(
+    folder: Path, tmp_path: Path, clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for TensorRT and a GPU; and what is said where they are not there."""
+    here = [{"name": name, "what": "Example GPU"} for name in ("cuda:0", "cuda:1")]
+    monkeypatch.setattr("export.doctor.local_devices", lambda: here)
+    (model,) = a_run(tmp_path / "run", folder, "kit", runtime="tensorrt")
+    lacking = clipkd("profile", model, "--device", "cuda", *SHORT)
+    assert (lacking.code, lacking.out) in ((3, ""), (4, "")), "no TensorRT, or no GPU"
+    assert clipkd("profile", model, "--device", "cuda:1", *SHORT).code == 4
+
+    def build(kit: Path, made: Path, progress: Any) -> dict[str, Any]:
+        for tower in ("image", "text"):
+            (made / f"{tower}.engine").write_bytes(b"plan of " + (kit / f"{tower}.onnx").read_bytes())
+        return {"runtime": "tensorrt"}
+
+    monkeypatch.setattr("export.profile_models.can_build", lambda: {"gpu": "Example GPU"})
+    monkeypatch.setattr("export.to_tensorrt.build", build)
+    monkeypatch.setattr("export.profile_models.open_tensorrt", lambda kit, engines: engines)
+    monkeypatch.setattr("export.profile_models.check_parity", lambda kit, **settings: {})
+    test_profile.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)
+    ended = clipkd("profile", model, "--device", "cuda", *SHORT, "--json")
+    assert ended.code == 0, ended.err
+    (row,) = json.loads(ended.out)
+    assert (row["device"], row["image"]["p50_ms"], row["machine"]["tensorrt"]) == ("cuda:0", 1.0, "10.13")
+    engines = open_stage(tmp_path / "run" / "engines" / "kit").path
+    assert row["size_bytes"] == sum(file.stat().st_size for file in engines.glob("*.engine"))
+    assert open_stage(tmp_path / "run" / "measured" / "kit" / "cuda:0").manifest["inputs"]["engines"]
 
 
 def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
