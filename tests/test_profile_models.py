@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from export import profile as profile_module
 from export.profile import MIN_SAMPLES_P99, QUICK, STANDARD, Effort, profile_together, table
+from toolchain.errors import MissingDependency
 from toolchain.report import collect
 from toolchain.stages import RESOLVED, open_stage, run_stage
 
@@ -234,12 +235,17 @@ print(json.dumps(dict(timed, **rest)))
 def test_a_kit_is_built_for_this_machines_gpu(
     folder: Path, tmp_path: Path, clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-ins for TensorRT and a GPU; and what is said where they are not there."""
+    """Stand-ins for TensorRT and a GPU; and what is said where TensorRT is not there."""
     here = [{"name": name, "what": "Example GPU"} for name in ("cuda:0", "cuda:1")]
     monkeypatch.setattr("export.doctor.local_devices", lambda: here)
     (model,) = a_run(tmp_path / "run", folder, "kit", runtime="tensorrt")
+
+    def absent() -> dict[str, str]:
+        raise MissingDependency("no TensorRT")
+
+    monkeypatch.setattr("export.profile_models.can_build", absent)
     lacking = clipkd("profile", model, "--device", "cuda", *SHORT)
-    assert (lacking.code, lacking.out) in ((3, ""), (4, "")), "no TensorRT, or no GPU"
+    assert (lacking.code, lacking.out, lacking.err) == (3, "", "error: no TensorRT\n")
     assert clipkd("profile", model, "--device", "cuda:1", *SHORT).code == 4
 
     def build(kit: Path, made: Path, progress: Any) -> dict[str, Any]:
