@@ -15,14 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from export.devices import PRESETS, Device, find_device, is_local, read_devices
 from export.machine import describe_machine
 from export.remote import TimedOut, by_hand, run_on
-from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend
+from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
 from toolchain.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
@@ -175,6 +175,25 @@ def examine(device: Device) -> dict[str, Any]:
     if reached["status"] == "ok":
         rows += [_row(_BY_NAME[name], device.name, name in needed, _prober_on(device)) for name in _ON_DEVICES]
     return {"device": device.name, "system": reached.pop("system", None), "rows": rows}
+
+
+def require(runtime: str, device: Device | str) -> str:
+    """The version of a runtime on a device, found by running a graph of one node there.
+
+    Raises:
+        UsageError: it is no runtime of that device.
+        MissingDependency, UnavailableBackend: it is not installed there; the device is not there.
+    """
+    on = device if isinstance(device, Device) else None
+    name = "cpu" if on is not None else str(device)
+    capability = _BY_NAME.get(f"{runtime} {name.partition(':')[0]}")
+    if capability is None:
+        raise UsageError(f"{runtime} has no device {name}: cuda:0 is ONNX Runtime's, gpu and npu are OpenVINO's")
+    probed = replace(capability, probe=f"{runtime}:{name}")
+    row = _row(probed, "here", True, _probe_here) if on is None else _row(probed, on.name, True, _prober_on(on))
+    if lacking := problem([row]):
+        raise lacking
+    return str(row["detail"])
 
 
 def local_devices() -> list[dict[str, str]]:

@@ -166,8 +166,8 @@ def profile_together(
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
-    run = _run if on is None else partial(runner_on, on)
-    machine, others = (describe_machine(), other_cpu_share(_LOOK_AROUND_S)) if on is None else _look_at(on)
+    run = runner_here if on is None else partial(runner_on, on)
+    machine, others = look_at(on)
     threads = threads or machine["usable_cores"]
     next(others)  # starts watching; meanwhile the inputs are made
     results: list[dict[str, list[dict[str, Any]]]] = [{"image": [], "text": []} for _ in folders]
@@ -427,8 +427,12 @@ def runtime_words(folder: Path) -> list[str]:
     return [part for name, value in named.items() for part in (f"--{name}", value)]
 
 
-def _run(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
-    """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end."""
+def runner_here(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
+    """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end.
+
+    Raises:
+        ClipkdError, UnavailableBackend, MissingDependency: it crashed or hung; the device, the runtime is not there.
+    """
     command, timeout_s = [sys.executable, str(_RUNNER), *arguments], _timeout_s(arguments)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
@@ -470,16 +474,19 @@ def _timeout_s(arguments: Sequence[str]) -> float:
     return _TIMEOUT_S + _TIMES * float(named.get("--min-seconds", 0))
 
 
-def _look_at(device: Device) -> tuple[dict[str, Any], Iterator[float | None]]:
-    """A device's machine, and, as `other_cpu_share`, the share of its CPU time that other programs take."""
-    document = _describe(device, _LOOK_AROUND_S)
+def look_at(on: Device | None) -> tuple[dict[str, Any], Iterator[float | None]]:
+    """A machine, None for this one, and, as `other_cpu_share`, the share of its CPU time that other programs take."""
+    if on is None:
+        return describe_machine(), other_cpu_share(_LOOK_AROUND_S)
+    document = _describe(on, _LOOK_AROUND_S)
     return document["machine"], iter([None, document["other_cpu_share"]])
 
 
-def describe_device(device: Device) -> dict[str, Any]:
-    """What of a device reached by ssh stays the same from one measurement to the next."""
-    machine = _describe(device, 0.0)["machine"]
-    return {"destination": device.destination, **{key: machine[key] for key in ("name", "architecture", "cpu_quota")}}
+def describe_device(device: Device | None) -> dict[str, Any]:
+    """What of a device reached by ssh, or of this machine, stays the same from one measurement to the next."""
+    machine = describe_machine() if device is None else _describe(device, 0.0)["machine"]
+    where = {} if device is None else {"destination": device.destination}
+    return {**where, **{key: machine[key] for key in ("name", "architecture", "cpu_quota")}}
 
 
 def _describe(device: Device, watch_seconds: float) -> dict[str, Any]:

@@ -1,38 +1,50 @@
 """Which student to train: what candidates take on a device, measured before any of them is trained.
 
 Latency does not depend on weights, so an afternoon of GPU time need not be spent to learn that a model is too slow.
-Every candidate's image tower is built with random weights, exported, and timed in fresh processes that take turns.
-Results are kept for each machine, so that a second call only prints them.
+Every candidate's image tower is built here with random weights, exported, and timed where it will run, in fresh
+processes that take turns.  Results are kept for each device, so that a second call only prints them, and as they come,
+so that an interrupted call is continued.
 """
 
-import io
+import hashlib
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from export.machine import describe_machine
-from export.profile import grade, summarise
-from toolchain.errors import ClipkdError, UsageError
+import numpy as np
+
+from export.devices import Device
+from export.doctor import require
+from export.profile import (
+    MAX_OTHER_CPU,
+    describe_device,
+    grade,
+    look_at,
+    runner_here,
+    runner_on,
+    summarise,
+)
+from toolchain.errors import ClipkdError, MissingDependency, UsageError
 from toolchain.glyphs import user_cache_folder
 from toolchain.report import pareto_front
+from toolchain.stages import held, versions
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int, str], None]
 Row = dict[str, Any]
 
-PROCESSES, SECONDS = 3, 2.0
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+RUNTIMES = ("onnxruntime", "openvino")
+PROCESSES, SECONDS = 3, 1.0
 """The quick protocol: fresh processes for each candidate, and measured time in each."""
 
-_FORMAT = 1
-_PACKAGES = ("torch", "timm", "open_clip_torch", "nncf", "onnxruntime-gpu", "onnxruntime")
-_RUNNER = Path(__file__).with_name("runner.py")
-_TIMEOUT_S = 600.0
-_COLORS = {"fp32": "#0072B2", "fp16": "#009E73", "bf16": "#CC79A7", "int8": "#D55E00"}  # Wong, Nature Methods 8
+WORTH = ("params_image", "gmacs", "published_fp32_top1")
+"""What a student of more latency has to have more of."""
+
+_FORMAT = 2
+_NUM_CALIBRATION = 8
+_MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # inputs lie in the memory that is being measured
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Candidate:
     """What a recipe's student.model says."""
 
     published_top1: float | None = None
-    """ImageNet zero-shot, fraction."""
+    """ImageNet zero-shot, fraction, of the trained float model."""
 
     source: str = ""
     """Trained by whom, on what; arXiv id or document."""
@@ -77,85 +89,149 @@ def candidates(models: Sequence[str]) -> list[Candidate]:
     return [known.get(model, Candidate(model)) for model in models] or list(CANDIDATES)
 
 
+Pair = tuple[Candidate, str]  # and a precision
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where graphs are timed, and how."""
+
+    device: str
+    on: Device | None
+    """The device, if ssh reaches it."""
+
+    runtime: str
+    threads: int | None
+    seconds: float
+
+
 def measure_students(
     wanted: Sequence[Candidate],
     precisions: Sequence[str],
     *,
+    device: Device | str = "cpu",
+    runtime: str | None = None,
     threads: int | None = None,
     seconds: float = SECONDS,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total, note: None,
 ) -> list[Row]:
     """A row per candidate and precision, the fastest first.
 
-    A row has `name`, `precision`, `runtime`, `params_image`, `gmacs` (of one image), `image_size`, `size_bytes`, the
-    latency fields of report.json, `grade`, `flags`, `status` (`ok`, or why it could not be built, exported or run),
-    `published_top1` and its `source`, and `front`: nothing else is both faster and, as published, more accurate.
+    `device` is one that ssh reaches, or the name of one of this machine; `runtime` is by default ONNX Runtime, and
+    OpenVINO on the devices that only it drives; `threads` all the cores there are.
 
-    Rows are kept in the user's cache folder, by machine, versions and protocol; only what is not there is measured.
+    A row has `name`, `precision`, `device`, `runtime`, `params_image`, `gmacs` (of one image), `image_size`,
+    `size_bytes`, the latency fields of report.json, `grade`, `flags`, `status` (`ok`, or why it could not be built,
+    exported or run), `published_fp32_top1` and its `source`, and `front`: those of WORTH of which no other row of its
+    precision has as much in as little time.  What is published is of the float model: int8 may lose some of it.
+
+    Rows are kept in the user's cache folder, by device, versions and protocol; only what is not there is measured.
+    A graph lies there too until it is timed.
+
+    Raises:
+        UsageError: a candidate is no architecture, or the runtime has no such device.
+        MissingDependency: the runtime is not installed on the device, or what exports is not installed here.
+        UnavailableBackend: the device is not there.
+        ArtifactError: another process measures on it in the same way.
     """
-    machine = describe_machine()
-    threads = threads or machine["usable_cores"]
+    on = device if isinstance(device, Device) else None
+    name = device.name if isinstance(device, Device) else device
+    by_openvino_alone = on is None and name.partition(":")[0] in ("gpu", "npu")
+    bench = _Bench(name, on, runtime or ("openvino" if by_openvino_alone else "onnxruntime"), threads, seconds)
     key = {
         "format": _FORMAT,
-        "machine": {name: machine[name] for name in ("cpu", "usable_cores", "architecture")},
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "machine": describe_device(on),
+        "runtime": require(bench.runtime, device),
+        "versions": versions(),
         "threads": threads,
         "seconds": seconds,
+        "processes": PROCESSES,
     }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = user_cache_folder() / "students" / _file_name(f"{name}-{bench.runtime}-{digest[:12]}")
+    folder.mkdir(parents=True, exist_ok=True)
     pairs = [(candidate, precision) for candidate in wanted for precision in precisions]
-    rows = {pair: _kept(pair, key) for pair in pairs}
-    missing = [pair for pair, row in rows.items() if row is None]
-    if missing:
-        with tempfile.TemporaryDirectory(prefix="clipkd-students-") as scratch:
-            for pair, row in _measured(missing, Path(scratch), threads, seconds, machine, progress).items():
-                rows[pair] = row
-                _keep(pair, key, row)
-    found = [
-        {**row, "published_top1": pair[0].published_top1, "source": pair[0].source, "front": False}
-        for pair, row in rows.items()
-        if row is not None
+    with held(folder / ".lock", f"{folder}: another clipkd measures students on {name}; wait for it"):
+        states = {pair: _kept(folder, pair) for pair in pairs}
+        _build(states, folder, progress)
+        _time(states, folder, bench, progress)
+    rows = [
+        {"name": pair[0].model, "precision": pair[1], "device": name, "runtime": bench.runtime}
+        | (state["row"] if "row" in state else {"status": state["status"]})
+        | {"published_fp32_top1": pair[0].published_top1, "source": pair[0].source, "front": []}
+        for pair, state in states.items()
     ]
-    published = [row for row in found if row["status"] == "ok" and row["published_top1"] is not None]
-    points = [(row["p50_ms"], row["published_top1"]) for row in published]
-    for row, on_front in zip(published, pareto_front(points), strict=True):
-        row["front"] = on_front
-    return sorted(found, key=lambda row: (row["status"] != "ok", row.get("p50_ms") or 0.0, row["name"]))
+    _mark_fronts([row for row in rows if row["status"] == "ok"])
+    return sorted(rows, key=lambda row: (row["status"] != "ok", row.get("p50_ms", 0.0), row["name"]))
 
 
-def _measured(
-    pairs: Sequence[tuple[Candidate, str]],
-    scratch: Path,
-    threads: int,
-    seconds: float,
-    machine: Mapping[str, Any],
-    progress: Progress,
-) -> dict[tuple[Candidate, str], Row]:
-    rows: dict[tuple[Candidate, str], Row] = {}
-    for done, pair in enumerate(pairs):
-        progress(f"building {pair[0].model} {pair[1]}", done, len(pairs))
-        rows[pair] = {"name": pair[0].model, "precision": pair[1], "runtime": "onnxruntime", "status": "ok"}
+def _mark_fronts(rows: Sequence[Row]) -> None:
+    """Fills in `front`, among the rows of one precision: what is published is the same for all, and true of fp32."""
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        for field in WORTH:
+            ranked = [row for row in rows if row["precision"] == precision and row[field] is not None]
+            points = [(row["p50_ms"], row[field]) for row in ranked]
+            for row, on_front in zip(ranked, pareto_front(points), strict=True):
+                row["front"] += [field] if on_front else []
+
+
+def _build(states: dict[Pair, Row], folder: Path, progress: Progress) -> None:
+    """Write the graphs of those of which nothing is known, and keep what is known then; or why not, in `status`."""
+    unknown = [pair for pair, state in states.items() if not state]
+    for done, pair in enumerate(unknown):
+        progress("building", done, len(unknown), " ".join((pair[0].model, pair[1])))
         try:
-            rows[pair] |= _built(pair[0], pair[1], scratch / f"{done}.onnx")
-        except UsageError:
-            raise  # a name that is none
+            facts = _built(*pair, folder / f"{_stem(pair)}.onnx")
+        except (UsageError, MissingDependency, OSError):
+            raise  # a name that is none, no NNCF, a full disk
+        except ClipkdError as error:
+            states[pair] = {"status": str(error)}
         except Exception as error:  # torch, timm and exporters raise anything of an architecture that they cannot take
-            rows[pair]["status"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    turns: dict[tuple[Candidate, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
+            states[pair] = {"status": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        else:
+            states[pair] = {"facts": facts, "documents": []}
+            _keep(folder, pair, states[pair])
+
+
+def _time(states: dict[Pair, Row], folder: Path, bench: _Bench, progress: Progress) -> None:
+    """Time what is built, in turns; what has had all of them becomes a row, and its graph goes."""
+    built = [pair for pair, state in states.items() if "documents" in state]
+    if not built:
+        return
+    machine, others = look_at(bench.on)
+    next(others)
+    busy_share = next(others)
+    flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
+    threads = bench.threads or machine["usable_cores"]
     for turn in range(PROCESSES):
-        order = list(enumerate(pairs))[:: -1 if turn % 2 else 1]  # no one always runs on what the same other heated
-        for place, (index, pair) in enumerate(order):
-            progress("timing", turn * len(pairs) + place, PROCESSES * len(pairs))
-            if rows[pair]["status"] == "ok":
-                try:
-                    turns[pair].append(_timed(scratch / f"{index}.onnx", rows[pair]["image_size"], threads, seconds))
-                except ClipkdError as error:
-                    rows[pair]["status"] = str(error)
-    for pair, results in turns.items():
-        if rows[pair]["status"] == "ok":
-            rows[pair] |= summarise(results)
-            rows[pair] |= {"peak_memory_bytes": max(result["peak_rss_bytes"] for result in results), "threads": threads}
-            rows[pair] |= grade([results], machine, [])
-    return rows
+        order = built[:: -1 if turn % 2 else 1]  # no one always runs on what the same other heated
+        for place, pair in enumerate(order):
+            progress("timing", turn * len(built) + place, PROCESSES * len(built), " ".join((pair[0].model, pair[1])))
+            state = states[pair]
+            if len(state.get("documents", ())) != turn:  # it failed, or had this turn before an interruption
+                continue
+            is_last = turn == PROCESSES - 1
+            try:
+                document = _timed(folder, pair, state["facts"]["image_size"], threads, bench, is_last=is_last)
+            except MissingDependency:
+                raise
+            except ClipkdError as error:
+                describe_device(bench.on)  # if it is the device that is gone, this says so
+                states[pair] = {"status": str(error)}
+                continue
+            documents = [*state["documents"], document]
+            if is_last:
+                states[pair] = {"row": _row(state["facts"], documents, threads, machine, flags)}
+                (folder / f"{_stem(pair)}.onnx").unlink()
+            else:
+                states[pair] = {"facts": state["facts"], "documents": documents}
+            _keep(folder, pair, states[pair])
+
+
+def _row(facts: Row, documents: Sequence[Row], threads: int, machine: Mapping[str, Any], flags: Sequence[str]) -> Row:
+    peak_memory_bytes = max(document["peak_rss_bytes"] for document in documents)
+    row = {"status": "ok", **facts, **summarise(documents), "peak_memory_bytes": peak_memory_bytes, "threads": threads}
+    return row | grade([documents], machine, flags)
 
 
 def _built(candidate: Candidate, precision: str, path: Path) -> Row:
@@ -163,7 +239,7 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from export.to_onnx import prepared, write_graph
+    from export.to_onnx import BF16_OPSET, prepared, write_graph
     from toolchain.models import build_model, num_parameters
     from toolchain.quantize import ImageTower, example_pixels, int8_image_tower, without_attention_fast_path
     from toolchain.recipe import ModelSpec
@@ -178,8 +254,12 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
             tower(pixels[:1])
         if precision == "int8":  # the ranges that noise sets are wrong, and take as long as right ones
             random = torch.Generator().manual_seed(0)
-            tower = int8_image_tower(model.net, torch.randn(8, *pixels.shape[1:], generator=random))
-        write_graph(tower, pixels, path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
+            noise = torch.randn(_NUM_CALIBRATION, *pixels.shape[1:], generator=random)
+            tower = int8_image_tower(model.net, noise)
+        elif precision != "fp32":
+            tower = prepared(ImageTower(model.net).eval(), pixels, precision)
+        opset = BF16_OPSET if precision == "bf16" else 20
+        write_graph(tower, pixels, path, names_io=("pixel_values", "image_features"), opset=opset, metadata={})
     return {
         "params_image": num_parameters(model.net)[0],
         "gmacs": round(counter.get_total_flops() / 2e9, 3),
@@ -188,100 +268,42 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
     }
 
 
-def _timed(graph: Path, size: int, threads: int, seconds: float) -> dict[str, Any]:
-    """The runner's document for one graph in a fresh process."""
-    command = [sys.executable, str(_RUNNER), "--model", str(graph), "--input", "pixel_values", "--dtype", "float32"]
-    command += ["--shape", f"1,3,{size},{size}", "--threads", str(threads)]
-    command += ["--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
+def _timed(folder: Path, pair: Pair, size: int, threads: int, bench: _Bench, *, is_last: bool) -> dict[str, Any]:
+    """The runner's document for one graph in a fresh process; the last time, the device keeps no copy of it."""
+    graph, inputs = folder / f"{_stem(pair)}.onnx", folder / f"inputs-{size}.npy"
+    if not inputs.is_file():
+        count = max(_MIN_INPUTS, _INPUT_BYTES // (3 * size * size * 4))
+        np.save(inputs, np.random.default_rng(0).standard_normal((count, 3, size, size), np.float32))
+    words = ["--model", str(graph), "--input", "pixel_values", "--dtype", "float32", "--shape", f"1,3,{size},{size}"]
+    words += ["--runtime", bench.runtime, "--precision", pair[1], "--threads", str(threads)]
+    words += ["--device", bench.device if bench.on is None else "cpu"]
+    words += ["--min-seconds", f"{bench.seconds:g}", "--max-warm-up", f"{bench.seconds:g}", "--inputs", str(inputs)]
+    if bench.on is None:
+        return runner_here(folder, _stem(pair), words)
+    return runner_on(bench.on, folder, _stem(pair), words, once=[graph] if is_last else [])
+
+
+def _stem(pair: Pair) -> str:
+    return _file_name(f"{pair[0].model}-{pair[1]}")
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in text)
+
+
+def _kept(folder: Path, pair: Pair) -> Row:
+    """What is known of a pair: `row`; or, of an interrupted call's, `facts` and `documents`; or nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise ClipkdError(f"took longer than {_TIMEOUT_S:g} s") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
-        raise ClipkdError(f"the process that timed it ended with status {done.returncode}: {last}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _place(pair: tuple[Candidate, str]) -> Path:
-    name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in pair[0].model)
-    return user_cache_folder() / "students" / f"{name}-{pair[1]}.json"
-
-
-def _kept(pair: tuple[Candidate, str], key: Row) -> Row | None:
-    try:
-        saved = json.loads(_place(pair).read_text(encoding="utf-8"))
+        saved = json.loads((folder / f"{_stem(pair)}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # whatever is wrong with it, it is measured again
-        return None
-    return saved["row"] if saved.get("key") == key and saved.get("model") == pair[0].model else None
+        return {}
+    if saved.pop("model", None) != pair[0].model:  # of another, whose name comes to the same
+        return {}
+    return saved if "row" in saved or (folder / f"{_stem(pair)}.onnx").is_file() else {}
 
 
-def _keep(pair: tuple[Candidate, str], key: Row, row: Row) -> None:
-    if row["status"] != "ok":
-        return  # tried again next time
-    path = _place(pair)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _keep(folder: Path, pair: Pair, state: Row) -> None:
+    path = folder / f"{_stem(pair)}.json"
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"key": key, "model": pair[0].model, "row": row}, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps({"model": pair[0].model, **state}) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def render_students(rows: Sequence[Row]) -> bytes:
-    """A PNG: latency against published accuracy, and against the work that a forward pass is said to be."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fit = [row for row in rows if row["status"] == "ok"]
-    figure = Figure(figsize=(8, 9.6), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (
-        (
-            "published_top1",
-            100.0,
-            "published ImageNet zero-shot top-1, %",
-            "Published accuracy against measured latency",
-        ),
-        ("gmacs", 1.0, "GMACs of one image", "The work of a forward pass does not say how long it takes"),
-    )
-    for place, (field, factor, axis, title) in enumerate(panels, 1):
-        axes = figure.add_subplot(2, 1, place)
-        axes.set_xscale("log")
-        if field == "gmacs":
-            axes.set_yscale("log")
-        shown = [row for row in fit if row[field] is not None]
-        for index, row in enumerate(shown):  # by latency, so that neighbours' names take turns above and below
-            x, y, color = row["p50_ms"], factor * row[field], _COLORS[row["precision"]]
-            axes.hlines(y, row["p50_low_ms"], row["p50_high_ms"], color=color)
-            axes.plot(x, y, "o", color=color, markerfacecolor=color if row["grade"] != "C" else "white", markersize=6)
-            axes.annotate(
-                row["name"],
-                (x, y),
-                (5, -9 if index % 2 else 3),
-                textcoords="offset points",
-                fontsize=7,
-                color="#333333",
-                annotation_clip=True,
-            )
-        axes.grid(color="#e4e6e8", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("median latency of the image tower at batch 1, ms")
-        axes.set_ylabel(axis)
-        handles = [
-            axes.plot([], [], "o", color=color, label=precision)[0]
-            for precision, color in _COLORS.items()
-            if any(row["precision"] == precision for row in fit)
-        ]
-        axes.legend(handles=handles, frameon=False, loc="upper left", fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()

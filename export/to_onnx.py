@@ -44,7 +44,7 @@ from toolchain.quantize import (
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
-_BF16_OPSET = 22  # the first in which every operator takes bfloat16; without QuantizeLinear nothing speaks against it
+BF16_OPSET = 22  # the first in which every operator takes bfloat16; without QuantizeLinear nothing speaks against it
 MAX_PARITY_SAMPLES = 256
 MAX_PARITY_BYTES = 1 << 26  # of pictures: all 256 at 224x224
 NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
@@ -81,7 +81,7 @@ def export_onnx(
         raise ValueError(f"precision {precision!r} is none of {PRECISIONS}")
     if (precision == "int8") != (image_tower is not None and text_tower is not None):
         raise ValueError("int8 is exported from frozen towers, the others from the model's own")
-    opset = max(opset, _BF16_OPSET) if precision == "bf16" else opset
+    opset = max(opset, BF16_OPSET) if precision == "bf16" else opset
     reference_image = (image_tower or ImageTower(model.net)).eval()
     reference_text = (text_tower or TextTower(model.net)).eval()
     text_spec = write_tokenizer(model, folder)

@@ -167,7 +167,7 @@ def test_flags_and_grade(folder, monkeypatch, medians, others, locked, grade, fl
         return left[tower].pop(0)
 
     machine = describe_machine() | {"clocks_locked": locked}
-    monkeypatch.setattr(profile_module, "_run", run)
+    monkeypatch.setattr(profile_module, "runner_here", run)
     monkeypatch.setattr(profile_module, "describe_machine", lambda: machine)
     monkeypatch.setattr(profile_module, "other_cpu_share", lambda duration_s: iter([None, others]))
     result = profile(folder, processes=len(medians)).document
@@ -359,7 +359,7 @@ def test_models_take_turns_and_one_that_fails_leaves_the_others(folder, tmp_path
             raise ClipkdError("it crashed")
         return documents([1.0])[0]
 
-    monkeypatch.setattr(profile_module, "_run", run)
+    monkeypatch.setattr(profile_module, "runner_here", run)
     found, failed = profile_together([folder, other], processes=3)
     assert str(failed) == "it crashed"
     assert found.document["image"]["processes"] == 3
@@ -381,5 +381,5 @@ def test_spinning_slows_a_model_by_what_it_says(folder):
 
 @pytest.mark.usefixtures("quiet_machine")
 def test_a_warm_up_that_never_settles_is_flagged(folder, monkeypatch):
-    monkeypatch.setattr(profile_module, "_run", lambda *_: documents([1.0])[0] | {"steady": False})
+    monkeypatch.setattr(profile_module, "runner_here", lambda *_: documents([1.0])[0] | {"steady": False})
     assert profile(folder, processes=2).document["flags"] == ["UNSTEADY"]

@@ -24,6 +24,7 @@ from export.profile import profile
 from export.proof import encoders_on
 from export.remote import SSH_CONFIG, TimedOut, build_engines_on, run_on
 from export.runtime import open_exported
+from export.students import WORTH, Candidate
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
 from toolchain.report import collect
 from toolchain.stages import RESOLVED, open_stage, run_stage
@@ -596,6 +597,30 @@ def test_a_kit_is_built_where_it_is_measured(
     again = clipkd(*words)
     assert json.loads(again.out) == [document]
     assert again.err.count("cached") == 2
+
+
+@pytest.mark.usefixtures("quick", "known_board")
+def test_students_are_built_here_timed_there_and_not_kept_there(
+    board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
+) -> None:
+    def built(candidate: Candidate, precision: str, path: Path) -> dict[str, int]:
+        shutil.copy(folder / "image.onnx", path)
+        return {"params_image": 768, "gmacs": 1, "image_size": 8, "size_bytes": path.stat().st_size}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("export.students._built", built)
+    monkeypatch.setattr("export.students.SECONDS", 0.05)
+    words = ("students", "vit_t_16", "--device", "board", "--precision", "fp32", "--json", "--out", tmp_path / "out")
+    ended = clipkd(*words)
+    assert ended.code == 0, ended.err
+    (row,) = json.loads(ended.out)
+    assert (row["device"], row["status"], row["processes"], row["front"]) == ("board", "ok", 3, list(WORTH))
+    assert left_behind(board) == []
+    kept = {file.read_bytes() for file in (Path(str(board.workdir)) / "files").iterdir()}
+    assert (folder / "image.onnx").read_bytes() not in kept
+    assert Path(test_profile.RUNNER).read_bytes() in kept
+    monkeypatch.setattr("export.students.runner_on", lambda *_: pytest.fail("timed again"))
+    assert json.loads(clipkd(*words).out) == [row]
 
 
 run = test_exported_folders.run

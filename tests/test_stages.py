@@ -296,7 +296,7 @@ def scratched(folder: Path) -> dict[str, Any]:
     return {"began": found}
 
 
-@pytest.mark.parametrize("moment", ["_hashes", "_versions", "_swap_in", "the last rename"])
+@pytest.mark.parametrize("moment", ["_hashes", "versions", "_swap_in", "the last rename"])
 def test_killed_after_its_work_a_stage_does_not_begin_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

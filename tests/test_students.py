@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from conftest import Ended
 from PIL import Image
 
 from export import students as module
-from export.students import CANDIDATES, Candidate, candidates, measure_students, render_students
-from toolchain.errors import ClipkdError, UsageError
+from export.devices import Device
+from export.students import CANDIDATES, WORTH, Candidate, candidates, measure_students
+from export.students_picture import render_students
+from toolchain.errors import ArtifactError, ClipkdError, UnavailableBackend, UsageError
 from toolchain.sources import architectures, model_folder
 
 Clipkd = Callable[..., Ended]
@@ -28,30 +32,41 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which graphs were timed, without timing them: a candidate takes as many ms as its place in order."""
+    """Which graphs were timed, without timing them: candidate a takes 1 ms, b 2 ms, ..."""
     timed: list[str] = []
 
-    def document(graph: Path, size: int, threads: int, seconds: float) -> dict[str, Any]:
-        assert graph.is_file()
-        timed.append(graph.name)
-        ms = 1.0 + int(graph.stem)
+    def document(folder: Path, name: str, arguments: list[str]) -> dict[str, Any]:
+        assert (folder / f"{name}.onnx").is_file()
+        timed.append(name)
+        ms = 1.0 + ord(name[0]) - ord("a")
         return {"samples_ms": [ms] * 100, "steady": True, "load_ms": 1.0, "first_ms": ms, "peak_rss_bytes": 1 << 20}
 
-    monkeypatch.setattr(module, "_timed", document)
+    monkeypatch.setattr(module, "runner_here", document)
+    monkeypatch.setattr(module, "require", lambda runtime, device: f"{runtime} 1.0")
     return timed
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing else runs, for tests that are not about that."""
+    monkeypatch.setattr("export.profile._LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr("export.machine._other_cpu_seconds", lambda: 0.0)
+
+
 @pytest.fixture
-def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates that need no torch; `broken` cannot be built."""
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Candidates that need no torch, and which of them were built; `broken` cannot be."""
+    made: list[str] = []
 
     def built(candidate: Candidate, precision: str, path: Path) -> dict[str, Any]:
         if candidate.model == "broken":
             raise RuntimeError("no such layer\nand a long story")
         path.write_bytes(b"graph")
+        made.append(path.stem)
         return {"params_image": 10, "gmacs": 0.5, "image_size": 32, "size_bytes": 5}
 
     monkeypatch.setattr(module, "_built", built)
+    return made
 
 
 def test_every_candidate_is_an_architecture_with_a_source_for_its_number() -> None:
@@ -79,42 +94,81 @@ def test_a_student_is_built_exported_timed_and_then_remembered(monkeypatch: pyte
     assert row["params_image"] > 1000
     assert row["gmacs"] > 0
     assert row["size_bytes"] > 4 * row["params_image"]
-    assert row["front"]
-    monkeypatch.setattr(module, "_timed", lambda *_: pytest.fail("timed again"))
+    assert row["front"] == list(WORTH)
+    assert (row["device"], row["runtime"], row["threads"]) == ("cpu", "onnxruntime", 1)
+    monkeypatch.setattr(module, "runner_here", lambda *_: pytest.fail("timed again"))
     assert measure_students([TINY], ["fp32"], **QUICK) == [row]
+    assert list(cache.rglob("*.onnx")) == [], "a graph goes once it is timed"
 
     def crashes(*_: object) -> dict[str, Any]:
         raise ClipkdError("it crashed")
 
-    monkeypatch.setattr(module, "_timed", crashes)
+    monkeypatch.setattr(module, "runner_here", crashes)
     (other,) = measure_students([TINY], ["fp32"], threads=2, seconds=0.1)
     assert other["status"] == "it crashed", "with other threads it is measured again"
+    assert measure_students([TINY], ["fp32"], **QUICK) == [row], "and the first is still there"
 
 
-def test_turns_are_taken(told: list[str], unbuilt: None) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_other_precisions_are_built_and_run(precision: str) -> None:
+    (row,) = measure_students([TINY], [precision], **QUICK)
+    assert row["status"] == "ok"
+    assert row["size_bytes"] < 4 * row["params_image"]
+
+
+def test_turns_are_taken(told: list[str], unbuilt: list[str]) -> None:
     measure_students([Candidate("a"), Candidate("b"), Candidate("c")], ["fp32"], **QUICK)
-    assert told == ["0.onnx", "1.onnx", "2.onnx", "2.onnx", "1.onnx", "0.onnx", "0.onnx", "1.onnx", "2.onnx"]
+    assert "".join(name[0] for name in told) == "abc" + "cba" + "abc"
 
 
-def test_only_what_is_not_kept_is_measured(told: list[str], unbuilt: None, cache: Path) -> None:
+def test_only_what_is_not_kept_is_measured(told: list[str], unbuilt: list[str], cache: Path) -> None:
     first = measure_students([Candidate("a"), Candidate("b")], ["fp32"], **QUICK)
     told.clear()
     rows = measure_students([Candidate("a"), Candidate("b"), Candidate("c")], ["fp32"], **QUICK)
-    assert told == ["0.onnx"] * 3
-    assert [row for row in rows if row["name"] != "c"] == first
-    (cache / "clipkd" / "students" / "a-fp32.json").write_text("{")
+    assert told == ["c-fp32"] * 3
+    for old, new in zip(first, rows, strict=False):
+        assert {**old, "front": None} == {**new, "front": None}
+    (kept,) = cache.rglob("a-fp32.json")
+    kept.write_text("{")
     told.clear()
     measure_students([Candidate("a")], ["fp32"], **QUICK)
-    assert told == ["0.onnx"] * 3, "what cannot be read is measured again"
+    assert told == ["a-fp32"] * 3, "what cannot be read is measured again"
 
 
-def test_the_front_is_of_what_is_published(told: list[str], unbuilt: None) -> None:
-    wanted = [Candidate("a", 0.3, "x"), Candidate("b"), Candidate("c", 0.2, "x"), Candidate("d", 0.5, "x")]
+@pytest.mark.parametrize("turn", range(6))
+def test_an_interrupted_call_is_continued(
+    told: list[str], unbuilt: list[str], monkeypatch: pytest.MonkeyPatch, cache: Path, turn: int
+) -> None:
+    whole = module.runner_here
+
+    def interrupted(*arguments: Any) -> dict[str, Any]:
+        if len(told) == turn:
+            raise SystemExit(130)
+        return whole(*arguments)
+
+    wanted = [Candidate("a"), Candidate("b")]
+    monkeypatch.setattr(module, "runner_here", interrupted)
+    with pytest.raises(SystemExit):
+        measure_students(wanted, ["fp32"], **QUICK)
+    monkeypatch.setattr(module, "runner_here", whole)
     rows = measure_students(wanted, ["fp32"], **QUICK)
-    assert [(row["name"], row["front"]) for row in rows] == [("a", True), ("b", False), ("c", False), ("d", True)]
+    assert [(row["name"], row["status"], row["processes"]) for row in rows] == [("a", "ok", 3), ("b", "ok", 3)]
+    assert unbuilt == ["a-fp32", "b-fp32"], "each was built once"
+    assert sorted(told) == ["a-fp32"] * 3 + ["b-fp32"] * 3, "and no turn taken twice"
+    assert list(cache.rglob("*.onnx")) == []
 
 
-def test_what_cannot_be_built_is_a_row_and_is_tried_again(told: list[str], unbuilt: None) -> None:
+def test_the_front_is_of_one_precision_and_of_each_worth(told: list[str], unbuilt: list[str]) -> None:
+    wanted = [Candidate("a", 0.3, "x"), Candidate("b"), Candidate("c", 0.2, "x"), Candidate("d", 0.5, "x")]
+    rows = measure_students(wanted, ["fp32", "int8"], **QUICK)
+    on_front = {row["name"]: row["front"] for row in rows if row["precision"] == "fp32"}
+    top1 = "published_fp32_top1"
+    assert on_front == {"a": list(WORTH), "b": [], "c": [], "d": [top1]}, "all have as many parameters and GMACs"
+    assert {row["name"]: row["front"] for row in rows if row["precision"] == "int8"} == on_front
+
+
+def test_what_cannot_be_built_is_a_row_and_is_tried_again(told: list[str], unbuilt: list[str]) -> None:
     for _ in range(2):
         good, bad = measure_students([Candidate("broken"), Candidate("a")], ["fp32"], **QUICK)
         assert (good["name"], good["status"]) == ("a", "ok")
@@ -122,18 +176,100 @@ def test_what_cannot_be_built_is_a_row_and_is_tried_again(told: list[str], unbui
     assert len(told) == 3
 
 
+def test_two_calls_at_once_do_not_share_graphs(told: list[str], unbuilt: list[str], cache: Path) -> None:
+    measure_students([Candidate("a")], ["fp32"], **QUICK)
+    (lock,) = cache.rglob(".lock")
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ArtifactError, match="another clipkd measures students on cpu"):
+            measure_students([Candidate("a")], ["fp32"], **QUICK)
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "expected"),
+    [
+        ("gpu", None, "openvino"),
+        ("npu", None, "openvino"),
+        ("cuda:0", None, "onnxruntime"),
+        ("cpu", "openvino", "openvino"),
+    ],
+)
+def test_a_device_says_which_runtime(
+    told: list[str], unbuilt: list[str], monkeypatch: pytest.MonkeyPatch, device: str, runtime: str, expected: str
+) -> None:
+    asked: list[list[str]] = []
+    whole = module.runner_here
+    monkeypatch.setattr(module, "runner_here", lambda *words: [asked.append(words[2]), whole(*words)][1])
+    (row,) = measure_students([Candidate("a")], ["int8"], device=device, runtime=runtime, **QUICK)
+    assert (row["device"], row["runtime"]) == (device, expected)
+    named = dict(zip(asked[0][::2], asked[0][1::2], strict=True))
+    assert (named["--runtime"], named["--device"], named["--precision"]) == (expected, device, "int8")
+
+
+def test_a_graph_that_fails_is_a_row_and_a_device_that_is_gone_ends_the_call(
+    told: list[str], unbuilt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Device("board", "me@board")
+    is_there = [True]
+
+    def describe(on: Device | None) -> dict[str, Any]:
+        if not is_there[0]:
+            raise UnavailableBackend("board: cannot be reached")
+        return {"name": "a board"}
+
+    def run(on: Device, folder: Path, name: str, arguments: list[str], *, once: list[Path]) -> dict[str, Any]:
+        if name == "a-fp32":
+            raise ClipkdError("it broke")
+        assert once == ([folder / f"{name}.onnx"] if told.count(name) == 2 else [])
+        return module.runner_here(folder, name, arguments)
+
+    monkeypatch.setattr(module, "describe_device", describe)
+    monkeypatch.setattr(module, "look_at", lambda on: ({"usable_cores": 4, "clocks_locked": True}, iter([None, 0.9])))
+    monkeypatch.setattr(module, "runner_on", run)
+    wanted = [Candidate("a"), Candidate("b")]
+    good, bad = measure_students(wanted, ["fp32"], device=board)
+    assert (bad["name"], bad["status"]) == ("a", "it broke")
+    assert (good["name"], good["device"], good["threads"]) == ("b", "board", 4)
+    assert (good["grade"], good["flags"]) == ("C", ["BUSY"])
+
+    def breaks(*_: object, **__: object) -> dict[str, Any]:
+        is_there[0] = False
+        raise ClipkdError("the connection broke")
+
+    monkeypatch.setattr(module, "runner_on", breaks)
+    with pytest.raises(UnavailableBackend, match="cannot be reached"):
+        measure_students(wanted, ["fp32"], device=board, seconds=0.5)
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_built(unbuilt: list[str], clipkd: Clipkd) -> None:
+    ended = clipkd("students", "a", "--device", "cuda:0")
+    assert ended.code in (3, 4)
+    assert "onnxruntime cuda (here)" in ended.err
+    assert unbuilt == []
+    assert clipkd("students", "a", "--device", "gpu", "--runtime", "onnxruntime").code == 2
+    assert clipkd("students", "a", "--device", "nobody").code == 2
+    assert clipkd("students", "a", "--runtime", "tensorrt").code == 2
+
+
 def test_a_name_that_is_none(cache: Path) -> None:
     with pytest.raises(UsageError, match="ViT-B-32"):
         measure_students([Candidate("ViT-B-33")], ["fp32"], **QUICK)
 
 
-def test_the_command_prints_writes_and_bounds(told: list[str], unbuilt: None, clipkd: Clipkd, tmp_path: Path) -> None:
+def test_the_command_prints_writes_and_bounds(
+    told: list[str], unbuilt: list[str], clipkd: Clipkd, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     ended = clipkd("students", "a", "vit_t_16", "--precision", "fp32", "--threads", "1", "--out", out, "--json")
     assert ended.code == 0, ended.err
     rows = json.loads(ended.out)
     assert rows == json.loads((out / "students.json").read_text())
-    assert [row["published_top1"] for row in rows] == [None, 0.426]
+    assert [row["published_fp32_top1"] for row in rows] == [None, 0.426]
     assert Image.open(io.BytesIO((out / "students.png").read_bytes())).size[0] > 800
     ended = clipkd(
         "students", "a", "vit_t_16", "--precision", "fp32", "--threads", "1", "--out", out, "--max-ms", "1.5"
@@ -142,7 +278,7 @@ def test_the_command_prints_writes_and_bounds(told: list[str], unbuilt: None, cl
     assert "vit_t_16" not in ended.out
     ended = clipkd("students", "a", "--precision", "fp32", "--threads", "1", "--out", out, "--max-ms", "0.5")
     assert ended.code == 5
-    assert "no candidate takes at most 0.5 ms" in ended.err
+    assert "no candidate takes at most 0.5 ms on cpu" in ended.err
     assert clipkd("students", "a", "--precision", "fp8", "--out", out).code == 2
     assert candidates([]) == list(CANDIDATES)
     assert render_students([]).startswith(b"\x89PNG")

@@ -322,7 +322,7 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
     Quantizers that are switched off vanish; a tower without any is only copied.
     """
     tower = copy.deepcopy(tower).eval()
-    recorders = {name: _Recorder(quantizer) for name, quantizer in quantizers_of(tower)}
+    recorders = {name: _Recorder(quantizer) for name, quantizer in quantizers_of(tower, every_place=True)}
     if not recorders:
         return tower
     hooks = _hooks_of(tower)
@@ -572,15 +572,19 @@ def _hooks_of(tower: nn.Module) -> nn.Module:
     return get_hook_storage(tower)  # type: ignore[no-any-return]
 
 
-def quantizers_of(tower: nn.Module) -> list[tuple[str, Any]]:
-    """(name within the hook storage, NNCF quantizer) of a quantized tower; none of a float one."""
+def quantizers_of(tower: nn.Module, *, every_place: bool = False) -> list[tuple[str, Any]]:
+    """(name within the hook storage, NNCF quantizer) of a quantized tower; none of a float one.
+
+    What torch.cat joins shares a quantizer: it is named once, or, of `every_place`, wherever it is applied.
+    """
     from nncf.torch.function_hook.wrapper import is_wrapped
     from nncf.torch.quantization.layers import BaseQuantizer
 
     if not is_wrapped(tower):
         return []
     hooks: Any = _hooks_of(tower)
-    return [(name, module) for name, module in hooks.named_hooks() if isinstance(module, BaseQuantizer)]
+    named = hooks.named_hooks(remove_duplicate=not every_place)
+    return [(name, module) for name, module in named if isinstance(module, BaseQuantizer)]
 
 
 def _frozen_features(net: nn.Module) -> Callable[[Batch], tuple[Tensor, Tensor]]:

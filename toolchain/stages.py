@@ -126,7 +126,7 @@ def run_stage(
                 "started_at": started_at.isoformat(timespec="seconds"),
                 "took_s": round(time.monotonic() - started, 2),
                 "machine": machine(),
-                "versions": _versions(),
+                "versions": versions(),
                 "revision": _revision(),
             }
             unfinished = partial / f"{MANIFEST}.partial"
@@ -333,7 +333,8 @@ def machine() -> dict[str, Any]:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result may depend on, those that are installed."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
