@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 from export.to_onnx import write_graph
 from toolchain.models import ClipModel, build_model
-from toolchain.quantize import ImageTower, _float_towers, example_pixels, freeze, load_quantized, quantize
+from toolchain.quantize import (
+    ImageTower,
+    _calibrate,
+    _float_towers,
+    _import_nncf,
+    example_pixels,
+    freeze,
+    load_quantized,
+    quantize,
+    quantizers_of,
+)
 from toolchain.recipe import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +55,7 @@ TOWERS = [
     pytest.param(timm("mobilenetv4_conv_small", proj=""), "depthwise", {"QLinearConv"}, id="MobileNetV4", marks=slow),
     pytest.param(timm("mobilenetv4_hybrid_medium", proj=""), "depthwise", {"QLinearConv"}, id="hybrid", marks=slow),
     pytest.param(timm("efficientnet_b0"), "depthwise", {"QLinearConv"}, id="EfficientNet-B0", marks=slow),
+    pytest.param(timm("mobilevit_xxs"), "depthwise", {"QLinearConv"}, id="MobileViT-XXS", marks=slow),
     pytest.param(timm("fastvit_t8"), "depthwise", {"QLinearConv"}, id="FastViT-T8", marks=slow),
     pytest.param(timm("fastvit_mci0"), "depthwise", {"MatMulIntegerToFloat"}, id="MobileCLIP2-S0", marks=slow),
     pytest.param(
@@ -116,6 +127,30 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     matrices = sum(parameter.numel() for parameter in frozen.parameters() if parameter.dim() > 1)
     int8 = sum(array.size for array in stored if array.dtype == np.int8)
     assert int8 > 0.7 * matrices, "the rest: patch and position embeddings, and squeeze-and-excitation, as NNCF has it"
+
+
+class Joined(nn.Module):
+    """Two convolutions of a picture, joined, as MobileViT joins its blocks; what is joined has one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined: Tensor = self.last(torch.cat((self.first(x), self.second(x)), dim=1))
+        return joined.mean((2, 3))
+
+
+def test_a_quantizer_that_two_places_share_is_frozen_in_both() -> None:
+    net = nn.Module()
+    net.visual = Joined().eval()
+    pixel_values = pictures(4, 32, 0)
+    tower = _calibrate(_import_nncf(), ImageTower(net).eval(), pixel_values, is_convolutional=True)
+    assert len(quantizers_of(tower, every_place=True)) > len(quantizers_of(tower)), "there is such a quantizer"
+    frozen = freeze(tower, pixel_values)
+    assert not quantizers_of(frozen, every_place=True)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(pixel_values), tower(pixel_values), atol=2e-2, rtol=0)
 
 
 @pytest.mark.slow

@@ -609,7 +609,6 @@ def test_students_are_built_here_timed_there_and_not_kept_there(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("export.students._built", built)
-    monkeypatch.setattr("export.students.SECONDS", 0.05)
     words = ("students", "vit_t_16", "--device", "board", "--precision", "fp32", "--json", "--out", tmp_path / "out")
     ended = clipkd(*words)
     assert ended.code == 0, ended.err

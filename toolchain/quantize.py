@@ -619,7 +619,7 @@ def _save(image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, stu
     quantized = {name: tower for name, tower in towers.items() if quantizers_of(tower)}
     save_file(
         {
-            f"{name}.{key}": value.detach().cpu().contiguous()
+            f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)  # some are shared
             for name, tower in quantized.items()
             for key, value in tower.state_dict().items()
             if _is_quantizer_key(key) or (made.is_merged and name == "image")
