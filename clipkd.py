@@ -1190,16 +1190,17 @@ def _print_inspection(document: dict[str, Any]) -> None:
 
 def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
     numbers = ("p50 ms", "95 %", "params M", "GMACs", "MB", "top-1 %")
-    table = Table(
-        Column("student", no_wrap=True), "", *(Column(name, justify="right", no_wrap=True) for name in numbers), "grade"
-    )
+    headers = Column("student", no_wrap=True), "", *(Column(name, justify="right", no_wrap=True) for name in numbers)
+    table = Table(*headers, Column("grade", overflow="fold"), padding=(0, 0, 0, 1))  # fits into 100 columns
     sources = list(dict.fromkeys(row["source"] for row in fit if row["source"]))
     for row in fit:
-        top1 = row["published_fp32_top1"]
+        top1 = "" if row["published_fp32_top1"] is None else f"{100 * row['published_fp32_top1']:.1f}"
+        if top1:
+            top1 = f"{top1 if row['precision'] == 'fp32' else f'({top1})'} [{sources.index(row['source']) + 1}]"
         shown = {
             "params_image": f"{row['params_image'] / 1e6:.2f}",
             "gmacs": f"{row['gmacs']:.2f}",
-            "published_fp32_top1": "" if top1 is None else f"{100 * top1:.1f} [{sources.index(row['source']) + 1}]",
+            "published_fp32_top1": top1,
         }
         worth = {field: text + (" ★" if field in row["front"] else "  ") for field, text in shown.items()}
         cells = [f"{row['p50_ms']:.3g}", f"{row['p50_low_ms']:.3g}-{row['p50_high_ms']:.3g}"]
@@ -1214,7 +1215,9 @@ def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> 
             "★ no row of the same precision has as much of it in as little time",
         ]
         if sources:
-            lines.append("top-1: ImageNet zero-shot as published for the float model; int8 may lose some of it")
+            lines.append(
+                "top-1: ImageNet zero-shot, as published for the float model; in brackets: it is not this row's own"
+            )
         lines += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
         stdout.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     for row in failed:

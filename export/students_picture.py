@@ -1,7 +1,9 @@
 """Untrained students as a picture: measured latency against what one would pay it for; Matplotlib is imported here."""
 
 import io
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from export.students import WORTH
@@ -17,7 +19,7 @@ _COLORS = {"fp32": "#0072B2", "fp16": "#009E73", "bf16": "#CC79A7", "int8": "#D5
 _MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D"}
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
 _PANELS = {
-    "published_fp32_top1": (100.0, "published top-1 of the float model, %", "Published ImageNet zero-shot accuracy"),
+    "published_fp32_top1": (100.0, "ImageNet zero-shot top-1, published of the float model, %", "Published accuracy"),
     "gmacs": (1.0, "GMACs of one image", "The work of a forward pass"),
     "params_image": (1e-6, "parameters of the image tower, M", "Parameters"),
 }
@@ -61,12 +63,12 @@ def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
     axes.set_xlim(*limits)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if field != "published_fp32_top1":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(y=0.08)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -110,11 +112,22 @@ def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
 
 def _place_names(axes: "Axes", rows: Sequence[Row], field: str) -> None:
     """Writes each student's name once, beside one of its points, where it covers least."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     factor = _PANELS[field][0]
-    points = {id(row): axes.transData.transform((row["p50_ms"], factor * row[field])) for row in rows}
-    taken = [Bbox([[x - 6, y - 6], [x + 6, y + 6]]) for x, y in points.values()]
+    points = [axes.transData.transform((row["p50_ms"], factor * row[field])) for row in rows]
+    taken = [Bbox([[x - 8, y - 8], [x + 8, y + 8]]) for x, y in points]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [point for point, row in zip(points, rows, strict=True) if row["name"] == name]
+        taken.append(Bbox([[min(x for x, _ in own), own[0][1] - 3], [max(x for x, _ in own), own[0][1] + 3]]))
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        of_precision = [(p, row) for p, row in zip(points, rows, strict=True) if row["precision"] == precision]
+        front = sorted(tuple(point) for point, row in of_precision if field in row["front"])
+        for (x0, y0), (x1, y1) in pairwise(front):
+            steps = max(2, int(math.hypot(x1 - x0, y1 - y0) / 10))
+            along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
+            taken += [Bbox([[x - 4, y - 4], [x + 4, y + 4]]) for x, y in along]
     legend = axes.get_legend()
     taken += [legend.get_window_extent()] if legend is not None else []
     inside = axes.get_window_extent()
@@ -132,6 +145,7 @@ def _place_names(axes: "Axes", rows: Sequence[Row], field: str) -> None:
                     "fontsize": 8,
                     "color": _INK,
                     "zorder": 5,
+                    "path_effects": [withStroke(linewidth=2.5, foreground="white")],
                 }
                 tried = axes.annotate(**words)
                 extent = tried.get_window_extent()
