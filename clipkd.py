@@ -1190,7 +1190,8 @@ def _print_inspection(document: dict[str, Any]) -> None:
 
 def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
     numbers = ("p50 ms", "95 %", "params M", "GMACs", "MB", "top-1 %")
-    headers = Column("student", no_wrap=True), "", *(Column(name, justify="right", no_wrap=True) for name in numbers)
+    headers = [Column("student", no_wrap=True), Column("")]
+    headers += [Column(name, justify="right", no_wrap=True) for name in numbers]
     table = Table(*headers, Column("grade", overflow="fold"), padding=(0, 0, 0, 1))  # fits into 100 columns
     sources = list(dict.fromkeys(row["source"] for row in fit if row["source"]))
     for row in fit:
