@@ -226,6 +226,8 @@ def _time(states: dict[Pair, Row], folder: Path, bench: _Bench, progress: Progre
             else:
                 states[pair] = {"facts": state["facts"], "documents": documents}
             _keep(folder, pair, states[pair])
+    for inputs in folder.glob("inputs-*.npy"):
+        inputs.unlink()
 
 
 def _row(facts: Row, documents: Sequence[Row], threads: int, machine: Mapping[str, Any], flags: Sequence[str]) -> Row:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from export.students import WORTH
 from toolchain.report_picture import latency_axis
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 Row = dict[str, Any]
+Box = tuple[float, float, float, float]  # left, low, right, high; in pixels
 
 _COLORS = {"fp32": "#0072B2", "fp16": "#009E73", "bf16": "#CC79A7", "int8": "#D55E00"}  # Wong, Nature Methods 8
 _MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D"}
@@ -113,57 +117,55 @@ def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
 def _place_names(axes: "Axes", rows: Sequence[Row], field: str) -> None:
     """Writes each student's name once, beside one of its points, where it covers least."""
     from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
 
     factor = _PANELS[field][0]
-    points = [axes.transData.transform((row["p50_ms"], factor * row[field])) for row in rows]
-    taken = [Bbox([[x - 8, y - 8], [x + 8, y + 8]]) for x, y in points]
+    points = [axes.transData.transform((row["p50_ms"], factor * row[field])).tolist() for row in rows]
+    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in points]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [point for point, row in zip(points, rows, strict=True) if row["name"] == name]
-        taken.append(Bbox([[min(x for x, _ in own), own[0][1] - 3], [max(x for x, _ in own), own[0][1] + 3]]))
+        taken.append((min(x for x, _ in own), own[0][1] - 3, max(x for x, _ in own), own[0][1] + 3))
     for precision in dict.fromkeys(row["precision"] for row in rows):
         of_precision = [(p, row) for p, row in zip(points, rows, strict=True) if row["precision"] == precision]
-        front = sorted(tuple(point) for point, row in of_precision if field in row["front"])
-        for (x0, y0), (x1, y1) in pairwise(front):
+        for (x0, y0), (x1, y1) in pairwise(sorted(point for point, row in of_precision if field in row["front"])):
             steps = max(2, int(math.hypot(x1 - x0, y1 - y0) / 10))
             along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
-            taken += [Bbox([[x - 4, y - 4], [x + 4, y + 4]]) for x, y in along]
+            taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in along]
     legend = axes.get_legend()
-    taken += [legend.get_window_extent()] if legend is not None else []
-    inside = axes.get_window_extent()
+    taken += [_box(legend.get_window_extent())] if legend is not None else []
+    inside = _box(axes.get_window_extent())
+    per_point = axes.figure.get_dpi() / 72
     for name in dict.fromkeys(row["name"] for row in rows):
-        best: tuple[float, Bbox, dict[str, Any]] | None = None
-        for row in (row for row in rows if row["name"] == name):
-            for x, y in _OFFSETS:
-                words = {
-                    "text": name,
-                    "xy": (row["p50_ms"], factor * row[field]),
-                    "xytext": (x, y),
-                    "textcoords": "offset points",
-                    "ha": "left" if x > 0 else "right" if x < 0 else "center",
-                    "va": "bottom" if y > 0 else "top" if y < 0 else "center",
-                    "fontsize": 8,
-                    "color": _INK,
-                    "zorder": 5,
-                    "path_effects": [withStroke(linewidth=2.5, foreground="white")],
-                }
-                tried = axes.annotate(**words)
-                extent = tried.get_window_extent()
-                tried.remove()
-                cost = _covered(extent, taken, inside) + 0.1 * (x * x + y * y)
-                if best is None or cost < best[0]:
-                    best = cost, extent, words
-        assert best is not None
-        taken.append(best[1])
-        axes.annotate(**best[2])
+        halo = withStroke(linewidth=2.5, foreground="white")
+        start = rows[0]["p50_ms"], factor * rows[0][field]
+        text = axes.text(*start, name, fontsize=8, color=_INK, zorder=5, va="bottom", path_effects=[halo])
+        extent = text.get_window_extent()
+        tried = []
+        for (x, y), row in zip(points, rows, strict=True):
+            for dx, dy in _OFFSETS if row["name"] == name else ():
+                left = x + dx * per_point - extent.width * (1 - _sign(dx)) / 2
+                low = y + dy * per_point - extent.height * (1 - _sign(dy)) / 2
+                box = left, low, left + extent.width, low + extent.height
+                tried.append((_covered(box, np.array(taken), inside) + 0.1 * (dx * dx + dy * dy), box))
+        _, best = min(tried)
+        taken.append(best)
+        left, low = axes.transData.inverted().transform(best[:2])
+        text.set_position((left, low))
 
 
-def _covered(extent: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
+def _box(extent: "Bbox") -> Box:
+    return extent.x0, extent.y0, extent.x1, extent.y1
+
+
+def _sign(x: float) -> int:
+    return (x > 0) - (x < 0)
+
+
+def _covered(box: Box, taken_N4: NDArray[np.float64], inside: Box) -> float:
     """Pixels of a name that lie on something, and, counted double, outside of the panel."""
-    from matplotlib.transforms import Bbox
 
-    def area(box: Bbox | None) -> float:
-        return 0.0 if box is None else float(box.width * box.height)
+    def shared(others_N4: NDArray[np.float64]) -> float:
+        sides_N2 = np.minimum(box[2:], others_N4[:, 2:]) - np.maximum(box[:2], others_N4[:, :2])
+        return float(sides_N2.clip(0).prod(1).sum())
 
-    outside = area(extent) - area(Bbox.intersection(extent, inside))
-    return 2 * outside + sum(area(Bbox.intersection(extent, other)) for other in taken)
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return 2 * (area - shared(np.array([inside]))) + shared(taken_N4)
