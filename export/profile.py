@@ -204,7 +204,7 @@ def profile_together(
         or _profile_of(
             tower_files(folder, engines.get(folder)),
             results[place],
-            _with_clocks_of("cuda" if folder in engines else device.partition(":")[0], machine),
+            with_clocks_of("cuda" if folder in engines else device.partition(":")[0], machine),
             threads,
             name,
             flags,
@@ -263,7 +263,7 @@ def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
     return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
 
 
-def _with_clocks_of(kind: str, machine: dict[str, Any]) -> dict[str, Any]:
+def with_clocks_of(kind: str, machine: dict[str, Any]) -> dict[str, Any]:
     """The machine, its clocks being those of the CPU and of the kind of device that computes."""
     is_jetson = "sudo jetson_clocks" in machine["to_lock_clocks"]  # which locks the GPU's as well
     if kind == "cpu" or is_jetson:

@@ -25,6 +25,7 @@ from export.profile import (
     runner_here,
     runner_on,
     summarise,
+    with_clocks_of,
 )
 from toolchain.errors import ClipkdError, MissingDependency, UsageError
 from toolchain.glyphs import user_cache_folder
@@ -199,6 +200,7 @@ def _time(states: dict[Pair, Row], folder: Path, bench: _Bench, progress: Progre
     if not built:
         return
     machine, others = look_at(bench.on)
+    machine = with_clocks_of("cpu" if bench.on is not None else bench.device.partition(":")[0], machine)
     next(others)
     busy_share = next(others)
     flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []

@@ -179,7 +179,7 @@ def test_a_run_keeps_what_its_machines_gpu_measured(
         return once(model, tower, arguments)
 
     monkeypatch.setattr("export.profile_models.prove", prove)
-    monkeypatch.setattr(profile_module, "_run", run)
+    monkeypatch.setattr(profile_module, "runner_here", run)
     first, second = a_run(tmp_path / "run", folder, "first", "second")
     words = ("--device", "gpu:0", *SHORT, "--json")
     assert clipkd("profile", first, *words).code == 0
@@ -215,7 +215,7 @@ def test_a_model_that_is_wrong_on_a_device_is_not_timed_there(
     gpu = {"name": "gpu", "what": "Example Graphics"}
     monkeypatch.setattr("export.doctor.local_devices", lambda: [gpu])
     (model,) = a_run(tmp_path / "run", folder, "wrong")
-    monkeypatch.setattr(profile_module, "_run", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(profile_module, "runner_here", lambda *_: pytest.fail("it was timed"))
     ended = clipkd("profile", model, "--device", "gpu", *SHORT)
     assert ended.code == 1
     assert not (tmp_path / "run" / "measured" / "wrong" / "gpu").exists()
@@ -270,7 +270,7 @@ def test_a_kit_is_built_for_this_machines_gpu(
 def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = test_profile.describe_machine() | {"clocks_locked": True, "to_lock_clocks": ["sudo cpupower"]}
     jetson = locked | {"to_lock_clocks": ["sudo nvpmodel -m 0", "sudo jetson_clocks"]}
-    monkeypatch.setattr(profile_module, "_run", lambda *_: test_profile.documents([1.0])[0])
+    monkeypatch.setattr(profile_module, "runner_here", lambda *_: test_profile.documents([1.0])[0])
     monkeypatch.setattr(profile_module, "other_cpu_share", lambda duration_s: iter([None, 0.0]))
     for suffix in ("image.engine", "text.engine"):
         (folder / suffix).write_bytes(b"")

@@ -229,7 +229,11 @@ def test_a_graph_that_fails_is_a_row_and_a_device_that_is_gone_ends_the_call(
         return module.runner_here(folder, name, arguments)
 
     monkeypatch.setattr(module, "describe_device", describe)
-    monkeypatch.setattr(module, "look_at", lambda on: ({"usable_cores": 4, "clocks_locked": True}, iter([None, 0.9])))
+    monkeypatch.setattr(
+        module,
+        "look_at",
+        lambda on: ({"usable_cores": 4, "clocks_locked": True, "to_lock_clocks": []}, iter([None, 0.9])),
+    )
     monkeypatch.setattr(module, "runner_on", run)
     wanted = [Candidate("a"), Candidate("b")]
     good, bad = measure_students(wanted, ["fp32"], device=board)
