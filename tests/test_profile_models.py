@@ -172,7 +172,7 @@ def test_a_run_keeps_what_its_machines_gpu_measured(
         proven.append((model.name, how))
         return {"parity": {"image": {"min_cosine": 1.0}, "text": {"min_cosine": 1.0}}}
 
-    once = profile_module._run
+    once = profile_module.runner_here
 
     def run(model: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
         turns.append((model.name, tower, arguments[arguments.index("--device") + 1]))
