@@ -47,7 +47,7 @@ wheel: .venv/installed
 
 .venv/installed: .venv/python $(SOURCES)
 	@echo 'installing into .venv: some GB, minutes' >&2
-	@$(PIP) -e '.[train,onnxruntime]'
+	@$(PIP) -e '.[all]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed

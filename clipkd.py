@@ -97,6 +97,7 @@ def run(
         checkpoints |= deployment.quantize(loaded, out, checkpoints, screen)  # student-int8
         exported = deployment.export(loaded, out, checkpoints, screen)  # graphs that passed parity
         measured = deployment.measure(loaded, out, exported, screen)  # accuracy and latency of what ships
+        measured |= deployment.measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
         chosen = choose(loaded, out, exported, measured, screen) if loaded.export.auto else None
         document = deployment.report(out, measured, screen)  # the table, and the front
     _print_report(document, out, as_json)
@@ -402,7 +403,10 @@ def classes(
 
 @app.command()
 def profile(
-    models: Annotated[list[Path], typer.Argument(help="Exported models' directories.", metavar="MODEL...")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="Directories: of exported models, or of a run's checkpoints.", metavar="MODEL..."),
+    ],
     device: Annotated[
         str, typer.Option("--device", "-d", help="Where: cpu, cuda:0, gpu, npu, or a device of `clipkd devices`.")
     ] = "cpu",
@@ -426,7 +430,8 @@ def profile(
     measured, and the exit code is that of the first that failed.
 
     What another device than cpu measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again;
-    before it is timed there, it is proven to compute there what it computed in PyTorch.
+    before it is timed there, it is proven to compute there what it computed in PyTorch.  A run's checkpoint
+    (RUN/student) is timed in PyTorch eager, for reference, on this machine's CPU alone.
 
     Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --device orin[/]
     """

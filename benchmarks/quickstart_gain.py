@@ -43,7 +43,8 @@ def main() -> None:
             "--json",
         ]
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows = {(row["role"], row["precision"]): row for row in json.loads(finished.stdout)["rows"]}
+        report = json.loads(finished.stdout)
+        rows = {(row["role"], row["precision"]): row for row in report["rows"] if row["runtime"] == "onnxruntime"}
         baseline, student = rows["baseline", "fp32"], rows["student", "fp32"]
         teacher, int8 = rows["teacher", "fp32"], rows["student", "int8"]
         gain = student["top1"] - baseline["top1"]

@@ -18,7 +18,7 @@ from toolchain.errors import (
     UsageError,
 )
 from toolchain.recipe import Recipe
-from toolchain.stages import MANIFEST, Screen, Stage
+from toolchain.stages import MANIFEST, REFERENCE, Screen, Stage
 from toolchain.training_stages import evaluated
 
 FAILED = "failed.json"
@@ -223,12 +223,10 @@ def mark_failed(path: Path, error: ClipkdError) -> None:
 
 def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
-    from toolchain.eval_sets import fingerprints
-    from toolchain.stages import machine, run_stage
+    from toolchain.stages import run_stage
 
     measured = {}
-    accuracy = evaluated(recipe)
-    sets = fingerprints(accuracy.sets)
+    accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
     for name, model in exported.items():
         if model.manifest["summary"]["runtime"] == "tensorrt":
             continue  # a kit runs where its engines are built
@@ -242,14 +240,68 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
         measured[name] = run_stage(
             out / "measured" / name / "cpu",
             kind="measure",
-            version=1,
-            fields={"evaluate": accuracy.model_dump(mode="json"), "profile": recipe.profile.model_dump()},
-            fingerprints={"sets": sets, "machine": json.dumps(machine(), sort_keys=True)},
+            version=2,
+            fields=fields,
+            fingerprints=fingerprints,
             inputs={"model": model},
             work=work,
         )
         screen.done(f"measured/{name}", measured[name])
     return measured
+
+
+def measure_references(
+    recipe: Recipe, out: Path, made: dict[str, Stage], exported: dict[str, Stage], screen: Screen
+) -> dict[str, Stage]:
+    """The same of the checkpoint that ships in PyTorch, as often as the recipe asks for it.
+
+    Raises:
+        MissingDependency: it is to be compiled, and there is no C++ compiler.
+    """
+    from toolchain.stages import run_stage
+
+    measured: dict[str, Stage] = {}
+    if not references(recipe):
+        return measured
+    accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
+    for name, role, mode, beside in references(recipe):
+        if beside not in exported:
+            continue  # it failed, and has said why
+
+        def work(folder: Path, role: str = role, mode: str = mode, beside: str = beside) -> dict[str, Any]:
+            from export.measure import measure_reference
+
+            paths = made[role].path, exported[beside].path, folder
+            return measure_reference(*paths, accuracy, recipe.profile, mode, screen.progress)
+
+        screen.starts(f"measured/{name}")
+        measured[name] = run_stage(
+            out / "measured" / name / "cpu",
+            kind=REFERENCE,
+            version=1,
+            fields={**fields, "pytorch": mode},
+            fingerprints=fingerprints,
+            inputs={"checkpoint": made[role], "model": exported[beside]},
+            work=work,
+        )
+        screen.done(f"measured/{name}", measured[name])
+    return measured
+
+
+def _measured_by(recipe: Recipe) -> dict[str, Any]:
+    """The fields that any measurement reads."""
+    return {
+        "evaluate": evaluated(recipe).model_dump(mode="json"),
+        "profile": recipe.profile.model_dump(exclude={"pytorch"}),
+    }
+
+
+def _measured_on(recipe: Recipe) -> dict[str, str]:
+    """The data and the machine that any measurement depends on."""
+    from toolchain.eval_sets import fingerprints
+    from toolchain.stages import machine
+
+    return {"sets": fingerprints(evaluated(recipe).sets), "machine": json.dumps(machine(), sort_keys=True)}
 
 
 def is_of_the_model(error: ClipkdError) -> bool:
@@ -284,16 +336,28 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
 
 
 def exports(recipe: Recipe) -> list[tuple[str, str, str, str]]:
-    """Name, role, runtime and precision of every exported model."""
+    """Name, role, runtime and precision of every exported model.
+
+    Teacher and baseline do not ship: they are there to compare with, for which one runtime does, the first that runs
+    here.
+    """
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
+    first = next((runtime for runtime in recipe.export.runtimes if runtime != "tensorrt"), None)
     shipped = shipped_role(recipe)
     pairs = [(role, "fp32") for role in others] + [(shipped, precision) for precision in recipe.export.precisions]
     return [
         (f"{role}-{runtime}-{precision}", role, runtime, precision)
         for runtime in recipe.export.runtimes
         for role, precision in pairs
-        if runtime != "tensorrt" or role == shipped
+        if runtime == first or role == shipped
     ]
+
+
+def references(recipe: Recipe) -> list[tuple[str, str, str, str]]:
+    """Name, role, mode and the fp32 export beside it of every checkpoint that is measured in PyTorch."""
+    shipped = shipped_role(recipe)
+    beside = [name for name, role, _, precision in exports(recipe) if (role, precision) == (shipped, "fp32")]
+    return [(f"{shipped}-pytorch-{mode}", shipped, mode, beside[0]) for mode in recipe.profile.pytorch if beside]
 
 
 def stage_paths(recipe: Recipe) -> list[str]:
@@ -307,5 +371,6 @@ def stage_paths(recipe: Recipe) -> list[str]:
     quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions and recipe.quantize else []
     made = [(name, runtime) for name, _, runtime, _ in exports(recipe)] if recipe.evaluate else []
     measured = [f"measured/{name}/cpu" for name, runtime in made if runtime != "tensorrt"]
+    measured += [f"measured/{name}/cpu" for name, *_ in references(recipe)] if recipe.evaluate else []
     chosen = [f"auto/{runtime}" for runtime in recipe.export.runtimes if recipe.export.auto]
     return trained + quantized + [f"exported/{name}" for name, _ in made] + measured + chosen

@@ -146,6 +146,8 @@ def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset
         here |= {"measure", "pictures", "train", "export", "report", "onnxruntime cpu"}
         if "int8" in recipe.export.precisions:
             here.add("quantize")
+        if "compiled" in recipe.profile.pytorch:
+            here.add("compile")
     if isinstance(device, Device):
         preset = PRESETS.get(device.preset or "")
         of_device = tuple(runtimes) or ((preset.runtimes[0],) if preset else ("onnxruntime",))

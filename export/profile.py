@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -33,6 +35,7 @@ from export.machine import describe_machine, other_cpu_share
 from export.remote import TimedOut, by_hand, carry, run_on
 from export.runner import preprocess_image
 from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
+from toolchain.sources import CONFIG, WEIGHTS
 
 Progress = Callable[[str, int, int], None]
 
@@ -116,11 +119,13 @@ def profile(
     device: str = "cpu",
     on: Device | None = None,
     engines: Path | None = None,
+    compiled: bool = False,
     on_progress: Progress | None = None,
 ) -> Profile:
     """Latencies at batch 1 with inputs resident, throughput, memory, size and a grade, of one model.
 
-    `on` and `device` as `profile_together`.  `engines` are the TensorRT engines of a kit, built where it is measured.
+    `on`, `device` and `compiled` as `profile_together`.  `engines` are the TensorRT engines of a kit, built where it is
+    measured.
 
     Raises:
         ArtifactError: the folder lacks a file.
@@ -129,7 +134,12 @@ def profile(
     """
     settings: dict[str, Any] = {"processes": processes, "seconds": seconds, "threads": threads, "device": device}
     (found,) = profile_together(
-        [folder], **settings, on=on, engines={folder: engines} if engines else {}, on_progress=on_progress
+        [folder],
+        **settings,
+        on=on,
+        engines={folder: engines} if engines else {},
+        compiled=compiled,
+        on_progress=on_progress,
     )
     if isinstance(found, ClipkdError):
         raise found
@@ -145,6 +155,7 @@ def profile_together(
     device: str = "cpu",
     on: Device | None = None,
     engines: Mapping[Path, Path] = MappingProxyType({}),
+    compiled: bool = False,
     spin_ms: Sequence[float] = (),
     on_progress: Progress | None = None,
 ) -> list[Profile | ClipkdError]:
@@ -161,8 +172,9 @@ def profile_together(
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
     SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
     runs them.  Whether those of a GPU or NPU are locked is not known, and counts as no.  `on` is a machine reached by
-    ssh, and `device` one of its; None is this machine.  `engines` are those of TensorRT kits.  `spin_ms` wastes time in
-    every query of a model, for checks of this protocol.
+    ssh, and `device` one of its; None is this machine.  `engines` are those of TensorRT kits.  A folder may be a
+    checkpoint of a run, which is timed in PyTorch on this machine's CPU, eager or `compiled` by torch.compile, with the
+    samples of its exported model.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
@@ -177,7 +189,13 @@ def profile_together(
         for place, folder in enumerate(folders):
             try:
                 staged = _stage(
-                    folder, Path(scratch) / str(place), seconds / processes, threads, device, engines.get(folder)
+                    folder,
+                    Path(scratch) / str(place),
+                    seconds / processes,
+                    threads,
+                    device,
+                    engines.get(folder),
+                    compiled,
                 )
             except ClipkdError as error:
                 failures[place] = error
@@ -258,7 +276,9 @@ def _ms(value: float) -> str:
 
 
 def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
-    """What is opened of each tower."""
+    """What is opened of each tower; a checkpoint is one file."""
+    if is_checkpoint(folder):
+        return dict.fromkeys(("image", "text"), folder / WEIGHTS)
     where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
     return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
 
@@ -301,7 +321,7 @@ def _profile_of(
         "images_per_s": max(sweep.values()),
         "sweep": sweep,
         "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
-        "size_bytes": sum(path.stat().st_size for path in files.values()),
+        "size_bytes": sum(path.stat().st_size for path in set(files.values())),
         "to_lock_clocks": [] if machine["clocks_locked"] else machine["to_lock_clocks"],
         **grade(list(results.values()), machine, flags),
     }
@@ -374,15 +394,25 @@ def _rates(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _stage(
-    folder: Path, scratch: Path, seconds: float, threads: int, device: str, engines: Path | None
+    folder: Path, scratch: Path, seconds: float, threads: int, device: str, engines: Path | None, compiled: bool
 ) -> dict[str, list[str]]:
     """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
+    is_reference = is_checkpoint(folder)
+    if is_reference and device != "cpu":
+        raise UsageError(
+            f"{folder}: a checkpoint is timed in PyTorch on the CPU, not on {device}; name an export of it"
+        )
+    if is_reference and compiled:
+        require_compiler()
+    exported = exported_of(folder) if is_reference else folder
     for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx")
+        if not (exported / name).is_file():
+            raise ArtifactError(
+                f"{exported / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx"
+            )
     scratch.mkdir(exist_ok=True)
-    image_spec = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))["image"]
-    with np.load(folder / "parity.npz") as samples:
+    image_spec = json.loads((exported / "preprocess.json").read_text(encoding="utf-8"))["image"]
+    with np.load(exported / "parity.npz") as samples:
         pixels_BHWC, input_ids_BT = samples["pixels_BHWC"][:_NUM_INPUTS], samples["input_ids_BT"][:_NUM_INPUTS]
     pictures = [Image.fromarray(pixels_HWC) for pixels_HWC in pixels_BHWC]
     values_CHW = preprocess_image(pictures[0], image_spec)
@@ -396,15 +426,15 @@ def _stage(
         (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
     shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
     shared += [
-        *(runtime_words(folder) if engines is None else ()),
+        *(_reference_words(compiled) if is_reference else runtime_words(folder) if engines is None else ()),
         "--device",
         device,
         "--batches",
         ",".join(map(str, _SWEEP)),
     ]
-    whole_path = ["--images", str(scratch / "images"), "--classes", str(folder / "classes.npz")]
-    whole_path += ["--preprocess", str(folder / "preprocess.json")]
-    with np.load(folder / "classes.npz") as classes:
+    whole_path = ["--images", str(scratch / "images"), "--classes", str(exported / "classes.npz")]
+    whole_path += ["--preprocess", str(exported / "preprocess.json")]
+    with np.load(exported / "classes.npz") as classes:
         has_classes = len(classes["names"]) > 0  # a headline set of captions has none
 
     def arguments(tower: str, input_name: str, dtype: str, shape: tuple[int, ...]) -> list[str]:
@@ -417,6 +447,51 @@ def _stage(
         "image": arguments("image", "pixel_values", "float32", values_CHW.shape) + (whole_path if has_classes else []),
         "text": arguments("text", "input_ids", "int64", input_ids_BT.shape[1:]),
     }
+
+
+def is_checkpoint(model: Path) -> bool:
+    """Whether a directory is a checkpoint's, which runs in PyTorch, and not an exported model's.
+
+    Raises:
+        UsageError: an int8 checkpoint, which PyTorch cannot run in integers.
+    """
+    if (model / "nncf.json").is_file():
+        raise UsageError(f"{model}: an int8 checkpoint, which is int8 only once exported; name RUN/exported/...-int8")
+    return (model / CONFIG).is_file() and not (model / "image.onnx").is_file()
+
+
+def exported_of(checkpoint: Path) -> Path:
+    """The exported model of a run's checkpoint, in fp32 if there is one: their samples and preprocessing are the same.
+
+    Raises:
+        UsageError: there is none.
+    """
+    made = [path.parent for path in checkpoint.parent.glob(f"exported/{checkpoint.name}-*/parity.npz")]
+    if not made:
+        raise UsageError(
+            f"{checkpoint}: a checkpoint is timed with the samples of its exported model, and there is no "
+            f"{checkpoint.parent / 'exported' / checkpoint.name}-*. "
+            f"Export it first: clipkd export {checkpoint.parent} --onnx --precision fp32"
+        )
+    return min(made, key=lambda path: (not path.name.endswith("-fp32"), path.name))
+
+
+def require_compiler() -> None:
+    """Know that torch.compile can compile, before it is begun.
+
+    Raises:
+        MissingDependency: the C++ compiler that torch would call is not there.
+    """
+    compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
+    if shutil.which(compiler) is None:
+        raise MissingDependency(
+            f"torch.compile needs a C++ compiler, and there is no {compiler} on the PATH. Install it with: "
+            "sudo apt-get install g++, or set profile.pytorch=[eager]"
+        )
+
+
+def _reference_words(compiled: bool) -> list[str]:
+    return ["--runtime", "pytorch", *(["--compiled"] if compiled else [])]
 
 
 def runtime_words(folder: Path) -> list[str]:
@@ -500,7 +575,7 @@ def _describe(device: Device, watch_seconds: float) -> dict[str, Any]:
 
 def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> dict[str, Any]:
     if done.returncode in _STATUS:
-        raise _STATUS[done.returncode](f"{folder / tower}.onnx: {done.stderr.strip()}")
+        raise _STATUS[done.returncode](f"{_tower_name(folder, tower)}: {done.stderr.strip()}")
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise _failure(folder, tower, f"was killed by {name}{_KILLED.get(name, '')}", done.stderr, command)
@@ -516,7 +591,11 @@ def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: 
     lines = text.strip().splitlines()[-_STDERR_LINES:] or ["(nothing on stderr)"]
     by_hand = shlex.join(command[: command.index("--inputs")])  # the staged inputs are gone: random ones do
     return ClipkdError(
-        f"{folder / tower}.onnx: the process that timed it {what}. Its last words:\n"
+        f"{_tower_name(folder, tower)}: the process that timed it {what}. Its last words:\n"
         + "\n".join(f"  {line}" for line in lines)
         + f"\nSee for yourself: {by_hand}"
     )
+
+
+def _tower_name(folder: Path, tower: str) -> str:
+    return f"{folder}: {tower} tower" if is_checkpoint(folder) else f"{folder / tower}.onnx"

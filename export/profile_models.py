@@ -16,16 +16,15 @@ import numpy as np
 from export.deployment_stages import engines_of
 from export.devices import Device, find_device, is_local
 from export.doctor import local_device
-from export.measure import run_of
+from export.measure import run_of, score
 from export.parity import check_parity
-from export.profile import Effort, Profile, describe_device, profile_together
+from export.profile import Effort, Profile, describe_device, is_checkpoint, profile_together
 from export.proof import encoders_on, prove
 from export.remote import build_engines_on
 from export.runtime import ExportedEncoders, open_exported
 from export.to_tensorrt import can_build, open_tensorrt
 from toolchain.errors import ClipkdError, UnavailableBackend, UsageError
-from toolchain.eval_sets import fingerprints, open_set
-from toolchain.evaluate import evaluate
+from toolchain.eval_sets import fingerprints
 from toolchain.recipe import EvaluateSpec, load_recipe
 from toolchain.stages import Screen, Stage, is_made, machine, open_stage, run_lock, run_stage
 from toolchain.training_stages import evaluated
@@ -136,12 +135,7 @@ def profile_models(
         _write(folder / "parity.json", _proven(place, target))  # a wrong model is not worth timing
         samples: dict[str, Any] = {}
         if place.spec is not None:
-            sets = [open_set(entry) for entry in place.spec.sets]
-            scoring = partial(screen.progress, "scoring")
-            evaluation, samples = evaluate(
-                _encoders(place, target), sets, headline=place.spec.headline, on_progress=scoring
-            )
-            _write(folder / "evaluation.json", evaluation)
+            samples, _ = score(_encoders(place, target), folder, place.spec, screen.progress)
         found = timed_one(index)
         _write(folder / "profile.json", found.document)
         np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
@@ -189,6 +183,10 @@ def _target(device: str) -> _Target:
 
 def _place(model: Path, target: _Target, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
     """Where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
+    if is_checkpoint(model) and target.name != "cpu":
+        raise UsageError(
+            f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; name an export of it instead"
+        )
     run, is_kit = run_of(model), (model / "build_engine.py").is_file()
     if is_kit and target.on is None and target.name != "cuda:0":
         raise UnavailableBackend(
@@ -211,7 +209,7 @@ def _place(model: Path, target: _Target, effort: Effort, scored: bool, screen: S
     spec = evaluated(load_recipe(run / "recipe.yaml")) if scored else None
     depends = {
         "kind": "profile",
-        "version": 1,
+        "version": 2,
         "fields": {**effort._asdict(), "evaluate": spec and spec.model_dump(mode="json")},
         "fingerprints": {"machine": target.fingerprint} | ({"sets": fingerprints(spec.sets)} if spec else {}),
         "inputs": {"model": stage} | ({"engines": engines} if engines else {}),

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from export.devices import Device
 from export.parity import check_parity
-from export.profile import runner_on, runtime_words, tower_files
-from export.runner import Graph, onnxruntime_options
+from export.profile import require_compiler, runner_on, runtime_words, tower_files
+from export.runner import Graph, onnxruntime_options, open_checkpoint
 from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, ExportedEncoders, open_exported, open_tower
 from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
 
@@ -105,6 +105,24 @@ def encoders_on(
         _image=tower("image", IMAGE_INPUT, here._image.input_shapes),
         _text=None if here._text is None else tower("text", TEXT_INPUT, here._text.input_shapes),
     )
+
+
+def reference_encoders(checkpoint: Path, exported: Path, *, compiled: bool) -> ExportedEncoders:
+    """A checkpoint's towers in PyTorch, as they are timed, behind the preprocessing and tokenizer of its fp32 export.
+
+    Raises:
+        MissingDependency: `compiled`, and there is no C++ compiler.
+        ArtifactError: as `runtime.open_exported`.
+    """
+    if compiled:
+        require_compiler()
+    here = open_exported(exported, runtime="onnxruntime", precision="fp32")
+    assert here._text is not None
+    image, text = (
+        open_checkpoint(checkpoint, name, compiled=compiled, threads=None)._replace(input_shapes=graph.input_shapes)
+        for name, graph in ((IMAGE_INPUT, here._image), (TEXT_INPUT, here._text))
+    )
+    return replace(here, _image=image, _text=text)
 
 
 def answer() -> None:

@@ -2,7 +2,8 @@
 
 This file is copied to devices and runs there on its own: Python 3.8, numpy and the runtime, which is ONNX Runtime,
 OpenVINO or, for an engine, tensorrt and cuda.bindings (Pillow for `--images`).  A device that is not there ends it with
-status 4, a missing runtime with 3: never another device in its place.
+status 4, a missing runtime with 3: never another device in its place.  On the machine that trains it also times a
+checkpoint in PyTorch, for reference.
 
     python runner.py --model image.onnx --input pixel_values --shape 1,3,32,32 --dtype float32 --threads 2
 
@@ -73,7 +74,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", type=_shape, required=True, help="of one query, for example 1,3,32,32")
     parser.add_argument("--dtype", choices=("float32", "int64"), required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--runtime", choices=tuple(_OPEN), default="onnxruntime")
+    parser.add_argument("--runtime", choices=(*_OPEN, "pytorch"), default="onnxruntime")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile, for --runtime pytorch")
     parser.add_argument("--precision", default="fp32", help="the graph's, for example fp16")
     parser.add_argument("--device", default="cpu", help="for example cuda:0 of ONNX Runtime, gpu or npu of OpenVINO")
     parser.add_argument("--min-seconds", type=float, default=1.0, help="to measure, after the warm-up")
@@ -104,6 +106,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         start_ns = time.perf_counter_ns()
         graph: Any = open_engine(options.model, options.graph)
         options.runtime = "tensorrt"
+    elif options.runtime == "pytorch":
+        importlib.import_module("open_clip")
+        start_ns = time.perf_counter_ns()
+        graph = open_checkpoint(options.model.parent, options.input, compiled=options.compiled, threads=options.threads)
     else:
         _import_runtime(options.runtime)  # loading a graph is timed, importing a package is not
         start_ns = time.perf_counter_ns()
@@ -275,6 +281,37 @@ def _open_openvino(path: Path, precision: str | None, device: str, threads: int 
         return request.infer([query], share_inputs=True)[0]  # outputs are copied
 
     return Graph(shapes, run, compiled, openvino.__version__.partition("-")[0])
+
+
+def open_checkpoint(folder: Path, input_name: str, *, compiled: bool, threads: int | None) -> Graph:
+    """One tower of an open_clip local-dir in PyTorch fp32 on the CPU, as plain open_clip loads and runs it.
+
+    Eager takes whatever fast path PyTorch has for it; `compiled` is torch.compile as it comes, which compiles at the
+    first query of a shape.
+    """
+    import logging
+
+    import open_clip
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # open_clip narrates every look-up
+    try:
+        net = open_clip.create_model("local-dir:" + str(folder.resolve()), pretrained_text=False).eval()
+    finally:
+        root.setLevel(level)
+    encode = net.encode_image if input_name == "pixel_values" else net.encode_text
+    if compiled:
+        encode = torch.compile(encode)
+
+    def run(query: NDArray[Any]) -> Any:
+        with torch.inference_mode():
+            return encode(torch.from_numpy(query), normalize=True).numpy()
+
+    return Graph({input_name: []}, run, net, torch.__version__)
 
 
 _ERRORS_ONLY = 3  # ONNX Runtime's logging severity

@@ -20,7 +20,7 @@ Clipkd = Callable[..., Ended]
 
 def row(name: str, **fields: Any) -> Row:
     empty = dict.fromkeys(
-        (*NUMBERS, "top1_high", "model", "role", "runtime", "precision", "machine", "headline", "run")
+        (*NUMBERS, "top1_high", "model", "role", "runtime", "pytorch", "precision", "machine", "headline", "run")
     )
     return empty | {"name": name, "device": "cpu", "status": "ok", "grade": "B", "flags": []} | fields
 
@@ -64,6 +64,13 @@ def test_equals_are_parted_by_speed() -> None:
     choice = choose(rows, [], "top1", None)
     assert choice.best == rows[1]
     assert choice.rejected == [(rows[0], ["top1 is the same, but fast is faster"])]
+
+
+def test_what_ran_in_pytorch_is_never_chosen() -> None:
+    reference = row("r", p50_ms=0.1, top1=0.99, runtime="pytorch", pytorch="eager")
+    choice = choose([*ROWS, reference], [], "top1", None)
+    assert choice.best == ROWS[3]
+    assert (reference, ["a reference: the checkpoint in PyTorch, which is no model that ships"]) in choice.rejected
 
 
 def test_noise_and_overlap_are_warned_of() -> None:

@@ -18,10 +18,11 @@ from test_architecture import FORBIDDEN
 
 from export import doctor
 from export.devices import Device, add_device
-from export.doctor import CAPABILITIES, diagnose, problem
+from export.doctor import CAPABILITIES, diagnose, needs, problem
 from export.probes import one_node_graph
 from export.remote import SSH_CONFIG
 from toolchain.errors import MissingDependency, UnavailableBackend
+from toolchain.recipe import load_recipe, recipe_path
 
 SEGFAULT = "import ctypes\nctypes.string_at(0)\n"
 ABSENT = """
@@ -215,3 +216,14 @@ def test_a_device_is_probed_there(
             return
         time.sleep(0.05)
     raise AssertionError("a run is left behind")
+
+
+def test_what_the_quickstart_needs_and_what_compiling_adds() -> None:
+    glyphs = load_recipe(recipe_path("glyphs"))
+    here, there = needs(glyphs, None)
+    assert here == {
+        *("measure", "pictures", "train", "quantize", "export", "report", "onnxruntime cpu", "openvino cpu")
+    }
+    assert there == frozenset()
+    compiled = load_recipe(recipe_path("glyphs"), ["profile.pytorch=[eager, compiled]"])
+    assert needs(compiled, None)[0] - here == {"compile"}

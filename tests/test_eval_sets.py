@@ -664,7 +664,7 @@ def test_a_wrong_set_names_its_place(tmp_path: Path, entry: str, said: str) -> N
 
 def test_glyph_sets_are_as_they_were() -> None:
     spec = EvaluateSpec()
-    assert spec.model_dump() == {"headline": "stix", "sets": ("stix", "serif", "novel")}
+    assert spec.model_dump() == {"headline": "stix", "sets": ("stix", "serif", "novel"), "examples": 16}
     data = open_set("novel")
     assert data.one_image_per_class
     assert len(data) == len(data.texts)

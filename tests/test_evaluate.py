@@ -8,7 +8,7 @@ import pytest
 
 from toolchain.errors import UsageError
 from toolchain.eval_sets import classes_set
-from toolchain.evaluate import TIE, UNRANKED, class_embeddings, evaluate, ranks, wilson
+from toolchain.evaluate import TIE, UNRANKED, class_embeddings, evaluate, nearest, ranks, wilson
 
 TEMPLATES = ("{}", "the character {}", "a drawing of {}")
 NUM_CLASSES = 300  # more than one chunk of 256, and not a multiple of it
@@ -302,3 +302,30 @@ def test_what_cannot_be_scored_is_refused(images_KHWC, names, templates, message
     with pytest.raises(UsageError) as raised:
         classes_set("a", images_KHWC, names, templates)
     assert str(raised.value) == message
+
+
+def test_the_answer_kept_is_the_nearest_text_and_right_where_the_rank_says_so():
+    random = np.random.default_rng(5)
+    text_features_PKD = unit(random.standard_normal((len(TEMPLATES), NUM_CLASSES, WIDTH)))
+    image_features_KD = unit(text_features_PKD[0] + NOISE * random.standard_normal((NUM_CLASSES, WIDTH)) / WIDTH**0.5)
+    encoders = TableEncoders(image_features_KD, text_features_PKD)
+    _, samples = evaluate(encoders, [made_set("a"), made_set("b", 12)], headline="a")
+    class_features_KD = class_embeddings(encoders, [f"name{k}" for k in range(NUM_CLASSES)], TEMPLATES)
+    expected = [
+        max(range(NUM_CLASSES), key=lambda k: image_features_KD[n] @ class_features_KD[k]) for n in range(NUM_CLASSES)
+    ]
+    assert samples["a_top1"].dtype == np.int32
+    assert samples["a_top1_cosine"].dtype == np.float32
+    assert samples["a_top1"].tolist() == expected
+    cosines = [image_features_KD[n] @ class_features_KD[k] for n, k in enumerate(expected)]
+    np.testing.assert_allclose(samples["a_top1_cosine"], cosines, atol=FLOAT32)
+    assert 0 < (samples["a_rank"] < 1).sum() < NUM_CLASSES
+    np.testing.assert_array_equal(samples["a_rank"] < 1, samples["a_top1"] == np.arange(NUM_CLASSES))
+    assert "b_top1" not in samples
+
+
+def test_what_has_no_score_has_no_nearest():
+    queries_QD = np.array([[1, 0], [np.nan, 0], [0, 1]], np.float32)
+    best_Q, score_Q = nearest(queries_QD, np.array([[0, 1], [1, 0], [1, 0]], np.float32))
+    assert best_Q.tolist() == [1, -1, 0], "the first of equals"
+    assert np.isnan(score_Q).tolist() == [False, True, False]

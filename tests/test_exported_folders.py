@@ -24,6 +24,7 @@ from toolchain.stages import open_stage
 
 REPOSITORY = Path(__file__).parents[1]
 TEACHER = str(REPOSITORY / "recipes" / "glyphs_teacher")
+ONE_RUNTIME = ["--set", "export.precisions=[fp32]", "--set", "export.runtimes=[onnxruntime]"]
 SAME_PROBABILITY = 1e-5  # of a softmax over logits equal to float32's rounding
 SAME_FEATURE = 1e-5  # ONNX Runtime against PyTorch in float32, entries of unit vectors
 SAME_LOGITS = 1e-3  # of logits up to 100: one float32 product against ONNX Runtime's, at 24 bits
@@ -37,7 +38,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("of") / "run"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for arguments in (
-        ["adopt", TEACHER, "--like", "glyphs", "--set", "export.precisions=[fp32]", "--out", str(out)],
+        ["adopt", TEACHER, "--like", "glyphs", *ONE_RUNTIME, "--out", str(out)],
         ["export", str(out), "--trt", "--no-build"],
     ):
         with pytest.MonkeyPatch.context() as patch:

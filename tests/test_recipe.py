@@ -232,7 +232,7 @@ def test_an_unknown_key_suggests_the_nearest_valid_one(path: Path) -> None:
 
 def test_an_unknown_key_like_no_other_lists_those_known(path: Path) -> None:
     assert problem(path, profile={"zzz": 1}) == (
-        "mine.yaml: 1 problem(s)\n  profile.zzz: unknown key; known here: processes, seconds"
+        "mine.yaml: 1 problem(s)\n  profile.zzz: unknown key; known here: processes, seconds, pytorch"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ DESIGN_FIELDS = {
     *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "images_per_s"),
     *("top1", "top1_low", "top1_high", "num_eval_images", "top1_drop_vs_teacher", "top1_drop_vs_fp32"),
     *("accuracy", "retrieval", "params_image", "params_text", "size_bytes", "peak_memory_bytes", "train_s", "reverted"),
-    *("grade", "flags", "status", "pareto", "source"),
+    *("grade", "flags", "status", "pareto", "source", "pytorch"),
 }
 
 # role, precision: p50 in ms, top-1 hits of N, size in bytes
@@ -115,6 +116,34 @@ def make_run(run: Path, *, models=MODELS, grade="B", curve_steps=120) -> Path:
         profile |= {"peak_memory_bytes": 90_000_000, "size_bytes": size_bytes}
         write_json(measured / "profile.json", profile)
     return run
+
+
+def add_reference(run: Path, *, mode="eager", p50_ms=2.0, hits=1420) -> Path:
+    """The fp32 student as it was measured in PyTorch."""
+    of = run / "measured" / "student-onnxruntime-fp32" / "cpu"
+    measured = run / "measured" / f"student-pytorch-{mode}" / "cpu"
+    shutil.copytree(of, measured)
+    summary = {"role": "student", "runtime": "pytorch", "pytorch": mode, "precision": "fp32", "params_image": 2_000_000}
+    write_json(measured / "manifest.json", manifest(summary) | {"kind": "reference"})
+    latency = {"p50_ms": p50_ms, "p50_low_ms": 0.97 * p50_ms, "p50_high_ms": 1.04 * p50_ms}
+    edit(measured / "profile.json", image=latency)
+    evaluation = json.loads((measured / "evaluation.json").read_text())
+    edit(measured / "evaluation.json", sets=evaluation["sets"] | {"stix": scores(hits)})
+    return measured
+
+
+def add_openvino(run: Path, *, faster=1.5) -> None:
+    """The students again, in another runtime."""
+    for precision in ("fp32", "int8"):
+        name, other = f"student-openvino-{precision}", f"student-onnxruntime-{precision}"
+        for folder in ("exported", "measured"):
+            shutil.copytree(run / folder / other, run / folder / name)
+        path = run / "exported" / name / "manifest.json"
+        edit(path, summary=json.loads(path.read_text())["summary"] | {"runtime": "openvino"})
+        profile = run / "measured" / name / "cpu" / "profile.json"
+        image = json.loads(profile.read_text())["image"]
+        scaled = {key: value / faster for key, value in image.items() if key.startswith("p50")}
+        edit(profile, image=image | scaled)
 
 
 @pytest.fixture
@@ -245,6 +274,31 @@ def test_the_front_needs_grade_a_or_b(run):
     assert rows["student fp32"]["pareto"]
 
 
+def test_a_checkpoint_in_pytorch_has_a_row_and_neither_stands_on_the_front_nor_moves_it(run):
+    front = {row["model"] for row in collect([run])["rows"] if row["pareto"]}
+    add_reference(run, p50_ms=0.1, hits=1900)
+    report = write_report([run], run)
+    rows = {row["model"]: row for row in report["rows"]}
+    row = rows["student-pytorch-eager"]
+    assert set(row) == set(rows["student-onnxruntime-fp32"])
+    assert (row["role"], row["runtime"], row["pytorch"]) == ("student", "pytorch", "eager")
+    assert (row["p50_ms"], row["top1"], row["train_s"]) == (0.1, 1900 / N, 95.5)
+    assert row["source"] == "measured/student-pytorch-eager/cpu/manifest.json"
+    assert row["top1_drop_vs_fp32"] == 0, "it is fp32 itself"
+    assert {row["model"] for row in report["rows"] if row["pareto"]} == front
+    edit(run / "measured" / "student-pytorch-eager" / "cpu" / "profile.json", grade="C", flags=["BUSY"])
+    rows = {row["model"]: row for row in collect([run])["rows"]}
+    assert rows["student-pytorch-eager"]["flags"] == ["BUSY"], "and no front is drawn for want of a better one"
+
+
+def test_references_alone_have_a_picture_and_no_front(run):
+    add_reference(run)
+    report = collect([run])
+    report["rows"] = [row for row in report["rows"] if row["pytorch"]]
+    report["rows"][0]["pareto"] = False
+    assert render_picture(report, "png").startswith(b"\x89PNG")
+
+
 def test_where_everything_is_noisy_the_front_says_so(tmp_path):
     rows = by_name(collect([make_run(tmp_path / "noisy", grade="C")]))
     assert all(row["flags"] == ["noisy"] for row in rows.values())
@@ -271,8 +325,14 @@ def test_names_say_no_more_than_it_takes(run):
     manifest_path = run / "exported" / "student-openvino-int8" / "manifest.json"
     write_json(manifest_path, manifest({"role": "student", "runtime": "openvino", "precision": "int8"}))
     names = [row["name"] for row in collect([run])["rows"]]
-    assert len(set(names)) == 5
-    assert {"student int8 onnxruntime", "student int8 openvino"} < set(names)
+    assert set(names) == {
+        *("teacher fp32", "baseline fp32", "student fp32", "student int8 onnxruntime", "student int8 openvino")
+    }
+    add_reference(run)
+    add_reference(run, mode="compiled")
+    names = [row["name"] for row in collect([run])["rows"]]
+    assert {"student fp32 onnxruntime", "student fp32 pytorch eager", "student fp32 pytorch compiled"} < set(names)
+    assert len(set(names)) == 7
 
 
 @pytest.mark.parametrize(
@@ -370,6 +430,19 @@ def test_findings_name_what_distillation_bought(run):
     assert distillation.detail == ("71.0 % top-1 instead of 59.0 %, for 1 min 36 s of training instead of 1 min 01 s")
     assert "3.10 MB instead of 11.4 MB, 69.5 % top-1 instead of 71.0 %" in quantization.detail
     assert "overlap" not in distillation.detail
+
+
+def test_findings_compare_within_a_runtime(run):
+    add_openvino(run)
+    add_reference(run)
+    distillation, compression, deployment, *quantization = findings(collect([run])["rows"])
+    assert (distillation.value, compression.value) == ("+12.0 points", "3.52x faster")
+    assert (deployment.title, deployment.value) == ("ONNX Runtime against PyTorch eager", "2.20x faster")
+    assert "0.910 ms instead of 2.00 ms, both in fp32" in deployment.detail
+    assert [(item.title, item.value) for item in quantization] == [
+        ("int8 against fp32, ONNX Runtime", "1.90x faster"),
+        ("int8 against fp32, OpenVINO", "1.90x faster"),
+    ]
 
 
 def test_findings_admit_that_intervals_overlap(tmp_path):

@@ -1,5 +1,6 @@
 """The page as text: complete and inert.  And as a browser shows it: silent, offline, sortable."""
 
+import base64
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import MODELS, edit, make_run, write_json
+from test_report import MODELS, add_openvino, add_reference, edit, make_run, write_json
 
 from toolchain.errors import ArtifactError
 from toolchain.report import collect, write_report
@@ -51,11 +52,40 @@ class Page(HTMLParser):
             self.text += data
 
 
+PIXEL = (
+    "data:image/png;base64,"
+    + base64.b64encode(
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x00\x00\x00\x00:~\x9bU"
+        b"\x00\x00\x00\nIDATx\x9cc`\x00\x00\x00\x02\x00\x01H\xaf\xa4q\x00\x00\x00\x00IEND\xaeB`\x82"
+    ).decode()
+)
+
+
+def add_examples(run: Path, wrong: dict[str, set[int]], count: int = 16, answer: str = "another name") -> None:
+    """Answers on `count` pictures, of which a model gets `wrong` wrong."""
+    for folder in run.glob("measured/*/cpu"):
+        images = []
+        for index in range(count):
+            is_wrong = index in wrong.get(folder.parent.name, set())
+            images.append(
+                {
+                    **{"index": index, "true": [f"name {index}"], "top1": answer if is_wrong else f"name {index}"},
+                    **{"cosine": 0.25, "right": not is_wrong, "picture": PIXEL},
+                }
+            )
+        write_json(folder / "examples.json", {"set": "stix", "images": images})
+
+
+def shown_examples(html: str) -> list[str]:
+    return re.findall(r'<img src="[^"]*" alt="([^"]*)"', html)
+
+
 def test_the_page_refers_to_nothing_outside_itself(run):
+    add_examples(run, {})
     page = Page(render_page([run], collect([run]), title=run.name))
     for tag, attributes in page.tags:
-        assert tag not in ("img", "iframe", "object", "embed", "base", "form")
-        assert "src" not in attributes
+        assert tag not in ("iframe", "object", "embed", "base", "form")
+        assert attributes.get("src", "data:image/png;").startswith("data:image/png;")
         assert attributes.get("href", "data:,") == "data:,"
     policies = [tag["content"] for _, tag in page.tags if tag.get("http-equiv") == "Content-Security-Policy"]
     assert [policy.split(";")[0] for policy in policies] == ["default-src 'none'"]
@@ -88,8 +118,37 @@ def test_the_script_gets_the_numbers_of_the_report(run):
     assert list(data["curves"][0]["terms"]) == ["task", "crd", "fd", "icl"]
 
 
+def test_eight_pictures_are_shown_those_first_on_which_models_part(run):
+    add_examples(run, {"teacher-onnxruntime-fp32": {3, 12}, "baseline-onnxruntime-fp32": {3, 9}})
+    html = render_page([run], collect([run]), title=run.name)
+    assert shown_examples(html) == [f"name {index}" for index in (0, 1, 2, 3, 4, 5, 9, 12)]
+    third = html.split('alt="name 3"')[1].split("</figure>")[0]
+    right, wrong = third.split("<li class=")[1:]
+    assert right.startswith("right><b>name 3</b>")
+    assert re.findall(r">([^<>]+) 0\.25</span>", right) == ["student fp32", "student int8"]
+    assert wrong.startswith("wrong><b>another name</b>")
+    assert re.findall(r">([^<>]+) 0\.25</span>", wrong) == ["teacher fp32", "baseline fp32"]
+    assert "8 of 16 pictures spread evenly over stix" in html
+
+
+def test_a_report_without_pictures_has_no_such_section(run):
+    assert "Sample predictions" not in render_page([run], collect([run]), title=run.name)
+    add_examples(run, {}, count=0)
+    assert "Sample predictions" not in render_page([run], collect([run]), title=run.name)
+
+
+def test_only_pictures_are_embedded(run):
+    add_examples(run, {}, count=1)
+    path = run / "measured" / "student-onnxruntime-int8" / "cpu" / "examples.json"
+    path.write_text(path.read_text().replace("data:image/png;base64,", "https://example.org/"))
+    with pytest.raises(ArtifactError, match="expected a picture as a data URI, got 'https://example"):
+        render_page([run], collect([run]), title=run.name)
+
+
 def make_hostile(run: Path) -> None:
     """Markup wherever a run holds text of its own."""
+    for path in run.glob("measured/*/cpu/examples.json"):
+        path.write_text(path.read_text().replace("name 0", json.dumps(HOSTILE)[1:-1]).replace("stix", "a<b>"))
     for path in run.glob("exported/*/manifest.json"):
         summary = json.loads(path.read_text())["summary"]
         edit(path, summary=summary | {"runtime": HOSTILE, "role": f"{summary['role']}{HOSTILE}"}, revision=HOSTILE)
@@ -104,6 +163,7 @@ def make_hostile(run: Path) -> None:
 
 
 def test_text_of_a_run_stays_text(run):
+    add_examples(run, {})
     plain = Page(render_page([run], collect([run]), title=run.name))
     make_hostile(run)
     page = Page(render_page([run], collect([run]), title=run.name))
@@ -306,6 +366,31 @@ def test_filters_hide_points_and_rows_and_show_them_again(visit, written):
     assert page.locator("table.sets tbody tr:visible").count() == 3
     page.locator("select[data-field=precision]").select_option("*")
     assert rows.count() == points.count() == len(MODELS)
+    assert visited.said == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_pictures_load_and_fit_and_their_answers_follow_the_filters(visit, run, viewport):
+    add_openvino(run)
+    add_reference(run)
+    assert render_page([run], collect([run]), title="x").count("<td>measured/student-pytorch-eager/cpu</td>") == 1
+    long_name = "mathematical bold fraktur capital letter with a diaeresis and a macron below " * 2
+    add_examples(run, {"student-onnxruntime-int8": {0}}, answer=long_name)
+    write_report([run], run)
+    visited = visit(run / "report.html", viewport)
+    page = visited.page
+    assert page.locator(".example img").count() == 8
+    assert page.evaluate("[...document.querySelectorAll('.example img')].every(image => image.naturalWidth === 1)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    first = page.locator(".example").first
+    assert first.locator("li:visible").count() == 2
+    page.locator("select[data-field=precision]").select_option("int8")
+    assert first.locator("li:visible span:visible").all_text_contents() == [
+        *("student int8 openvino 0.25", "student int8 onnxruntime 0.25")
+    ]
+    page.locator("select[data-field=precision]").select_option("fp32")
+    assert first.locator("li:visible").count() == 1
     assert visited.said == []
 
 

@@ -138,6 +138,8 @@ def _direction(field: str, others: Sequence[str] = ()) -> int:
 
 def _reasons(row: Row, where: Sequence[Condition], by: str) -> list[str]:
     reasons = [] if row["status"] == "ok" else [f"status: {row['status']}"]
+    if row["pytorch"] is not None:
+        reasons.append("a reference: the checkpoint in PyTorch, which is no model that ships")
     reasons += filter(None, (condition.unmet_by(row) for condition in where))
     if row[by] is None and f"{by} is not known" not in reasons:
         reasons.append(f"{by} is not known")

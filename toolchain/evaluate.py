@@ -104,6 +104,26 @@ def ranks(
     return rank_Q
 
 
+def nearest(
+    query_features_QD: NDArray[np.float32], candidate_features_KD: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """[Q] the candidate that each query scores highest, the first of equals, and [Q] the score.
+
+    -1 and NaN where no score is a number.  Memory grows with K, never with Q K.
+    """
+    best_Q = np.empty(len(query_features_QD), np.int32)
+    score_Q = np.empty(len(query_features_QD), np.float32)
+    for start in range(0, len(best_Q), _CHUNK):
+        with np.errstate(all="ignore"):  # as in `ranks`
+            scores_CK = query_features_QD[start : start + _CHUNK] @ candidate_features_KD.T
+        scores_CK = np.where(np.isfinite(scores_CK), scores_CK, -np.inf)
+        best_C = scores_CK.argmax(1)
+        score_C = scores_CK[np.arange(len(best_C)), best_C]
+        best_Q[start : start + _CHUNK] = np.where(np.isfinite(score_C), best_C, -1)
+        score_Q[start : start + _CHUNK] = np.where(np.isfinite(score_C), score_C, np.nan)
+    return best_Q, score_Q
+
+
 def image_ranks(
     data: EvalSet,
     image_features_ND: NDArray[np.float32],
@@ -135,12 +155,13 @@ def evaluate(
     headline: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The content of evaluation.json, and the ranks behind it, for paired tests.
+    """The content of evaluation.json, and the ranks and answers behind it.
 
-    The ranks of a set are `<set>_rank` [N], of every image's class or best caption, and where there is retrieval
-    `<set>_to_image_rank` [K], of every text's image.  Top-1 of a set of captions is the share of images that score one
-    of their own captions highest.  Zero-shot scores use the class embeddings of all templates; retrieval of glyphs
-    uses the first template as the caption.  Fractions are in [0, 1], intervals are 95 %.
+    The ranks of a set, for paired tests, are `<set>_rank` [N], of every image's class or best caption, and where there
+    is retrieval `<set>_to_image_rank` [K], of every text's image.  Of the headline set `<set>_top1` [N] is the text
+    that each image scores highest, -1 if none, and `<set>_top1_cosine` [N] how high.  Top-1 of a set of captions is the
+    share of images that score one of their own captions highest.  Zero-shot scores use the class embeddings of all
+    templates; retrieval of glyphs uses the first template as the caption.  Fractions are in [0, 1], intervals are 95 %.
     `on_progress(done, total)` counts images and prompts.
 
     Raises:
@@ -168,6 +189,10 @@ def evaluate(
         rank_N = image_ranks(data, image_features_ND, text_features_KD, unreadable_N)
         result: dict[str, Any] = dict(accuracy(rank_N))
         samples[f"{data.name}_rank"] = rank_N
+        if data.name == headline:
+            top1_N, cosine_N = nearest(image_features_ND, text_features_KD)
+            top1_N[unreadable_N], cosine_N[unreadable_N] = -1, np.nan
+            samples |= {f"{headline}_top1": top1_N, f"{headline}_top1_cosine": cosine_N}
         if data.has_classes:
             result["mean_per_class_recall"] = mean_per_class_recall(rank_N, data.image_group_N)
         if unreadable_N.any():

@@ -394,7 +394,7 @@ class ExportSpec(_Section):
 
     build_engines: bool = True
     precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ("fp32", "int8")
-    """Of the student; teacher and baseline are exported in fp32."""
+    """Of the student; teacher and baseline, which are there for comparison, in fp32 and for the first runtime alone."""
 
     opset: Literal[18, 19, 20] = 20
 
@@ -524,6 +524,10 @@ class EvaluateSpec(_Section):
     sets: tuple[EvalSetSpec, ...] = ("stix", "serif", "novel")
     """Glyph sets by name (stix, serif, novel), others by kind (docs/evaluation.md)."""
 
+    examples: Annotated[int, Field(ge=0, le=16)] = 16
+    """Pictures of the headline set, of 96 pixels at most, that are kept with each model's answer for the report's page,
+    which shows up to 8.  0: no picture leaves the set."""
+
     @property
     def headline_set(self) -> EvalSetSpec:
         return next(spec for spec in self.sets if set_name(spec) == self.headline)
@@ -545,6 +549,10 @@ class ProfileSpec(_Section):
 
     seconds: Annotated[float, Field(gt=0)] = 1.0
     """Measured time per tower, shared among the processes."""
+
+    pytorch: tuple[Literal["eager", "compiled"], ...] = ()
+    """Also measure the checkpoint that ships as plain open_clip runs it, in PyTorch fp32: rows for reference, beside
+    its fp32 export, and none without one.  `compiled` (torch.compile) needs a C++ compiler."""
 
 
 class Recipe(_Section):

@@ -5,7 +5,7 @@ from typing import Any
 
 from toolchain.report import Row
 
-_IDENTITY = ("role", "runtime", "precision", "device", "machine", "batch", "headline")
+_IDENTITY = ("role", "runtime", "pytorch", "precision", "device", "machine", "batch", "headline")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Comparison:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], *, max_slower: float, max_top1_loss: float) -> Comparison:
-    """Rows matched by role, runtime, precision, device, machine, batch and headline set; the name tells equals apart.
+    """Rows matched by role, runtime (of PyTorch also how), precision, device, machine, batch and headline set; the name
+    tells equals apart.
 
     Slower counts beyond a ratio of 1 + `max_slower` with disjoint intervals, or where there are none; less accurate
     beyond `max_top1_loss`, a fraction of the images.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.paired import paired_drop
+from toolchain.stages import REFERENCE
 
 Row: TypeAlias = dict[str, Any]
 
@@ -60,6 +61,8 @@ def collect(runs: Sequence[Path], external: Sequence[Row] = ()) -> dict[str, Any
     """The content of report.json: what `exported/`, `measured/` and the training stages' manifests of runs say, and
     rows measured elsewhere (external_rows.py).
 
+    A checkpoint that was measured in PyTorch has a row too, whose `pytorch` says how it was run: a reference.
+
     Raises: ArtifactError if nothing was exported, or for a file that is not what its name says.
     """
     rows = [row for run in runs for row in _rows_of(run)] + [_empty_row() | row for row in external]
@@ -89,6 +92,10 @@ def _rows_of(run: Path) -> list[Row]:
         measured = run / "measured" / manifest.parent.name
         devices = sorted(path for path in measured.glob("*") if path.is_dir() and not path.name.startswith("."))
         rows += [_row(run, manifest, summary, device) for device in (devices or (None,))]
+    for manifest in sorted(run.glob("measured/*/[!.]*/manifest.json")):
+        content = read_json(manifest)
+        if content.get("kind") == REFERENCE:
+            rows.append(_row(run, manifest, content.get("summary", {}), manifest.parent))
     return rows
 
 
@@ -193,9 +200,10 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
     scores = sets.get(headline) or {}
     return _empty_row() | {
         "run": run.as_posix(),
-        "model": manifest.parent.name,
+        "model": manifest.relative_to(run).parts[1],
         "role": role,
         "runtime": summary.get("runtime"),
+        "pytorch": summary.get("pytorch"),
         "precision": precision,
         "device": profile.get("device") or (measured.name if measured is not None else None),
         "machine": machine_name(profile.get("machine")),
@@ -236,7 +244,7 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
 def _empty_row() -> Row:
     """Every field that a row has, unknown."""
     unknown = (
-        *("name", "run", "model", "role", "runtime", "precision", "device", "machine", "batch", "threads"),
+        *("name", "run", "model", "role", "runtime", "pytorch", "precision", "device", "machine", "batch", "threads"),
         *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "images_per_s"),
         *("headline", "top1", "top1_low", "top1_high", "num_eval_images"),
         *(f"top1_drop_vs_{other}{part}" for other in ("teacher", "fp32") for part in ("", "_low", "_high", "_p")),
@@ -295,18 +303,27 @@ def _reading_order(row: Row) -> tuple[Any, ...]:
 
 
 def _unique_names(rows: Sequence[Row]) -> list[str]:
-    """Role and precision, and as much more as it takes to tell all rows of the report apart."""
+    """Role and precision, and of those that share them as much more as it takes to tell them apart."""
     details = {
         "run": [Path(row["run"]).name if row["run"] else None for row in rows],
-        **{key: [row[key] for row in rows] for key in ("runtime", "device", "machine", "model")},
+        "runtime": [runtime_name(row) for row in rows],
+        **{key: [row[key] for row in rows] for key in ("device", "machine", "model")},
     }
     names = [row["name"] or (f"{row['role']} {row['precision']}" if row["role"] else row["model"]) for row in rows]
     for values in details.values():
-        if len(set(names)) == len(names):
-            break
-        if len(set(values)) > 1:
-            names = [f"{name} {value or ''}".strip() for name, value in zip(names, values, strict=True)]
+        alike: dict[str, set[Any]] = {}
+        for name, value in zip(names, values, strict=True):
+            alike.setdefault(name, set()).add(value)
+        names = [
+            f"{name} {value or ''}".strip() if len(alike[name]) > 1 else name
+            for name, value in zip(names, values, strict=True)
+        ]
     return names
+
+
+def runtime_name(row: Row) -> str | None:
+    """The runtime, and of PyTorch how it ran: `pytorch eager`.  Reports written before had no such field."""
+    return " ".join(filter(None, (row["runtime"], row.get("pytorch")))) or None
 
 
 def _reference(rows: Sequence[Row], row: Row, *, role: str | None, precision: str | None) -> Row | None:
@@ -357,10 +374,15 @@ def _drop(row: Row, reference: Row | None, right: dict[int, NDArray[np.bool_] | 
 
 
 def _mark_front(group: Sequence[Row]) -> None:
-    """Sets `pareto` over grades A and B; where there is nothing better, over all, which are then flagged as noisy."""
-    ranked = [row for row in group if row["grade"] in TRUSTED_GRADES]
+    """Sets `pareto` over grades A and B; where there is nothing better, over all, which are then flagged as noisy.
+
+    The front is what there is to choose from: a checkpoint measured in PyTorch is drawn beside it, but does not ship,
+    so that it neither stands on the front nor keeps anything off it.
+    """
+    shipped = [row for row in group if row["pytorch"] is None]
+    ranked = [row for row in shipped if row["grade"] in TRUSTED_GRADES]
     if not ranked:
-        ranked = list(group)
+        ranked = shipped
         for row in ranked:
             row["flags"].append("noisy")
     points = [(float(row["p50_ms"]), float(row["top1"])) for row in ranked]
@@ -385,7 +407,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
     shown = [
         Column("name", lambda row: str(row["name"]), by("name")),
-        Column("runtime", lambda row: _or_dash(row["runtime"]), by("runtime")),
+        Column("runtime", lambda row: _or_dash(runtime_name(row)), runtime_name),
         Column("precision", lambda row: _or_dash(row["precision"]), by("precision")),
         Column("p50 ms", lambda row: _with_interval(row, "p50", "_ms", _number), by("p50_ms")),
         Column("images/s", lambda row: _or_dash(row["images_per_s"], _count), by("images_per_s")),
@@ -406,13 +428,20 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 def findings(rows: Sequence[Row]) -> list[Finding]:
     """What distillation, the smaller model and quantization bought and cost, as far as the rows can tell."""
     for group in front_groups(rows).values():
-        fp32 = {row["role"]: row for row in group if row["precision"] == "fp32"}
-        int8 = {row["role"]: row for row in group if row["precision"] == "int8"}
-        teacher, baseline, student = (fp32.get(role) for role in ("teacher", "baseline", "student"))
+        made = {(row["runtime"], row["role"], row["precision"]): row for row in group if row["pytorch"] is None}
+        eager = next((row for row in group if row["pytorch"] == "eager"), None)
+        runtimes = list(dict.fromkeys(runtime for runtime, *_ in made))
+        # roles are compared in the runtime that has most of them: only what ships is exported for every one
+        main = max(runtimes, key=lambda runtime: sum(key[0] == runtime for key in made), default=None)
+        teacher, baseline, student = (made.get((main, role, "fp32")) for role in ("teacher", "baseline", "student"))
         pairs = [
             (_distillation, baseline, student),
             (_compression, teacher, student),
-            (_quantization, student, int8.get("student")),
+            (_deployment, eager, student),
+            *(
+                (_quantization, made.get((runtime, "student", "fp32")), made.get((runtime, "student", "int8")))
+                for runtime in runtimes
+            ),
         ]
         found = [state(before, after) for state, before, after in pairs if before is not None and after is not None]
         if found:
@@ -440,9 +469,18 @@ def _compression(teacher: Row, student: Row) -> Finding:
     )
 
 
+def _deployment(eager: Row, exported: Row) -> Finding:
+    return Finding(
+        f"{_RUNTIMES.get(exported['runtime'], exported['runtime'])} against PyTorch eager",
+        _speed(eager, exported),
+        f"{_number(exported['p50_ms'])} ms instead of {_number(eager['p50_ms'])} ms"
+        f"{_overlap(eager, exported, 'p50', '_ms')}, both in fp32, with the same weights",
+    )
+
+
 def _quantization(fp32: Row, int8: Row) -> Finding:
     return Finding(
-        "int8 against fp32",
+        f"int8 against fp32, {_RUNTIMES.get(int8['runtime'], int8['runtime'])}",
         _speed(fp32, int8),
         f"{_number(int8['p50_ms'])} ms instead of {_number(fp32['p50_ms'])} ms"
         f"{_overlap(fp32, int8, 'p50', '_ms')}{_smaller(fp32, int8)}, "
@@ -549,11 +587,14 @@ def render_markdown(report: dict[str, Any], *, title: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+
 READING = (
     "p50 is the median latency of the image tower at the batch size given, inputs resident; square brackets are 95 % "
     "intervals. Accuracy is measured on the exported model in its own runtime. A star marks the Pareto front of its "
     "device: nothing else is both faster and more accurate. Grade A was measured with locked clocks, B was stable, C "
-    "is noisy for the reasons named; the front is drawn over A and B where there are any."
+    "is noisy for the reasons named; the front is drawn over A and B where there are any. A row in PyTorch is the "
+    "checkpoint as open_clip runs it, a reference that is never on the front: it is not what ships."
 )
 
 

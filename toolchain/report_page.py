@@ -54,6 +54,7 @@ def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> 
         f"<section><h2>Every model</h2>{_models_table(rows)}<p class=note>{escape(READING)}</p></section>",
         _latency_section(rows, data["histograms"]),
         _sets_section(rows),
+        _examples_section(rows),
         _curves_section(data["curves"]),
         _provenance_section(runs, rows),
     ]
@@ -148,7 +149,7 @@ def _findings_section(rows: Sequence[Row]) -> str:
     return f"<section class=cards aria-label='What it bought and cost'>{''.join(cards)}</section>" if cards else ""
 
 
-_FILTERS = ("device", "precision", "grade")
+_FILTERS = ("device", "runtime", "precision", "grade")
 
 
 def _filters_section(rows: Sequence[Row]) -> str:
@@ -194,7 +195,7 @@ def _front(group: Sequence[Row]) -> dict[str, Any]:
                 "low": row["top1_low"],
                 "high": row["top1_high"],
                 "color": ROLE_COLORS.get(row["role"], "#888888"),
-                "symbol": _SYMBOLS.get(row["precision"], "circle")
+                "symbol": ("x" if row["pytorch"] else _SYMBOLS.get(row["precision"], "circle"))
                 + ("" if row["grade"] in TRUSTED_GRADES else "-open"),
                 "hover": [
                     [column.header, column.text(row)] for column in shown[3:] if column.text(row) not in ("", "-", "ok")
@@ -214,7 +215,10 @@ def _front_section(groups: Sequence[Sequence[Row]]) -> str:
     ]
     if not panels:
         return ""
-    key = "Up and left is better. Dashed: Pareto front. Lines: 95 % intervals. Hollow: grade C. Hover or tap for more."
+    key = "Up and left is better. Dashed: Pareto front. Lines: 95 % intervals. Hollow: grade C. "
+    if any(row["pytorch"] for group in groups for row in group):
+        key += "Cross: PyTorch, for reference. "
+    key += "Hover or tap for more."
     return f"<section><h2>Accuracy against latency</h2>{''.join(panels)}<p class=note>{key}</p></section>"
 
 
@@ -273,6 +277,69 @@ def _table(
         body.append(f"<tr{mark}>{''.join(texts)}</tr>")
     table = f"<table class={name}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f"<div class=scroll tabindex=0 role=region aria-label={name}>{table}</div>"
+
+
+_MAX_EXAMPLES = 8
+
+
+def _examples_section(rows: Sequence[Row]) -> str:
+    """Some pictures of each headline set with what every model made of them."""
+    pictures: dict[str, dict[str, list[tuple[Row, dict[str, Any]]]]] = {}  # by set, by picture
+    for row in rows:
+        folder = _measured(row)
+        if folder is None or not (folder / "examples.json").exists():
+            continue
+        found = read_json(folder / "examples.json")
+        for example in found["images"]:
+            key = json.dumps([example["index"], example["true"], example["picture"]])
+            pictures.setdefault(str(found["set"]), {}).setdefault(key, []).append((row, example))
+    parts = []
+    for name, answers in pictures.items():
+        chosen = _telling(list(answers.values()))
+        cards = "".join(_example(answered) for answered in chosen)
+        note = (
+            f"{len(chosen)} of {len(answers)} pictures spread evenly over {name}, those first on which models differ. "
+            "A check mark is a right answer; numbers are cosines of picture and name."
+        )
+        parts.append(f"<div class=examples>{cards}</div><p class=note>{escape(note)}</p>")
+    return f"<section><h2>Sample predictions</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _telling(
+    pictures: Sequence[list[tuple[Row, dict[str, Any]]]],
+) -> list[list[tuple[Row, dict[str, Any]]]]:
+    """At most `_MAX_EXAMPLES` pictures in their order: those that part right from wrong, then other disagreements."""
+
+    def dullness(place: int) -> tuple[bool, bool]:
+        answers = [answer for _, answer in pictures[place]]
+        return len({answer["right"] for answer in answers}) < 2, len({answer["top1"] for answer in answers}) < 2
+
+    chosen = sorted(sorted(range(len(pictures)), key=dullness)[:_MAX_EXAMPLES])
+    return [pictures[place] for place in chosen]
+
+
+def _example(answered: Sequence[tuple[Row, dict[str, Any]]]) -> str:
+    """One picture, its true name, and every answer with the models that gave it."""
+    first = answered[0][1]
+    others = len(first["true"]) - 1
+    true = str(first["true"][0]) + (f" (and {others} more)" if others else "")
+    said: dict[tuple[bool, str], list[str]] = {}
+    for row, answer in answered:
+        key = (not answer["right"], "no answer" if answer["top1"] is None else str(answer["top1"]))
+        cosine = "" if answer["cosine"] is None else f" {answer['cosine']:.2f}"
+        model = f"<span{_filter_data(row)}>{escape(str(row['name']))}{cosine}</span>"
+        said.setdefault(key, []).append(model)
+    lines = "".join(
+        f"<li class={'wrong' if wrong else 'right'}><b>{escape(text)}</b> <small>{''.join(models)}</small></li>"
+        for (wrong, text), models in sorted(said.items(), key=lambda item: item[0][0])  # then as rows are ordered
+    )
+    picture = str(first["picture"])
+    if not picture.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")):
+        raise ArtifactError(f"examples.json: expected a picture as a data URI, got {picture[:40]!r}")
+    return (
+        f'<figure class=example><img src="{escape(picture)}" alt="{escape(true)}">'
+        f"<figcaption><strong>{escape(true)}</strong><ul>{lines}</ul></figcaption></figure>"
+    )
 
 
 _STAGES = ("decode", "preprocess", "image_tower", "match")
@@ -394,7 +461,7 @@ def _manifests(run: Path, rows: Sequence[Row]) -> list[Path]:
     sources = dict.fromkeys(row["source"] for row in rows if row["run"] == run.as_posix())
     paths = [run / stage / "manifest.json" for stage in _TRAINED] + [run / source for source in sources]
     paths += sorted(run.glob("measured/*/[!.]*/manifest.json"))
-    return [path for path in paths if path.exists()]
+    return [path for path in dict.fromkeys(paths) if path.exists()]  # a reference's source is its measurement
 
 
 def _distinct(found: Iterable[Any]) -> list[dict[str, Any]]:
@@ -418,11 +485,13 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 _STYLE = """
 :root {
   --paper: #ffffff; --ink: #1a1d21; --quiet: #5c636b; --line: #e2e5e9; --wash: #f6f7f9; --accent: #b34700;
+  --right: #00734f;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #14171a; --ink: #e8eaed; --quiet: #9aa2ab; --line: #2c3238; --wash: #1c2125; --accent: #ff9d5c; }
+  :root { --paper: #14171a; --ink: #e8eaed; --quiet: #9aa2ab; --line: #2c3238; --wash: #1c2125; --accent: #ff9d5c;
+    --right: #4fc99a; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 var(--sans); }
@@ -434,7 +503,7 @@ h3 { margin: 24px 0 8px; font-size: 15px; font-weight: 600; }
 .lead, .note { color: var(--quiet); }
 .lead { margin: 8px 0 0; }
 .note { font-size: 14px; max-width: 80ch; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; margin-top: 32px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(208px, 1fr)); gap: 16px; margin-top: 32px; }
 .card { padding: 16px 20px; background: var(--wash); border: 1px solid var(--line); border-radius: 8px; }
 .card h3 { margin: 0; color: var(--quiet); font-weight: 500; }
 .card p { margin: 4px 0 0; font-size: 14px; color: var(--quiet); }
@@ -461,6 +530,20 @@ th.number { white-space: normal; min-width: 5.5em; }
 thead th:first-child { background: var(--wash); }
 tr.front th { font-weight: 650; }
 .number { text-align: right; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px; }
+.example { display: flex; gap: 16px; padding: 16px; border: 1px solid var(--line); border-radius: 8px; }
+.example img { width: 72px; height: 72px; flex: none; object-fit: contain; background: #fff; border-radius: 4px;
+  image-rendering: pixelated; }
+.example figcaption { min-width: 0; overflow-wrap: anywhere; }
+.example strong { color: var(--ink); font-weight: 650; }
+.example ul { list-style: none; margin: 6px 0 0; padding: 0; }
+.example li { position: relative; padding-left: 20px; margin-top: 6px; line-height: 1.35; }
+.example li::before { position: absolute; left: 0; }
+.example .right::before { content: "\\2713"; content: "\\2713" / "right:"; color: var(--right); font-weight: 650; }
+.example .wrong::before { content: "\\2717"; content: "\\2717" / "wrong:"; color: var(--quiet); }
+.example b { font-weight: 500; color: var(--ink); }
+.example small { display: block; font-size: 12px; font-variant-numeric: tabular-nums; }
+.example small span:not([hidden]) ~ span::before { content: ", "; }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); }
 th button::after { content: "\\2195"; margin-left: 4px; opacity: .35; }
@@ -638,6 +721,11 @@ function draw() {
 function filter() {
   for (const row of document.querySelectorAll("table:not(.plain) tbody tr"))
     row.hidden = !isShown(field => row.dataset[field]);
+  for (const answer of document.querySelectorAll(".example li")) {
+    const models = [...answer.querySelectorAll("span")];
+    for (const model of models) model.hidden = !isShown(field => model.dataset[field]);
+    answer.hidden = models.every(model => model.hidden);
+  }
   data.fronts.forEach(drawFront);
   data.histograms.forEach(drawHistogram);
 }

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D", "int8-fp16": "P"}
 
+_REFERENCE_MARKER = "X"  # PyTorch, whatever the precision
+
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
 _LABEL_DARKNESS = 0.62  # of a role's colour: at least 4.5 : 1 against white for every one of them
 
@@ -83,7 +85,7 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
     axes.set_ylim(*accuracy_axis(group))
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -96,7 +98,7 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
     )
     axes.set_xlabel("median latency of the image tower, ms", color=_INK, fontsize=10)
     axes.set_ylabel("top-1, %", color=_INK, fontsize=10)
-    line = front_line(group)
+    line = front_line(group)  # empty where there are references alone
     axes.plot(*zip(*line, strict=True), color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
     for row in group:
         color = ROLE_COLORS.get(row["role"], _INK)
@@ -110,7 +112,7 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
         axes.plot(
             p50_ms,
             top1,
-            marker=_MARKERS.get(row["precision"], "o"),
+            marker=_REFERENCE_MARKER if row["pytorch"] else _MARKERS.get(row["precision"], "o"),
             markersize=8,
             markerfacecolor=color if trusted else "white",
             markeredgecolor=color,
@@ -118,6 +120,8 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
             zorder=4,
         )
     key = "dashed: Pareto front    lines: 95 % intervals    hollow: grade C"
+    if any(row["pytorch"] for row in group):
+        key += "    cross: PyTorch, for reference"
     axes.text(1, -0.16, key, transform=axes.transAxes, ha="right", va="top", color=_QUIET, fontsize=8)
 
 
@@ -157,7 +161,7 @@ def _place_labels(axes: "Axes", group: Sequence[Row]) -> None:
         for place, annotation in enumerate(tried):
             if place != best:
                 annotation.remove()
-        taken.append(extents[best])
+        taken.append(extents[best].padded(4))
 
 
 _DIRECTIONS = ((1, -1), (-1, 1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))

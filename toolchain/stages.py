@@ -29,6 +29,7 @@ from typing import Any, Protocol
 from toolchain.errors import ArtifactError, ClipkdError
 
 MANIFEST = "manifest.json"
+REFERENCE = "reference"  # the kind of a stage that measured a checkpoint in PyTorch: nothing of it was exported
 RESOLVED = "resolved by clipkd:"  # in the header of a run's recipe.yaml
 _FORMAT = 1
 SCRATCH = ".scratch"
