@@ -192,7 +192,7 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
         checkpoints = training.train(loaded, run, screen, training.How())
         made = training.quantize(loaded, run, checkpoints, screen)
     if not made:
-        raise UsageError(f"{run}: its recipe has no int8 in export.precisions; nothing to quantize")
+        raise UsageError(f"{run}: its recipe has neither int8 nor int8-fp16 in export.precisions; nothing to quantize")
     _print_stages(made, as_json)
 
 
@@ -208,7 +208,7 @@ def export(
         bool, typer.Option("--build/--no-build", help="Build engines here; --no-build leaves them to the device.")
     ] = True,
     precision: Annotated[
-        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8.")
+        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8, int8-fp16.")
     ] = None,
     auto: Annotated[
         bool | None,
@@ -232,7 +232,7 @@ def export(
 
     The fastest that is still right: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
 
-    Example: [bold]clipkd export runs/quickstart --onnx --openvino --trt --no-build --precision fp32,fp16,int8[/]
+    Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build --precision fp32,fp16,int8,int8-fp16[/]
     """
     from export import deployment_stages as deployment
     from export.auto_stages import choose

@@ -27,7 +27,7 @@ FAILED = "failed.json"
 def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """`training_stages.quantize`; where `export.auto` chooses, an int8 student that cannot be made is rejected."""
     try:
-        if recipe.quantize is None and any(map(_is_quantized, recipe.export.precisions)):
+        if recipe.quantize is None and recipe.export.is_quantized:
             raise UsageError("the recipe has no quantize section to make it with")
         return training_stages.quantize(recipe, out, made, screen)
     except ClipkdError as error:
@@ -54,7 +54,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
         is_kit = runtime == "tensorrt"
         if _is_quantized(precision) and f"{role}-int8" not in made:
             continue  # `quantize` said why
-        checkpoint = made[f"{role}-int8" if precision == "int8" else role]
+        checkpoint = made[f"{role}-int8" if _is_quantized(precision) else role]
 
         def work(
             folder: Path,
@@ -74,7 +74,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
             model = load_model(checkpoint.path)
             image_tower, text_tower = None, None
-            if precision == "int8":
+            if _is_quantized(precision):
                 image, text = load_quantized(checkpoint.path, model)
                 if is_kit:
                     sign_activations(image, text)
@@ -368,7 +368,7 @@ def stage_paths(recipe: Recipe) -> list[str]:
         trained.insert(-1, "teacher-cache/teacher")
     if recipe.distill is None:
         trained = ["adopted"]
-    quantized = [f"{trained[-1]}-int8"] if "int8" in recipe.export.precisions and recipe.quantize else []
+    quantized = [f"{trained[-1]}-int8"] if recipe.export.is_quantized and recipe.quantize else []
     made = [(name, runtime) for name, _, runtime, _ in exports(recipe)] if recipe.evaluate else []
     measured = [f"measured/{name}/cpu" for name, runtime in made if runtime != "tensorrt"]
     measured += [f"measured/{name}/cpu" for name, *_ in references(recipe)] if recipe.evaluate else []

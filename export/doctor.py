@@ -144,7 +144,7 @@ def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset
     runtimes: Iterable[str] = recipe.export.runtimes if recipe is not None else ()
     if recipe is not None:
         here |= {"measure", "pictures", "train", "export", "report", "onnxruntime cpu"}
-        if "int8" in recipe.export.precisions:
+        if recipe.export.is_quantized:
             here.add("quantize")
         if "compiled" in recipe.profile.pytorch:
             here.add("compile")

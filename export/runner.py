@@ -198,6 +198,8 @@ def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     if precision not in ("fp32", "int8"):  # ENABLE_ALL segfaults on fp16 transformers on a CPU (onnxruntime#26717)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    if precision == "int8-fp16":  # it would round biases to a scale, of input times weight, that float16 cannot hold
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
     return options
 
 

@@ -2,7 +2,7 @@
 
 Precision is a property of the exported graph, decided here: fp16 and bf16 store half-precision weights and compute in
 them (inputs, outputs and the final normalisation stay fp32, LayerNormalization sums in fp32), int8 stores what
-quantize.freeze rounded.
+quantize.freeze rounded, and int8-fp16 that with everything else as in fp16.
 
     B batch   D embedding width   K classes   P templates   T tokens   CHW, HWC image
 """
@@ -39,18 +39,22 @@ from toolchain.quantize import (
     TextTower,
     example_pixels,
     fold_batch_norms,
+    merge_branches,
     without_attention_fast_path,
 )
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16")
+_FROZEN, _HALF = ("int8", "int8-fp16"), ("fp16", "int8-fp16")
+_WITHOUT_HALF = {"fp16": "Export this model in fp32 or bf16", "int8-fp16": "Export this model in int8"}
 MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
+_HALF_SCALES_OPSET = 19  # the first in which QuantizeLinear takes float16
 BF16_OPSET = 22  # the first in which every operator takes bfloat16; without QuantizeLinear nothing speaks against it
+_LEAST_HALF = 2.0**-24  # greater than zero that fp16 knows
 MAX_PARITY_SAMPLES = 256
 MAX_PARITY_BYTES = 1 << 26  # of pictures: all 256 at 224x224
 NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
 _CHUNK = 256  # samples per forward
 _MAX_BATCH = 1 << 16
-_MAX_MERGE_ERROR = 1e-3  # of a unit feature, the bound of fold_batch_norms
 
 
 def export_onnx(
@@ -69,8 +73,8 @@ def export_onnx(
 
     The classes, and the samples of parity, are those of `headline`; of a set of captions, which has no classes,
     classes.npz holds none.
-    Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, and are
-    then also what the exported graphs will be compared with; all others are compared with the float model.
+    Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, in float32,
+    and are then also what the exported graphs will be compared with; all others are compared with the float model.
     Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
 
     Raises:
@@ -79,9 +83,9 @@ def export_onnx(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {PRECISIONS}")
-    if (precision == "int8") != (image_tower is not None and text_tower is not None):
+    if (precision in _FROZEN) != (image_tower is not None and text_tower is not None):
         raise ValueError("int8 is exported from frozen towers, the others from the model's own")
-    opset = max(opset, BF16_OPSET) if precision == "bf16" else opset
+    opset = max(opset, {"bf16": BF16_OPSET, "int8-fp16": _HALF_SCALES_OPSET}.get(precision, opset))
     reference_image = (image_tower or ImageTower(model.net)).eval()
     reference_text = (text_tower or TextTower(model.net)).eval()
     text_spec = write_tokenizer(model, folder)
@@ -101,7 +105,7 @@ def export_onnx(
             ("image.onnx", image_tower, reference_image, pixels, ("pixel_values", "image_features")),
             ("text.onnx", text_tower, reference_text, ids_2T, ("input_ids", "text_features")),
         ):
-            exported = tower or prepared(reference, example, precision)
+            exported = prepared(reference, example, precision) if tower is None else frozen_in(tower, precision)
             write_graph(exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata)
         names = headline.texts if headline.has_classes else []
         features_KD = np.empty((0, model.embed_dim), np.float32)
@@ -116,8 +120,8 @@ def export_onnx(
         )
         towers = reference_image, reference_text
         with (
-            within_half_range(reference_image, "image") if precision == "fp16" else nullcontext(),
-            within_half_range(reference_text, "text") if precision == "fp16" else nullcontext(),
+            within_half_range(reference_image, "image", precision) if precision in _HALF else nullcontext(),
+            within_half_range(reference_text, "text", precision) if precision in _HALF else nullcontext(),
         ):
             _write_parity_samples(folder / "parity.npz", model, towers, headline)
     params_image, params_text = num_parameters(model.net)
@@ -229,35 +233,43 @@ def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
     tower = copy.deepcopy(tower).float().cpu()
     plain_attention(tower)
     if isinstance(tower, ImageTower):
-        _merge_branches(tower, example)
+        merge_branches(tower, example)
         fold_batch_norms(tower, example)
     if precision == "fp16":
-        for name, weight in tower.named_parameters():
-            if not weight.abs().max() <= torch.finfo(torch.float16).max:  # not `>`: NaN must fail
-                raise GateError(
-                    f"fp16: the weight {name} has values up to {weight.abs().max():.3g}, expected at most 65504. "
-                    "Export this model in fp32 or bf16"
-                )
+        _require_half_weights(tower, precision)
     return tower.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))
 
 
-def _merge_branches(tower: ImageTower, example: Tensor) -> None:
-    """In place: each block of parallel training branches (MobileOne, FastViT, RepVGG) becomes its one convolution."""
-    if not any(hasattr(m, name) for m in tower.modules() for name in ("reparameterize", "switch_to_deploy", "fuse")):
-        return
-    from timm.utils.model import reparameterize_model
+def frozen_in(tower: nn.Module, precision: str) -> nn.Module:
+    """What is exported of a frozen int8 tower: itself, or in int8-fp16 a copy whose floats, scales included, are fp16.
 
-    before_BD = tower(example)
-    visual = tower.visual
-    assert isinstance(visual, nn.Module)
-    tower.visual = reparameterize_model(visual)
-    error = (tower(example) - before_BD).abs().max().item()
-    if not error < _MAX_MERGE_ERROR:
-        raise GateError(f"merging the branches of re-parametrised blocks moved a unit feature by {error:.2g}")
+    The stored int8 weights stay as they are.  A scale that fp16 would round to zero becomes the smallest that it has,
+    because nothing can be divided by zero; what it scales is below 1e-5 either way.
+
+    Raises:
+        GateError: a weight is beyond fp16's range.
+    """
+    if precision == "int8":
+        return tower
+    _require_half_weights(tower, precision)
+    half = copy.deepcopy(tower).cpu().half()
+    for name, buffer in half.named_buffers():
+        if name.endswith("scale"):
+            buffer.clamp_(min=_LEAST_HALF)
+    return half
+
+
+def _require_half_weights(tower: nn.Module, precision: str) -> None:
+    for name, weight in tower.named_parameters():
+        if not weight.abs().max() <= torch.finfo(torch.float16).max:  # not `>`: NaN must fail
+            raise GateError(
+                f"{precision}: the weight {name} has values up to {weight.abs().max():.3g}, expected at most 65504. "
+                f"{_WITHOUT_HALF[precision]}"
+            )
 
 
 @contextmanager
-def within_half_range(tower: nn.Module, what: str) -> Iterator[None]:
+def within_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> Iterator[None]:
     """Watch what the layers of a float tower put out while the block runs.
 
     Raises:
@@ -283,8 +295,8 @@ def within_half_range(tower: nn.Module, what: str) -> Iterator[None]:
     if beyond:
         name, peak = next(iter(beyond.items()))
         raise GateError(
-            f"fp16: {what} tower, layer {name}: values up to {peak:.3g} on real samples, expected at most "
-            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). Export it in fp32 or bf16"
+            f"{precision}: {what} tower, layer {name}: values up to {peak:.3g} on real samples, expected at most "
+            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). {_WITHOUT_HALF[precision]}"
         )
 
 

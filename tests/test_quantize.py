@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from export.parity import MIN_SQNR_DB, compare
-from export.to_onnx import write_graph
+from export.proof import prove
+from export.to_onnx import export_onnx, frozen_in, write_graph
 from toolchain import quantize as quantize_module
-from toolchain.errors import ArtifactError, MissingDependency
+from toolchain.errors import ArtifactError, GateError, MissingDependency
+from toolchain.eval_sets import classes_set
 from toolchain.models import load_model
 from toolchain.quantize import (
     ImageTower,
@@ -35,6 +37,7 @@ from toolchain.quantize import (
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NUM_SAMPLES = 24
 CAPTIONS = [f"latin small letter {chr(97 + index)} with {'acute' if index % 2 else 'hook'}" for index in range(24)]
+INT8, FLOAT = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
 ROUNDING = 1e-5  # relative, of a largest activation: batches of other sizes add in another order, 4e-7 measured
 FOLDING_NOISE = 1e-5  # of a unit feature: float32 rounding of the folded weights
 MIN_PTQ_COSINE = 0.8  # float against calibrated int8, random weights, whose features lie close together: 0.85 measured
@@ -262,6 +265,65 @@ def test_onnx_runtime_computes_in_integers(graphs, tmp_path):
     assert (image["QLinearConv"], image["QGemm"], image["QLinearAdd"]) == (15, 1, 4)
     assert text["MatMulIntegerToFloat"] + text.get("QGemm", 0) == 8  # four linear layers in each of two blocks
     assert "DequantizeLinear" not in text  # neither weights nor the vocabulary are dequantized on every call
+
+
+@pytest.fixture(scope="module")
+def half(checkpoint, frozen, inputs, tmp_path_factory):
+    """The int8-fp16 export, of pictures that calibration would recognise."""
+    folder = tmp_path_factory.mktemp("int8-fp16")
+    pixels = ((inputs[0].clamp(-2, 2) + 2) / 4 * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    headline = classes_set("made", pixels, CAPTIONS, ("{}",))
+    towers = {"image_tower": frozen[0], "text_tower": frozen[1]}
+    model = load_model(checkpoint)
+    export_onnx(model, folder, role="student", precision="int8-fp16", headline=headline, opset=18, **towers)
+    return folder
+
+
+def test_int8_fp16_keeps_the_int8_weights_and_halves_all_else(half, graphs):
+    for path, name in zip(graphs, ("image.onnx", "text.onnx"), strict=True):
+        model = onnx.load(half / name)
+        assert model.opset_import[0].version >= 19  # the first whose QuantizeLinear takes float16
+        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        rounded = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type == INT8}
+        assert rounded
+        assert all(stored[key].raw_data == tensor.raw_data for key, tensor in rounded.items())
+        assert not [key for key, tensor in stored.items() if tensor.data_type == FLOAT and np.prod(tensor.dims) > 1]
+        for node in model.graph.node:
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                assert stored[node.input[1]].data_type == onnx.TensorProto.FLOAT16
+                assert (onnx.numpy_helper.to_array(stored[node.input[1]]) > 0).all()
+            if node.op_type == "LayerNormalization":  # float32 sums: the attribute's default
+                assert [a.i for a in node.attribute if a.name == "stash_type"] in ([], [FLOAT])
+        assert {entry.type.tensor_type.elem_type for entry in model.graph.output} == {FLOAT}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_int8_fp16_runs_on_a_cpu_and_is_proven_there(half, runtime):
+    proven = prove(half, runtime=runtime, precision="int8-fp16")
+    assert proven["parity"]["image"]["num_not_finite"] == proven["parity"]["text"]["num_not_finite"] == 0
+    assert (proven["nodes"]["image"]["integer"] > 0) == (runtime == "openvino")  # ONNX Runtime: in floats on a CPU
+
+
+def test_int8_fp16_refuses_a_weight_beyond_half_and_lifts_a_scale_below(frozen):
+    tower = frozen_in(frozen[1], "int8")
+    assert tower is frozen[1]
+    half = frozen_in(tower, "int8-fp16")
+    assert {buffer.dtype for name, buffer in half.named_buffers() if name.endswith("scale")} == {torch.float16}
+    (first, *_) = [module for module in tower.modules() if hasattr(module, "scale")]
+    kept = first.scale.clone()
+    first.scale.fill_(1e-9)
+    lifted = next(module for module in frozen_in(tower, "int8-fp16").modules() if hasattr(module, "scale"))
+    assert (lifted.scale > 0).all()
+    first.scale.copy_(kept)
+    weight = next(tower.parameters())
+    value = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(1e6)
+        with pytest.raises(
+            GateError, match=r"int8-fp16: the weight .* has values up to 1e\+06.*Export this model in int8"
+        ):
+            frozen_in(tower, "int8-fp16")
+        weight.copy_(value)
 
 
 def test_signed_activations_use_no_uint8(model, inputs, tmp_path):

@@ -226,6 +226,14 @@ def test_train_time_is_that_of_the_checkpoint_exported(run):
     assert by_name(collect([run]))["student int8"]["train_s"] == 95.5  # quantized without training of its own
 
 
+def test_int8_fp16_is_of_the_int8_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", models=MODELS | {("student", "int8-fp16"): MODELS["student", "int8"]})
+    found = {"train_s": 14.2, "sensitivity": {"reverted": [{"layer": "image/a"}]}}
+    write_json(run / "student-int8" / "manifest.json", manifest(found))
+    row = by_name(collect([run]))["student int8-fp16"]
+    assert (row["train_s"], row["reverted"]) == (14.2, 1)
+
+
 def test_layers_in_float_are_counted_and_said(run):
     assert {row["reverted"] for row in collect([run])["rows"]} == {None}
     found = {"train_s": 14.2, "sensitivity": {"reverted": [{"layer": "image/a"}, {"layer": "text/b"}]}}

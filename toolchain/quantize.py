@@ -348,7 +348,7 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
 
 
 class _ActivationRounding(nn.Module):
-    """x to scale * clamp(round(x / scale), low, high)."""
+    """x to scale * clamp(round(x / scale), low, high), in the type of the scale: float32, or float16."""
 
     scale: Tensor
     zero_point: Tensor
@@ -363,6 +363,7 @@ class _ActivationRounding(nn.Module):
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if self.low < 0 else torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.scale.dtype)  # pixel_values are float32 whatever the tower computes in
         if torch.onnx.is_in_onnx_export():
             quantized = torch.onnx.ops.symbolic(
                 "::QuantizeLinear",

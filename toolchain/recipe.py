@@ -393,7 +393,7 @@ class ExportSpec(_Section):
     """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
 
     build_engines: bool = True
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ("fp32", "int8")
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "int8-fp16"], ...] = ("fp32", "int8")
     """Of the student; teacher and baseline, which are there for comparison, in fp32 and for the first runtime alone."""
 
     opset: Literal[18, 19, 20] = 20
@@ -415,6 +415,11 @@ class ExportSpec(_Section):
         if self.auto is not None and "tensorrt" in self.runtimes:
             raise ValueError("auto weighs what runs here, and a tensorrt engine runs on its device; export kits apart")
         return self
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether one of the precisions is made of an int8 checkpoint."""
+        return any(precision.startswith("int8") for precision in self.precisions)
 
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -623,7 +628,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _int8_needs_quantize(self) -> "Recipe":
-        if "int8" in self.export.precisions and self.quantize is None and self.export.auto is None:
+        if self.export.is_quantized and self.quantize is None and self.export.auto is None:
             raise ValueError("export.precisions has int8 but there is no quantize section; add one or drop int8")
         return self
 

@@ -265,7 +265,7 @@ def _status(measured: Path | None, parity: Row, evaluation: Row, profile: Row) -
 
 def _train_s(run: Path, role: str | None, precision: str | None) -> float | None:
     """The training time of the checkpoint a model was exported from: fine-tuned in its precision, or as distilled."""
-    for stage in (f"{role}-{precision}", f"{role}"):
+    for stage in (_quantized_stage(role, precision), f"{role}"):
         manifest = run / stage / "manifest.json"
         if manifest.exists():
             train_s: float | None = (read_json(manifest).get("summary") or {}).get("train_s")
@@ -275,10 +275,15 @@ def _train_s(run: Path, role: str | None, precision: str | None) -> float | None
 
 def _reverted(run: Path, role: str | None, precision: str | None) -> int | None:
     """How many layers of a quantized model went back to float for its accuracy; None where none was to."""
-    manifest = run / f"{role}-{precision}" / "manifest.json"
+    manifest = run / _quantized_stage(role, precision) / "manifest.json"
     summary = read_json(manifest).get("summary") or {} if manifest.exists() else {}
     found = summary.get("sensitivity")
     return None if found is None else len(found["reverted"])
+
+
+def _quantized_stage(role: str | None, precision: str | None) -> str:
+    """The checkpoint of int8 and of int8-fp16 is one and the same."""
+    return f"{role}-{'int8' if precision == 'int8-fp16' else precision}"
 
 
 def machine_name(machine: Any) -> str | None:

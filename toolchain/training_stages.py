@@ -346,7 +346,7 @@ def _make_stage(how: How, path: Path, *, work: Callable[[Path], dict[str, Any]],
 def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """The int8 student, calibrated and fine-tuned against the teacher."""
     spec = recipe.quantize
-    if spec is None or "int8" not in recipe.export.precisions:
+    if spec is None or not recipe.export.is_quantized:
         return {}
     from toolchain.stages import run_stage
 
