@@ -218,6 +218,9 @@ def export(
         float | None,
         typer.Option(min=0, help="--auto tolerates this fraction of top-1.", show_default="quantize.max_drop, or 0.01"),
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=1, help="Fix the batch of the graphs to 1; without it it is free.")
+    ] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -252,6 +255,7 @@ def export(
         flags = _auto_flags(run, named, precision, max_drop)
     elif trt or auto is not None:
         flags.append("export.auto=null")
+    flags += [f"export.batch={batch}"] if batch is not None else []
     recipe = _recipe_of(run, [*flags, *(overrides or [])])
     if trt:
         runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))

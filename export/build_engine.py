@@ -18,7 +18,8 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,12 @@ def build_engines(
         if not graph.is_file():
             raise BuildProblem(f"{graph}: missing; a kit holds one. Make it again with: clipkd export RUN --trt")
         graph_bytes = graph.read_bytes()
-        sizes = profile_sizes(tower, max_batch)
-        plan = _build_plan(
+        plan, sizes = _build_plan(
             trt,
             graph,
             graph_bytes,
             input_name,
-            sizes,
+            partial(profile_sizes, tower, max_batch),
             timing,
             int(workspace_gib * (1 << 30)),
             _named(on_progress, tower),
@@ -146,11 +146,13 @@ def timing_file(device: dict[str, str], tensorrt_version: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()) + ".timing"
 
 
-def profile_sizes(tower: str, max_batch: int) -> list[tuple[int, int, int]]:
-    """Least, typical and largest batch of each optimisation profile.
+def profile_sizes(tower: str, max_batch: int, batch: int = -1) -> list[tuple[int, int, int]]:
+    """Least, typical and largest batch of each optimisation profile; `batch` is the graph's own, below 0 if it is free.
 
     Single images have one of their own: a profile of many sizes is tuned for its typical size.
     """
+    if batch > 0:
+        return [(batch, batch, batch)]
     many = (1, min(_TYPICAL_BATCH, max_batch), max_batch)
     return [(1, 1, 1), many] if tower == "image" and max_batch > 1 else [many]
 
@@ -160,11 +162,12 @@ def _build_plan(
     graph: Path,
     graph_bytes: bytes,
     input_name: str,
-    sizes: Sequence[tuple[int, int, int]],
+    sizes_of: Callable[[int], list[tuple[int, int, int]]],
     timing: Path,
     workspace_bytes: int,
     on_progress: Progress,
-) -> bytes:
+) -> tuple[bytes, list[tuple[int, int, int]]]:
+    """The engine, and the least, typical and largest batch of each of its profiles."""
     logger = trt.Logger(trt.Logger.WARNING)
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
@@ -181,7 +184,8 @@ def _build_plan(
     config.builder_optimization_level = _LEVEL
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
-    rest = tuple(network.get_input(0).shape)[1:]
+    batch, *rest = tuple(network.get_input(0).shape)
+    sizes = sizes_of(batch)
     for least, typical, largest in sizes:
         profile = builder.create_optimization_profile()
         profile.set_shape(input_name, (least, *rest), (typical, *rest), (largest, *rest))
@@ -201,7 +205,7 @@ def _build_plan(
     if plan is None:
         raise BuildProblem(f"{graph}: TensorRT {trt.__version__} built no engine; its own messages above say why")
     _write(timing, bytes(config.get_timing_cache().serialize()))
-    return bytes(plan)
+    return bytes(plan), sizes
 
 
 def _named(on_progress: Progress, tower: str) -> Progress:

@@ -139,8 +139,11 @@ def _write_classifier(
     matrix_DK = np.ascontiguousarray((logit_scale * features_KD).T.astype(np.float32))
     model.graph.initializer.append(numpy_helper.from_array(matrix_DK, "clipkd_classes_DK"))
     model.graph.node.append(helper.make_node("MatMul", [features.name, "clipkd_classes_DK"], ["logits"], "classify"))
+    first = features.type.tensor_type.shape.dim[0]
     del model.graph.output[:]
-    model.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(names)]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, [first.dim_value or "batch", len(names)])
+    )
     kept = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, kept | {"clipkd.labels": json.dumps(names)})
     onnx.checker.check_model(model)

@@ -89,6 +89,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                 headline=open_set(accuracy.headline_set),
                 runtime=runtime,
                 opset=recipe.export.opset,
+                batch=recipe.export.batch,
                 image_tower=image_tower,
                 text_tower=text_tower,
             )
@@ -117,6 +118,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                     "runtime": runtime,
                     "precision": precision,
                     "opset": recipe.export.opset,
+                    "batch": recipe.export.batch,
                     "headline": accuracy.headline,
                     "provenance": _provenance(recipe, checkpoint),
                 },

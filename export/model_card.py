@@ -12,6 +12,8 @@ CARD = "MODEL_CARD.md"
 _APART = (CARD, "SHA256SUMS", "manifest.json", "key", "lock")
 """Written after the card, or not part of what is exported."""
 
+_BATCH = {None: "of any batch", 1: "of batch 1 only"}
+
 SNIPPET = """\
 from pathlib import Path
 
@@ -44,7 +46,7 @@ A CLIP model: an image tower and a text tower into one space, features of unit n
 - precision: {summary["precision"]}
 - runtime: {summary["runtime"]}
 - parameters: image {summary["params_image"]:,}, text {summary["params_text"]:,}
-- graphs: {summary["size_bytes"]:,} bytes, ONNX opset {summary["opset"]}
+- graphs: {summary["size_bytes"]:,} bytes, ONNX opset {summary["opset"]}, {_BATCH[summary["batch"]]}
 
 ## Where it came from
 

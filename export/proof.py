@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from export.devices import Device
 from export.parity import check_parity
 from export.profile import require_compiler, runner_on, runtime_words, tower_files
-from export.runner import Graph, onnxruntime_options, open_checkpoint
+from export.runner import EngineSession, Graph, onnxruntime_options, open_checkpoint
 from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, ExportedEncoders, open_exported, open_tower
 from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
 
@@ -85,7 +85,7 @@ def encoders_on(
     """
     files = tower_files(folder, engines)
 
-    def tower(name: str, input_name: str, shapes: dict[str, list[Any]]) -> Graph:
+    def tower(name: str, input_name: str, here: Graph | EngineSession) -> Graph:
         def run(inputs: NDArray[Any]) -> NDArray[np.float32]:
             with tempfile.TemporaryDirectory(prefix="clipkd-encode-") as scratch:
                 path = Path(scratch) / "inputs.npy"
@@ -97,13 +97,14 @@ def encoders_on(
                 document = runner_on(device, folder, name, words, once=[path])
                 return np.array(document["features"], np.float32)
 
-        return Graph(shapes, run, None, "")
+        # of any batch: the runner there feeds a graph of a fixed one row by row, in one run of its process
+        return Graph({input_name: [None, *here.input_shapes[input_name][1:]]}, run, None, "")
 
     here = open_exported(folder, runtime="onnxruntime", precision=precision)
     return replace(
         here,
-        _image=tower("image", IMAGE_INPUT, here._image.input_shapes),
-        _text=None if here._text is None else tower("text", TEXT_INPUT, here._text.input_shapes),
+        _image=tower("image", IMAGE_INPUT, here._image),
+        _text=None if here._text is None else tower("text", TEXT_INPUT, here._text),
     )
 
 

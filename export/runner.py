@@ -122,8 +122,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{options.model}: expected the one input {options.input}, got {list(graph.input_shapes)}")
     if options.encode:
         rows = np.concatenate(_queries(options, options.shape[0]))
-        starts = range(0, len(rows), _ENCODE_BATCH)
-        return {"features": np.concatenate([run(rows[start : start + _ENCODE_BATCH]) for start in starts]).tolist()}
+        return {"features": encode_rows(graph, rows, _ENCODE_BATCH).tolist()}
     single = _queries(options, options.shape[0])
 
     start_ns = time.perf_counter_ns()
@@ -144,7 +143,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         peak_rss_bytes = _peak_rss_bytes()
     typical_ms = float(np.median(headline["samples_ms"])) / options.shape[0]
     result["batches"] = {}
+    fixed = fixed_batch(graph)
     for batch in options.batches:
+        if fixed is not None and batch != fixed:
+            continue
         if batch * typical_ms > _SWEEP_LIMIT * options.min_seconds * 1000:
             continue
         result["batches"][str(batch)] = _time(run, _queries(options, batch), *brief)
@@ -186,6 +188,22 @@ def open_graph(path: Path, runtime: str, *, precision: str | None, device: str, 
         ModuleNotFoundError: the runtime is not installed.
     """
     return _OPEN[runtime](path, precision, device.lower(), threads)
+
+
+def fixed_batch(graph: Any) -> int | None:
+    """The batch that a graph, or an engine, was made for; None if it takes any."""
+    ((first, *_),) = graph.input_shapes.values()
+    return first if isinstance(first, int) else None
+
+
+def encode_rows(graph: Any, rows: NDArray[Any], most: int) -> Any:
+    """The features of all the rows [B, ...], at most so many in one run; one by one where the batch is fixed, to 1."""
+    if fixed_batch(graph) is not None:
+        most = 1
+        if not len(rows):  # no features, but their width
+            return graph.run(np.zeros((1, *rows.shape[1:]), rows.dtype))[:0]
+    starts = range(0, max(len(rows), 1), most)
+    return np.concatenate([graph.run(rows[start : start + most]) for start in starts])
 
 
 def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
@@ -554,7 +572,8 @@ class EngineSession:
 
     @property
     def input_shapes(self) -> dict[str, list[Any]]:
-        return {self._input: [None, *tuple(self._engine.get_tensor_shape(self._input))[1:]]}
+        first, *rest = tuple(self._engine.get_tensor_shape(self._input))
+        return {self._input: [None if first < 0 else first, *rest]}
 
     @property
     def version(self) -> str:

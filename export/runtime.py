@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.runner import EngineSession, Graph, Unavailable, open_graph, preprocess_image
+from export.runner import EngineSession, Graph, Unavailable, encode_rows, open_graph, preprocess_image
 from toolchain.errors import ArtifactError, MissingDependency, UnavailableBackend
 from toolchain.stages import MANIFEST, open_stage
 
@@ -180,8 +180,8 @@ def open_tower(
 
 
 def _run(graph: Graph | EngineSession, inputs: NDArray[Any]) -> NDArray[np.float32]:
-    starts = range(0, max(len(inputs), 1), _CHUNK)  # an empty batch still has a width
-    return np.concatenate([graph.run(inputs[start : start + _CHUNK]) for start in starts])
+    features_BD: NDArray[np.float32] = encode_rows(graph, inputs, _CHUNK)
+    return features_BD
 
 
 def _clean(text: str, kind: str) -> str:

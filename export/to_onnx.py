@@ -66,6 +66,7 @@ def export_onnx(
     headline: EvalSet,
     runtime: str = "onnxruntime",
     opset: int = 20,
+    batch: int | None = None,
     image_tower: nn.Module | None = None,
     text_tower: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def export_onnx(
     classes.npz holds none.
     Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, in float32,
     and are then also what the exported graphs will be compared with; all others are compared with the float model.
+    `batch` 1 fixes the first dimension of every graph; None leaves it free.
     Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
 
     Raises:
@@ -106,7 +108,9 @@ def export_onnx(
             ("text.onnx", text_tower, reference_text, ids_2T, ("input_ids", "text_features")),
         ):
             exported = prepared(reference, example, precision) if tower is None else frozen_in(tower, precision)
-            write_graph(exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata)
+            write_graph(
+                exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata, batch=batch
+            )
         names = headline.texts if headline.has_classes else []
         features_KD = np.empty((0, model.embed_dim), np.float32)
         if names:
@@ -132,6 +136,7 @@ def export_onnx(
         "params_image": params_image,
         "params_text": params_text,
         "opset": opset,
+        "batch": batch,
         "size_bytes": sum((folder / file).stat().st_size for file in ("image.onnx", "text.onnx")),
     }
 
@@ -151,14 +156,15 @@ def write_graph(
     names_io: tuple[str, str],
     opset: int,
     metadata: dict[str, str],
+    batch: int | None = None,
 ) -> None:
-    """Export one tower as one self-contained file with a dynamic batch, and check what was written.
+    """Export one tower as one self-contained file, of a free batch or of a fixed one, and check what was written.
 
     Raises:
-        ClipkdError: the exporter failed, or froze the batch, or wrote an invalid graph.
+        ClipkdError: the exporter failed, or froze the batch that was to be free, or wrote an invalid graph.
     """
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
-    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    free = ({0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)},)
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -167,10 +173,10 @@ def write_graph(
             warnings.simplefilter("ignore")  # of torch's own internals
             program = torch.onnx.export(
                 tower.eval(),
-                (example,),
+                (example[:batch],),
                 input_names=[names_io[0]],
                 output_names=[names_io[1]],
-                dynamic_shapes=({0: batch},),
+                dynamic_shapes=free if batch is None else None,
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
@@ -189,8 +195,13 @@ def write_graph(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ClipkdError(f"{path}: the exported graph is not valid ONNX: {error}") from error
     for value in (*graph.graph.input, *graph.graph.output):
-        if value.type.tensor_type.shape.dim[0].dim_param != "batch":
+        first = value.type.tensor_type.shape.dim[0]
+        if batch is None and first.dim_param != "batch":
             raise ClipkdError(f"{path}: {value.name} has a fixed batch; expected a dynamic first dimension")
+        if batch is not None and first.dim_value != batch:
+            raise ClipkdError(
+                f"{path}: {value.name} has a batch of {first.dim_value or 'any size'}, not fixed to {batch}"
+            )
     onnx.save(graph, path)
 
 

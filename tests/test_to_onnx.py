@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from export.parity import MIN_SQNR_DB, check_parity, compare
+from export.profile import profile
+from export.proof import prove
 from export.runtime import open_exported
 from export.to_onnx import _spread, class_embeddings, export_onnx, write_graph
 from toolchain.errors import ClipkdError, GateError
@@ -173,6 +175,46 @@ def test_a_graph_with_a_fixed_batch_is_refused(tmp_path):
 
     with pytest.raises(ClipkdError, match="b has a fixed batch"):
         write_graph(Fixed(), torch.randn(2, 3), tmp_path / "x.onnx", names_io=("a", "b"), opset=20, metadata={})
+
+
+@pytest.fixture(scope="module")
+def single(model, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batch-1")
+    headline = classes_set("made", images, NAMES, TEMPLATES)
+    return folder, export_onnx(model, folder, role="student", precision="fp32", headline=headline, batch=1)
+
+
+def test_a_batch_of_1_is_fixed_and_takes_no_more_nodes(single, exported):
+    assert (single[1]["batch"], exported[1]["batch"]) == (1, None)
+    for file in ("image.onnx", "text.onnx"):
+        graph, free = onnx.load(single[0] / file).graph, onnx.load(exported[0] / file).graph
+        assert [entry.type.tensor_type.shape.dim[0].dim_value for entry in (*graph.input, *graph.output)] == [1, 1]
+        assert len(graph.node) < len(free.node)
+        assert not {node.op_type for node in graph.node} & {"Shape", "Range"}
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_batch_of_1_is_proven_and_encodes_row_by_row(single, exported, images, runtime):
+    assert prove(single[0], runtime=runtime, precision="fp32")["parity"]["image"]["num_samples"] == 5
+    encoders, free = (open_exported(folder, runtime=runtime, threads=1) for folder in (single[0], exported[0]))
+    np.testing.assert_allclose(encoders.encode_images(images), free.encode_images(images), atol=FLOAT32_NOISE)
+    np.testing.assert_allclose(encoders.encode_texts(NAMES), free.encode_texts(NAMES), atol=FLOAT32_NOISE)
+    assert encoders.encode_images([]).shape == (0, 128)
+
+
+def test_a_batch_of_1_is_swept_at_no_other(single):
+    timed = profile(single[0], processes=1, seconds=0.05, threads=1).document
+    assert list(timed["sweep"]) == ["1"]
+    assert timed["e2e_p50_ms"] > 0
+
+
+def test_a_batch_of_1_that_the_graph_does_not_have_is_refused(tmp_path):
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            return torch.ones(2, 3) * x.sum()
+
+    with pytest.raises(ClipkdError, match="b has a batch of 2, not fixed to 1"):
+        write_graph(Two(), torch.randn(2, 3), tmp_path / "x.onnx", names_io=("a", "b"), opset=20, metadata={}, batch=1)
 
 
 def test_int8_needs_frozen_towers_and_floats_refuse_them(model, tmp_path, images):

@@ -203,7 +203,9 @@ def test_cuda_bindings_have_what_is_used() -> None:
 class Recorder:
     """A double of TensorRT that builds nothing and remembers how it was asked; its plans hold the graph's hash."""
 
-    def __init__(self, *, parses: bool = True, builds: bool = True, cache_matches: bool = True) -> None:
+    def __init__(
+        self, *, parses: bool = True, builds: bool = True, cache_matches: bool = True, batch: int = -1
+    ) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.__version__ = "10.13.2"
         self.Logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
@@ -212,7 +214,7 @@ class Recorder:
         self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
         self.BuilderFlag = SimpleNamespace(TF32="tf32")
         self.IProgressMonitor = type("IProgressMonitor", (), {})
-        self.parses, self.builds, self.cache_matches = parses, builds, cache_matches
+        self.parses, self.builds, self.cache_matches, self.batch = parses, builds, cache_matches, batch
         self.config: Any = None
 
     def init_libnvinfer_plugins(self, logger, namespace):
@@ -279,7 +281,7 @@ class Recorder:
             self.graph = content
             tensor = network.get_input(0)
             tensor.name, rest = ("pixel_values", [3, 8, 8]) if content == b"image graph" else ("input_ids", [5])
-            tensor.shape = [-1, *rest]
+            tensor.shape = [self.batch, *rest]
             return self.parses
 
         return SimpleNamespace(parse=parse, num_errors=1, get_error=lambda index: "no importer for Frobnicate")
@@ -325,6 +327,14 @@ def test_profiles_hold_single_images_and_batches(kit, tensorrt) -> None:
         ("input_ids", (1, 5), (8, 5), (32, 5)),
     ]
     assert build_engine.profile_sizes("image", 1) == [(1, 1, 1)]
+
+
+def test_a_graph_of_a_fixed_batch_has_one_profile_of_it(kit, monkeypatch) -> None:
+    fixed = use(monkeypatch, Recorder(batch=1))
+    manifest = built(kit, max_batch=32)
+    shapes = [call[1:] for call in fixed.calls if call[0] == "profile"]
+    assert shapes == [("pixel_values", *[(1, 3, 8, 8)] * 3), ("input_ids", *[(1, 5)] * 3)]
+    assert manifest["profiles"] == {"image": [[1, 1, 1]], "text": [[1, 1, 1]]}
 
 
 def test_engines_and_their_manifest(kit, tensorrt) -> None:

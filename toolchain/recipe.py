@@ -402,6 +402,9 @@ class ExportSpec(_Section):
     """Choose, for each runtime, the one of `precisions` to ship: the fastest here within a budget of fp32's accuracy.
     One that cannot be made is then no error but rejected.  Absent: nothing is chosen."""
 
+    batch: Literal[1] | None = None
+    """1 fixes the first dimension of every graph, for NPUs and runtimes that know no other; absent: it is free."""
+
     @model_validator(mode="after")
     def _something_is_exported(self) -> "ExportSpec":
         if not self.runtimes or not self.precisions:
