@@ -221,6 +221,9 @@ def export(
     batch: Annotated[
         int | None, typer.Option(min=1, max=1, help="Fix the batch of the graphs to 1; without it it is free.")
     ] = None,
+    uint8_input: Annotated[
+        bool, typer.Option("--uint8-input", help="Also write image_uint8.onnx: a picture of any size in, features out.")
+    ] = False,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -256,6 +259,7 @@ def export(
     elif trt or auto is not None:
         flags.append("export.auto=null")
     flags += [f"export.batch={batch}"] if batch is not None else []
+    flags += ["export.uint8_input=true"] if uint8_input else []
     recipe = _recipe_of(run, [*flags, *(overrides or [])])
     if trt:
         runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))

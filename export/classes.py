@@ -61,8 +61,8 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
             _write_classifier(model / IMAGE_GRAPH, folder / CLASSIFIER, features_KD, float(logit_scale), names)
         _write_card(folder, source, len(names), templates)
         size_bytes = (folder / IMAGE_GRAPH).stat().st_size
-        summary: dict[str, Any] = source.manifest["summary"]
-        return summary | {"num_labels": len(names), "params_text": 0, "size_bytes": size_bytes}
+        kept = {name: value for name, value in source.manifest["summary"].items() if name != "uint8_input"}
+        return kept | {"num_labels": len(names), "params_text": 0, "size_bytes": size_bytes}
 
     return run_stage(
         out,

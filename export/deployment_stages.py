@@ -55,6 +55,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
         if _is_quantized(precision) and f"{role}-int8" not in made:
             continue  # `quantize` said why
         checkpoint = made[f"{role}-int8" if _is_quantized(precision) else role]
+        has_uint8_input = recipe.export.uint8_input and role == shipped_role(recipe) and not is_kit
 
         def work(
             folder: Path,
@@ -64,6 +65,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             precision: str = precision,
             checkpoint: Stage = checkpoint,
             is_kit: bool = is_kit,
+            has_uint8_input: bool = has_uint8_input,
         ) -> dict[str, Any]:
             from export.model_card import write_card
             from export.proof import prove
@@ -90,12 +92,14 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                 runtime=runtime,
                 opset=recipe.export.opset,
                 batch=recipe.export.batch,
+                uint8_input=has_uint8_input,
                 image_tower=image_tower,
                 text_tower=text_tower,
             )
             screen.progress("parity", 1, 2)
             # A kit's graphs are proven where they can be run: its engines do not exist yet.
-            summary |= prove(folder, runtime="onnxruntime" if is_kit else runtime, precision=precision)
+            proven_in = "onnxruntime" if is_kit else runtime
+            summary |= prove(folder, runtime=proven_in, precision=precision, uint8_input=has_uint8_input)
             if is_kit:
                 from export.to_tensorrt import complete_kit, write_sums
 
@@ -119,6 +123,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
                     "precision": precision,
                     "opset": recipe.export.opset,
                     "batch": recipe.export.batch,
+                    "uint8_input": has_uint8_input,
                     "headline": accuracy.headline,
                     "provenance": _provenance(recipe, checkpoint),
                 },

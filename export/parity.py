@@ -9,7 +9,7 @@ torch's outputs in parity.npz.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from zipfile import BadZipFile
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.runtime import open_exported
+from export.runner import _pair, _triple
+from export.runtime import UINT8_GRAPH, ExportedEncoders, open_exported
 from toolchain.errors import ArtifactError, GateError
 
 # Least signal-to-noise ratio of the worst sample's feature vector, in dB.  20 dB are cos = 0.995, 40 dB cos = 0.99995.
@@ -39,6 +40,10 @@ MIN_TOP1_AGREEMENT = {
 }
 TIE = 0.01  # of a cosine: candidates nearer than this to the best one count as the same
 MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level
+# Of preprocessing in the graph, in grey levels, against Pillow's, over pictures of several sizes.
+MAX_LEVELS = 2.0  # one of each pass, where float32 sums round otherwise than Pillow's integers; 1 measured
+MAX_LEVELS_SHARE = 0.05  # of values: 1e-4 measured, and 0.04 where a bilinear kernel makes many halves; else all differ
+MIN_UINT8_SQNR_DB = 50.0  # of features then, or what the precision may lose by itself: 78 measured in fp32, 35 in int8
 EXACT_DB = 150.0  # reported for equal vectors: float32 resolves 24 bits, which is 144 dB
 
 
@@ -91,6 +96,72 @@ def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | Non
             min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
         ),
     }
+
+
+def check_uint8_input(
+    folder: Path,
+    *,
+    precision: str,
+    encoders: ExportedEncoders,
+    features_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    pixel_values_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+) -> dict[str, Any]:
+    """What preprocessing in the graph changes, in its runtime: of pixels in grey levels, and of features.
+
+    Both functions take RGB [H, W, 3].  Compared are the first pictures of parity.npz, resized to be larger and smaller
+    than the model's size, tall, wide, and of it.
+
+    Raises:
+        ArtifactError: parity.npz is missing or damaged.
+        GateError: a pixel or a feature differs by more than rounding explains, or at all in a picture of the model's
+            size.
+    """
+    height, width = _pair(encoders.image_spec["size"])
+    std_C11 = np.array(_triple(encoders.image_spec["std"]), np.float32).reshape(3, 1, 1)
+    apart: list[NDArray[np.float32]] = []
+    expected, actual, names = [], [], []
+    for pixels_HWC in _read_samples(folder)["pixels_BHWC"][:_NUM_RESIZED]:
+        for what, (tall, wide) in _RESIZED.items():
+            size = max(1, round(wide * width)), max(1, round(tall * height))
+            picture = Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC)
+            pixel_values_CHW, seen = encoders.preprocess(picture), np.asarray(picture)
+            names.append(f"{what}, {size[0]}x{size[1]}")
+            levels = 255 * std_C11 * np.abs(pixel_values_of(seen)[0] - pixel_values_CHW)
+            bound = MAX_LEVELS + _SAME_LEVEL if what != "equal" else _SAME_LEVEL
+            if not levels.max() <= bound:
+                raise GateError(
+                    f"{folder}: preprocessing in the graph differs from Pillow's by {levels.max():.3g} grey levels on "
+                    f"a picture ({names[-1]}), need at most {bound:g}; export without export.uint8_input"
+                )
+            apart.append(levels.ravel())
+            expected.append(encoders.encode_pixels(pixel_values_CHW[None]))
+            actual.append(features_of(seen))
+    share = float((np.concatenate(apart) > _SAME_LEVEL).mean())
+    if not share <= MAX_LEVELS_SHARE:
+        raise GateError(
+            f"{folder}: preprocessing in the graph differs from Pillow's in {share:.1%} of all values, need at most "
+            f"{MAX_LEVELS_SHARE:.0%}; export without export.uint8_input"
+        )
+    compared = compare(
+        np.concatenate(expected),
+        np.concatenate(actual),
+        min_sqnr_db=min(MIN_UINT8_SQNR_DB, MIN_SQNR_DB[precision]),
+        names=names,
+        what=f"{folder}: preprocessing in the graph, {precision}",
+    )
+    return {
+        "max_levels": float(max(levels.max() for levels in apart)),
+        "share_of_values": share,
+        "min_cosine": compared["min_cosine"],
+        "min_sqnr_db": compared["min_sqnr_db"],
+        "num_pictures": len(names),
+        "size_bytes": (folder / UINT8_GRAPH).stat().st_size,
+    }
+
+
+_NUM_RESIZED = 4
+_RESIZED = {"equal": (1.0, 1.0), "larger": (2.5, 2.5), "smaller": (0.6, 0.6), "tall": (3.1, 1.2), "wide": (1.1, 2.7)}
+_SAME_LEVEL = 0.01  # of a grey level: float32 arithmetic on normalised values
 
 
 def compare(

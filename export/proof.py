@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.devices import Device
-from export.parity import check_parity
+from export.parity import check_parity, check_uint8_input
 from export.profile import require_compiler, runner_on, runtime_words, tower_files
-from export.runner import EngineSession, Graph, onnxruntime_options, open_checkpoint
-from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, ExportedEncoders, open_exported, open_tower
+from export.runner import EngineSession, Graph, _pair, onnxruntime_options, open_checkpoint
+from export.runtime import (
+    IMAGE_GRAPH,
+    IMAGE_INPUT,
+    TEXT_GRAPH,
+    TEXT_INPUT,
+    UINT8_GRAPH,
+    UINT8_INPUT,
+    ExportedEncoders,
+    open_exported,
+    open_tower,
+)
 from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
 
 _CHILD = "from export.proof import answer; answer()"
@@ -39,14 +50,19 @@ _FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
 _WORK = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")  # what OpenVINO may run in integers
 
 
-def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu") -> dict[str, Any]:
+def prove(
+    folder: Path, *, runtime: str, precision: str, device: str = "cpu", uint8_input: bool = False
+) -> dict[str, Any]:
     """`parity`, as `parity.check_parity` returns it, and `nodes`, a `node_table` for each tower (CPU only).
+
+    With `uint8_input`, which needs ONNX, also what `parity.check_uint8_input` returns, under that name.
 
     Raises:
         GateError: a tower does not compute what PyTorch did, or its runtime crashed or hung on it.
         UnavailableBackend, MissingDependency, ArtifactError: as `runtime.open_exported`.
     """
-    question = {"folder": str(folder), "runtime": runtime, "precision": precision, "device": device}
+    question: dict[str, Any] = {"folder": str(folder), "runtime": runtime, "precision": precision, "device": device}
+    question |= {"uint8_input": uint8_input}
     ours = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
     what = f"{folder}: {runtime}, {precision}"
@@ -131,10 +147,19 @@ def answer() -> None:
     question = json.load(sys.stdin)
     document = os.dup(1)
     os.dup2(2, 1)  # whatever a native library prints must not land in the document
-    folder = Path(question.pop("folder"))
+    folder, uint8_input = Path(question.pop("folder")), question.pop("uint8_input")
     try:
         encoders = open_exported(folder, **question)
         result: dict[str, Any] = {"parity": check_parity(folder, precision=question["precision"], encoders=encoders)}
+        if uint8_input:
+            features_of, pixel_values_of = _open_uint8(folder, encoders, question)
+            result["uint8_input"] = check_uint8_input(
+                folder,
+                precision=question["precision"],
+                encoders=encoders,
+                features_of=features_of,
+                pixel_values_of=pixel_values_of,
+            )
         if question["device"] == "cpu":
             del question["device"]
             result["nodes"] = {
@@ -146,6 +171,23 @@ def answer() -> None:
         result = {"error": kind, "message": str(error)}
     with os.fdopen(document, "w", encoding="utf-8") as stdout:
         stdout.write(json.dumps(result))
+
+
+def _open_uint8(
+    folder: Path, encoders: ExportedEncoders, settings: dict[str, Any]
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """What image_uint8.onnx computes of a picture: image_features and, by a copy that puts them out, pixel_values."""
+    import onnx
+
+    graph = onnx.load(folder / UINT8_GRAPH)
+    shape = [1, 3, *_pair(encoders.image_spec["size"])]
+    del graph.graph.output[:]
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(IMAGE_INPUT, onnx.TensorProto.FLOAT, shape))
+    with tempfile.TemporaryDirectory(prefix="clipkd-uint8-") as scratch:
+        onnx.save(graph, Path(scratch) / UINT8_GRAPH)
+        places = folder / UINT8_GRAPH, Path(scratch) / UINT8_GRAPH
+        features, pixel_values = (open_tower(path, UINT8_INPUT, threads=None, **settings) for path in places)
+    return features.run, pixel_values.run
 
 
 def node_table(path: Path, input_name: str, *, runtime: str, precision: str | None) -> dict[str, Any] | None:

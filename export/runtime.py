@@ -27,6 +27,8 @@ from toolchain.stages import MANIFEST, open_stage
 
 IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
 IMAGE_INPUT, TEXT_INPUT = "pixel_values", "input_ids"
+UINT8_GRAPH, UINT8_INPUT = "image_uint8.onnx", "pixels"
+"""The image tower with its preprocessing, where it was asked for: RGB, uint8 [H, W, 3]."""
 
 _CHUNK = 256  # rows of one run: bounds memory, and is past where larger batches get faster on a CPU
 _NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}

@@ -29,6 +29,8 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from export.preprocessing import UInt8Tower
+from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, UINT8_GRAPH, UINT8_INPUT
 from export.tokenizers_json import write_tokenizer
 from toolchain.attention import plain_attention
 from toolchain.errors import ClipkdError, GateError
@@ -55,6 +57,8 @@ MAX_PARITY_BYTES = 1 << 26  # of pictures: all 256 at 224x224
 NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
 _CHUNK = 256  # samples per forward
 _MAX_BATCH = 1 << 16
+_MAX_SIDE = 1 << 15  # of a picture, in pixels: int32 holds what its kernels are made of
+_EXAMPLE_SIZE = 37, 53  # unlike each other and any model's, so that nothing is taken for the same size
 
 
 def export_onnx(
@@ -67,6 +71,7 @@ def export_onnx(
     runtime: str = "onnxruntime",
     opset: int = 20,
     batch: int | None = None,
+    uint8_input: bool = False,
     image_tower: nn.Module | None = None,
     text_tower: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -76,7 +81,7 @@ def export_onnx(
     classes.npz holds none.
     Returns the manifest's summary.  `image_tower` and `text_tower` are the frozen ones of an int8 student, in float32,
     and are then also what the exported graphs will be compared with; all others are compared with the float model.
-    `batch` 1 fixes the first dimension of every graph; None leaves it free.
+    `batch` 1 fixes the first dimension of every graph; None leaves it free.  `uint8_input` adds image_uint8.onnx.
     Opset 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly (onnxruntime#25526).
 
     Raises:
@@ -111,6 +116,8 @@ def export_onnx(
             write_graph(
                 exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata, batch=batch
             )
+            if uint8_input and file == IMAGE_GRAPH:
+                write_uint8_graph(exported, preprocess["image"], folder / UINT8_GRAPH, opset=opset, metadata=metadata)
         names = headline.texts if headline.has_classes else []
         features_KD = np.empty((0, model.embed_dim), np.float32)
         if names:
@@ -164,7 +171,48 @@ def write_graph(
         ClipkdError: the exporter failed, or froze the batch that was to be free, or wrote an invalid graph.
     """
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
-    free = ({0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)},)
+    free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
+    graph = _converted(tower, example[:batch], path, names_io, free if batch is None else None, opset)
+    _check_and_save(graph, path, metadata)
+    for value in (*graph.graph.input, *graph.graph.output):
+        first = value.type.tensor_type.shape.dim[0]
+        if batch is None and first.dim_param != "batch":
+            raise ClipkdError(f"{path}: {value.name} has a fixed batch; expected a dynamic first dimension")
+        if batch is not None and first.dim_value != batch:
+            raise ClipkdError(
+                f"{path}: {value.name} has a batch of {first.dim_value or 'any size'}, not fixed to {batch}"
+            )
+
+
+def write_uint8_graph(
+    tower: nn.Module, image_spec: dict[str, Any], path: Path, *, opset: int, metadata: dict[str, str]
+) -> None:
+    """Export an image tower with its preprocessing before it: `pixels` uint8 [H, W, 3], RGB, of any H and W.
+
+    Within the graph, what the tower sees is named `pixel_values`, for those who want to look at it.
+
+    Raises:
+        ClipkdError: the exporter failed, or froze a dimension, or wrote an invalid graph.
+    """
+    sizes = {index: torch.export.Dim(name, min=1, max=_MAX_SIDE) for index, name in enumerate(("height", "width"))}
+    example = torch.zeros(*_EXAMPLE_SIZE, 3, dtype=torch.uint8)
+    names_io = UINT8_INPUT, "image_features", IMAGE_INPUT
+    graph = _converted(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset)
+    del graph.graph.output[1:]
+    _check_and_save(graph, path, metadata)
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    if [dim.dim_param or dim.dim_value for dim in dims] != ["height", "width", 3]:
+        raise ClipkdError(f"{path}: {UINT8_INPUT} has a fixed size; expected free height and width")
+
+
+def _converted(
+    tower: nn.Module,
+    example: Tensor,
+    path: Path,
+    names_io: tuple[str, ...],
+    free: dict[int, Any] | None,
+    opset: int,
+) -> onnx.ModelProto:
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -173,10 +221,10 @@ def write_graph(
             warnings.simplefilter("ignore")  # of torch's own internals
             program = torch.onnx.export(
                 tower.eval(),
-                (example[:batch],),
+                (example,),
                 input_names=[names_io[0]],
-                output_names=[names_io[1]],
-                dynamic_shapes=free if batch is None else None,
+                output_names=list(names_io[1:]),
+                dynamic_shapes=None if free is None else (free,),
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
@@ -187,21 +235,17 @@ def write_graph(
     finally:
         exporter_log.setLevel(level)
     assert program is not None
-    graph = program.model_proto
+    graph: onnx.ModelProto = program.model_proto
     _separate_gemm_biases(graph.graph)
+    return graph
+
+
+def _check_and_save(graph: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
     onnx.helper.set_model_props(graph, metadata)
     try:
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ClipkdError(f"{path}: the exported graph is not valid ONNX: {error}") from error
-    for value in (*graph.graph.input, *graph.graph.output):
-        first = value.type.tensor_type.shape.dim[0]
-        if batch is None and first.dim_param != "batch":
-            raise ClipkdError(f"{path}: {value.name} has a fixed batch; expected a dynamic first dimension")
-        if batch is not None and first.dim_value != batch:
-            raise ClipkdError(
-                f"{path}: {value.name} has a batch of {first.dim_value or 'any size'}, not fixed to {batch}"
-            )
     onnx.save(graph, path)
 
 

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from export.classes import bake, read_lines, read_templates
-from export.model_card import CARD, SNIPPET, write_card
+from export.model_card import CARD, SNIPPET, UINT8_SNIPPET, write_card
 from export.predict import predict
 from export.runtime import open_exported
 from toolchain.errors import ArtifactError, UsageError
@@ -132,6 +132,30 @@ def test_the_card_lists_every_file_and_is_deterministic(model, tmp_path) -> None
         write_card(folder, "x", summary, {"data": {"b": 1, "a": 2}})
         cards.append((folder / CARD).read_bytes())
     assert cards[0] == cards[1]
+
+
+def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labels, picture, tmp_path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    before = json.loads((copied / "exported" / "adopted-onnxruntime-fp32" / "manifest.json").read_text())["summary"]
+    assert before["batch"] is None
+    assert "uint8_input" not in before
+    assert clipkd("export", copied, "--onnx", "--batch", "1", "--uint8-input").code == 0
+    made = copied / "exported" / "adopted-onnxruntime-fp32"
+    summary = json.loads((made / "manifest.json").read_text())["summary"]
+    assert summary["batch"] == 1
+    assert summary["uint8_input"]["size_bytes"] == (made / "image_uint8.onnx").stat().st_size
+    assert yaml.safe_load((copied / "recipe.yaml").read_text())["export"]["uint8_input"] is True
+    card = (made / CARD).read_text(encoding="utf-8")
+    assert UINT8_SNIPPET in card
+    assert "of batch 1 only" in card
+    code = UINT8_SNIPPET.replace('"picture.png"', repr(str(picture))) + "print(image_features.shape)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=made, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert len(predict(made, [picture, picture], ["a", "b"], 1)) == 2
+    baked = bake(made, labels, None, tmp_path / "baked")
+    assert "uint8_input" not in baked.manifest["summary"]
+    (logits,) = ort.InferenceSession(baked.path / "classifier.onnx").get_outputs()
+    assert logits.shape == [1, 3]
 
 
 def test_the_graphs_say_what_they_are(model) -> None:

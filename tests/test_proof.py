@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
+from conftest import make_picture
 
 from export import proof
 from export.proof import prove
@@ -146,6 +148,57 @@ def test_a_device_that_is_not_there_is_no_other_device(fp32, runtime, device):
 def test_cuda_without_cuda_is_not_the_cpu(fp32):
     with pytest.raises(UnavailableBackend):
         prove(fp32, runtime="onnxruntime", precision="fp32", device="cuda")
+
+
+@pytest.fixture(scope="module")
+def uint8(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uint8")
+    images = np.stack([np.asarray(make_picture(40, 36, seed, noise=20)) for seed in range(5)])
+    headline = classes_set("made", images, NAMES, ("{}",))
+    export_onnx(model, folder, role="student", precision="fp32", headline=headline, uint8_input=True)
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_preprocessing_in_the_graph_is_measured_in_every_runtime(uint8, runtime):
+    measured = prove(uint8, runtime=runtime, precision="fp32", uint8_input=True)["uint8_input"]
+    assert measured["num_pictures"] == 20
+    assert measured["max_levels"] < 1.01
+    assert measured["share_of_values"] < 1e-3
+    assert measured["min_cosine"] > 1 - 1e-6
+    assert measured["size_bytes"] == (uint8 / "image_uint8.onnx").stat().st_size
+
+
+def test_the_graph_that_preprocesses_stands_alone_and_takes_pictures_of_any_size(uint8):
+    path = uint8 / "image_uint8.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    ((entry,), (result,)) = session.get_inputs(), session.get_outputs()
+    assert (entry.name, entry.type, entry.shape) == ("pixels", "tensor(uint8)", ["height", "width", 3])
+    assert (result.name, result.shape) == ("image_features", [1, 128])
+    assert "clipkd.preprocess" in session.get_modelmeta().custom_metadata_map
+    encoders = open_exported(uint8, threads=1)
+    for size in ((1, 1), (32, 32), (500, 70), (70, 500), (1, 300)):
+        picture = make_picture(*size, seed=7)
+        (features_1D,) = session.run(None, {"pixels": np.asarray(picture)})
+        np.testing.assert_allclose(features_1D, encoders.encode_images([picture]), atol=1e-3)  # a level, of 255
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("preprocessing.mean", lambda mean: mean * 0.9, "differs from Pillow's by .* grey levels"),
+        ("weight", lambda weight: -weight, "preprocessing in the graph, fp32: sample"),
+    ],
+)
+def test_a_graph_that_preprocesses_wrongly_fails(uint8, tmp_path, name, change, said):
+    for path in uint8.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = onnx.load(tmp_path / "image_uint8.onnx")
+    damaged = [tensor for tensor in model.graph.initializer if tensor.name.endswith(name)][-1]
+    damaged.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(damaged)), damaged.name))
+    onnx.save(model, tmp_path / "image_uint8.onnx")
+    with pytest.raises(GateError, match=said):
+        prove(tmp_path, runtime="onnxruntime", precision="fp32", uint8_input=True)
 
 
 def test_the_runner_times_openvino_and_refuses_absent_devices(fp32):

@@ -405,6 +405,9 @@ class ExportSpec(_Section):
     batch: Literal[1] | None = None
     """1 fixes the first dimension of every graph, for NPUs and runtimes that know no other; absent: it is free."""
 
+    uint8_input: bool = False
+    """Beside image.onnx of the student also image_uint8.onnx, which preprocesses too; not in kits of TensorRT."""
+
     @model_validator(mode="after")
     def _something_is_exported(self) -> "ExportSpec":
         if not self.runtimes or not self.precisions:
