@@ -28,15 +28,23 @@ print(image_features @ text_features.T)
 """
 
 
-UINT8_SNIPPET = """\
+_UINT8_SNIPPET = """\
 import numpy as np
 import onnxruntime
 from PIL import Image
 
-session = onnxruntime.InferenceSession("image_uint8.onnx")
+options = onnxruntime.SessionOptions()
+{options}session = onnxruntime.InferenceSession("image_uint8.onnx", options)
 pixels = np.asarray(Image.open("picture.png").convert("RGB"))
-(image_features,) = session.run(["image_features"], {"pixels": pixels})
+(image_features,) = session.run(["image_features"], {{"pixels": pixels}})
 """
+_LESS_OPTIMISED = (  # as runner.onnxruntime_options says why
+    "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED\n"
+)
+_WITHOUT_BIASES = (
+    'options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")\n'
+)
+_OPTIONS = {"fp16": _LESS_OPTIMISED, "bf16": _LESS_OPTIMISED, "int8-fp16": _LESS_OPTIMISED + _WITHOUT_BIASES}
 
 
 def write_card(folder: Path, name: str, summary: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -79,7 +87,7 @@ nothing else. It is not meant to identify people or to decide about them.
 {SNIPPET}```
 
 This needs clipkd's base dependencies and ONNX Runtime, not torch. `clipkd classes` bakes a set of labels in.
-{_uint8_input(summary.get("uint8_input"))}
+{_uint8_input(summary.get("uint8_input"), summary["precision"])}
 ## Files
 
 ```
@@ -93,7 +101,12 @@ def _said(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _uint8_input(measured: dict[str, Any] | None) -> str:
+def uint8_snippet(precision: str) -> str:
+    """How ONNX Runtime opens image_uint8.onnx without clipkd."""
+    return _UINT8_SNIPPET.format(options=_OPTIONS.get(precision, ""))
+
+
+def _uint8_input(measured: dict[str, Any] | None, precision: str) -> str:
     if measured is None:
         return ""
     return f"""
@@ -101,7 +114,7 @@ def _uint8_input(measured: dict[str, Any] | None) -> str:
 of any size, one at a time; `image_features` are [1, D]. ONNX Runtime and OpenVINO run it without clipkd:
 
 ```python
-{UINT8_SNIPPET}```
+{uint8_snippet(precision)}```
 
 Against the preprocessing in preprocess.json, on {measured["num_pictures"]} pictures of several sizes: at most \
 {measured["max_levels"]:.0f} of 255 grey levels, in {100 * measured["share_of_values"]:.3f} % of the values; worst \

@@ -11,7 +11,7 @@ import torch
 from PIL import __version__ as pillow_version
 from torch import Tensor, nn
 
-from export.runner import _pair, _triple
+from export.runner import as_pair, as_triple
 
 _VERTICAL_FIRST_IF_TALL = int(pillow_version.partition(".")[0]) >= 13
 
@@ -37,7 +37,7 @@ class Preprocessing(nn.Module):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.height, self.width = _pair(spec["size"])
+        self.height, self.width = as_pair(spec["size"])
         self.mode = spec["resize_mode"]
         is_square_crop = self.mode == "shortest" and self.height == self.width
         # open_clip's ResizeKeepRatio disregards the interpolation asked for where it is to crop
@@ -45,8 +45,8 @@ class Preprocessing(nn.Module):
         self.is_bilinear = spec["interpolation"] == "bilinear" and not disregarded
         self.is_square_crop = is_square_crop
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(_triple(spec[name]), dtype=torch.float32).reshape(3, 1, 1))
-        fill = _triple(spec.get("fill_color", 0) if self.mode == "longest" else 0)
+            self.register_buffer(name, torch.tensor(as_triple(spec[name]), dtype=torch.float32).reshape(3, 1, 1))
+        fill = as_triple(spec.get("fill_color", 0) if self.mode == "longest" else 0)
         self.register_buffer("fill", torch.tensor(fill, dtype=torch.float32).reshape(3, 1, 1))
 
     def forward(self, pixels_HWC: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from export.devices import Device
 from export.parity import check_parity, check_uint8_input
 from export.profile import require_compiler, runner_on, runtime_words, tower_files
-from export.runner import EngineSession, Graph, _pair, onnxruntime_options, open_checkpoint
+from export.runner import EngineSession, Graph, as_pair, onnxruntime_options, open_checkpoint
 from export.runtime import (
     IMAGE_GRAPH,
     IMAGE_INPUT,
@@ -180,7 +180,7 @@ def _open_uint8(
     import onnx
 
     graph = onnx.load(folder / UINT8_GRAPH)
-    shape = [1, 3, *_pair(encoders.image_spec["size"])]
+    shape = [1, 3, *as_pair(encoders.image_spec["size"])]
     del graph.graph.output[:]
     graph.graph.output.append(onnx.helper.make_tensor_value_info(IMAGE_INPUT, onnx.TensorProto.FLOAT, shape))
     with tempfile.TemporaryDirectory(prefix="clipkd-uint8-") as scratch:

@@ -441,7 +441,7 @@ def preprocess_image(image: Image.Image, spec: dict[str, Any]) -> NDArray[np.flo
     `spec` is an open_clip preprocess_cfg: size, mean, std, interpolation, resize_mode and fill_color.  As there, an
     image is resized, cropped or padded in the mode it came in, and becomes RGB only afterwards.
     """
-    height, width = _pair(spec["size"])
+    height, width = as_pair(spec["size"])
     mode, longest = spec["resize_mode"], spec["resize_mode"] == "longest"
     bilinear = spec["interpolation"] == "bilinear"
     old_width, old_height = image.size
@@ -464,8 +464,8 @@ def preprocess_image(image: Image.Image, spec: dict[str, Any]) -> NDArray[np.flo
         image = _crop_or_pad(image, height, width, fill)
     values_HWC = np.asarray(image.convert("RGB")).astype(np.float32)
     values_HWC /= np.float32(255)
-    values_HWC -= np.asarray(_triple(spec["mean"]), np.float32)
-    values_HWC /= np.asarray(_triple(spec["std"]), np.float32)
+    values_HWC -= np.asarray(as_triple(spec["mean"]), np.float32)
+    values_HWC /= np.asarray(as_triple(spec["std"]), np.float32)
     return np.ascontiguousarray(values_HWC.transpose(2, 0, 1))
 
 
@@ -488,12 +488,12 @@ def _crop_or_pad(image: Image.Image, height: int, width: int, fill: Any) -> Imag
     return image.crop((left, top, left + width, top + height))
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def as_pair(size: Any) -> tuple[int, int]:
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return height, width
 
 
-def _triple(value: Any) -> Sequence[float]:
+def as_triple(value: Any) -> Sequence[float]:
     return value if isinstance(value, (list, tuple)) else (value,) * 3
 
 

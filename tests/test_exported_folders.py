@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,8 +17,9 @@ import yaml
 from PIL import Image
 
 from export.classes import bake, read_lines, read_templates
-from export.model_card import CARD, SNIPPET, UINT8_SNIPPET, write_card
+from export.model_card import CARD, SNIPPET, uint8_snippet, write_card
 from export.predict import predict
+from export.runner import onnxruntime_options
 from export.runtime import open_exported
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.stages import open_stage
@@ -146,9 +148,10 @@ def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labe
     assert summary["uint8_input"]["size_bytes"] == (made / "image_uint8.onnx").stat().st_size
     assert yaml.safe_load((copied / "recipe.yaml").read_text())["export"]["uint8_input"] is True
     card = (made / CARD).read_text(encoding="utf-8")
-    assert UINT8_SNIPPET in card
+    snippet = uint8_snippet("fp32")
+    assert snippet in card
     assert "of batch 1 only" in card
-    code = UINT8_SNIPPET.replace('"picture.png"', repr(str(picture))) + "print(image_features.shape)"
+    code = snippet.replace('"picture.png"', repr(str(picture))) + "print(image_features.shape)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=made, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert len(predict(made, [picture, picture], ["a", "b"], 1)) == 2
@@ -156,6 +159,21 @@ def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labe
     assert "uint8_input" not in baked.manifest["summary"]
     (logits,) = ort.InferenceSession(baked.path / "classifier.onnx").get_outputs()
     assert logits.shape == [1, 3]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int8-fp16"])
+def test_the_cards_options_are_those_that_clipkd_opens_graphs_with(precision) -> None:
+    said = uint8_snippet(precision).partition("options = ")[2].partition("session = ")[0]
+    scope: dict[str, Any] = {"onnxruntime": ort}
+    exec("options = " + said, scope)
+    ours, theirs = onnxruntime_options(precision, None), scope["options"]
+    assert theirs.graph_optimization_level == ours.graph_optimization_level
+    for options in (ours, theirs):
+        try:
+            entry = options.get_session_config_entry("optimization.disable_specified_optimizers")
+        except RuntimeError:  # not set
+            entry = None
+        assert entry == ("WeightBiasQuantization" if precision == "int8-fp16" else None)
 
 
 def test_the_graphs_say_what_they_are(model) -> None:
