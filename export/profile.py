@@ -35,6 +35,7 @@ from export.machine import describe_machine, other_cpu_share
 from export.remote import TimedOut, by_hand, carry, run_on
 from export.runner import preprocess_image
 from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
+from toolchain.latencies import told_apart
 from toolchain.sources import CONFIG, WEIGHTS
 
 Progress = Callable[[str, int, int], None]
@@ -238,11 +239,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     """
     headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text\np50 ms", "end to\nend ms"]
     headers += ["images/s\n(batch)", "load,\nfirst ms", "peak\nMB", "grade"]
+    timed = [row for row in rows if row["status"] == "ok"]
+    headers += ["p50 to\nthe first"] if len(timed) > 1 else []
     all_ok = all(row["status"] == "ok" for row in rows)
     names = [Path(row["model"]).name for row in rows]
     if len(set(names)) < len(names):
         names = [row["model"] for row in rows]
-    cells = [_cells(row) if row["status"] == "ok" else ["-"] * (len(headers) - 1) for row in rows]
+    cells = [
+        [*_cells(row), *([_against(timed[0], row)] if len(timed) > 1 else [])]
+        if row["status"] == "ok"
+        else ["-"] * (len(headers) - 1)
+        for row in rows
+    ]
     status = [[] if all_ok else [_reason(row)] for row in rows]
     return headers + ([] if all_ok else ["status"]), [
         [name, *measured, *said] for name, measured, said in zip(names, cells, status, strict=True)
@@ -268,6 +276,15 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
         f"{found['peak_memory_bytes'] / 1e6:,.0f}",
         " ".join([found["grade"], *found["flags"]]),
     ]
+
+
+def _against(first: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The ratio of their p50, and whether it may be chance."""
+    if row is first:
+        return "-"
+    ours, theirs = row["image"], first["image"]
+    apart = told_apart(theirs["p50_by_process_ms"], ours["p50_by_process_ms"])
+    return f"{ours['p50_ms'] / theirs['p50_ms']:.2f}{'' if apart else ' (may be chance)'}"
 
 
 def _ms(value: float) -> str:
@@ -360,6 +377,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "p99_ms": float(np.percentile(pooled, 99)) if len(pooled) >= MIN_SAMPLES_P99 else None,
         "n": len(pooled),
         "processes": len(results),
+        "p50_by_process_ms": medians,
         "load_ms": statistics.median(result["load_ms"] for result in results),
         "first_ms": statistics.median(result["first_ms"] for result in results),
     }

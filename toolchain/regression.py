@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from toolchain.latencies import told_apart
 from toolchain.report import Row
 
 _IDENTITY = ("role", "runtime", "pytorch", "precision", "device", "machine", "batch", "headline")
@@ -17,7 +18,8 @@ class Change:
     """New over old; above 1 is slower."""
 
     is_told_apart: bool
-    """Whether the two latencies' 95 % intervals are disjoint."""
+    """Whether the two latencies differ by more than chance: by their processes (latencies.py), or where a report does
+    not have them, by disjoint 95 % intervals."""
 
     top1_change: float | None
     """New minus old; below 0 is worse."""
@@ -42,8 +44,8 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, max_slower: float, max_
     """Rows matched by role, runtime (of PyTorch also how), precision, device, machine, batch and headline set; the name
     tells equals apart.
 
-    Slower counts beyond a ratio of 1 + `max_slower` with disjoint intervals, or where there are none; less accurate
-    beyond `max_top1_loss`, a fraction of the images.
+    Slower counts beyond a ratio of 1 + `max_slower` if the two are told apart, or nothing says whether they are; less
+    accurate beyond `max_top1_loss`, a fraction of the images.
     """
     before, after = _by_identity(old["rows"]), _by_identity(new["rows"])
     changes = [_change(before[key], after[key], max_slower, max_top1_loss) for key in after if key in before]
@@ -65,7 +67,7 @@ def _by_identity(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
 def _change(old: Row, new: Row, max_slower: float, max_top1_loss: float) -> Change:
     worse = []
     ratio = None if not old["p50_ms"] or new["p50_ms"] is None else new["p50_ms"] / old["p50_ms"]
-    apart = _disjoint(old, new)
+    apart = _told_apart(old, new)
     if ratio is not None and ratio > 1 + max_slower and apart:
         worse.append(f"{100 * (ratio - 1):.1f} % slower")
     if old["p50_ms"] is not None and new["p50_ms"] is None:
@@ -80,7 +82,10 @@ def _change(old: Row, new: Row, max_slower: float, max_top1_loss: float) -> Chan
     return Change(str(new["name"]), ratio, apart, change, worse)
 
 
-def _disjoint(old: Row, new: Row) -> bool:
+def _told_apart(old: Row, new: Row) -> bool:
+    processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
+    if all(processes):
+        return told_apart(*processes)
     ends = [row[key] for row in (old, new) for key in ("p50_low_ms", "p50_high_ms")]
     if None in ends:
         return True

@@ -210,6 +210,7 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
         "batch": profile.get("batch"),
         "threads": profile.get("threads"),
         **{key: image.get(key) for key in ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms")},
+        "p50_by_process_ms": image.get("p50_by_process_ms") or [],
         "text_p50_ms": text.get("p50_ms"),
         "e2e_p50_ms": profile.get("e2e_p50_ms"),
         "images_per_s": profile.get("images_per_s"),
@@ -245,13 +246,15 @@ def _empty_row() -> Row:
     """Every field that a row has, unknown."""
     unknown = (
         *("name", "run", "model", "role", "runtime", "pytorch", "precision", "device", "machine", "batch", "threads"),
-        *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "images_per_s"),
+        *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "p50_by_process_ms"),
+        *("text_p50_ms", "e2e_p50_ms", "images_per_s"),
         *("headline", "top1", "top1_low", "top1_high", "num_eval_images"),
         *(f"top1_drop_vs_{other}{part}" for other in ("teacher", "fp32") for part in ("", "_low", "_high", "_p")),
         *("accuracy", "retrieval", "min_cosine", "params_image", "params_text", "size_bytes", "peak_memory_bytes"),
         *("train_s", "reverted", "grade", "flags", "status", "pareto", "source"),
     )
-    return dict.fromkeys(unknown) | {"accuracy": {}, "retrieval": {}, "flags": [], "status": "ok", "pareto": False}
+    empty: Row = {"accuracy": {}, "retrieval": {}, "flags": [], "p50_by_process_ms": []}
+    return dict.fromkeys(unknown) | empty | {"status": "ok", "pareto": False}
 
 
 def _status(measured: Path | None, parity: Row, evaluation: Row, profile: Row) -> str:
