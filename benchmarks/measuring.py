@@ -6,7 +6,8 @@
 Pairs of profiles of one exported model, their processes taking turns as in `clipkd profile A B`: once both as they are,
 once with the second slowed by wasting a tenth of its median in every query.  Two profiles are told apart by the
 rank-sum test over their processes (toolchain/latencies.py).  Then profiles beside programs that keep every core busy,
-which must lower the grade.  Last, an independent harness, OpenVINO's benchmark_app, on the same graph, threads and precision, in turns with ours.
+which must lower the grade.  Last, an independent harness, OpenVINO's benchmark_app, on the same graph, threads and
+precision, in turns with ours.
 
 `--docs` replaces the table between that file's markers, and benchmarks/results/measuring.md.  The last line of stdout
 is one JSON document; exit code 5 when a claim does not hold.

@@ -32,7 +32,18 @@ KEYS = {
     *("peak_memory_bytes", "size_bytes", "grade", "flags", "e2e_stages_ms", "sweep", "to_lock_clocks"),
 }
 TOWER_KEYS = {
-    *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "n", "processes", "p50_by_process_ms", "load_ms", "first_ms"),
+    *(
+        "p50_ms",
+        "p50_low_ms",
+        "p50_high_ms",
+        "p90_ms",
+        "p99_ms",
+        "n",
+        "processes",
+        "p50_by_process_ms",
+        "load_ms",
+        "first_ms",
+    ),
 }
 
 
