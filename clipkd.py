@@ -192,7 +192,9 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
         checkpoints = training.train(loaded, run, screen, training.How())
         made = training.quantize(loaded, run, checkpoints, screen)
     if not made:
-        raise UsageError(f"{run}: its recipe has neither int8 nor int8-fp16 in export.precisions; nothing to quantize")
+        raise UsageError(
+            f"{run}: its recipe has no int8, int8-fp16 or int8-bf16 in export.precisions; nothing to quantize"
+        )
     _print_stages(made, as_json)
 
 
@@ -208,7 +210,7 @@ def export(
         bool, typer.Option("--build/--no-build", help="Build engines here; --no-build leaves them to the device.")
     ] = True,
     precision: Annotated[
-        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8, int8-fp16.")
+        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8, int8-fp16, int8-bf16.")
     ] = None,
     auto: Annotated[
         bool | None,

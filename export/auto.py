@@ -15,7 +15,7 @@ from toolchain.recipe import ExportSpec
 
 REFERENCE = "fp32"
 
-SAFEST_FIRST = (REFERENCE, "fp16", "bf16", "int8", "int8-fp16")
+SAFEST_FIRST = (REFERENCE, "fp16", "bf16", "int8", "int8-fp16", "int8-bf16")
 """By the bits that a value keeps: 23, 10 and 7 of mantissa; 8 in all, under one scale for many values; and those where
 what is not in 8 bits is not in fp32 either."""
 

@@ -28,6 +28,7 @@ MIN_SQNR_DB = {
     "fp16": 30.0,  # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16
     "bf16": 20.0,  # 8 bits: 18 dB less than fp16, 35 to 47 measured; wrong scales leave 10
     "int8": 15.0,  # both sides round to the same 8 bits, but ties fall apart: 25 measured; wrong scales leave 10
+    "int8-bf16": 15.0,  # as int8-fp16, with fewer bits
     "int8-fp16": 15.0,  # of the int8 tower in float32: fp16 tips more ties than int8 does, 24 to 41 measured
 }
 # Least share of samples that still have the same nearest caption (or image) among all of the samples'.
@@ -37,6 +38,7 @@ MIN_TOP1_AGREEMENT = {
     "bf16": 0.95,
     "int8": 0.90,  # of its own frozen tower, not of fp32: ties of rounding fall apart
     "int8-fp16": 0.90,  # as int8
+    "int8-bf16": 0.90,
 }
 TIE = 0.01  # of a cosine: candidates nearer than this to the best one count as the same
 MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level

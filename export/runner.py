@@ -237,6 +237,8 @@ def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: i
     import onnxruntime as ort
 
     ort.set_default_logger_severity(_ERRORS_ONLY)
+    if precision == "int8-bf16":  # the graph says int8 and float32, which is what it would compute
+        raise Unavailable("ONNX Runtime does not compute in int8-bf16, which is for OpenVINO; export int8")
     kind, _, index = device.partition(":")
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
     provider = providers.get(kind)
@@ -280,7 +282,8 @@ def _open_openvino(path: Path, precision: str | None, device: str, threads: int 
         raise Unavailable(f"OpenVINO {openvino.__version__} has no device {device} here, only {there}; {_OTHERWISE}")
     able = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
     # Without a hint a CPU computes fp32 graphs in bfloat16, and asked for f16 that it lacks, it takes bfloat16 too.
-    wanted = {"fp16": ("FP16", "f16"), "int8-fp16": ("FP16", "f16"), "bf16": ("BF16", "bf16")}
+    half, brain = ("FP16", "f16"), ("BF16", "bf16")
+    wanted = {"fp16": half, "int8-fp16": half, "bf16": brain, "int8-bf16": brain}
     capability, hint = wanted.get(precision or "", ("FP32", "f32"))
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",

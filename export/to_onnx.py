@@ -2,7 +2,8 @@
 
 Precision is a property of the exported graph, decided here: fp16 and bf16 store half-precision weights and compute in
 them (inputs, outputs and the final normalisation stay fp32, LayerNormalization sums in fp32), int8 stores what
-quantize.freeze rounded, and int8-fp16 that with everything else as in fp16.
+quantize.freeze rounded, int8-fp16 that with everything else as in fp16, and int8-bf16 the graph of int8, of which
+OpenVINO computes everything else in bfloat16.
 
     B batch   D embedding width   K classes   P templates   T tokens   CHW, HWC image
 """
@@ -45,8 +46,8 @@ from toolchain.quantize import (
     without_attention_fast_path,
 )
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16")
-_FROZEN, _HALF = ("int8", "int8-fp16"), ("fp16", "int8-fp16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16")
+_FROZEN, _HALF = ("int8", "int8-fp16", "int8-bf16"), ("fp16", "int8-fp16")
 _WITHOUT_HALF = {"fp16": "Export this model in fp32 or bf16", "int8-fp16": "Export this model in int8"}
 MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
 _HALF_SCALES_OPSET = 19  # the first in which QuantizeLinear takes float16
@@ -304,7 +305,7 @@ def frozen_in(tower: nn.Module, precision: str) -> nn.Module:
     Raises:
         GateError: a weight is beyond fp16's range.
     """
-    if precision == "int8":
+    if precision not in _HALF:
         return tower
     _require_half_weights(tower, precision)
     half = copy.deepcopy(tower).cpu().half()

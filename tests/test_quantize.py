@@ -19,7 +19,7 @@ from export.parity import MIN_SQNR_DB, compare
 from export.proof import prove
 from export.to_onnx import export_onnx, frozen_in, write_graph
 from toolchain import quantize as quantize_module
-from toolchain.errors import ArtifactError, GateError, MissingDependency
+from toolchain.errors import ArtifactError, GateError, MissingDependency, UnavailableBackend
 from toolchain.eval_sets import classes_set
 from toolchain.models import load_model
 from toolchain.quantize import (
@@ -302,6 +302,21 @@ def test_int8_fp16_runs_on_a_cpu_and_is_proven_there(half, runtime):
     proven = prove(half, runtime=runtime, precision="int8-fp16")
     assert proven["parity"]["image"]["num_not_finite"] == proven["parity"]["text"]["num_not_finite"] == 0
     assert (proven["nodes"]["image"]["integer"] > 0) == (runtime == "openvino")  # ONNX Runtime: in floats on a CPU
+
+
+def test_int8_bf16_is_the_graph_of_int8_and_openvino_s_alone(graphs, half, checkpoint, frozen, tmp_path):
+    with np.load(half / "parity.npz") as saved:
+        pixels, captions = saved["pixels_BHWC"], list(saved["captions"])
+    headline = classes_set("made", pixels, captions, ("{}",))
+    towers = {"image_tower": frozen[0], "text_tower": frozen[1]}
+    export_onnx(load_model(checkpoint), tmp_path, role="student", precision="int8-bf16", headline=headline, **towers)
+    for path, name in zip(graphs, ("image.onnx", "text.onnx"), strict=True):
+        assert list(onnx.load(tmp_path / name).graph.node) == list(onnx.load(path).graph.node)
+    proven = prove(tmp_path, runtime="openvino", precision="int8-bf16")
+    assert proven["parity"]["image"]["num_not_finite"] == proven["parity"]["text"]["num_not_finite"] == 0
+    assert proven["nodes"]["image"]["integer"] > 0
+    with pytest.raises(UnavailableBackend, match=r"does not compute in int8-bf16, which is for OpenVINO; export int8"):
+        prove(tmp_path, runtime="onnxruntime", precision="int8-bf16")
 
 
 def test_int8_fp16_refuses_a_weight_beyond_half_and_lifts_a_scale_below(frozen):

@@ -280,7 +280,8 @@ def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
         ),
         (
             {"export": {"precisions": ["fp8"]}},
-            "export.precisions.0: Input should be 'fp32', 'fp16', 'bf16', 'int8' or 'int8-fp16' (got 'fp8')",
+            "export.precisions.0: Input should be 'fp32', 'fp16', 'bf16', 'int8', 'int8-fp16' or 'int8-bf16' "
+            "(got 'fp8')",
         ),
         ({"student": {}}, "student.model: Field required"),
     ],

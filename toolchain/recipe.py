@@ -393,7 +393,7 @@ class ExportSpec(_Section):
     """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
 
     build_engines: bool = True
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "int8-fp16"], ...] = ("fp32", "int8")
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16"], ...] = ("fp32", "int8")
     """Of the student; teacher and baseline, which are there for comparison, in fp32 and for the first runtime alone."""
 
     opset: Literal[18, 19, 20] = 20

@@ -26,7 +26,7 @@ Row: TypeAlias = dict[str, Any]
 
 SCHEMA = 1
 ROLES = ("teacher", "baseline", "student", "adopted", "external")
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-fp16", "int8-bf16")
 TRUSTED_GRADES = ("A", "B")
 
 # Wong, "Points of view: Color blindness", Nature Methods 8 (2011); grey is the one to beat
@@ -285,8 +285,8 @@ def _reverted(run: Path, role: str | None, precision: str | None) -> int | None:
 
 
 def _quantized_stage(role: str | None, precision: str | None) -> str:
-    """The checkpoint of int8 and of int8-fp16 is one and the same."""
-    return f"{role}-{'int8' if precision == 'int8-fp16' else precision}"
+    """The checkpoint of int8, int8-fp16 and int8-bf16 is one and the same."""
+    return f"{role}-{'int8' if precision and precision.startswith('int8') else precision}"
 
 
 def machine_name(machine: Any) -> str | None:

@@ -32,7 +32,14 @@ from toolchain.report_picture import accuracy_axis, front_line, latency_axis
 
 _TRAINED = ("student", "baseline", "student-int8", "teacher")
 _MAX_CURVE_POINTS = 600  # more cannot be told apart on a screen, and a long run would make a page of many megabytes
-_SYMBOLS = {"fp32": "circle", "bf16": "triangle-up", "fp16": "square", "int8": "diamond", "int8-fp16": "cross"}
+_SYMBOLS = {
+    "fp32": "circle",
+    "bf16": "triangle-up",
+    "fp16": "square",
+    "int8": "diamond",
+    "int8-fp16": "cross",
+    "int8-bf16": "pentagon",
+}
 
 
 def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> str:

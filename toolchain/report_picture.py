@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-_MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D", "int8-fp16": "P"}
+_MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D", "int8-fp16": "P", "int8-bf16": "p"}
 
 _REFERENCE_MARKER = "X"  # PyTorch, whatever the precision
 
