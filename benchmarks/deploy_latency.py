@@ -4,9 +4,9 @@
 
 Sides: PyTorch eager, torch.compile, ONNX Runtime fp32; stock: NNCF's default post-training quantization of the ONNX
 graph, run by OpenVINO with its default settings; ours: each precision in each runtime, opened as export/runtime.py
-does, and what `clipkd export --batch 1` makes of the fastest kinds.  Every measurement is a fresh process, the sides take turns in an order that each round draws anew.  A ratio is
-the median over rounds, its interval a bootstrap over them.  The last line of stdout is one JSON document; exit code 5
-when a claim does not hold.
+does, and what `clipkd export --batch 1` makes of the fastest kinds.  Every measurement is a fresh process, the sides
+take turns in an order that each round draws anew.  A ratio is the median over rounds, its interval a bootstrap over
+them.  The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
 """
 
 import argparse
