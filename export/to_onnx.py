@@ -214,11 +214,12 @@ def _converted(
     free: dict[int, Any] | None,
     opset: int,
 ) -> onnx.ModelProto:
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():  # stdout belongs to the command's result
+        with (
+            redirect_stdout(io.StringIO()),  # stdout belongs to the command's result
+            _errors_only("torch.onnx", "onnxscript"),  # which warns of each chunk that it does not fold
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # of torch's own internals
             program = torch.onnx.export(
                 tower.eval(),
@@ -233,12 +234,23 @@ def _converted(
             )
     except torch.onnx.OnnxExporterError as error:
         raise ClipkdError(f"{path}: torch.onnx cannot export this tower at opset {opset}: {error}") from error
-    finally:
-        exporter_log.setLevel(level)
     assert program is not None
     graph: onnx.ModelProto = program.model_proto
     _separate_gemm_biases(graph.graph)
     return graph
+
+
+@contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Keep the loggers of these names from saying less than an error."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _check_and_save(graph: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
