@@ -115,7 +115,7 @@ def dropped_beside_hogs(model: Path, profiles: int) -> int:
 
 
 def pair(model: Path, spin_ms: float) -> list[Profile]:
-    found = profile_together([model, model], processes=PROCESSES, seconds=SECONDS, spin_ms=[0.0, spin_ms])
+    found = profile_together([model, model], processes=PROCESSES, seconds=SECONDS, sweep=(), spin_ms=[0.0, spin_ms])
     for one in found:
         if isinstance(one, Exception):
             raise one

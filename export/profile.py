@@ -68,7 +68,9 @@ MAX_CV = 0.05
 MAX_OTHER_CPU = 0.25
 """Share of the machine's CPU time that other programs may take before a measurement is BUSY."""
 
-_SWEEP = (2, 4, 8, 16, 32)  # batches beside 1, for throughput
+SWEEP = (2, 4, 8, 16, 32)
+"""Batches beside 1, for throughput."""
+
 _NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in the memory that is being measured
 _LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
 _TIMEOUT_S = 600.0  # a runner that takes longer than this, and _TIMES what it was to measure for, hangs
@@ -157,6 +159,7 @@ def profile_together(
     on: Device | None = None,
     engines: Mapping[Path, Path] = MappingProxyType({}),
     compiled: bool = False,
+    sweep: Sequence[int] = SWEEP,
     spin_ms: Sequence[float] = (),
     on_progress: Progress | None = None,
 ) -> list[Profile | ClipkdError]:
@@ -197,6 +200,7 @@ def profile_together(
                     device,
                     engines.get(folder),
                     compiled,
+                    sweep,
                 )
             except ClipkdError as error:
                 failures[place] = error
@@ -412,7 +416,14 @@ def _rates(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _stage(
-    folder: Path, scratch: Path, seconds: float, threads: int, device: str, engines: Path | None, compiled: bool
+    folder: Path,
+    scratch: Path,
+    seconds: float,
+    threads: int,
+    device: str,
+    engines: Path | None,
+    compiled: bool,
+    sweep: Sequence[int],
 ) -> dict[str, list[str]]:
     """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
     is_reference = is_checkpoint(folder)
@@ -447,8 +458,7 @@ def _stage(
         *(_reference_words(compiled) if is_reference else runtime_words(folder) if engines is None else ()),
         "--device",
         device,
-        "--batches",
-        ",".join(map(str, _SWEEP)),
+        *(("--batches", ",".join(map(str, sweep))) if sweep else ()),
     ]
     whole_path = ["--images", str(scratch / "images"), "--classes", str(exported / "classes.npz")]
     whole_path += ["--preprocess", str(exported / "preprocess.json")]
