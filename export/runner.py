@@ -334,7 +334,7 @@ def open_checkpoint(folder: Path, input_name: str, *, compiled: bool, threads: i
         with torch.inference_mode():
             return encode(torch.from_numpy(query), normalize=True).numpy()
 
-    return Graph({input_name: []}, run, net, torch.__version__)
+    return Graph({input_name: [None]}, run, net, torch.__version__)  # of any batch
 
 
 _ERRORS_ONLY = 3  # ONNX Runtime's logging severity

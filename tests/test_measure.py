@@ -18,6 +18,7 @@ from export.deployment_stages import exports, references
 from export.measure import measure_reference
 from export.profile import exported_of, profile
 from export.proof import reference_encoders
+from export.runner import fixed_batch
 from export.runtime import open_exported
 from export.to_onnx import export_onnx
 from toolchain.choose import choose
@@ -133,6 +134,7 @@ def test_what_is_timed_is_what_open_clip_gives(run: Path, monkeypatch: pytest.Mo
     graph = proof.open_checkpoint(run / "student", "pixel_values", compiled=False, threads=None)
     graph.run(np.zeros((1, 3), np.float32))
     assert seen == [(True, True, True)]
+    assert fixed_batch(graph) is None
 
 
 def test_without_a_compiler_nothing_is_compiled(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
