@@ -1040,7 +1040,7 @@ def _print_comparison(compared: "Comparison", as_json: bool) -> None:
     for change in compared.changes:
         ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
         if change.p50_ratio is not None and not change.is_told_apart:
-            ratio += " (intervals overlap)"
+            ratio += " (may be chance)"
         points = "-" if change.top1_change is None else f"{100 * change.top1_change:+.1f} pp"
         table.add_row(escape(change.name), ratio, points, escape("; ".join(change.worse)))
     for name in compared.only_old:

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +140,23 @@ def test_what_got_worse_since(clipkd: Clipkd, tmp_path: Path) -> None:
     assert ended.code == 5
     assert json.loads(ended.out)["holds"] is False
     assert "worse than" in ended.err
+
+
+@pytest.mark.parametrize("medians_ms", [[0.5], [0.49, 0.51], [0.49, 0.5, 0.51]], ids=len)
+def test_twice_as_slow_is_worse_however_few_the_processes(tmp_path: Path, medians_ms: list[float]) -> None:
+    run = make_run(tmp_path / "run")
+
+    def timed(factor: float) -> dict[str, Any]:
+        ms = [factor * one for one in medians_ms]
+        image = {"p50_ms": median(ms), "p50_low_ms": min(ms), "p50_high_ms": max(ms), "p50_by_process_ms": ms}
+        edit(run / "measured" / "student-onnxruntime-int8" / "cpu" / "profile.json", image=image)
+        return collect([run])
+
+    old, new = timed(1), timed(2)
+    tolerances = {"max_slower": 0.05, "max_top1_loss": 0.005}
+    assert compare(old, old, **tolerances).holds
+    worse = {made.name: made.worse for made in compare(old, new, **tolerances).changes if made.worse}
+    assert worse == {"student int8": ["100.0 % slower"]}
 
 
 def test_a_model_that_is_gone_is_worse(tmp_path: Path) -> None:

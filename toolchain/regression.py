@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.latencies import told_apart
+from toolchain.latencies import MIN_PROCESSES, told_apart
 from toolchain.report import Row
 
 _IDENTITY = ("role", "runtime", "pytorch", "precision", "device", "machine", "batch", "headline")
@@ -19,7 +19,7 @@ class Change:
 
     is_told_apart: bool
     """Whether the two latencies differ by more than chance: by their processes (latencies.py), or where a report does
-    not have them, by disjoint 95 % intervals."""
+    not have enough of them, by disjoint 95 % intervals."""
 
     top1_change: float | None
     """New minus old; below 0 is worse."""
@@ -84,7 +84,7 @@ def _change(old: Row, new: Row, max_slower: float, max_top1_loss: float) -> Chan
 
 def _told_apart(old: Row, new: Row) -> bool:
     processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
-    if all(processes):
+    if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer would never count as slower
         return told_apart(*processes)
     ends = [row[key] for row in (old, new) for key in ("p50_low_ms", "p50_high_ms")]
     if None in ends:
