@@ -121,8 +121,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if list(graph.input_shapes) != [options.input]:
         raise SystemExit(f"{options.model}: expected the one input {options.input}, got {list(graph.input_shapes)}")
     if options.encode:
-        rows = np.concatenate(_queries(options, options.shape[0]))
-        return {"features": encode_rows(graph, rows, _ENCODE_BATCH).tolist()}
+        return {"features": encode_rows(graph, _inputs(options), _ENCODE_BATCH).tolist()}
     single = _queries(options, options.shape[0])
 
     start_ns = time.perf_counter_ns()
@@ -371,22 +370,26 @@ def _sample(run: Callable[[Any], Any], queries: Sequence[Any], duration_ns: int)
     return samples_ns
 
 
-def _queries(options: argparse.Namespace, batch: int) -> list[NDArray[Any]]:
-    """Distinct queries of one batch size, as arrays of their own."""
+def _inputs(options: argparse.Namespace) -> NDArray[Any]:
+    """[N, ...] the real inputs, or random ones."""
     shape = options.shape[1:]
     if options.inputs is not None:
-        inputs = np.load(str(options.inputs), allow_pickle=False)
+        inputs: NDArray[Any] = np.load(str(options.inputs), allow_pickle=False)
         if list(inputs.shape[1:]) != shape or inputs.dtype != options.dtype:
             raise SystemExit(
                 f"{options.inputs}: expected {options.dtype} inputs of shape {shape}, "
                 f"got {inputs.dtype} of {list(inputs.shape[1:])}"
             )
-    else:
-        random = np.random.RandomState(0)
-        if options.dtype == "int64":
-            inputs = random.randint(0, 256, [_NUM_DISTINCT, *shape]).astype(np.int64)
-        else:
-            inputs = random.standard_normal([_NUM_DISTINCT, *shape]).astype(np.float32)
+        return inputs
+    random = np.random.RandomState(0)
+    if options.dtype == "int64":
+        return random.randint(0, 256, [_NUM_DISTINCT, *shape]).astype(np.int64)
+    return random.standard_normal([_NUM_DISTINCT, *shape]).astype(np.float32)
+
+
+def _queries(options: argparse.Namespace, batch: int) -> list[NDArray[Any]]:
+    """Distinct queries of one batch size, as arrays of their own."""
+    inputs = _inputs(options)
     step = batch if batch < len(inputs) else 1
     first_rows = range(0, step * max(2, len(inputs) // batch), step)
     return [np.ascontiguousarray(inputs[(row + np.arange(batch)) % len(inputs)]) for row in first_rows]

@@ -24,6 +24,7 @@ from export.profile import (
     profile_together,
     summarise,
 )
+from export.runner import open_graph
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
 RUNNER = Path(profile_module.__file__).with_name("runner.py")
@@ -346,6 +347,18 @@ def test_the_runner_runs_alone_and_prints_one_document(folder, tmp_path):
     assert set(result["versions"]) == {"python", "numpy", "onnxruntime"}
     assert result["peak_rss_bytes"] > 10 << 20
     assert isinstance(result["steady"], bool)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_runner_encodes_every_row_once(folder, tmp_path, count):
+    ids_BT = np.random.default_rng(count).integers(0, 9, (count, 5))
+    np.save(tmp_path / "ids.npy", ids_BT)
+    command = [sys.executable, str(RUNNER), "--model", str(folder / "text.onnx"), "--input", "input_ids", "--encode"]
+    command += ["--shape", "1,5", "--dtype", "int64", "--threads", "1", "--inputs", str(tmp_path / "ids.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    graph = open_graph(folder / "text.onnx", "onnxruntime", precision=None, device="cpu", threads=1)
+    np.testing.assert_allclose(json.loads(done.stdout)["features"], graph.run(ids_BT), rtol=1e-5)
 
 
 def test_the_runner_refuses_inputs_of_another_shape(folder, tmp_path):
