@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from export.devices import Device
 from export.parity import check_parity, check_uint8_input
 from export.profile import require_compiler, runner_on, runtime_words, tower_files
-from export.runner import EngineSession, Graph, as_pair, onnxruntime_options, open_checkpoint
+from export.runner import Graph, as_pair, onnxruntime_options, open_checkpoint
 from export.runtime import (
     IMAGE_GRAPH,
     IMAGE_INPUT,
@@ -101,7 +100,7 @@ def encoders_on(
     """
     files = tower_files(folder, engines)
 
-    def tower(name: str, input_name: str, here: Graph | EngineSession) -> Graph:
+    def tower(name: str, input_name: str) -> Graph:
         def run(inputs: NDArray[Any]) -> NDArray[np.float32]:
             with tempfile.TemporaryDirectory(prefix="clipkd-encode-") as scratch:
                 path = Path(scratch) / "inputs.npy"
@@ -114,14 +113,10 @@ def encoders_on(
                 return np.array(document["features"], np.float32)
 
         # of any batch: the runner there feeds a graph of a fixed one row by row, in one run of its process
-        return Graph({input_name: [None, *here.input_shapes[input_name][1:]]}, run, None, "")
+        return Graph({input_name: [None]}, run, None, "")
 
-    here = open_exported(folder, runtime="onnxruntime", precision=precision)
-    return replace(
-        here,
-        _image=tower("image", IMAGE_INPUT, here._image),
-        _text=None if here._text is None else tower("text", TEXT_INPUT, here._text),
-    )
+    towers = tower("image", IMAGE_INPUT), tower("text", TEXT_INPUT)
+    return open_exported(folder, precision=precision, towers=towers)  # this machine may be unable to run its graphs
 
 
 def reference_encoders(checkpoint: Path, exported: Path, *, compiled: bool) -> ExportedEncoders:
@@ -133,13 +128,10 @@ def reference_encoders(checkpoint: Path, exported: Path, *, compiled: bool) -> E
     """
     if compiled:
         require_compiler()
-    here = open_exported(exported, runtime="onnxruntime", precision="fp32")
-    assert here._text is not None
     image, text = (
-        open_checkpoint(checkpoint, name, compiled=compiled, threads=None)._replace(input_shapes=graph.input_shapes)
-        for name, graph in ((IMAGE_INPUT, here._image), (TEXT_INPUT, here._text))
+        open_checkpoint(checkpoint, name, compiled=compiled, threads=None) for name in (IMAGE_INPUT, TEXT_INPUT)
     )
-    return replace(here, _image=image, _text=text)
+    return open_exported(exported, towers=(image, text))
 
 
 def answer() -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.runner import EngineSession, Graph, Unavailable, encode_rows, open_graph, preprocess_image
+from export.runner import EngineSession, Graph, Unavailable, as_pair, encode_rows, open_graph, preprocess_image
 from toolchain.errors import ArtifactError, MissingDependency, UnavailableBackend
 from toolchain.stages import MANIFEST, open_stage
 
@@ -99,7 +99,7 @@ class ExportedEncoders:
 
     def _pixel_values(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
-        shape = [len(pictures), *self._image.input_shapes[IMAGE_INPUT][1:]]
+        shape = [len(pictures), 3, *as_pair(self.image_spec["size"])]
         return np.array([self.preprocess(picture) for picture in pictures], np.float32).reshape(shape)
 
 
@@ -110,10 +110,12 @@ def open_exported(
     precision: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    towers: tuple[Graph | EngineSession, Graph | EngineSession] | None = None,
 ) -> ExportedEncoders:
     """Open both graphs of an exported folder; `threads` None leaves their number to the runtime.
 
-    `runtime` and `precision` None: what the manifest says, and without one ONNX Runtime.
+    `runtime` and `precision` None: what the manifest says, and without one ONNX Runtime.  `towers`, image and text, are
+    taken in place of the folder's graphs, which are then not opened.
 
     Every file is first held against the hash in the manifest (measured once: 0.08 s per 100 MB).
     While a folder is being made it has none yet.
@@ -138,6 +140,10 @@ def open_exported(
     if runtime == "tensorrt":  # a kit: its engines are opened by to_tensorrt.open_tensorrt, its graphs by ONNX Runtime
         runtime = "onnxruntime"
     settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
+    image, text = towers or (
+        open_tower(folder / IMAGE_GRAPH, IMAGE_INPUT, **settings),
+        None if is_baked else open_tower(folder / TEXT_GRAPH, TEXT_INPUT, **settings),
+    )
     return ExportedEncoders(
         folder=folder,
         image_size=int(size[0] if isinstance(size, list) else size),
@@ -146,8 +152,8 @@ def open_exported(
         image_spec=image_spec,
         text_spec=text_spec,
         _tokenizer=None if is_baked else _open_tokenizer(folder / "tokenizer.json"),
-        _image=open_tower(folder / IMAGE_GRAPH, IMAGE_INPUT, **settings),
-        _text=None if is_baked else open_tower(folder / TEXT_GRAPH, TEXT_INPUT, **settings),
+        _image=image,
+        _text=None if is_baked else text,
     )
 
 

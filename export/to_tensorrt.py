@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,4 +124,4 @@ def open_tensorrt(kit: Path, engines: Path) -> ExportedEncoders:
         raise ArtifactError(str(error)) from None
     except ImportError as error:
         raise MissingDependency(f"TensorRT engines need {error.name}: pip install tensorrt cuda-python") from None
-    return replace(open_exported(kit), _image=image, _text=text)
+    return open_exported(kit, towers=(image, text))

@@ -14,7 +14,8 @@ import torch
 from conftest import make_picture
 
 from export import proof
-from export.proof import prove
+from export.devices import Device
+from export.proof import encoders_on, prove
 from export.runtime import open_exported
 from export.to_onnx import MAX_HALF_ACTIVATION, export_onnx, prepared, within_half_range
 from toolchain.errors import GateError, UnavailableBackend
@@ -142,6 +143,25 @@ def test_bf16_passes_in_openvino_and_is_unavailable_in_onnx_runtime_on_a_cpu(mod
 def test_a_device_that_is_not_there_is_no_other_device(fp32, runtime, device):
     with pytest.raises(UnavailableBackend, match=f"has no device {device} here"):
         open_exported(fp32, runtime=runtime, device=device)
+
+
+def test_a_device_runs_what_this_machine_cannot(fp32, monkeypatch):
+    """Nothing but pictures, texts and features is of this machine; ONNX Runtime here would refuse this precision."""
+    asked = []
+
+    def runner_on(device, folder, tower, words, *, once):
+        rows = np.load(once[0])
+        asked.append((device.name, tower, words[words.index("--input") + 1], rows.shape))
+        return {"features": [[1.0, 0.0]] * len(rows)}
+
+    monkeypatch.setattr(proof, "runner_on", runner_on)
+    encoders = encoders_on(Device("board", "board"), fp32, precision="int8-bf16")
+    assert encoders.encode_images(np.zeros((3, 40, 50, 3), np.uint8)).shape == (3, 2)
+    assert encoders.encode_texts(["a b"]).shape == (1, 2)
+    assert asked == [
+        ("board", "image", "pixel_values", (3, 3, 32, 32)),
+        ("board", "text", "input_ids", (1, encoders.context_length)),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
