@@ -99,6 +99,8 @@ def run(
         measured = deployment.measure(loaded, out, exported, screen)  # accuracy and latency of what ships
         measured |= deployment.measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
         chosen = choose(loaded, out, exported, measured, screen) if loaded.export.auto else None
+        if not exported:
+            _require_choices(chosen, out)  # there is nothing to report
         document = deployment.report(out, measured, screen)  # the table, and the front
     _print_report(document, out, as_json)
     _require_choices(chosen, out)

@@ -4,6 +4,7 @@ Heavy packages are imported inside the work, so that a run whose stages are all 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,8 @@ def report(out: Path, measured: dict[str, Stage], screen: Screen) -> dict[str, A
     """report.json and its readable forms, written again only when something measured is new."""
     path = out / "report.json"
     screen.starts("report")
-    newest = max((stage.path / MANIFEST).stat().st_mtime_ns for stage in measured.values())
+    # of kits alone nothing was measured: their report is written each time
+    newest = max(((stage.path / MANIFEST).stat().st_mtime_ns for stage in measured.values()), default=math.inf)
     files = [path.with_suffix(suffix) for suffix in (".json", ".csv", ".md", ".png", ".svg", ".html")]
     if all(file.exists() and file.stat().st_mtime_ns >= newest for file in files):
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -435,6 +435,13 @@ def test_run_chooses_where_its_recipe_says_so(clipkd: Clipkd, run: Path, monkeyp
     assert asked == [1]
 
 
+def test_a_run_that_could_export_nothing_says_so(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_stages, "choose", lambda *_: chosen(None))
+    ended = clipkd("run", "glyphs", "--out", run, "--set", "export.auto={}")
+    assert ended.code == 5
+    assert "nothing to ship for openvino, not even fp32" in ended.err
+
+
 # All of it.
 
 

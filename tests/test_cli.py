@@ -487,6 +487,15 @@ def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monk
     assert written == [tmp_path, tmp_path]
 
 
+def test_a_run_of_kits_alone_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr("toolchain.report.write_report", lambda runs, run: written.append(run) or {"rows": []})
+    screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
+    for _ in range(2):
+        assert deployment_stages.report(tmp_path, {}, screen) == {"rows": []}  # type: ignore[arg-type]
+    assert written == [tmp_path, tmp_path]
+
+
 def test_adopting_makes_a_run_that_the_other_commands_know(clipkd: Clipkd, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = clipkd("adopt", "recipes/glyphs_teacher", "--like", "glyphs", "--out", run, "--json")
