@@ -359,6 +359,25 @@ def test_a_gap_has_a_reason_and_no_place_on_the_front(run, missing, status):
     write_report([run], run)
 
 
+def test_what_was_measured_of_an_earlier_export_is_said_and_not_ranked(run):
+    name, reference = "student-onnxruntime-int8", add_reference(run)
+    exported, measured = run / "exported" / name / "manifest.json", run / "measured" / name / "cpu" / "manifest.json"
+    edit(exported, digest="a")
+    edit(measured, inputs={"model": "a"})
+    edit(run / "student" / "manifest.json", digest="c")
+    edit(reference / "manifest.json", inputs={"checkpoint": "c", "model": "e"})
+    rows = by_name(collect([run]))
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert rows["student int8"]["pareto"]
+    edit(exported, digest="b")
+    edit(run / "student" / "manifest.json", digest="d")
+    rows = by_name(collect([run]))
+    assert rows["student int8"]["status"] == "measured before it was exported again"
+    assert rows["student fp32 pytorch eager"]["status"] == "measured before it was trained again"
+    assert not rows["student int8"]["pareto"]
+    assert rows["teacher fp32"]["status"] == "ok"
+
+
 def test_work_in_progress_is_not_reported(run):
     (run / "exported" / "student-onnxruntime-int8").rename(run / "exported" / ".student-onnxruntime-int8.partial")
     (run / "measured" / "student-onnxruntime-fp32" / "cpu").rename(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.paired import paired_drop
-from toolchain.stages import REFERENCE
+from toolchain.stages import MANIFEST, REFERENCE
 
 Row: TypeAlias = dict[str, Any]
 
@@ -88,15 +88,29 @@ def _rows_of(run: Path) -> list[Row]:
         )
     rows: list[Row] = []
     for manifest in manifests:
-        summary = read_json(manifest).get("summary", {})
+        content = read_json(manifest)
         measured = run / "measured" / manifest.parent.name
         devices = sorted(path for path in measured.glob("*") if path.is_dir() and not path.name.startswith("."))
-        rows += [_row(run, manifest, summary, device) for device in (devices or (None,))]
+        for device in devices or (None,):
+            rows.append(_row(run, manifest, content.get("summary", {}), device))
+            if device is not None and _is_of_another(device, "model", content.get("digest")):
+                rows[-1]["status"] = "measured before it was exported again"
     for manifest in sorted(run.glob("measured/*/[!.]*/manifest.json")):
         content = read_json(manifest)
         if content.get("kind") == REFERENCE:
             rows.append(_row(run, manifest, content.get("summary", {}), manifest.parent))
+            checkpoint = run / str(rows[-1]["role"]) / MANIFEST
+            digest = read_json(checkpoint).get("digest") if checkpoint.exists() else None
+            if _is_of_another(manifest.parent, "checkpoint", digest):
+                rows[-1]["status"] = "measured before it was trained again"
     return rows
+
+
+def _is_of_another(measured: Path, what: str, digest: str | None) -> bool:
+    """Whether a measurement is known to be of something else than what is there now."""
+    manifest = measured / MANIFEST
+    recorded = (read_json(manifest).get("inputs") or {}).get(what) if manifest.exists() else None
+    return recorded is not None and digest is not None and recorded != digest
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
