@@ -223,7 +223,7 @@ def export(
         typer.Option(min=0, help="--auto tolerates this fraction of top-1.", show_default="quantize.max_drop, or 0.01"),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, max=1, help="Fix the batch of the graphs to 1; without it it is free.")
+        int | None, typer.Option(min=1, max=1, help="Fix the batch of the graphs to 1; else as the recipe says.")
     ] = None,
     uint8_input: Annotated[
         bool, typer.Option("--uint8-input", help="Also write image_uint8.onnx: a picture of any size in, features out.")

@@ -133,7 +133,8 @@ def check_uint8_input(
             if not levels.max() <= bound:
                 raise GateError(
                     f"{folder}: preprocessing in the graph differs from Pillow's by {levels.max():.3g} grey levels on "
-                    f"a picture ({names[-1]}), need at most {bound:g}; export without export.uint8_input"
+                    f"a picture ({names[-1]}), need at most {bound:g}; "
+                    "export without: --set export.uint8_input=false"
                 )
             apart.append(levels.ravel())
             expected.append(encoders.encode_pixels(pixel_values_CHW[None]))
@@ -142,7 +143,7 @@ def check_uint8_input(
     if not share <= MAX_LEVELS_SHARE:
         raise GateError(
             f"{folder}: preprocessing in the graph differs from Pillow's in {share:.1%} of all values, need at most "
-            f"{MAX_LEVELS_SHARE:.0%}; export without export.uint8_input"
+            f"{MAX_LEVELS_SHARE:.0%}; export without: --set export.uint8_input=false"
         )
     compared = compare(
         np.concatenate(expected),
