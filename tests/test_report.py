@@ -472,6 +472,18 @@ def test_findings_compare_within_a_runtime(run):
     ]
 
 
+def test_findings_compare_within_a_run(tmp_path):
+    first = make_run(tmp_path / "a")
+    second = make_run(tmp_path / "b", models={key: value for key, value in MODELS.items() if key[0] != "baseline"})
+    add_reference(first, p50_ms=2.0)
+    add_reference(second, p50_ms=4.0)
+    assert [(item.title, item.value) for item in findings(collect([first, second])["rows"])] == [
+        ("Student against teacher", "3.52x faster"),
+        ("ONNX Runtime against PyTorch eager", "4.40x faster"),
+        ("int8 against fp32, ONNX Runtime", "1.90x faster"),
+    ]
+
+
 def test_findings_admit_that_intervals_overlap(tmp_path):
     models = MODELS | {("baseline", "fp32"): (0.92, 1400, 1), ("student", "int8"): (0.93, 1391, 1)}
     distillation, _, quantization = findings(collect([make_run(tmp_path / "close", models=models)])["rows"])

@@ -448,8 +448,11 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
-    """What distillation, the smaller model and quantization bought and cost, as far as the rows can tell."""
-    for group in front_groups(rows).values():
+    """What distillation, the smaller model and quantization bought and cost, as far as the rows of one run can tell; of
+    several the last that has a student."""
+    for comparable in front_groups(rows).values():
+        runs = [row["run"] for row in comparable if row["role"] == "student" and row["run"] is not None]
+        group = [row for row in comparable if row["run"] in runs[-1:]]  # one run's: others have weights of their own
         made = {(row["runtime"], row["role"], row["precision"]): row for row in group if row["pytorch"] is None}
         eager = next((row for row in group if row["pytorch"] == "eager"), None)
         runtimes = list(dict.fromkeys(runtime for runtime, *_ in made))
