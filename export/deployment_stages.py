@@ -68,6 +68,9 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             is_kit: bool = is_kit,
             has_uint8_input: bool = has_uint8_input,
         ) -> dict[str, Any]:
+            if precision == "int8-bf16" and runtime != "openvino":  # its proof would say so, minutes later
+                raise UnavailableBackend(f"{name}: OpenVINO alone computes in int8-bf16; export int8 for {runtime}")
+
             from export.model_card import write_card
             from export.proof import prove
             from export.to_onnx import export_onnx

@@ -291,6 +291,21 @@ def test_a_candidate_that_cannot_be_exported_is_rejected_and_what_is_no_fault_of
         export(plain, tmp_path, checkpoints, Silent())
 
 
+def test_int8_bf16_is_not_begun_where_nothing_computes_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(path: Path, *, work: Callable[[Path], dict[str, Any]], **_: Any) -> Stage:
+        if path.name.endswith("int8-bf16"):
+            work(path)  # of a checkpoint that is not there
+        return Stage(path, {"digest": path.name}, cached=True)
+
+    monkeypatch.setattr(toolchain.stages, "run_stage", stage)
+    checkpoints = {name: Stage(tmp_path / name, {"digest": "d"}, cached=True) for name in ("adopted", "adopted-int8")}
+    weighed = recipe_of(export={"precisions": ["fp32", "int8-bf16"], "auto": {}})
+    assert list(export(weighed, tmp_path, checkpoints, Silent())) == ["adopted-onnxruntime-fp32"]
+    failed = tmp_path / "exported" / ".adopted-onnxruntime-int8-bf16.partial" / "failed.json"
+    said = "adopted-onnxruntime-int8-bf16: OpenVINO alone computes in int8-bf16; export int8 for onnxruntime"
+    assert json.loads(failed.read_text()) == {"status": "failed", "exit_code": 4, "reason": said}
+
+
 def test_an_int8_that_cannot_be_made_is_rejected_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
