@@ -121,7 +121,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             exported[name] = run_stage(
                 path,
                 kind="export",
-                version=4,
+                version=5,
                 fields={
                     "runtime": runtime,
                     "precision": precision,

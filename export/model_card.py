@@ -41,10 +41,13 @@ pixels = np.asarray(Image.open("picture.png").convert("RGB"))
 _LESS_OPTIMISED = (  # as runner.onnxruntime_options says why
     "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED\n"
 )
-_WITHOUT_BIASES = (
-    'options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")\n'
-)
-_OPTIONS = {"fp16": _LESS_OPTIMISED, "bf16": _LESS_OPTIMISED, "int8-fp16": _LESS_OPTIMISED + _WITHOUT_BIASES}
+_WITHOUT = 'options.add_session_config_entry("optimization.disable_specified_optimizers", "{}")\n'
+_OPTIONS = {
+    "fp16": _LESS_OPTIMISED,
+    "bf16": _LESS_OPTIMISED,
+    "int8": _WITHOUT.format("MatMulAddFusion"),
+    "int8-fp16": _LESS_OPTIMISED + _WITHOUT.format("MatMulAddFusion;WeightBiasQuantization"),
+}
 
 
 def write_card(folder: Path, name: str, summary: dict[str, Any], provenance: dict[str, Any]) -> None:

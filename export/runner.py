@@ -215,8 +215,13 @@ def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     if precision not in ("fp32", "int8"):  # ENABLE_ALL segfaults on fp16 transformers on a CPU (onnxruntime#26717)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    left_out = []
+    if precision in ("int8", "int8-fp16"):  # of a fixed batch it makes products that are then computed in floats
+        left_out.append("MatMulAddFusion")
     if precision == "int8-fp16":  # it would round biases to a scale, of input times weight, that float16 cannot hold
-        options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+        left_out.append("WeightBiasQuantization")
+    if left_out:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(left_out))
     return options
 
 

@@ -30,6 +30,7 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from export.onnx_rewrites import products_apart, separate_gemm_biases
 from export.preprocessing import UInt8Tower
 from export.runtime import IMAGE_GRAPH, IMAGE_INPUT, UINT8_GRAPH, UINT8_INPUT
 from export.tokenizers_json import write_tokenizer
@@ -115,7 +116,14 @@ def export_onnx(
         ):
             exported = prepared(reference, example, precision) if tower is None else frozen_in(tower, precision)
             write_graph(
-                exported, example, folder / file, names_io=names_io, opset=opset, metadata=metadata, batch=batch
+                exported,
+                example,
+                folder / file,
+                names_io=names_io,
+                opset=opset,
+                metadata=metadata,
+                batch=batch,
+                runtime=runtime,
             )
             if uint8_input and file == IMAGE_GRAPH:
                 write_uint8_graph(exported, preprocess["image"], folder / UINT8_GRAPH, opset=opset, metadata=metadata)
@@ -165,6 +173,7 @@ def write_graph(
     opset: int,
     metadata: dict[str, str],
     batch: int | None = None,
+    runtime: str = "onnxruntime",
 ) -> None:
     """Export one tower as one self-contained file, of a free batch or of a fixed one, and check what was written.
 
@@ -174,6 +183,8 @@ def write_graph(
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
     free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
     graph = _converted(tower, example[:batch], path, names_io, free if batch is None else None, opset)
+    if runtime == "openvino":
+        products_apart(graph.graph)
     _check_and_save(graph, path, metadata)
     for value in (*graph.graph.input, *graph.graph.output):
         first = value.type.tensor_type.shape.dim[0]
@@ -236,7 +247,7 @@ def _converted(
         raise ClipkdError(f"{path}: torch.onnx cannot export this tower at opset {opset}: {error}") from error
     assert program is not None
     graph: onnx.ModelProto = program.model_proto
-    _separate_gemm_biases(graph.graph)
+    separate_gemm_biases(graph.graph)
     return graph
 
 
@@ -260,21 +271,6 @@ def _check_and_save(graph: onnx.ModelProto, path: Path, metadata: dict[str, str]
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ClipkdError(f"{path}: the exported graph is not valid ONNX: {error}") from error
     onnx.save(graph, path)
-
-
-def _separate_gemm_biases(graph: onnx.GraphProto) -> None:
-    """Gemm(x, int8 weight, bias) becomes Gemm(x, int8 weight) + bias: ONNX Runtime fuses no float bias into QGemm."""
-    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    nodes = []
-    for node in graph.node:
-        nodes.append(node)
-        if node.op_type == "Gemm" and len(node.input) == 3 and node.input[1] in dequantized:
-            product, output = f"{node.output[0]}_without_bias", node.output[0]
-            nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], [output], f"{node.name}_bias"))
-            del node.input[2]
-            node.output[0] = product
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 @torch.no_grad()

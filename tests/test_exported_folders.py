@@ -173,7 +173,8 @@ def test_the_cards_options_are_those_that_clipkd_opens_graphs_with(precision) ->
             entry = options.get_session_config_entry("optimization.disable_specified_optimizers")
         except RuntimeError:  # not set
             entry = None
-        assert entry == ("WeightBiasQuantization" if precision == "int8-fp16" else None)
+        expected = {"int8": "MatMulAddFusion", "int8-fp16": "MatMulAddFusion;WeightBiasQuantization"}
+        assert entry == expected.get(precision)
 
 
 def test_the_graphs_say_what_they_are(model) -> None:

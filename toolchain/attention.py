@@ -8,6 +8,7 @@ it takes them apart: 5 copies a layer, between which OpenVINO still finds attent
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from timm.layers.attention import Attention as TimmAttention
@@ -37,11 +38,14 @@ def attend(qkv_BLE3: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
     """
     q_BLE, k_BLE, v_BLE = qkv_BLE3.chunk(3, -1)
     width = q_BLE.shape[-1] // num_heads
+    if q_BLE.dtype == torch.float16:  # which might not hold the sums of the product
+        q_BLE = q_BLE * width**-0.5
     q_BHLD, k_BHLD, v_BHLD = (
-        part_BLE.reshape(*part_BLE.shape[:2], num_heads, width).transpose(1, 2)
-        for part_BLE in (q_BLE * width**-0.5, k_BLE, v_BLE)  # before the product, whose sums fp16 might not hold
+        part_BLE.reshape(*part_BLE.shape[:2], num_heads, width).transpose(1, 2) for part_BLE in (q_BLE, k_BLE, v_BLE)
     )
     logits_BHLL = q_BHLD @ k_BHLD.transpose(-2, -1)
+    if q_BLE.dtype != torch.float16:  # between product and softmax, OpenVINO's attention takes it in
+        logits_BHLL = logits_BHLL * width**-0.5
     if mask is not None:
         logits_BHLL = logits_BHLL + (mask if mask.dim() == 2 else mask.reshape(-1, num_heads, *mask.shape[1:]))
     mixed_BLHD = (logits_BHLL.softmax(-1) @ v_BHLD).transpose(1, 2)
