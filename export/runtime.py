@@ -140,6 +140,7 @@ def open_exported(
     if runtime == "tensorrt":  # a kit: its engines are opened by to_tensorrt.open_tensorrt, its graphs by ONNX Runtime
         runtime = "onnxruntime"
     settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
+    tokenizer = None if is_baked else _open_tokenizer(folder / "tokenizer.json")
     image, text = towers or (
         open_tower(folder / IMAGE_GRAPH, IMAGE_INPUT, **settings),
         None if is_baked else open_tower(folder / TEXT_GRAPH, TEXT_INPUT, **settings),
@@ -151,7 +152,7 @@ def open_exported(
         precision=precision,
         image_spec=image_spec,
         text_spec=text_spec,
-        _tokenizer=None if is_baked else _open_tokenizer(folder / "tokenizer.json"),
+        _tokenizer=tokenizer,
         _image=image,
         _text=None if is_baked else text,
     )

@@ -175,7 +175,7 @@ def test_the_command_times_a_checkpoint(
         raise UsageError("that is enough")
 
     monkeypatch.setattr(profile_module, "_LOOK_AROUND_S", 0.0)
-    monkeypatch.setattr(profile_module, "_run", stopped)
+    monkeypatch.setattr(profile_module, "runner_here", stopped)
     clipkd("profile", run / "student")
     (words,) = commands
     assert words[words.index("--model") + 1] == str(run / "student" / "open_clip_model.safetensors")

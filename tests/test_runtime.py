@@ -348,4 +348,5 @@ def test_runner_is_python_3_8_and_imports_nothing_of_clipkd():
             else []
         )
     }
-    assert modules - sys.stdlib_module_names == {"PIL", "cuda", "numpy", "onnxruntime", "tensorrt"}
+    of_checkpoints = {"torch", "open_clip"}  # which are timed where they were trained
+    assert modules - sys.stdlib_module_names == {"PIL", "cuda", "numpy", "onnxruntime", "tensorrt"} | of_checkpoints
