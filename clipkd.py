@@ -88,7 +88,7 @@ def run(
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
     from export import deployment_stages as deployment
-    from export.auto_stages import choose
+    from export.auto_stages import choose, without_failed
     from toolchain import training_stages as training
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
@@ -96,9 +96,10 @@ def run(
         checkpoints = training.train(loaded, out, screen, training.How(workers))  # teacher, baseline, student
         checkpoints |= deployment.quantize(loaded, out, checkpoints, screen)  # student-int8
         exported = deployment.export(loaded, out, checkpoints, screen)  # graphs that passed parity
-        measured = deployment.measure(loaded, out, exported, screen)  # accuracy and latency of what ships
+        chosen = choose(loaded, out, exported, {}, screen) if loaded.export.auto else None
+        sound = exported if chosen is None else without_failed(exported, chosen)
+        measured = deployment.measure(loaded, out, sound, screen)  # accuracy and latency of what ships
         measured |= deployment.measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
-        chosen = choose(loaded, out, exported, measured, screen) if loaded.export.auto else None
         if not exported:
             _require_choices(chosen, out)  # there is nothing to report
         document = deployment.report(out, measured, screen)  # the table, and the front

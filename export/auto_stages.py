@@ -69,6 +69,13 @@ def choose(recipe: Recipe, out: Path, exported: Models, measured: Models, screen
     return document
 
 
+def without_failed(exported: Models, chosen: Mapping[str, Any]) -> dict[str, Stage]:
+    """The exported models without those that could not be scored or timed, as `choose` found."""
+    weighed = [candidate for runtime in chosen["runtimes"].values() for candidate in runtime["candidates"]]
+    failed = {Path(candidate["model"]).name for candidate in weighed if candidate["verdict"] == "failed"}
+    return {name: stage for name, stage in exported.items() if name not in failed}
+
+
 def _scored(
     recipe: Recipe, out: Path, names: Mapping[str, str], exported: Models, measured: Models, screen: Screen
 ) -> dict[str, Candidate]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import toolchain.stages
 from export import auto, auto_stages, deployment_stages
 from export import profile as profile_module
-from export.auto_stages import choose
+from export.auto_stages import choose, without_failed
 from export.deployment_stages import export, mark_failed, quantize, stage_paths
 from export.profile import Profile
 from toolchain import training_stages
@@ -162,6 +162,24 @@ def told(monkeypatch: pytest.MonkeyPatch, **ms: float | ClipkdError) -> list[lis
 
 def verdicts(document: dict[str, Any]) -> dict[str, str]:
     return {row["precision"]: row["verdict"] for row in document["runtimes"]["onnxruntime"]["candidates"]}
+
+
+def test_what_cannot_be_measured_is_not_measured_for_the_report(
+    exported: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`clipkd run` chooses first: a model that only its measuring finds to be no good does not end it."""
+    told(monkeypatch, fp32=1.0, fp16=2.0)
+    scores = dict(measured(exported, tmp_path))
+    broken = scores.pop("adopted-onnxruntime-int8", None)
+    assert broken is not None
+
+    def fails(*_: Any) -> dict[str, Stage]:
+        raise GateError("it crashed its runtime")
+
+    monkeypatch.setattr(auto_stages, "measure", fails)
+    document = choose(recipe_of(), tmp_path, exported, scores, Silent())
+    assert verdicts(document)["int8"] == "failed"
+    assert set(without_failed(exported, document)) == set(exported) - {"adopted-onnxruntime-int8"}
 
 
 def test_a_slowed_and_a_wrong_model_are_rejected_each_on_its_count(

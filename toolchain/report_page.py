@@ -37,7 +37,7 @@ _SYMBOLS = {
     "bf16": "triangle-up",
     "fp16": "square",
     "int8": "diamond",
-    "int8-fp16": "cross",
+    "int8-fp16": "hexagon",
     "int8-bf16": "pentagon",
 }
 

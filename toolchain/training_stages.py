@@ -389,6 +389,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
             "data": _data_fields(data_spec),
             "quantize": spec.model_dump(),
             "loss_weights": weights.model_dump(),
+            "teacher_features": _stored_as(recipe, out) or "float32",  # computed anew, they are nearly the same bits
         }
         | ({"headline": recipe.evaluate.headline} if judged and recipe.evaluate else {}),
         fingerprints={"data": _data_fingerprint(data_spec)} | judged,
@@ -408,12 +409,22 @@ def _cached_or_live(recipe: Recipe, out: Path, teacher: Stage) -> Any:
     from toolchain.models import load_model
     from toolchain.teacher_cache import open_cache
 
-    spec = recipe.distill.teacher_cache if recipe.distill else None
-    if spec is not None:
-        folder = Path(spec.path) if spec.path else out / "teacher-cache" / "teacher"
-        if folder.is_dir():
-            return open_cache(folder, _cache_depends(recipe, teacher))
+    if _stored_as(recipe, out) is not None:
+        return open_cache(_cache_folder(recipe, out), _cache_depends(recipe, teacher))
     return load_model(teacher.path)
+
+
+def _cache_folder(recipe: Recipe, out: Path) -> Path:
+    assert recipe.distill is not None
+    assert recipe.distill.teacher_cache is not None
+    elsewhere = recipe.distill.teacher_cache.path
+    return out / "teacher-cache" / "teacher" if elsewhere is None else Path(elsewhere)
+
+
+def _stored_as(recipe: Recipe, out: Path) -> str | None:
+    """The number format of the teacher's stored features, if they are there."""
+    spec = recipe.distill.teacher_cache if recipe.distill else None
+    return spec.dtype if spec is not None and _cache_folder(recipe, out).is_dir() else None
 
 
 def evaluated(recipe: Recipe) -> EvaluateSpec:
