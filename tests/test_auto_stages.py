@@ -381,7 +381,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chosen(model: str | None) -> dict[str, Any]:
-    row = {"precision": "fp16", "model": model, "verdict": "chosen" if model else "failed", "reason": "because [x]"}
+    named = model or "exported/student-openvino-fp16"
+    row = {"precision": "fp16", "model": named, "verdict": "chosen" if model else "failed", "reason": "because [x]"}
     row |= {"top1_drop_vs_fp32": 0.001, "top1_drop_vs_fp32_low": -0.002, "top1_drop_vs_fp32_high": 0.004}
     row |= {"p50_ms": 12.0, "p50_low_ms": 11.9, "p50_high_ms": 12.1, "grade": "C", "flags": ["BUSY"]}
     found = {"precision": model and "fp16", "model": model, "candidates": [row], "warnings": ["look out"]}
