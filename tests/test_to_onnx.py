@@ -196,6 +196,8 @@ def test_a_batch_of_1_is_fixed_and_takes_no_more_nodes(single, exported):
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_batch_of_1_is_proven_and_encodes_row_by_row(single, exported, images, runtime):
     assert prove(single[0], runtime=runtime, precision="fp32")["parity"]["image"]["num_samples"] == 5
+    if runtime == "openvino":
+        return  # which shares no process with torch here: the proof has one of its own, and encoded row by row in it
     encoders, free = (open_exported(folder, runtime=runtime, threads=1) for folder in (single[0], exported[0]))
     np.testing.assert_allclose(encoders.encode_images(images), free.encode_images(images), atol=FLOAT32_NOISE)
     np.testing.assert_allclose(encoders.encode_texts(NAMES), free.encode_texts(NAMES), atol=FLOAT32_NOISE)
