@@ -35,7 +35,7 @@ CONFIGS = {  # open_clip has no CLIP of this image tower
                 "timm_model_name": "mobilenetv4_conv_small",
                 "timm_model_pretrained": False,
                 "timm_pool": "avg",
-                "timm_proj": "linear",
+                "timm_proj": "",  # its classifier, after the layer that widens to 1280
                 "image_size": 224,
             }
         },
