@@ -5,7 +5,7 @@
 
 Each cell is a whole export of both towers and its proof, in a process of the runtime's own.  fp32 and fp16 must pass
 parity on ONNX Runtime and OpenVINO, on the CPU; int8 (calibrated, not fine-tuned) must export, run and report its SQNR
-to its own frozen towers.  `--docs` replaces the table between that file's markers.  The last line of stdout is one
+to its own frozen towers.  `--docs` replaces the rows of these models between that file's markers.  The last line of stdout is one
 JSON document; exit code 5 when a claim does not hold.
 """
 
@@ -114,6 +114,16 @@ def row(name: str, runtime: str, precision: str, result: dict[str, Any]) -> str:
     return f"| {name} | {runtime} | {precision} | {sqnr} | {agreement} | {integer} | {left} | {fused} |"
 
 
+def write(docs: Path, lines: list[str]) -> None:
+    """Replace the table's rows of the models that were run; those of others stay."""
+    before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
+    there, _, after = rest.partition(END)
+    run = {line.split("|")[1] for line in lines[2:]}
+    kept = [line for line in there.strip().splitlines()[2:] if line.split("|")[1] not in run]
+    table = "\n".join([*lines[:2], *kept, *lines[2:]])
+    docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
@@ -144,11 +154,8 @@ def main() -> None:
                 )
                 holds = float(result["status"] == "ok")
                 claims.append(claim(f"{name} {runtime} {precision} {wanted}", holds, "1 = yes", ">=", 1))
-    if options.docs:
-        before, _, rest = options.docs.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, after = rest.partition(END)
-        table = "\n".join(lines)
-        options.docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        if options.docs:
+            write(options.docs, lines)
     finish("export_matrix", claims, samples=options.samples)
 
 
