@@ -5,8 +5,8 @@
 
 Each cell is a whole export of both towers and its proof, in a process of the runtime's own.  fp32 and fp16 must pass
 parity on ONNX Runtime and OpenVINO, on the CPU; int8 (calibrated, not fine-tuned) must export, run and report its SQNR
-to its own frozen towers.  `--docs` replaces the rows of these models between that file's markers.  The last line of stdout is one
-JSON document; exit code 5 when a claim does not hold.
+to its own frozen towers.  `--docs` replaces the rows of these models between that file's markers.  The last line of
+stdout is one JSON document; exit code 5 when a claim does not hold.
 """
 
 import argparse
