@@ -81,14 +81,20 @@ def _weight_parts(
         inputs = [parts[place] for parts in sliced if parts is not None]
         if len(inputs) < len(sliced):
             return None
-        nodes = [NodeProto(), NodeProto()]
-        for node, original, outer in zip(nodes, (dequantize, transpose), (inputs, None), strict=True):
-            node.CopyFrom(original)
-            node.name, node.output[0] = f"{original.name}.{place}", f"{original.output[0]}.{place}"
-            del node.input[:]
-            node.input.extend(outer if outer is not None else [nodes[0].output[0]])
-        made.append((nodes, nodes[1].output[0]))
+        part = _copied(dequantize, place, inputs)
+        turned = _copied(transpose, place, list(part.output))
+        made.append(([part, turned], turned.output[0]))
     return made
+
+
+def _copied(node: NodeProto, place: int, inputs: list[str]) -> NodeProto:
+    """The same operator with the same attributes, of other inputs."""
+    copied = NodeProto()
+    copied.CopyFrom(node)
+    copied.name, copied.output[0] = f"{node.name}.{place}", f"{node.output[0]}.{place}"
+    del copied.input[:]
+    copied.input.extend(inputs)
+    return copied
 
 
 def _parts(tensor: TensorProto, count: int, axis: int, graph: GraphProto) -> list[str] | None:
