@@ -18,7 +18,7 @@ from toolchain.errors import (
     UnavailableBackend,
     UsageError,
 )
-from toolchain.recipe import Recipe
+from toolchain.recipe import Recipe, is_quantized
 from toolchain.stages import MANIFEST, REFERENCE, Screen, Stage
 from toolchain.training_stages import evaluated
 
@@ -35,7 +35,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
         if recipe.export.auto is None or isinstance(error, ArtifactError | Interrupted):
             raise
         for name, _, _, precision in exports(recipe):
-            if _is_quantized(precision):
+            if is_quantized(precision):
                 mark_failed(out / "exported" / name, error)
                 screen.line(name, f"failed: {error}")
         return {}
@@ -53,9 +53,9 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
     failures: list[ClipkdError] = []
     for name, role, runtime, precision in exports(recipe):
         is_kit = runtime == "tensorrt"
-        if _is_quantized(precision) and f"{role}-int8" not in made:
+        if is_quantized(precision) and f"{role}-int8" not in made:
             continue  # `quantize` said why
-        checkpoint = made[f"{role}-int8" if _is_quantized(precision) else role]
+        checkpoint = made[f"{role}-int8" if is_quantized(precision) else role]
         has_uint8_input = recipe.export.uint8_input and role == shipped_role(recipe) and not is_kit
 
         def work(
@@ -80,7 +80,7 @@ def export(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) ->
             (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
             model = load_model(checkpoint.path)
             image_tower, text_tower = None, None
-            if _is_quantized(precision):
+            if is_quantized(precision):
                 image, text = load_quantized(checkpoint.path, model)
                 if is_kit:
                     sign_activations(image, text)
@@ -318,10 +318,6 @@ def _measured_on(recipe: Recipe) -> dict[str, str]:
 def is_of_the_model(error: ClipkdError) -> bool:
     """Whether an error says that a model is no good, and not that the command cannot go on."""
     return not isinstance(error, ArtifactError | Interrupted | MissingDependency | UsageError)
-
-
-def _is_quantized(precision: str) -> bool:
-    return precision.startswith("int8")
 
 
 def shipped_role(recipe: Recipe) -> str:

@@ -388,6 +388,11 @@ class AutoSpec(_Section):
     Absent: quantize.max_drop, or 0.01."""
 
 
+def is_quantized(precision: str) -> bool:
+    """Whether a precision is made of an int8 checkpoint."""
+    return precision.startswith("int8")
+
+
 class ExportSpec(_Section):
     runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ("onnxruntime",)
     """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
@@ -425,7 +430,7 @@ class ExportSpec(_Section):
     @property
     def is_quantized(self) -> bool:
         """Whether one of the precisions is made of an int8 checkpoint."""
-        return any(precision.startswith("int8") for precision in self.precisions)
+        return any(is_quantized(precision) for precision in self.precisions)
 
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
