@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.students import WORTH
-from toolchain.report_picture import latency_axis
+from toolchain.report_picture import lay_out_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,27 +58,17 @@ def render_students(rows: Sequence[Row]) -> bytes:
 
 
 def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     factor, unit, title = _PANELS[field]
     rows = [row for row in fit if row[field] is not None]
-    limits, ticks = latency_axis(fit)  # the same for every panel
-    axes.set_xscale("log")
-    axes.set_xlim(*limits)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    lay_out_axes(axes, fit)  # the same latencies for every panel
     if field != "published_fp32_top1":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(y=0.08)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(colors=_QUIET, labelsize=9)
     axes.set_title(f"{title} against latency", loc="left", color=_INK, fontsize=12)
     where = f"{fit[0]['device']}, {fit[0]['runtime']}"
     axes.set_xlabel(f"median latency of the image tower at batch 1 on {where}, ms", color=_INK, fontsize=10)

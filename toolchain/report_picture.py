@@ -76,13 +76,13 @@ def front_line(rows: Sequence[Row]) -> list[tuple[float, float]]:
     return sorted((float(row["p50_ms"]), 100 * float(row["top1"])) for row in rows if row["pareto"])
 
 
-def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
+def lay_out_axes(axes: "Axes", rows: Sequence[Row]) -> None:
+    """A logarithmic axis of the rows' latencies, a quiet grid, and no frame."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    limits, ticks = latency_axis(group)
+    limits, ticks = latency_axis(rows)
     axes.set_xscale("log")
     axes.set_xlim(*limits)
-    axes.set_ylim(*accuracy_axis(group))
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -91,6 +91,11 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_QUIET)
     axes.tick_params(colors=_QUIET, labelsize=9)
+
+
+def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
+    lay_out_axes(axes, group)
+    axes.set_ylim(*accuracy_axis(group))
     headline = group[0]["headline"]
     axes.set_title(f"{headline}: zero-shot accuracy against latency", loc="left", color=_INK, fontsize=12, pad=22)
     axes.text(
