@@ -5,7 +5,7 @@
 
 Pairs of measurements of one exported model's image tower, their processes taking turns as in `clipkd profile A B`: once
 both as they are, once with the second slowed by wasting a tenth of its median in every query.  Two are told apart by
-the rank-sum test over their processes (toolchain/latencies.py).  Then profiles beside programs that keep every core
+the signed-rank test over their turns (toolchain/latencies.py).  Then profiles beside programs that keep every core
 busy, which must lower the grade.  Last, an independent harness, OpenVINO's benchmark_app, on the same graph of a real
 size, with the same threads and precision, in turns with ours.
 
@@ -28,7 +28,7 @@ from claims import claim, finish
 
 from export.machine import describe_machine
 from export.profile import _stage, profile, runner_here
-from toolchain.latencies import rank_sum
+from toolchain.latencies import signed_rank
 from toolchain.latencies import told_apart as differing
 from toolchain.stages import _revision, machine
 
@@ -38,7 +38,7 @@ MAX_FALSE = 2  # of 20 pairs of the same model, told apart
 MIN_FOUND = 18  # of 20 pairs with one side a tenth slower
 MAX_DISAGREEMENT = 0.05  # of the median, to benchmark_app
 SLOWED_BY = 0.10
-PROCESSES, SECONDS = 14, 3.5  # of each measurement
+PROCESSES, SECONDS = 24, 6  # of each measurement
 HARNESS_MODEL, HARNESS_ROUNDS, HARNESS_S = "vit_t_16", 5, 2  # what a call of Python's costs is far below 1 % of it
 
 
@@ -94,11 +94,11 @@ def told_apart(model: Path, spin_ms: float, pairs: int, name: str) -> int:
     found = 0
     for number in range(pairs):
         first, second = pair(model, spin_ms)
-        apart = differing(first, second)
+        apart = differing(first, second, in_turns=True)
         found += apart
         ratio = statistics.median(second) / statistics.median(first)
         print(
-            f"{name}, pair {number}: p50 ratio {ratio:.3f}, p {rank_sum(first, second):.4f}, told apart: {apart}",
+            f"{name}, pair {number}: p50 ratio {ratio:.3f}, p {signed_rank(first, second):.4f}, told apart: {apart}",
             flush=True,
         )
     return found

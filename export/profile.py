@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -176,9 +177,10 @@ def profile_together(
     Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
     SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
     runs them.  Whether those of a GPU or NPU are locked is not known, and counts as no.  `on` is a machine reached by
-    ssh, and `device` one of its; None is this machine.  `engines` are those of TensorRT kits.  A folder may be a
-    checkpoint of a run, which is timed in PyTorch on this machine's CPU, eager or `compiled` by torch.compile, with the
-    samples of its exported model.  `spin_ms` wastes time in every query of a model, for checks of this protocol.
+    ssh, and `device` one of its; None is this machine.  `engines` are those of TensorRT kits.  `call` is the same in
+    the documents of models whose processes took turns.  A folder may be a checkpoint of a run, which is timed in
+    PyTorch on this machine's CPU, eager or `compiled` by torch.compile, with the samples of its exported model.
+    `spin_ms` wastes time in every query of a model, for checks of this protocol.
     """
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
@@ -221,7 +223,7 @@ def profile_together(
                 if on_progress is not None:
                     on_progress("timing", done, processes * len(commands))
     flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
-    name = device if on is None else on.name
+    name, call = device if on is None else on.name, secrets.token_hex(8)
     return [
         failures.get(place)
         or _profile_of(
@@ -231,6 +233,7 @@ def profile_together(
             threads,
             name,
             flags,
+            call,
         )
         for place, folder in enumerate(folders)
     ]
@@ -287,7 +290,8 @@ def _against(first: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     if row is first:
         return "-"
     ours, theirs = row["image"], first["image"]
-    apart = told_apart(theirs["p50_by_process_ms"], ours["p50_by_process_ms"])
+    in_turns = row.get("call") == first.get("call") is not None
+    apart = told_apart(theirs["p50_by_process_ms"], ours["p50_by_process_ms"], in_turns=in_turns)
     return f"{ours['p50_ms'] / theirs['p50_ms']:.2f}{'' if apart else ' (may be chance)'}"
 
 
@@ -323,11 +327,13 @@ def _profile_of(
     threads: int,
     device: str,
     flags: Sequence[str],
+    call: str,
 ) -> Profile:
     image, text = summarise(results["image"]), summarise(results["text"])
     sweep, text_sweep = _rates(results["image"]), _rates(results["text"])
     whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # none of a model without classes
     document = {
+        "call": call,
         "device": device,
         "machine": {key: machine[key] for key in machine if key != "to_lock_clocks"} | results["image"][0]["versions"],
         "threads": threads,

@@ -1,14 +1,14 @@
 """Two latencies are told apart by their processes: against every order there is, and what few processes cannot show."""
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.latencies import MAX_P, rank_sum, told_apart
+from toolchain.latencies import MAX_P, MIN_TURNS, rank_sum, signed_rank, told_apart
 
 
 def by_every_order(first: list[float], second: list[float]) -> float:
@@ -49,3 +49,47 @@ def test_few_processes_must_be_apart_altogether(processes: int, apart: bool) -> 
     second = [100.0 + i for i in range(processes)]
     assert told_apart(first, second) == apart
     assert not told_apart(first, [*second[:-1], 0.5])
+
+
+def by_every_sign(first: list[float], second: list[float]) -> float:
+    """The definition: of all ways to deal the turns' signs, how many favour a side at least so far."""
+    ratios = [
+        (max(pair) / min(pair), pair[1] > pair[0]) for pair in zip(first, second, strict=True) if len({*pair}) > 1
+    ]
+    ranks = [sum(r < ratio for r, _ in ratios) + (sum(r == ratio for r, _ in ratios) + 1) / 2 for ratio, _ in ratios]
+    found = sum(rank for rank, (_, slower) in zip(ranks, ratios, strict=True) if slower)
+    smaller = min(found, sum(ranks) - found)
+    sums = [
+        sum(rank for rank, slower in zip(ranks, signs, strict=True) if slower)
+        for signs in product((0, 1), repeat=len(ranks))
+    ]
+    return min(1.0, 2 * sum(total <= smaller for total in sums) / len(sums))
+
+
+turns = st.lists(st.tuples(st.integers(1, 8).map(float), st.integers(1, 8).map(float)), min_size=1, max_size=8)
+
+
+@given(turns)
+def test_signed_rank_is_the_share_of_signs(pairs: list[tuple[float, float]]) -> None:
+    first, second = (list(side) for side in zip(*pairs, strict=True))
+    assert math.isclose(signed_rank(first, second), by_every_sign(first, second))
+    assert math.isclose(signed_rank(first, second), signed_rank(second, first))
+
+
+def test_turns_see_through_a_machine_that_drifts() -> None:
+    random = np.random.default_rng(0)
+    drift = np.exp(0.2 * np.sin(np.arange(12)))  # a fifth up and down
+    pairs = drift * random.lognormal(0, 0.02, (200, 2, 12))
+    same = [told_apart(*pair.tolist(), in_turns=True) for pair in pairs]
+    slowed = [told_apart(*(pair * [[1], [1.1]]).tolist(), in_turns=True) for pair in pairs]
+    unpaired = [told_apart(*(pair * [[1], [1.1]]).tolist()) for pair in pairs]
+    assert np.mean(same) < MAX_P + 0.05  # three standard errors of 200 draws
+    assert np.mean(slowed) > 0.99 > 0.5 > np.mean(unpaired)
+
+
+def test_few_turns_are_held_against_each_other_as_processes() -> None:
+    first = [1.0, 1.1, 1.2, 1.3, 1.4]
+    assert len(first) < MIN_TURNS
+    second = [value + 1 for value in first]
+    assert signed_rank(first, second) > MAX_P
+    assert told_apart(first, second, in_turns=True)

@@ -29,7 +29,7 @@ from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
 RUNNER = Path(profile_module.__file__).with_name("runner.py")
 KEYS = {
-    *("device", "machine", "threads", "batch", "image", "text", "e2e_p50_ms", "images_per_s"),
+    *("call", "device", "machine", "threads", "batch", "image", "text", "e2e_p50_ms", "images_per_s"),
     *("peak_memory_bytes", "size_bytes", "grade", "flags", "e2e_stages_ms", "sweep", "to_lock_clocks"),
 }
 TOWER_KEYS = {

@@ -292,7 +292,7 @@ def test_the_table_has_what_the_protocol_promises() -> None:
     machine = test_profile.describe_machine()
     results = {tower: test_profile.documents([1.0, 1.25, 2.0], n=40) for tower in ("image", "text")}
     files = {"image": Path(__file__), "text": Path(__file__)}
-    found = profile_module._profile_of(files, results, machine, 2, "cpu", []).document
+    found = profile_module._profile_of(files, results, machine, 2, "cpu", [], "0").document
     headers, (shown, failed) = table(
         [{"model": "m", "status": "ok", **found}, {"model": "n", "status": "it crashed\nfor this reason"}]
     )
