@@ -239,8 +239,8 @@ def test_an_unknown_key_like_no_other_lists_those_known(path: Path) -> None:
 def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
     said = problem(path, quantize={"steps": 1, "gradient": 2})
     assert said.endswith(
-        "quantize.gradient: unknown key; known here: method, towers, steps, lr, batch_size, calibration_samples, "
-        "anchor, max_drop"
+        "quantize.gradient: unknown key; known here: method, towers, attention, steps, lr, batch_size, "
+        "calibration_samples, anchor, max_drop"
     )
     said = problem(path, teacher={"modell": "x", "model": "y"})
     assert said.endswith("teacher.modell: unknown key; did you mean model?")

@@ -126,6 +126,7 @@ def quantize_student(
         lr=spec.lr,
         folder=folder,
         towers=spec.towers,
+        attention=spec.attention,
         loss_of=loss_of,
         before_saving=before_saving,
         on_step=lambda step, loss: progress("fine-tuning", step + 1, steps, f"loss {loss:.3f}"),

@@ -10,7 +10,8 @@ value, is less than half of what a picture of full contrast needs where most cal
 
 A tower with batch norms, convolutional or hybrid, first has its parallel branches merged (FastViT) and its batch norms
 folded into its convolutions, and is quantized throughout, residual additions included.  A transformer has only its
-linear layers and embeddings quantized: the outliers of its residual stream do not survive 8 bits (onnxsim#1742).
+linear layers and embeddings quantized: the outliers of its residual stream do not survive 8 bits (onnxsim#1742).  The
+products within attention stay float as well, unless asked for.
 
 NNCF is imported inside functions: exporting a float model must not need it, and its telemetry has to be refused before
 its import.  Its compiled extension is never built: what NNCF would compile is computed in plain torch.
@@ -55,7 +56,8 @@ LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
 
 TOWERS = ("image", "text")
 
-_FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "normalize", "layer_norm"]
+_PRODUCTS = ["matmul", "__matmul__"]  # of attention, and open_clip's last projection
+_FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "bmm", "normalize", "layer_norm"]
 _FLOAT_IN_TRANSFORMERS = ["conv2d", "add", "add_", "__add__", "__iadd__", "__radd__"]
 _MERGES_BRANCHES = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls on the modules that have them
 _CALIBRATION_BATCH = 64
@@ -149,12 +151,59 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
     return folded
 
 
+def move_gains(tower: nn.Module, example: Tensor) -> list[str]:
+    """Move, in place, gain and bias of every layer norm that linear layers alone read into those; returns their names.
+
+        W (g * n + b) + c = (W diag(g)) n + (W b + c)
+
+    The gains amplify a few channels, and one scale for all of them then rounds the rest coarsely; a weight has a scale
+    per output instead.  "Gamma migration", Outlier Suppression (arXiv:2209.13325), 4.1.  A runtime is also saved a pass
+    over the activations.  What reads what is observed while `example` runs.  In float64, so that moving a gain of 1 and
+    a bias of 0 (see `_float_state`) changes no bit.
+    """
+    outputs: list[tuple[nn.LayerNorm, Tensor]] = []
+
+    def produced(norm: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(norm, nn.LayerNorm)
+        outputs.append((norm, output))
+        readers.count[id(output)] = 0  # of the tensor that had this id before, or within the layer
+
+    readers = _Readers()
+    norms = [module for module in tower.modules() if isinstance(module, nn.LayerNorm) and module.weight is not None]
+    handles = [norm.register_forward_hook(produced) for norm in norms]
+    with torch.no_grad(), readers:
+        before_BD = tower(example)
+    for handle in handles:
+        handle.remove()
+    runs, uses = Counter(norm for norm, _ in outputs), Counter(weight for _, weight, _ in readers.linears)
+    read_by = {}
+    for norm, output in outputs:
+        linears = [(weight, bias) for read, weight, bias in readers.linears if read is output]
+        by_linears_alone = len(linears) == readers.count[id(output)] > 0
+        if by_linears_alone and runs[norm] == 1 and all(uses[weight] == 1 for weight, _ in linears):
+            read_by[norm] = linears
+
+    name_of = {module: name for name, module in tower.named_modules()}
+    with torch.no_grad():
+        for norm, linears in read_by.items():
+            for weight, bias in linears:
+                if norm.bias is not None:
+                    bias.copy_(bias.double() + weight.double() @ norm.bias.double())
+                weight.copy_(weight.double() * norm.weight.double())
+            norm.weight = norm.bias = None  # type: ignore[assignment]
+            norm.elementwise_affine = False
+        error = (tower(example) - before_BD).abs().max().item()
+    assert error < _MAX_MOVE, f"moving the gains of layer norms moved a unit feature by {error}"
+    return [name_of[norm] for norm in read_by]
+
+
 class _Readers(TorchFunctionMode):
-    """How many functions that return tensors read each tensor, by its id."""
+    """How many functions that return tensors read each tensor, by its id; and what linear layers with a bias read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[int] = Counter()
+        self.linears: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -163,6 +212,8 @@ class _Readers(TorchFunctionMode):
         if isinstance(result, (Tensor, tuple)):  # not the shape of one, say
             read = {id(x) for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
             self.count.update(read)
+        if func is F.linear and len(args) == 3 and args[2] is not None:
+            self.linears.append(args)
         return result
 
 
@@ -189,6 +240,7 @@ def quantize(
     lr: float,
     folder: Path,
     towers: Collection[str] = TOWERS,
+    attention: bool = False,
     loss_of: LossOf | None = None,
     signed_activations: bool = False,
     on_step: Callable[[int, float], None] | None = None,
@@ -203,7 +255,8 @@ def quantize(
     has the image tower as it was, and the second has it whole.
 
     `calibration` has to hold what the model will meet, the most contrasting inputs included: it sets the ranges.
-    `towers` says which become int8; another stays as it is, and is not trained.
+    `towers` says which become int8; another stays as it is, and is not trained.  With `attention`, the products of
+    queries and keys, and of softmax and values, read 8 bits too, as does the last projection.
     `loss_of(image_features_BD, text_features_BD, batch)` is minimised with AdamW at a rate that falls from `lr` to 0
     along half a cosine.  By default it is mean(1 - cos) to the batch's teacher features, or where the batch has none,
     to the float student's own.
@@ -214,15 +267,17 @@ def quantize(
     """
     nncf = _import_nncf()
     device = next(student.net.parameters()).device
-    made = _float_towers(student.net)
+    made = _float_towers(student.net, towers)
     pixel_values_BCHW, input_ids_BT = (values.to(device) for values in calibration)
     with without_attention_fast_path(), _explaining_extensions():
         image_tower: nn.Module = made.image.requires_grad_("image" in towers)
         text_tower: nn.Module = made.text.requires_grad_("text" in towers)
         if "image" in towers:
-            image_tower = _calibrate(nncf, image_tower, pixel_values_BCHW, is_convolutional=made.is_convolutional)
+            image_tower = _calibrate(
+                nncf, image_tower, pixel_values_BCHW, is_convolutional=made.is_convolutional, attention=attention
+            )
         if "text" in towers:
-            text_tower = _calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False)
+            text_tower = _calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False, attention=attention)
         if signed_activations:
             for _, quantizer in (*quantizers_of(image_tower), *quantizers_of(text_tower)):
                 quantizer.signed = True  # the scale stays: it is the largest positive value either way
@@ -252,7 +307,7 @@ def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:
     Raises:
         MissingDependency: NNCF is not there, or asks for a compiler that is not.
     """
-    nncf, made = _import_nncf(), _float_towers(net)
+    nncf, made = _import_nncf(), _float_towers(net, ["image"])
     with without_attention_fast_path(), _explaining_extensions():
         tower = _calibrate(nncf, made.image, pixel_values_BCHW, is_convolutional=made.is_convolutional)
         return freeze(tower, example_pixels(net))
@@ -282,7 +337,12 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
                     f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
                 )
         net.load_state_dict(load_file(folder / WEIGHTS))
-        made = _float_towers(net)
+        made = _float_towers(net, [name for name in TOWERS if name in config])
+        if set(config.get("moved", ())) != made.moved:
+            raise ArtifactError(
+                f"{folder}: its layer norms keep their gains, as in checkpoints of an older clipkd. Quantize again: "
+                f"clipkd quantize {folder.parent}"
+            )
         saved = load_file(folder / QUANTIZERS)
         towers: list[nn.Module] = []
         for name, tower in (("image", made.image), ("text", made.text)):
@@ -517,6 +577,9 @@ class _FloatTowers(NamedTuple):
     folded: dict[str, str]
     """Batch norms and the convolutions that took them in."""
 
+    moved: set[str]
+    """Layer norms, by their names in the student, whose gains and biases linear layers took in."""
+
     is_merged: bool
     """Whether the image tower had parallel branches, now merged."""
 
@@ -525,12 +588,21 @@ class _FloatTowers(NamedTuple):
         return bool(self.folded) or self.is_merged
 
 
-def _float_towers(net: nn.Module) -> _FloatTowers:
+def _float_towers(net: nn.Module, towers: Collection[str] = TOWERS) -> _FloatTowers:
+    """Gains move only in `towers`: another is to stay as it is."""
     net = copy.deepcopy(net).eval().requires_grad_(True)
     plain_attention(net)
-    image_tower, example = ImageTower(net), example_pixels(net)
+    image_tower, text_tower, example = ImageTower(net), TextTower(net), example_pixels(net)
     is_merged = merge_branches(image_tower, example)
-    return _FloatTowers(image_tower, TextTower(net), fold_batch_norms(image_tower, example), is_merged)
+    folded = fold_batch_norms(image_tower, example)
+    moved: set[str] = set()
+    if "image" in towers:
+        moved.update(move_gains(image_tower, example))
+    if "text" in towers:
+        length: Any = net.context_length
+        input_ids_BT = torch.zeros(2, length, dtype=torch.int64, device=example.device)
+        moved.update(name.removeprefix("clip.") for name in move_gains(text_tower, input_ids_BT))
+    return _FloatTowers(image_tower, text_tower, folded, moved, is_merged)
 
 
 def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
@@ -541,12 +613,15 @@ def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)
 
 
-def _calibrate(nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional: bool) -> nn.Module:
+def _calibrate(
+    nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional: bool, attention: bool = False
+) -> nn.Module:
     """The tower with fake quantization, ranges set from `inputs`, ready for fine-tuning."""
     from nncf.quantization.advanced_parameters import QuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _FLOAT_IN_TRANSFORMERS
+    floating = floating if attention else floating + _PRODUCTS
     off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
     batches = list(torch.split(inputs, _CALIBRATION_BATCH))  # extremes of a batch are those of its rows: exact
     with redirect_stdout(io.StringIO()):  # NNCF draws its progress there
@@ -628,6 +703,7 @@ def _save(image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, stu
         folder / QUANTIZERS,
     )
     config = {name: nncf.torch.get_config(tower) for name, tower in quantized.items()}
+    config["moved"] = sorted(made.moved)
     config["sha256"] = {name: file_fingerprint(folder / name) for name in (WEIGHTS, QUANTIZERS)}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -637,11 +713,15 @@ def _float_state(
 ) -> dict[str, Tensor]:
     """The fine-tuned float weights under the original model's names; a merged image tower as it was before.
 
-    A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps.
+    A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps; a
+    layer norm whose gain moved as one with a gain of 1 and a bias of 0.
     """
     trained = {key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()}
     folded: dict[str, str] = {}
-    if not made.is_merged:
+    moved = made.moved
+    if made.is_merged:
+        moved = {name for name in moved if not name.startswith("visual.")}
+    else:
         trained, folded = trained | image_tower.state_dict(), made.folded
     state = {}
     for key, value in net.state_dict().items():
@@ -655,6 +735,8 @@ def _float_state(
                 "running_mean": torch.zeros_like(bias),
                 "running_var": torch.full_like(bias, 1 - norm.eps),
             }[leaf]
+        elif module in moved:
+            state[key] = torch.ones_like(value) if leaf == "weight" else torch.zeros_like(value)
         elif leaf == "bias" and module in folded.values():
             state[key] = torch.zeros_like(value)  # its value moved into the batch norm
         else:

@@ -359,6 +359,10 @@ class QuantizeSpec(_Section):
     towers: Annotated[tuple[Literal["image", "text"], ...], Field(min_length=1)] = ("image", "text")
     """Which become int8; the other stays float, as it is."""
 
+    attention: bool = False
+    """Also the products within the attention of transformers, and the last projection: a little faster in OpenVINO,
+    slower in ONNX Runtime, and less exact (docs/export.md)."""
+
     steps: Positive | None = None
     """Optimizer steps of qat."""
 

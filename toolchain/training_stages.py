@@ -383,7 +383,7 @@ def quantize(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) 
     stage = run_stage(
         out / name,
         kind="quantize",
-        version=5,
+        version=6,
         fields={
             "seed": recipe.seed,
             "data": _data_fields(data_spec),
