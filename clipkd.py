@@ -93,6 +93,7 @@ def run(
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
         training.evaluated(loaded)  # before hours of training
+        deployment.require_references(loaded)
         checkpoints = training.train(loaded, out, screen, training.How(workers))  # teacher, baseline, student
         checkpoints |= deployment.quantize(loaded, out, checkpoints, screen)  # student-int8
         exported = deployment.export(loaded, out, checkpoints, screen)  # graphs that passed parity

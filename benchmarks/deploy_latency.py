@@ -210,7 +210,7 @@ def main() -> None:
         noise = ((features[side] - features["eager"]) ** 2).sum(-1)
         sqnr_db = (10 * np.log10((features["eager"] ** 2).sum(-1) / np.maximum(noise, 1e-14))).min()
         print(
-            f"{side:<28} {middle:8.2f} ms [{low:.2f}, {high:.2f}]  {100 * share:5.1f} % of the {peak} peak  "
+            f"{side:<38} {middle:8.2f} ms [{low:.2f}, {high:.2f}]  {100 * share:5.1f} % of the {peak} peak  "
             f"worst SQNR to eager {sqnr_db:5.1f} dB"
         )
     best = min(OURS, key=lambda side: statistics.median(medians[side]))

@@ -261,6 +261,18 @@ def measure(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Scree
     return measured
 
 
+def require_references(recipe: Recipe) -> None:
+    """Know before hours of training that what the recipe wants of PyTorch itself can be had.
+
+    Raises:
+        MissingDependency: a reference is to be compiled, and there is no C++ compiler.
+    """
+    from export.profile import require_compiler
+
+    if "compiled" in recipe.profile.pytorch:
+        require_compiler()
+
+
 def measure_references(
     recipe: Recipe, out: Path, made: dict[str, Stage], exported: dict[str, Stage], screen: Screen
 ) -> dict[str, Stage]:

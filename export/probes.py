@@ -123,20 +123,21 @@ def _quantize(_argument: str) -> dict[str, Any]:
 
 
 def _compiler(_argument: str) -> dict[str, Any]:
-    """Compile a C++ file against nothing: what torch.compile and NNCF's own extension need."""
+    """Compile a C++ file with the compiler that torch.compile calls."""
+    import shlex
     import subprocess
 
-    compiler = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if compiler is None:
-        raise ImportError("no C++ compiler (c++, g++, clang++) on the PATH")
+    words = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+    if shutil.which(words[0]) is None:
+        raise ImportError(f"no {words[0]} on the PATH, which torch.compile calls")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <vector>\nint main() { return std::vector<int>(0).size(); }\n")
-        command = [compiler, str(source), "-o", str(Path(folder) / "probe")]
+        command = [*words, str(source), "-o", str(Path(folder) / "probe")]
         done = subprocess.run(command, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"{compiler}: {done.stderr.decode('utf-8', 'replace').strip()[-200:]}")
-    return {"compiler": compiler}
+        raise RuntimeError(f"{words[0]}: {done.stderr.decode('utf-8', 'replace').strip()[-200:]}")
+    return {"compiler": words[0]}
 
 
 def _export(_argument: str) -> dict[str, Any]:

@@ -405,6 +405,17 @@ def test_training_alone_needs_no_evaluation_and_reporting_does(clipkd: Clipkd, t
     assert "clipkd distill" in ended.err
 
 
+def test_a_missing_compiler_is_found_before_anything_is_trained(
+    clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    run = tmp_path / "run"
+    ended = clipkd("run", "glyphs", "--out", run, "--set", "profile.pytorch=[eager, compiled]")
+    assert (ended.code, ended.out) == (3, "")
+    assert "there is no no-such-compiler on the PATH" in ended.err
+    assert [path.name for path in run.iterdir() if not path.name.startswith(".")] == ["recipe.yaml"]
+
+
 def test_show_says_what_a_run_has(clipkd: Clipkd, tmp_path: Path) -> None:
     run = tmp_path / "run"
     depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}

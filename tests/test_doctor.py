@@ -16,7 +16,7 @@ import ssh_server
 from conftest import REPOSITORY, Ended
 from test_architecture import FORBIDDEN
 
-from export import doctor
+from export import doctor, probes
 from export.devices import Device, add_device
 from export.doctor import CAPABILITIES, diagnose, needs, problem
 from export.probes import one_node_graph
@@ -227,3 +227,9 @@ def test_what_the_quickstart_needs_and_what_compiling_adds() -> None:
     assert there == frozenset()
     compiled = load_recipe(recipe_path("glyphs"), ["profile.pytorch=[eager, compiled]"])
     assert needs(compiled, None)[0] - here == {"compile"}
+
+
+def test_the_compiler_that_is_tried_is_the_one_torch_compile_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler --std=c++20")
+    with pytest.raises(ImportError, match="no no-such-compiler on the PATH"):
+        probes._compiler("")

@@ -39,7 +39,7 @@ DESIGN_FIELDS = {
     *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "images_per_s"),
     *("top1", "top1_low", "top1_high", "num_eval_images", "top1_drop_vs_teacher", "top1_drop_vs_fp32"),
     *("accuracy", "retrieval", "params_image", "params_text", "size_bytes", "peak_memory_bytes", "train_s", "reverted"),
-    *("grade", "flags", "status", "pareto", "source", "pytorch"),
+    *("grade", "flags", "status", "pareto", "source", "pytorch", "fixed_batch"),
 }
 
 # role, precision: p50 in ms, top-1 hits of N, size in bytes

@@ -222,6 +222,7 @@ def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
         "device": profile.get("device") or (measured.name if measured is not None else None),
         "machine": machine_name(profile.get("machine")),
         "batch": profile.get("batch"),
+        "fixed_batch": summary.get("batch"),
         "threads": profile.get("threads"),
         **{key: image.get(key) for key in ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms")},
         "p50_by_process_ms": image.get("p50_by_process_ms") or [],
@@ -260,6 +261,7 @@ def _empty_row() -> Row:
     """Every field that a row has, unknown."""
     unknown = (
         *("name", "run", "model", "role", "runtime", "pytorch", "precision", "device", "machine", "batch", "threads"),
+        "fixed_batch",
         *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "p50_by_process_ms"),
         *("text_p50_ms", "e2e_p50_ms", "images_per_s"),
         *("headline", "top1", "top1_low", "top1_high", "num_eval_images"),
