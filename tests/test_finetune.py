@@ -159,3 +159,12 @@ def test_the_anchor_is_the_distance_to_the_float_students_features(
     added = (losses[3.0] - losses[0.0]) / 3
     assert added > distances[3.0] > 0, "the images' distance, and the texts' on top"
     assert added < distances[3.0] + 4
+
+
+def test_attention_in_8_bits_is_the_specs_to_say(tmp_path: Path, tiny_samples: TrainingSet) -> None:
+    softmaxes = []
+    for attention in (False, True):
+        folder = tmp_path / str(attention)
+        student, _ = quantized(folder, tiny_samples, None, LossWeights(), method="ptq", attention=attention)
+        softmaxes.append(sum("/softmax/" in name for name, _ in quantizers_of(load_quantized(folder, student)[1])))
+    assert softmaxes == [0, 2], "the text tower has two layers"

@@ -316,6 +316,25 @@ def test_the_table_has_what_the_protocol_promises() -> None:
     assert "status" not in table([{"model": "m", "status": "ok", **found}])[0]
 
 
+@pytest.mark.parametrize(("calls", "said"), [(("a", "a"), "1.10"), (("a", "b"), "1.10 (may be chance)")])
+def test_models_that_took_turns_are_held_against_each_other_turn_by_turn(calls: tuple[str, str], said: str) -> None:
+    """On a machine that drifts by a fifth, which hides a tenth from whoever does not know what ran beside what."""
+    drift = np.exp(0.2 * np.sin(np.arange(12)))
+    machine = test_profile.describe_machine()
+    files = {"image": Path(__file__), "text": Path(__file__)}
+    rows = [
+        {"model": call, "status": "ok"}
+        | profile_module._profile_of(
+            files,
+            {tower: test_profile.documents((slower * drift).tolist(), n=40) for tower in ("image", "text")},
+            *(machine, 2, "cpu", [], call),
+        ).document
+        for call, slower in zip(calls, (1.0, 1.1), strict=True)
+    ]
+    headers, (_, second) = table(rows)
+    assert second[headers.index("p50 to\nthe first")] == said
+
+
 run = test_exported_folders.run
 model = test_exported_folders.model
 

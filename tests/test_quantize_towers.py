@@ -27,6 +27,7 @@ from toolchain.quantize import (
     quantizers_of,
 )
 from toolchain.recipe import ModelSpec
+from toolchain.sensitivity import layers_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +101,7 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     pixel_values = pictures(SAMPLES, model.image_size, 100)
     with torch.no_grad():
         expected_BD = ImageTower(model.net)(pixel_values)
-        prepared_BD = _float_towers(model.net).image(pixel_values)
+        prepared_BD = _float_towers(model.net, ["image"], None).image(pixel_values)
     torch.testing.assert_close(prepared_BD, expected_BD, atol=MERGED_AND_FOLDED, rtol=0)
 
     calibration = pixel_values, model.tokenize(["a"] * 2)
@@ -146,6 +147,8 @@ def test_a_mobilevit_whose_blocks_share_quantizers_is_saved_restored_and_frozen(
     )
     restored, _ = load_quantized(tmp_path, model)
     assert len(quantizers_of(restored, every_place=True)) > len(quantizers_of(restored))
+    found = {quantizer for of_layer in layers_of(restored, pixel_values[:2]).values() for quantizer in of_layer}
+    assert found == {quantizer for _, quantizer in quantizers_of(restored)}, "each belongs to a layer"
     assert not quantizers_of(freeze(restored, pixel_values), every_place=True)
     with torch.no_grad():
         assert torch.equal(kept[0](pixel_values), restored(pixel_values))
@@ -189,7 +192,7 @@ def test_a_fine_tuned_tower_of_merged_branches_is_restored_exactly(tmp_path: Pat
         folder=tmp_path,
         before_saving=lambda *towers: kept.extend(towers),
     )
-    merged = _float_towers(model.net).image.state_dict()
+    merged = _float_towers(model.net, ["image"], None).image.state_dict()
     moved = [name for name, value in kept[0].state_dict().items() if name in merged and not value.equal(merged[name])]
     assert any("reparam" in name for name in moved), "what was merged is trained"
     for tower, restored, values in zip(kept, load_quantized(tmp_path, model), (pixel_values, input_ids), strict=True):

@@ -5,6 +5,7 @@ which 8 bits hold better; attention stays float unless asked for.
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,8 @@ class Tower(nn.Module):
         pytest.param(lambda t, x: t.first(t.norm(x)), False, False, id="a linear layer without a bias"),
         pytest.param(lambda t, x: t.first(t.norm(x)) + t.first(x), True, False, id="a layer that reads others too"),
         pytest.param(lambda t, x: t.first(t.norm(x)) + t.second(t.norm(-x)), True, False, id="a norm that runs twice"),
+        pytest.param(lambda t, x: t.first(n := t.norm(x)) + n.shape[-1], True, True, id="its shape is no reader"),
+        pytest.param(lambda t, x: torch.cat([t.first(n := t.norm(x)), n]), True, False, id="what joins it"),
         pytest.param(lambda t, x: t.norm(x), True, False, id="nothing"),
     ],
 )
@@ -147,6 +150,42 @@ def test_fine_tuned_towers_are_restored_to_the_bit_and_stay_plain_open_clip(mode
         assert not any(name.endswith(("ln_1.weight", "ln_2.bias")) for name, _ in trained.named_parameters())
         with torch.no_grad():
             assert torch.equal(trained.eval()(shown), tower(shown))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, id="more positions"),
+        pytest.param(
+            {"model_type": "bert", "max_position_embeddings": 64, "pad_token_id": 0}, id="all zeros are padding"
+        ),
+    ],
+)
+def test_a_text_tower_from_transformers_is_quantized_and_restored(config: dict[str, Any], tmp_path: Path) -> None:
+    small = {"vocab_size": 1200, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | small | {"intermediate_size": 64}))
+    text_cfg = {"hf_model_name": str(tmp_path), "hf_tokenizer_name": str(STUDENT), "hf_model_pretrained": False}
+    text_cfg |= {"hf_pooler_type": "mean_pooler", "context_length": 20}
+    changes = {"vision_cfg": VIT, "text_cfg": text_cfg}
+    model = build_model(ModelSpec(model=str(STUDENT), model_cfg=changes), seed=0)
+    model.net.eval()
+    _, input_ids = calibration = inputs(model)
+    kept: list[nn.Module] = []
+    (tmp_path / "int8").mkdir()
+    quantize(
+        model,
+        iter(()),
+        calibration,
+        steps=0,
+        lr=0.0,
+        folder=tmp_path / "int8",
+        towers=("text",),
+        before_saving=lambda *towers: kept.extend(towers),
+    )
+    tower = load_quantized(tmp_path / "int8", model)[1]
+    with torch.no_grad():
+        assert torch.equal(tower(input_ids), kept[1](input_ids))
+        assert (tower(input_ids) * TextTower(model.net)(input_ids)).sum(-1).min() > 0.99
 
 
 def test_a_checkpoint_from_before_is_refused(model: ClipModel, tmp_path: Path) -> None:

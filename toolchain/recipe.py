@@ -360,8 +360,8 @@ class QuantizeSpec(_Section):
     """Which become int8; the other stays float, as it is."""
 
     attention: bool = False
-    """Also the products within the attention of transformers, and the last projection: a little faster in OpenVINO,
-    slower in ONNX Runtime, and less exact (docs/export.md)."""
+    """Also the products within plain attention, open_clip's and timm's, and the last projection: a little faster in
+    OpenVINO, slower in ONNX Runtime, and less exact (docs/export.md)."""
 
     steps: Positive | None = None
     """Optimizer steps of qat."""

@@ -96,7 +96,7 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
     """The layers of a quantized tower in the order in which they run; none of a float one."""
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
-    quantizers = dict(quantizers_of(tower))
+    quantizers = dict(quantizers_of(tower, every_place=True))  # the graph may know a shared one by any of its names
     if not quantizers:
         return {}
     with without_attention_fast_path():
@@ -106,7 +106,7 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
         scales = [p.node_name for p in graph.get_previous_nodes(node) if p.node_name.startswith("__nncf_hooks.")]
         if scales and (name := scales[0].removeprefix("__nncf_hooks.").rpartition(".")[0]) in quantizers:
             hook_of[node.node_name] = name
-    assert len(hook_of) == len(quantizers), "every quantizer is in the graph"
+    assert {quantizers[name] for name in hook_of.values()} == {*quantizers.values()}, "every quantizer is in the graph"
 
     def nearest(node: Any, step: Callable[[Any], list[Any]], *, through_quantizers: bool) -> list[str]:
         """The layers reached from a node without passing another."""
@@ -139,7 +139,7 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
         owners = readers or makers or [node.node_name]
         for owner in owners:
             layers.setdefault(owner, []).append(quantizers[hook_of[node.node_name]])
-    return {name: tuple(found) for name, found in layers.items()}
+    return {name: tuple(dict.fromkeys(found)) for name, found in layers.items()}
 
 
 def revert_worst(
