@@ -122,12 +122,18 @@ def _quantize(_argument: str) -> dict[str, Any]:
     return {"nncf": nncf.__version__}
 
 
+def cpp_compiler() -> list[str]:
+    """What torch.compile calls to compile C++: a program, and perhaps its options."""
+    import shlex
+
+    return shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+
+
 def _compiler(_argument: str) -> dict[str, Any]:
     """Compile a C++ file with the compiler that torch.compile calls."""
-    import shlex
     import subprocess
 
-    words = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+    words = cpp_compiler()
     if shutil.which(words[0]) is None:
         raise ImportError(f"no {words[0]} on the PATH, which torch.compile calls")
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import re
 import secrets
 import shlex
@@ -33,6 +32,7 @@ from PIL import Image
 
 from export.devices import Device
 from export.machine import describe_machine, other_cpu_share
+from export.probes import cpp_compiler
 from export.remote import TimedOut, by_hand, carry, run_on
 from export.runner import preprocess_image
 from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
@@ -516,7 +516,7 @@ def require_compiler() -> None:
     Raises:
         MissingDependency: the C++ compiler that torch would call is not there.
     """
-    compiler = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))[0]
+    compiler = cpp_compiler()[0]
     if shutil.which(compiler) is None:
         raise MissingDependency(
             f"torch.compile needs a C++ compiler, and there is no {compiler} on the PATH. Install it with: "
