@@ -11,16 +11,13 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -41,22 +38,18 @@ def _foreign_package() -> str | None:
 
 try:
     from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
+    from toolchain.terminal import TerminalScreen, open_screen, print_table, stderr, stdout
 except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-    from toolchain.choose import Choice
-    from toolchain.recipe import Recipe
-    from toolchain.regression import Comparison
-    from toolchain.stages import Stage
+    from toolchain.recipe.recipe import Recipe
+    from toolchain.report.choose_model import Choice
+    from toolchain.report.compare import Comparison
+    from toolchain.stage import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-stdout, stderr = Console(), Console(stderr=True)
-
-_LINE_EVERY_S = 30.0
 _EXTRAS = {"torch": "train", "open_clip": "train", "nncf": "train", "onnx": "train", "safetensors": "train"}
 _EXTRAS |= {"torchvision": "train", "timm": "train", "transformers": "train"}
 _EXTRAS |= {"onnxscript": "train", "matplotlib": "report", "plotly": "report", "onnxruntime": "onnxruntime"}
@@ -87,23 +80,27 @@ def run(
 
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
-    from export import deployment_stages as deployment
-    from export.auto_stages import choose, without_failed
-    from toolchain import training_stages as training
+    from export.pipeline.choose_precision import choose_precisions, without_failed
+    from export.pipeline.export import export_models
+    from export.pipeline.measure import measure_models, measure_references, require_references
+    from export.pipeline.quantize import quantize_or_reject
+    from export.pipeline.report import report_run
+    from toolchain.pipeline.stage_inputs import How, evaluated
+    from toolchain.pipeline.train import train_checkpoints
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
-        training.evaluated(loaded)  # before hours of training
-        deployment.require_references(loaded)
-        checkpoints = training.train(loaded, out, screen, training.How(workers))  # teacher, baseline, student
-        checkpoints |= deployment.quantize(loaded, out, checkpoints, screen)  # student-int8
-        exported = deployment.export(loaded, out, checkpoints, screen)  # graphs that passed parity
-        chosen = choose(loaded, out, exported, {}, screen) if loaded.export.auto else None
+        evaluated(loaded)  # before hours of training
+        require_references(loaded)
+        checkpoints = train_checkpoints(loaded, out, screen, How(workers))  # teacher, baseline, student
+        checkpoints |= quantize_or_reject(loaded, out, checkpoints, screen)  # student-int8
+        exported = export_models(loaded, out, checkpoints, screen)  # graphs that passed parity
+        chosen = choose_precisions(loaded, out, exported, {}, screen) if loaded.export.auto else None
         sound = exported if chosen is None else without_failed(exported, chosen)
-        measured = deployment.measure(loaded, out, sound, screen)  # accuracy and latency of what ships
-        measured |= deployment.measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
+        measured = measure_models(loaded, out, sound, screen)  # accuracy and latency of what ships
+        measured |= measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
         if not exported:
             _require_choices(chosen, out)  # there is nothing to report
-        document = deployment.report(out, measured, screen)  # the table, and the front
+        document = report_run(out, measured, screen)  # the table, and the front
     _print_report(document, out, as_json)
     _require_choices(chosen, out)
 
@@ -127,11 +124,12 @@ def distill(
 
     Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
     """
-    from toolchain.training_stages import How, train
+    from toolchain.pipeline.stage_inputs import How
+    from toolchain.pipeline.train import train_checkpoints
 
     how = How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
-        checkpoints = train(loaded, out, screen, how)
+        checkpoints = train_checkpoints(loaded, out, screen, how)
     if how.leads:
         _print_stages(checkpoints, as_json)
 
@@ -154,14 +152,15 @@ def adopt(
 
     Example: [bold]clipkd adopt ViT-B-32 --pretrained laion2b_s34b_b79k --like mine.yaml --out runs/b32[/]
     """
-    from toolchain.recipe import adopting, load_recipe, recipe_path
-    from toolchain.training_stages import How, train
+    from toolchain.pipeline.stage_inputs import How
+    from toolchain.pipeline.train import train_checkpoints
+    from toolchain.recipe.load import adopting, load_recipe, recipe_path
 
     taken = None if like is None else load_recipe(recipe_path(like))
     weights = {"pretrained": pretrained, "checkpoint": None if checkpoint is None else str(checkpoint)}
     recipe = adopting(model, {key: value for key, value in weights.items() if value}, taken, overrides)
     with _run_directory(recipe, out) as (loaded, screen):
-        made = train(loaded, out, screen, How())
+        made = train_checkpoints(loaded, out, screen, How())
     _print_stages(made, as_json)
 
 
@@ -175,7 +174,8 @@ def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: Jso
 
     Example: [bold]clipkd cache glyphs --out runs/quickstart[/]
     """
-    from toolchain.training_stages import How, cache_teachers
+    from toolchain.pipeline.stage_inputs import How
+    from toolchain.pipeline.train import cache_teachers
 
     how = How()
     with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
@@ -190,11 +190,13 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
 
     Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
     """
-    from toolchain import training_stages as training
+    from toolchain.pipeline.quantize import quantize_checkpoint
+    from toolchain.pipeline.stage_inputs import How
+    from toolchain.pipeline.train import train_checkpoints
 
     with _run_directory(_recipe_of(run, overrides), run) as (loaded, screen):
-        checkpoints = training.train(loaded, run, screen, training.How())
-        made = training.quantize(loaded, run, checkpoints, screen)
+        checkpoints = train_checkpoints(loaded, run, screen, How())
+        made = quantize_checkpoint(loaded, run, checkpoints, screen)
     if not made:
         raise UsageError(
             f"{run}: its recipe has no int8, int8-fp16 or int8-bf16 in export.precisions; nothing to quantize"
@@ -246,9 +248,12 @@ def export(
 
     Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build --precision fp32,fp16,int8,int8-fp16[/]
     """
-    from export import deployment_stages as deployment
-    from export.auto_stages import choose
-    from toolchain import training_stages as training
+    from export.pipeline.choose_precision import choose_precisions
+    from export.pipeline.engines import build_engines
+    from export.pipeline.export import export_models
+    from export.pipeline.quantize import quantize_or_reject
+    from toolchain.pipeline.stage_inputs import How
+    from toolchain.pipeline.train import train_checkpoints
 
     if not (build or trt):
         raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
@@ -272,11 +277,11 @@ def export(
         spec = recipe.export.model_copy(update={"runtimes": runtimes, "build_engines": build})
         recipe = recipe.model_copy(update={"export": spec})
     with _run_directory(recipe, run) as (loaded, screen):
-        checkpoints = training.train(loaded, run, screen, training.How())
-        checkpoints |= deployment.quantize(loaded, run, checkpoints, screen)
-        exported = deployment.export(loaded, run, checkpoints, screen)
-        chosen = choose(loaded, run, exported, {}, screen) if loaded.export.auto else None
-        exported |= deployment.build_engines(loaded, run, exported, screen)
+        checkpoints = train_checkpoints(loaded, run, screen, How())
+        checkpoints |= quantize_or_reject(loaded, run, checkpoints, screen)
+        exported = export_models(loaded, run, checkpoints, screen)
+        chosen = choose_precisions(loaded, run, exported, {}, screen) if loaded.export.auto else None
+        exported |= build_engines(loaded, run, exported, screen)
     if chosen is None:
         _print_stages(exported, as_json)
     else:
@@ -300,10 +305,11 @@ def report(
 
     Example: [bold]clipkd report runs/small runs/large --out runs/compared --external jetson.csv[/]
     """
-    from toolchain.external_rows import external_rows
-    from toolchain.regression import compare
-    from toolchain.report import read_report, write_report
-    from toolchain.stages import run_lock
+    from toolchain.report.compare import compare
+    from toolchain.report.external_rows import external_rows
+    from toolchain.report.row import read_report
+    from toolchain.report.write import write_report
+    from toolchain.stage import run_lock
 
     _refuse_torchrun()
     for run in runs:
@@ -339,15 +345,15 @@ def best(
 
     Example: [bold]clipkd best runs/quickstart --device cpu --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2' --by top1[/]
     """
-    from toolchain.choose import choose, conditions
-    from toolchain.external_rows import external_rows
-    from toolchain.report import collect
+    from toolchain.report.choose_model import choose_model, conditions
+    from toolchain.report.collect import collect
+    from toolchain.report.external_rows import external_rows
 
     wanted = conditions(where)
     for run in runs:
         _require_run(run)
     rows = collect(runs, [row for path in external or [] for row in external_rows(path)])["rows"]
-    choice = choose(rows, wanted, by, device)
+    choice = choose_model(rows, wanted, by, device)
     if as_json:
         rejected = [{"name": row["name"], "reasons": reasons} for row, reasons in choice.rejected]
         answer = {"best": choice.best, "runner_up": choice.runner_up, "rejected": rejected, "warnings": choice.warnings}
@@ -378,8 +384,9 @@ def evaluate(
 
     Example: [bold]clipkd evaluate runs/mine/exported/student-onnxruntime-int8 --recipe mine.yaml[/]
     """
-    from export.measure import evaluate_models, run_of
-    from toolchain.training_stages import evaluated
+    from export.model_folder import run_of
+    from export.pipeline.measure_model import evaluate_models
+    from toolchain.pipeline.stage_inputs import evaluated
 
     _refuse_torchrun()
     run = run_of(models[0])
@@ -387,7 +394,7 @@ def evaluate(
         raise UsageError(f"{models[0]}: in no run whose recipe would name the sets; name one: --recipe RECIPE")
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
     spec = evaluated(loaded)
-    with _progress() as screen:
+    with open_screen() as screen:
         screen.starts("evaluate")
         document = evaluate_models(models, spec, screen.progress)
     if as_json:
@@ -410,7 +417,7 @@ def classes(
 
     Example: [bold]clipkd classes runs/quickstart/exported/student-onnxruntime-int8 --labels labels.txt --out letters[/]
     """
-    from export.classes import bake
+    from export.runtime.bake_classes import bake
 
     _print_stages({"classes": bake(model, labels, templates, out)}, as_json)
 
@@ -449,15 +456,15 @@ def profile(
 
     Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --device orin[/]
     """
-    from export.profile import QUICK, STANDARD, Effort
-    from export.profile_models import profile_models
+    from export.pipeline.profile_models import profile_models
+    from export.profiling.protocol import QUICK, STANDARD, Effort
 
     _refuse_torchrun()
     own = {key: value for key, value in (("processes", processes), ("seconds", seconds)) if value is not None}
     if quick + standard + bool(own) > 1:
         raise UsageError("choose one of --quick, --standard, and --processes with --seconds: each says how long")
     effort = QUICK if quick else STANDARD if standard else Effort(**own)  # type: ignore[arg-type]  # of an int and a float
-    with _progress() as screen:
+    with open_screen() as screen:
         rows, errors = profile_models(models, device, effort, scored=scored, out=out, screen=screen)
     if len(models) > 1 or not errors:
         _print_profiles(rows, as_json)
@@ -477,7 +484,7 @@ def predict(
 
     Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 letter.png --labels "a cat,a dog"[/]
     """
-    from export.predict import predict as rank_labels
+    from export.runtime.predict import predict as rank_labels
 
     wanted = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else None
     if wanted == []:
@@ -521,9 +528,11 @@ def students(
 
     Example: [bold]clipkd students --device orin --max-ms 10[/]
     """
-    from export.doctor import device_named
-    from export.students import PRECISIONS, RUNTIMES, candidates, measure_students
-    from export.students_picture import render_students
+    from export.devices.doctor import device_named
+    from export.students.candidates import candidates
+    from export.students.chart import render_students
+    from export.students.measure import PRECISIONS, RUNTIMES, measure_students
+    from toolchain.filesystem import write_json
 
     _refuse_torchrun()
     precisions = list(dict.fromkeys(part.strip() for part in precision.split(",") if part.strip()))
@@ -533,7 +542,7 @@ def students(
     if runtime not in (None, *RUNTIMES):
         raise UsageError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
     where = device_named(device)
-    with _progress() as screen:
+    with open_screen() as screen:
         screen.starts("students")
         rows = measure_students(
             candidates(models or []),
@@ -546,7 +555,7 @@ def students(
     failed = [row for row in rows if row["status"] != "ok"]
     fit = [row for row in rows if row["status"] == "ok" and (max_ms is None or row["p50_ms"] <= max_ms)]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "students.json").write_text(json.dumps(fit + failed, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "students.json", fit + failed)
     (out / "students.png").write_bytes(render_students(fit))
     if as_json:
         stdout.print_json(json.dumps(fit + failed))
@@ -585,11 +594,11 @@ def inspect_data(
 
     Example: [bold]clipkd data inspect "data/cc3m/{00000..00331}.tar" --kind webdataset --sheet cc3m.png[/]
     """
-    from toolchain.inspection import inspect
-    from toolchain.samples import source_spec
+    from toolchain.data.inspection import inspect
+    from toolchain.data.open import source_spec
 
     spec = source_spec(source, kind)
-    with _progress() as screen:
+    with open_screen() as screen:
         screen.starts("inspect")
         document = inspect(spec, sample=sample, sheet=sheet, progress=screen.progress)
     if as_json:
@@ -612,11 +621,11 @@ def pack_data(
 
     Example: [bold]clipkd data pack my.yaml --out data/mine[/]
     """
-    from toolchain.packing import INDEX, pack
-    from toolchain.samples import source_spec
+    from toolchain.data.open import source_spec
+    from toolchain.data.packing import INDEX, pack
 
     spec = source_spec(source, kind)
-    with _progress() as screen:
+    with open_screen() as screen:
         screen.starts("pack")
         index = pack(spec, out, samples_per_shard=samples_per_shard, progress=screen.progress)
     for reason, found in index["left_out"].items():
@@ -650,7 +659,8 @@ def list_devices(
 
     Example: [bold]clipkd devices list --presets[/]
     """
-    from export.devices import PRESETS, read_devices
+    from export.devices.presets import PRESETS
+    from export.devices.registry import read_devices
 
     if presets:
         if as_json:
@@ -660,9 +670,9 @@ def list_devices(
         for name, preset in PRESETS.items():
             cells = (preset.title, ", ".join(preset.runtimes), preset.tensorrt or "-", ", ".join(preset.precisions))
             table.add_row(name, *map(escape, (*cells, preset.notes)))
-        _wide(table)
+        print_table(table)
         return
-    from export.doctor import local_devices
+    from export.devices.doctor import local_devices
 
     known = read_devices()
     here = local_devices()
@@ -674,7 +684,7 @@ def list_devices(
         table.add_row(found["name"], "here", escape(found["what"]))
     for device in known.values():
         table.add_row(device.name, escape(device.destination), escape(device.preset or "-"))
-    _wide(table)
+    print_table(table)
 
 
 @devices_app.command("add")
@@ -694,8 +704,9 @@ def add_device(
 
     Example: [bold]clipkd devices add orin me@orin.local --preset jetson-orin-nano[/]
     """
-    from export.devices import PRESETS, Device, config_file
-    from export.devices import add_device as keep
+    from export.devices.presets import PRESETS
+    from export.devices.registry import Device, config_file
+    from export.devices.registry import add_device as keep
 
     device = Device(name, destination, port, python, preset, workdir)
     keep(device, replace=replace)
@@ -714,8 +725,8 @@ def try_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 
     Example: [bold]clipkd devices test orin[/]
     """
-    from export.devices import find_device
-    from export.doctor import examine, problem
+    from export.devices.doctor import examine, problem
+    from export.devices.registry import find_device
 
     document = examine(find_device(name))
     _print_capabilities(document, as_json)
@@ -729,7 +740,7 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 
     Example: [bold]clipkd devices remove orin[/]
     """
-    from export.devices import remove_device as forget
+    from export.devices.registry import remove_device as forget
 
     forget(name)
     if as_json:
@@ -750,11 +761,11 @@ def doctor(
 
     Example: [bold]clipkd doctor glyphs --device orin[/]
     """
-    from export.doctor import device_named, diagnose, problem
+    from export.devices.doctor import device_named, diagnose, problem
 
     loaded = None if recipe is None else _recipe(recipe, None)
     where = None if device is None else device_named(device)
-    with _progress() as screen:
+    with open_screen() as screen:
         screen.starts("doctor")
         document = diagnose(loaded, where, progress=screen.progress)
     _print_capabilities(document, as_json)
@@ -774,8 +785,8 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from toolchain.recipe import shipped_recipes
-    from toolchain.sources import SHIPPED
+    from toolchain.recipe.load import shipped_recipes
+    from toolchain.recipe.model_names import SHIPPED
 
     described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
     headlines = {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
@@ -785,7 +796,7 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     table = Table(Column("recipe", no_wrap=True), "what it does")
     for name, headline in headlines.items():
         table.add_row(name, escape(headline))
-    _wide(table)
+    print_table(table)
 
 
 @recipes_app.command("copy")
@@ -797,7 +808,7 @@ def copy_recipe(
 
     Example: [bold]clipkd recipes copy glyphs my.yaml[/]
     """
-    from toolchain.recipe import recipe_path
+    from toolchain.recipe.load import recipe_path
 
     if file.exists():
         raise UsageError(f"{file}: exists already; choose another name")
@@ -819,8 +830,8 @@ def show(
     """
     import yaml
 
-    from export.deployment_stages import stage_paths
-    from toolchain.recipe import load_recipe, recipe_path
+    from export.pipeline.plan import stage_paths
+    from toolchain.recipe.load import load_recipe, recipe_path
 
     loaded = load_recipe(recipe_path(recipe), overrides)
     stages = [{"stage": path, "state": _state(out / path) if out else "not made"} for path in stage_paths(loaded)]
@@ -841,7 +852,7 @@ def verify(
 
     Example: [bold]clipkd verify runs/quickstart[/]
     """
-    from toolchain.stages import MANIFEST, open_stage
+    from toolchain.stage import MANIFEST, open_stage
 
     checked: dict[str, str] = {}
     for directory in directories:
@@ -857,79 +868,20 @@ def verify(
 
 
 def _state(path: Path) -> str:
-    from toolchain.stages import open_stage
+    from toolchain.filesystem import partial_path
+    from toolchain.stage import open_stage
 
     if path.exists():
         open_stage(path)
         return "made"
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     if (partial / "failed.json").exists():
         return "failed"
     return "interrupted" if partial.exists() else "not made"
 
 
-# The terminal ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Screen:
-    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, one line per stage anywhere."""
-
-    bar: "Progress"
-    silent: bool = False
-    task: "TaskID | None" = None
-    what: str = ""
-    stage: str = ""
-    first: tuple[float, int] = (0.0, 0)
-    spoken_at: float = 0.0
-
-    def starts(self, stage: str) -> None:
-        self.stage, self.what = stage, ""
-
-    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        if self.bar.disable:
-            self._now_and_then(what, done, total, note)
-            return
-        if self.task is None or what != self.what:
-            self._clear()
-            self.what, self.task = what, self.bar.add_task(f"{self.stage}: {what}", total=total, note="")
-        self.bar.update(self.task, completed=done, total=total, note=note)
-
-    def _now_and_then(self, what: str, done: int, total: int, note: str) -> None:
-        """Where there is no terminal to draw on: a line every half minute, with the time left at the rate since."""
-        now = time.monotonic()
-        if what != self.what:
-            self.what, self.first, self.spoken_at = what, (now, done), now
-        if now - self.spoken_at < _LINE_EVERY_S or self.silent:
-            return
-        self.spoken_at = now
-        left_s = (now - self.first[0]) / max(1, done - self.first[1]) * (total - done)
-        left = timedelta(seconds=round(left_s))
-        self.bar.console.print(
-            f"{self.stage}: {what} {done}/{total}  {left} left  {note}", highlight=False, markup=False, soft_wrap=True
-        )
-
-    def say(self, text: str) -> None:
-        """Something the user should know that is neither progress nor an error."""
-        if not self.silent:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def done(self, name: str, stage: "Stage") -> None:
-        self.line(name, "cached" if stage.cached else f"done in {stage.manifest['took_s']:.0f} s")
-
-    def line(self, name: str, text: str) -> None:
-        self._clear()
-        if not self.silent:
-            self.bar.console.print(f"{name:<40} {text}", highlight=False, markup=False)
-
-    def _clear(self) -> None:
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-            self.task = None
-
-
 @contextmanager
-def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Iterator[tuple[Recipe, _Screen]]":
+def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Iterator[tuple[Recipe, TerminalScreen]]":
     """Hold a run directory with its recipe resolved into it.
 
     `shared`: several processes may work in it, of which the first holds it.
@@ -937,43 +889,33 @@ def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Ite
     import yaml
     from rich.progress import Progress
 
-    from toolchain.stages import RESOLVED, run_lock
-    from toolchain.training_stages import How
+    from toolchain.filesystem import replacing
+    from toolchain.pipeline.stage_inputs import How
+    from toolchain.stage import RESOLVED, run_lock
 
     if not shared:
         _refuse_torchrun()
     if not How().leads:
-        yield recipe, _Screen(Progress(disable=True), silent=True)
+        yield recipe, TerminalScreen(Progress(disable=True), silent=True)
         return
     with run_lock(out):
         said = "".join(f"# {line}\n" for line in [*f"clipkd {shlex.join(sys.argv[1:])}".splitlines(), RESOLVED])
         resolved = said + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        partial = out / ".recipe.yaml.partial"
-        partial.write_text(resolved, encoding="utf-8")
-        partial.replace(out / "recipe.yaml")
-        with _progress() as screen:
+        with replacing(out / "recipe.yaml") as partial:
+            partial.write_text(resolved, encoding="utf-8")
+        with open_screen() as screen:
             yield recipe, screen
 
 
-@contextmanager
-def _progress() -> "Iterator[_Screen]":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
-    with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
-        yield _Screen(bar)
-
-
 def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
-    from toolchain.recipe import load_recipe, recipe_path
+    from toolchain.recipe.load import load_recipe, recipe_path
 
     return load_recipe(recipe_path(name), overrides)
 
 
 def _auto_flags(run: Path, runtimes: list[str], precision: str | None, max_drop: float | None) -> list[str]:
     """What --auto says of a run's recipe: what is weighed, fp32 always among it."""
-    from export.auto import REFERENCE, all_precisions
+    from export.pipeline.precision_verdicts import REFERENCE, all_precisions
 
     recorded = _recipe_of(run, None).export.runtimes
     runtimes = runtimes or [name for name in recorded if name != "tensorrt"]
@@ -990,14 +932,14 @@ def _auto_flags(run: Path, runtimes: list[str], precision: str | None, max_drop:
 
 
 def _recipe_of(run: Path, overrides: list[str] | None) -> "Recipe":
-    from toolchain.recipe import load_recipe
+    from toolchain.recipe.load import load_recipe
 
     _require_run(run)
     return load_recipe(run / "recipe.yaml", overrides)
 
 
 def _refuse_torchrun() -> None:
-    from toolchain.training_stages import How
+    from toolchain.pipeline.stage_inputs import How
 
     if How().size > 1:
         raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
@@ -1023,7 +965,7 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         stdout.print_json(json.dumps(document))
         return
-    from toolchain.report import terminal_rows
+    from toolchain.report.tables import terminal_rows
 
     headers, rows = terminal_rows(document)
     if len({row["runtime"] for row in document["rows"]}) == 1:  # then the names, which end in the precision, say it all
@@ -1032,7 +974,7 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     table = Table(*(Column(header, overflow="fold") for header in headers))
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    _wide(table)
+    print_table(table)
     stderr.print(f"{out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
 
 
@@ -1051,7 +993,7 @@ def _print_comparison(compared: "Comparison", as_json: bool) -> None:
         table.add_row(escape(name), "-", "-", "gone")
     for name in compared.only_new:
         table.add_row(escape(name), "-", "-", "(new)")
-    _wide(table)
+    print_table(table)
 
 
 def _print_choice(choice: "Choice") -> None:
@@ -1070,7 +1012,7 @@ def _print_choice(choice: "Choice") -> None:
         table = Table("rejected", "why")
         for row, reasons in choice.rejected:
             table.add_row(escape(str(row["name"])), escape("; ".join(reasons)))
-        _wide(table)
+        print_table(table)
 
 
 def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
@@ -1092,7 +1034,7 @@ def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
             table.add_row(runtime, row["precision"], row["verdict"], lost, took, grade, escape(row["reason"]))
         for warning in found["warnings"]:
             stderr.print(f"warning: {runtime}: {warning}", soft_wrap=True, highlight=False, markup=False)
-    _wide(table)
+    print_table(table)
 
 
 def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
@@ -1118,7 +1060,7 @@ def _print_evaluation(document: dict[str, Any]) -> None:
                 f"{lost['p']:.2g}" if lost else "-",
             ]
             table.add_row(escape(scored["model"]), escape(name), f"{scores['n']:,}", *cells)
-    _wide(table)
+    print_table(table)
     for name, scores in document["models"][0]["sets"].items():  # of every model the same pictures
         if "unreadable" in scores:
             first = ", ".join(scores["unreadable"]["first"])
@@ -1130,13 +1072,13 @@ def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         stdout.print_json(json.dumps(rows))
         return
-    from export.profile import table
+    from export.profiling.table import table
 
     headers, cells = table(rows)
     shown = Table(*(Column(header, overflow="fold", no_wrap=header.startswith("p50")) for header in headers))
     for row in cells:
         shown.add_row(*map(escape, row))
-    _wide(shown)
+    print_table(shown)
     to_lock = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
     if to_lock:
         said = "\n".join(("Clocks float, so no grade is A. What would lock them, which clipkd never does:", *to_lock))
@@ -1152,7 +1094,7 @@ def _print_capabilities(document: dict[str, Any], as_json: bool) -> None:
         mend = f"\n-> {row['mend']}" if row["mend"] else ""
         needed = "needed" if row["needed"] else ""
         table.add_row(needed, row["capability"], escape(row["where"]), row["status"], escape(row["detail"] + mend))
-    _wide(table)
+    print_table(table)
     machine = document.get("machine")
     if machine is not None:
         quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
@@ -1182,7 +1124,7 @@ def _print_inspection(document: dict[str, Any]) -> None:
     counted.add_row("pictures that occurred before", f"{document['same_pictures']['count']:,}")
     counted.add_row("captions that occurred before", f"{document['same_captions']['count']:,}")
     counted.add_row("bytes of pictures", f"{document['picture_bytes'].get('sum', 0):,}")
-    _wide(counted)
+    print_table(counted)
     measured = {
         "width, px": document["width"],
         "height, px": document["height"],
@@ -1197,12 +1139,12 @@ def _print_inspection(document: dict[str, Any]) -> None:
         spread = Table("share of all at most", *(Column(share, justify="right") for share in shares))
         for name, found in measured.items():
             spread.add_row(name, *(f"{value:,}" for value in found.values()))
-        _wide(spread)
+        print_table(spread)
     if document["broken"]:
         broken = Table("broken", Column("samples", justify="right"), "the first of them")
         for reason, damage in document["broken"].items():
             broken.add_row(reason, f"{damage['count']:,}", escape("\n".join(damage["examples"])))
-        _wide(broken)
+        print_table(broken)
     if document["sheet"]:
         stdout.print(document["sheet"], soft_wrap=True, highlight=False, markup=False)
 
@@ -1229,7 +1171,7 @@ def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> 
             escape(row["name"]), row["precision"], *map(escape, cells), " ".join([row["grade"], *row["flags"]])
         )
     if fit:
-        _wide(table)
+        print_table(table)
         lines = [
             f"on {fit[0]['device']}, {fit[0]['runtime']}, {fit[0]['threads']} thread(s), batch 1, image towers alone",
             "★ no row of the same precision has as much of it in as little time",
@@ -1243,11 +1185,6 @@ def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> 
     for row in failed:
         problem = f"{row['name']} {row['precision']} could not be measured: {row['status']}"
         stderr.print(problem, soft_wrap=True, highlight=False, markup=False)
-
-
-def _wide(table: Table) -> None:
-    """A file or a pipe gets whole cells."""
-    (stdout if stdout.is_terminal else Console(width=160)).print(table)
 
 
 def main() -> NoReturn:

@@ -62,7 +62,7 @@ PAPER = {  # zero-shot ImageNet top-1 in per cent, the same table
 
 def weights_of(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]:
     """The task at 1, and what the variant adds at its own weight."""
-    from toolchain.objectives import OBJECTIVES, paper_weight
+    from toolchain.distillation.objectives import OBJECTIVES, paper_weight
 
     alone = {name: paper_weight(name, width=WIDTH) for name in OBJECTIVES} | {"gd": gd_weight, "cross_kd": 1.0}
     added = {name: alone[name] for name in variant.split("+") if name != "baseline"}
@@ -78,9 +78,10 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
     import torch
 
     torch.set_num_threads(1)
-    from toolchain.distil import distil
-    from toolchain.models import build_model
-    from toolchain.recipe import DistillSpec, LossWeights, ModelSpec
+    from toolchain.distillation.distill import distil
+    from toolchain.models.build import build_model
+    from toolchain.recipe.distill import DistillSpec, LossWeights
+    from toolchain.recipe.model import ModelSpec
 
     how = TOWERS[tower]
     spec = DistillSpec(
@@ -100,19 +101,19 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
 
 
 def data_of(seed: int) -> Any:
-    from toolchain.feed import training_data
-    from toolchain.recipe import GlyphsSpec
+    from toolchain.data.open import training_data
+    from toolchain.recipe.data import GlyphsSpec
 
     return training_data(GlyphsSpec(kind="glyphs", views=VIEWS), seed=seed, batch_size=BATCH)
 
 
 def teacher_cache(seed: int, out: Path) -> Any:
     """What the teacher says of a seed's views: the same for every variant, so computed once."""
-    from toolchain.caching import SHARD_SAMPLES, make_cache
-    from toolchain.models import load_model
-    from toolchain.processes import ALONE
-    from toolchain.teacher import live_teacher
-    from toolchain.teacher_cache import open_cache
+    from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, make_cache
+    from toolchain.distillation.teacher import live_teacher
+    from toolchain.distillation.teacher_cache import open_cache
+    from toolchain.distributed import ALONE
+    from toolchain.models.build import load_model
 
     folder = out / f"teacher-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,10 +128,10 @@ def teacher_cache(seed: int, out: Path) -> Any:
 
 def score(model: Any) -> dict[str, Any]:
     """Top-1 hits and images of each set."""
-    from toolchain import glyphs
-    from toolchain.eval_sets import open_set
-    from toolchain.processes import ALONE
-    from toolchain.validate import headline_accuracy
+    from toolchain.data import glyphs
+    from toolchain.distributed import ALONE
+    from toolchain.evaluation.open_sets import open_set
+    from toolchain.evaluation.torch_encoders import headline_accuracy
 
     found = {}
     for name in glyphs.EVAL_FACES:
@@ -201,7 +202,7 @@ def main() -> None:
 def teacher_score(out: Path) -> dict[str, Any]:
     path = out / "teacher.json"
     if not path.exists():
-        from toolchain.models import load_model
+        from toolchain.models.build import load_model
 
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(score(load_model(ROOT / "recipes" / "glyphs_teacher"))), encoding="utf-8")
@@ -255,10 +256,10 @@ def order(tower: str, variant: str) -> tuple[int, int]:
 
 
 def write(table: str, claims: list[dict[str, Any]]) -> None:
-    from toolchain.stages import _revision, machine
+    from toolchain.provenance import machine, revision
 
     place = machine()
-    where = f"{place['cpu']}, {place['cores']} cores, commit `{_revision()}`, {time.strftime('%Y-%m-%d')}"
+    where = f"{place['cpu']}, {place['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
     said = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
     steps = " and ".join(f"{how['steps']} ({tower})" for tower, how in TOWERS.items())
     result = f"{table}\n\n{steps} steps of {BATCH}, {VIEWS} views, GD's weight {GD_WEIGHT:g}; {where}."

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any, NoReturn
 
-from toolchain.stages import machine
+from toolchain.provenance import machine
 
 
 def claim(what: str, value: float, unit: str, relation: str, bound: float) -> dict[str, Any]:

@@ -49,12 +49,12 @@ def main() -> None:
 
 
 def differences(folder: Path, task: str) -> dict[str, float]:
-    from toolchain.eval_sets import open_set
-    from toolchain.evaluate import evaluate
-    from toolchain.models import load_model
-    from toolchain.processes import ALONE
-    from toolchain.recipe import ClipBenchmarkSet
-    from toolchain.validate import TorchEncoders
+    from toolchain.distributed import ALONE
+    from toolchain.evaluation.open_sets import open_set
+    from toolchain.evaluation.torch_encoders import TorchEncoders
+    from toolchain.evaluation.zero_shot import evaluate
+    from toolchain.models.build import load_model
+    from toolchain.recipe.evaluate import ClipBenchmarkSet
 
     torch.set_num_threads(1)
     model = load_model(ROOT / "recipes" / "glyphs_teacher")
@@ -106,7 +106,7 @@ def _collation(collate: dict[str, Any]) -> dict[str, Any]:
 
 def make_archives(folder: Path, task: str, count: int) -> None:
     """Two archives in CLIP_benchmark's layout, of glyphs in all of training's faces."""
-    from toolchain import glyphs
+    from toolchain.data import glyphs
 
     random = np.random.default_rng(0)
     drawn = glyphs.training_set()

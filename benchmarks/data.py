@@ -47,17 +47,18 @@ from PIL import Image, ImageDraw, ImageFont
 from train_step import make_batch
 from webdataset.tariterators import tar_file_expander
 
-from toolchain import pictures
-from toolchain.data import Geometry
-from toolchain.inspection import inspect
-from toolchain.models import build_model
-from toolchain.packing import pack
-from toolchain.processes import ALONE
-from toolchain.recipe import ModelSpec, WebdatasetSpec
-from toolchain.shards import ShardBatches
-from toolchain.teacher import live_teacher
-from toolchain.trimming import trim_tokens
-from toolchain.views import uniforms
+from toolchain.data import images as pictures
+from toolchain.data.batch import Geometry
+from toolchain.data.inspection import inspect
+from toolchain.data.packing import pack
+from toolchain.data.random_numbers import uniforms
+from toolchain.data.webdataset_shards import ShardBatches
+from toolchain.distillation.teacher import live_teacher
+from toolchain.distributed import ALONE
+from toolchain.models.build import build_model
+from toolchain.models.text_trimming import trim_tokens
+from toolchain.recipe.data import WebdatasetSpec
+from toolchain.recipe.model import ModelSpec
 
 MIN_SPEEDUP = {512: 2.0, 256: 1.2}
 MIN_PSNR_DB = 40.0

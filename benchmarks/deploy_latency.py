@@ -3,7 +3,7 @@
     python benchmarks/deploy_latency.py [--model ViT-S-16] [--rounds 5] [--seconds 2] [--threads N]
 
 Sides: PyTorch eager, torch.compile, ONNX Runtime fp32; stock: NNCF's default post-training quantization of the ONNX
-graph, run by OpenVINO with its default settings; ours: each precision in each runtime, opened as export/runtime.py
+graph, run by OpenVINO with its default settings; ours: each precision in each runtime, opened as exported_model.py
 does, what `clipkd export --batch 1` makes of the fastest kinds, and the fastest made with `quantize.attention`.  Every
 measurement is a fresh process, the sides take turns in an order that each round draws anew.  A ratio is the median over
 rounds, its interval a bootstrap over them.  The last line of stdout is one JSON document; exit code 5 when a claim does
@@ -28,9 +28,9 @@ from claims import claim, finish
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from export.machine import describe_machine  # noqa: E402  # once the repository is on the path
-from export.profile import bootstrap_interval  # noqa: E402
-from export.runner import open_graph  # noqa: E402
+from export.device_programs.machine import describe_machine  # noqa: E402
+from export.device_programs.runner import open_graph  # noqa: E402
+from export.profiling.summary import bootstrap_interval  # noqa: E402
 
 MIN_SPEEDUP, MIN_OVER_STOCK = 3.3, 1.0
 OURS = ("onnxruntime fp32", "onnxruntime int8", "onnxruntime int8 batch-1", "openvino fp32", "openvino bf16")
@@ -41,10 +41,10 @@ GEMM = 1024  # rows, columns and depth of the product that says what the machine
 def tower_of(model: str) -> Any:
     import torch
 
-    from toolchain.models import build_model
-    from toolchain.quantize import ImageTower
-    from toolchain.recipe import ModelSpec
-    from toolchain.sources import anchored
+    from toolchain.models.build import build_model
+    from toolchain.models.towers import ImageTower
+    from toolchain.recipe.model import ModelSpec
+    from toolchain.recipe.model_names import anchored
 
     built = build_model(anchored(ModelSpec(model=model, init="random"), Path(), "student"), seed=0)
     draw = torch.Generator().manual_seed(0)
@@ -61,8 +61,12 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from export.to_onnx import prepared, write_graph
-    from toolchain.quantize import example_pixels, freeze, load_quantized, quantize, without_attention_fast_path
+    from export.graphs.onnx_graph import write_graph
+    from export.graphs.precision import prepared
+    from toolchain.models.towers import example_pixels, without_attention_fast_path
+    from toolchain.quantization.checkpoint import load_quantized
+    from toolchain.quantization.freeze import freeze
+    from toolchain.quantization.quantize import quantize
 
     built, tower = tower_of(model)
     pixels = example_pixels(built.net).float()

@@ -17,14 +17,18 @@ from typing import Any
 import numpy as np
 from claims import claim, finish
 
-from export.proof import prove
-from export.to_onnx import export_onnx
+from export.graphs.export_onnx import export_onnx
+from export.proof.prove import prove
 from toolchain.errors import ClipkdError
-from toolchain.eval_sets import classes_set
-from toolchain.models import ClipModel, build_model
-from toolchain.quantize import example_pixels, freeze, load_quantized, quantize
-from toolchain.recipe import ModelSpec
-from toolchain.sources import anchored
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.models.build import build_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import example_pixels
+from toolchain.quantization.checkpoint import load_quantized
+from toolchain.quantization.freeze import freeze
+from toolchain.quantization.quantize import quantize
+from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model_names import anchored
 
 MODELS = ("ViT-S-16", "vit_t_16", "mobilenetv4_s", "MobileCLIP2-S0", "resnet18", "swin_t")
 CONFIGS = {  # open_clip has no CLIP of this image tower

@@ -56,17 +56,17 @@ def trained(run: Path, seed: int, overrides: list[str]) -> None:
 
 def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[str, NDArray[np.bool_]]:
     """Which images of each set the exported model gets right; what an earlier call found is read."""
-    from toolchain.recipe import load_recipe, recipe_path
-    from toolchain.stages import folder_fingerprint
+    from toolchain.recipe.load import load_recipe, recipe_path
+    from toolchain.stage import folder_fingerprint
 
     spec = load_recipe(recipe_path("glyphs"), overrides).quantize
     made_of = hashlib.sha256(f"{folder_fingerprint(run / 'student')} {spec}".encode()).hexdigest()
     folder = run / "kd_qat" / f"{variant}-{made_of[:12]}"
     result = folder / "right.npz"
     if not result.exists():
-        from export.runtime import open_exported
-        from toolchain.eval_sets import open_set
-        from toolchain.evaluate import evaluate
+        from export.runtime.exported_model import open_exported
+        from toolchain.evaluation.open_sets import open_set
+        from toolchain.evaluation.zero_shot import evaluate
 
         folder.mkdir(parents=True, exist_ok=True)
         export(run, folder, variant, seed, overrides)
@@ -80,15 +80,17 @@ def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[s
 
 def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
     """Quantize the run's student one way, and export it."""
-    from export.parity import check_parity
-    from export.to_onnx import export_onnx
-    from toolchain import glyphs
-    from toolchain.eval_sets import open_set
-    from toolchain.feed import training_data
-    from toolchain.finetune import quantize_student
-    from toolchain.models import load_model
-    from toolchain.quantize import example_pixels, freeze, load_quantized
-    from toolchain.recipe import load_recipe, recipe_path
+    from export.graphs.export_onnx import export_onnx
+    from export.proof.parity import check_parity
+    from toolchain.data import glyphs
+    from toolchain.data.open import training_data
+    from toolchain.evaluation.open_sets import open_set
+    from toolchain.models.build import load_model
+    from toolchain.models.towers import example_pixels
+    from toolchain.quantization.checkpoint import load_quantized
+    from toolchain.quantization.freeze import freeze
+    from toolchain.quantization.quantize_student import quantize_student
+    from toolchain.recipe.load import load_recipe, recipe_path
 
     recipe = load_recipe(recipe_path("glyphs"), overrides)
     assert recipe.quantize is not None
@@ -194,12 +196,12 @@ def main() -> None:
 
 
 def write(table: str, claims: list[dict[str, Any]]) -> None:
-    from toolchain.recipe import load_recipe, recipe_path
-    from toolchain.stages import _revision, machine
+    from toolchain.provenance import machine, revision
+    from toolchain.recipe.load import load_recipe, recipe_path
 
     place, spec = machine(), load_recipe(recipe_path("glyphs")).quantize
     assert spec is not None
-    where = f"{place['cpu']}, {place['cores']} cores, commit `{_revision()}`, {time.strftime('%Y-%m-%d')}"
+    where = f"{place['cpu']}, {place['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
     how = (
         f"{spec.steps} steps of {spec.batch_size} at {spec.lr:g}, anchor {spec.anchor:g}, {spec.calibration_samples} "
         "samples for calibration; scored in ONNX Runtime"

@@ -5,7 +5,7 @@
 
 Pairs of measurements of one exported model's image tower, their processes taking turns as in `clipkd profile A B`: once
 both as they are, once with the second slowed by wasting a tenth of its median in every query.  Two are told apart by
-the signed-rank test over their turns (toolchain/latencies.py).  Then profiles beside programs that keep every core
+the signed-rank test over their turns (toolchain/significance.py).  Then profiles beside programs that keep every core
 busy, which must lower the grade.  Last, an independent harness, OpenVINO's benchmark_app, on the same graph of a real
 size, with the same threads and precision, in turns with ours.
 
@@ -26,11 +26,13 @@ from typing import Any
 
 from claims import claim, finish
 
-from export.machine import describe_machine
-from export.profile import _stage, profile, runner_here
-from toolchain.latencies import signed_rank
-from toolchain.latencies import told_apart as differing
-from toolchain.stages import _revision, machine
+from export.device_programs.machine import describe_machine
+from export.devices.run_runner import runner_here
+from export.profiling.inputs import write_inputs
+from export.profiling.protocol import profile
+from toolchain.provenance import machine, revision
+from toolchain.significance import signed_rank
+from toolchain.significance import told_apart as differing
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measuring: begin -->", "<!-- measuring: end -->"
@@ -82,7 +84,7 @@ def write(docs: Path, table: str, model: str, p50_ms: float) -> None:
     place = machine()
     result = (
         f"{table}\n\n{model}, p50 {p50_ms:.2f} ms, {PROCESSES} processes and {SECONDS:g} s for each measurement; "
-        f"{place['cpu']}, {place['cores']} cores, commit `{_revision()}`, {time.strftime('%Y-%m-%d')}."
+        f"{place['cpu']}, {place['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}."
     )
     (ROOT / "benchmarks" / "results" / "measuring.md").write_text(f"# measuring\n\n{result}\n", encoding="utf-8")
     before, rest = docs.read_text(encoding="utf-8").split(BEGIN)
@@ -119,7 +121,9 @@ def pair(model: Path, spin_ms: float) -> list[list[float]]:
     medians: list[list[float]] = [[], []]
     with tempfile.TemporaryDirectory() as scratch:
         threads = describe_machine()["usable_cores"]
-        staged = _stage(model, Path(scratch) / "staged", SECONDS / PROCESSES, threads, "cpu", None, False, ())["image"]
+        staged = write_inputs(model, Path(scratch) / "staged", SECONDS / PROCESSES, threads, "cpu", None, False, ())[
+            "image"
+        ]
         command = staged[: staged.index("--images")]  # the tower alone
         for turn in range(PROCESSES):
             for side in (0, 1)[:: -1 if turn % 2 else 1]:
@@ -142,11 +146,12 @@ def against_benchmark_app() -> float:
     """How far our median of an image tower in OpenVINO is from benchmark_app's: the median of rounds in turns."""
     import torch
 
-    from export.to_onnx import prepared, write_graph
-    from toolchain.models import build_model
-    from toolchain.quantize import ImageTower, example_pixels
-    from toolchain.recipe import ModelSpec
-    from toolchain.sources import anchored
+    from export.graphs.onnx_graph import write_graph
+    from export.graphs.precision import prepared
+    from toolchain.models.build import build_model
+    from toolchain.models.towers import ImageTower, example_pixels
+    from toolchain.recipe.model import ModelSpec
+    from toolchain.recipe.model_names import anchored
 
     net = build_model(anchored(ModelSpec(model=HARNESS_MODEL, init="random"), Path(), "student"), seed=0).net
     pixels, threads = example_pixels(net).float(), describe_machine()["usable_cores"]

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from toolchain.report import terminal_rows
+from toolchain.report.tables import terminal_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- quickstart: written by benchmarks/readme_table.py -->", "<!-- end of quickstart -->"

@@ -3,8 +3,8 @@
     python benchmarks/train_step.py [--batch 16] [--rounds 7] [--teacher ViT-L-14]
 
 The straightforward step is written here as the equations are: the teacher in float32, all 77 tokens in every text
-tower, the same losses, plain AdamW.  Ours is the engine's own (toolchain/distil.py), once with the teacher in float32,
-once in bfloat16, and once with float32 features looked up in a teacher cache (toolchain/teacher_cache.py), the looking
+tower, the same losses, plain AdamW.  Ours is the engine's own (distill.py), once with the teacher in float32,
+once in bfloat16, and once with float32 features looked up in a teacher cache (teacher_cache.py), the looking
 up counted in the step.  All see the same batches and interleave, one step each in turn, each with a student of its own
 from the same initialisation.  Weights are random and images noise: neither changes what a step costs.
 
@@ -30,16 +30,20 @@ import torch.nn.functional as F
 from claims import claim, finish
 from torch import Tensor
 
-from toolchain.caching import write_shard
-from toolchain.distil import _forward, _optimizer, _row, _Trained
-from toolchain.feed import Fed
-from toolchain.losses import clip_loss, crd_loss, fd_loss, icl_loss
-from toolchain.models import ClipModel, build_model
-from toolchain.processes import ALONE
-from toolchain.recipe import DistillSpec, ModelSpec
-from toolchain.teacher import CachedTeacher, live_teacher
-from toolchain.teacher_cache import TeacherCache, shard_path
-from toolchain.trimming import trim_tokens
+from toolchain.distillation.distill import _forward
+from toolchain.distillation.loader import Fed
+from toolchain.distillation.losses import clip_loss, crd_loss, fd_loss, icl_loss
+from toolchain.distillation.make_teacher_cache import write_shard
+from toolchain.distillation.teacher import CachedTeacher, live_teacher
+from toolchain.distillation.teacher_cache import TeacherCache, shard_path
+from toolchain.distillation.trainee import Trainee, make_optimizer
+from toolchain.distillation.training_log import log_row
+from toolchain.distributed import ALONE
+from toolchain.models.build import build_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.text_trimming import trim_tokens
+from toolchain.recipe.distill import DistillSpec
+from toolchain.recipe.model import ModelSpec
 
 MIN_SPEEDUP = 1.4  # float32, at equal loss values
 MIN_SPEEDUP_BF16 = 2.0  # with the teacher in bfloat16
@@ -200,8 +204,8 @@ def ours(
 ) -> Callable[[int, Any], dict[str, float]]:
     """The engine's step, piece by piece as its loop has them."""
     torch.manual_seed(0)
-    trained = _Trained(student, cache or guide.model, spec, ALONE)
-    optimizer = _optimizer(trained, spec)
+    trained = Trainee(student, cache or guide.model, spec, ALONE)
+    optimizer = make_optimizer(trained, spec)
     for group in optimizer.param_groups:
         group["lr"] = 1e-5
     trained.train()
@@ -223,7 +227,7 @@ def ours(
             done.loss.backward()  # type: ignore[no-untyped-call]
         with clock("gradient norm and log"):
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained.parameters() if p.grad is not None])
-            row = _row(index, 1e-5, norm, done, weights)
+            row = log_row(index, 1e-5, norm, done, weights)
         with clock("optimizer"):
             optimizer.step()
             trained.clamp_parameters_()

@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from PIL import Image
 
-    from toolchain.glyphs import TrainingSet
+    from toolchain.data.glyphs import TrainingSet
 
 REPOSITORY = Path(__file__).parents[1]
 STUDENT = REPOSITORY / "recipes" / "glyphs_student"
@@ -95,7 +95,7 @@ def tiny_training_set() -> "TrainingSet":
     """Twelve Latin letters in each of the seven training faces."""
     import numpy as np
 
-    from toolchain.glyphs import TrainingSet, training_set
+    from toolchain.data.glyphs import TrainingSet, training_set
 
     everything = training_set()
     first = everything.names.index("latin small letter a")
@@ -116,7 +116,7 @@ def tiny_samples() -> "TrainingSet":
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The glyphs student's architecture with random weights of another seed."""
-    from toolchain.models import load_model, save_model
+    from toolchain.models.build import load_model, save_model
 
     folder = tmp_path_factory.mktemp("teacher")
     save_model(load_model(STUDENT, random_seed=99), folder)
@@ -130,7 +130,7 @@ def tiny_recipe(
     """`tiny_recipe(NAME, SECTION=...)`: a recipe of three steps on the tiny samples, some of its sections changed."""
     import yaml
 
-    monkeypatch.setattr("toolchain.glyphs.training_set", lambda: tiny_samples)
+    monkeypatch.setattr("toolchain.data.glyphs.training_set", lambda: tiny_samples)
 
     def write(name: str = "mine", **changes: Any) -> Path:
         content = {

@@ -9,7 +9,7 @@ import numpy as np
 from conftest import jpeg, make_picture
 from PIL import Image
 
-from toolchain.damage import (
+from toolchain.data.bad_samples import (
     BAD_JSON,
     BAD_UTF8,
     BROKEN,

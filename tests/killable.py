@@ -94,7 +94,11 @@ def _run(
     from conftest import tiny_training_set
 
     import clipkd as command
-    from toolchain import caching, checkpoints, distil, glyphs, stages
+    from toolchain import stage as stages
+    from toolchain.data import glyphs
+    from toolchain.distillation import checkpoints
+    from toolchain.distillation import distill as distil
+    from toolchain.distillation import make_teacher_cache as caching
 
     torch.set_num_threads(1)
     caching.SHARD_SAMPLES, caching.CHUNK = 16, 5  # many shards of the tiny samples

@@ -10,8 +10,8 @@ from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, Tra
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from export.to_onnx import write_graph
-from toolchain.attention import attend, plain_attention
+from export.graphs.onnx_graph import write_graph
+from toolchain.models.plain_attention import attend, plain_attention
 
 MAX_ERROR = 1e-9  # of float64, whose sums run in another order
 

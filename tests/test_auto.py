@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.auto import (
+from export.pipeline.precision_verdicts import (
     MIN_PROCESSES,
     REFERENCE,
     SAFEST_FIRST,
@@ -21,10 +21,10 @@ from export.auto import (
     doubts,
     too_far,
 )
-from export.profile import bootstrap_interval
-from toolchain.paired import PairedDrop
-from toolchain.recipe import ExportSpec
-from toolchain.report import PRECISIONS
+from export.profiling.summary import bootstrap_interval
+from toolchain.recipe.export import ExportSpec
+from toolchain.report.row import PRECISIONS
+from toolchain.significance import PairedDrop
 
 MAX_DROP = 0.01
 NAN = math.nan

@@ -13,16 +13,24 @@ from conftest import REPOSITORY, Ended
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-import toolchain.stages
-from export import auto, auto_stages, deployment_stages
-from export import profile as profile_module
-from export.auto_stages import choose, without_failed
-from export.deployment_stages import export, mark_failed, quantize, stage_paths
-from export.profile import Profile
-from toolchain import training_stages
+from export.devices import describe
+from export.pipeline import choose_precision as auto_stages
+from export.pipeline import export as deployment_stages
+from export.pipeline import measure as measure_module
+from export.pipeline import precision_verdicts as auto
+from export.pipeline import quantize as rejecting_module
+from export.pipeline import report as report_module
+from export.pipeline.choose_precision import choose_precisions, without_failed
+from export.pipeline.export import export_models
+from export.pipeline.plan import mark_failed, stage_paths
+from export.pipeline.quantize import quantize_or_reject
+from export.profiling import protocol as profile_module
+from export.profiling.protocol import Profile
 from toolchain.errors import ArtifactError, ClipkdError, GateError, UsageError
-from toolchain.recipe import Recipe, checked, load_recipe
-from toolchain.stages import Stage, open_stage, run_stage
+from toolchain.pipeline import train as training_stages
+from toolchain.recipe.load import checked, load_recipe
+from toolchain.recipe.recipe import Recipe
+from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
 
 Clipkd = Callable[..., Ended]
 
@@ -66,7 +74,7 @@ def recipe_of(**changes: Any) -> Recipe:
 @pytest.fixture(autouse=True)
 def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_stages, "MIN_PROCESSES", 2)
-    monkeypatch.setattr(profile_module, "_LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr(describe, "_LOOK_AROUND_S", 0.0)
 
 
 def write_graphs(folder: Path) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def write_graphs(folder: Path) -> dict[str, Any]:
 
 
 def made(path: Path, work: Callable[[Path], dict[str, Any]], **fields: Any) -> Stage:
-    return run_stage(path, kind="test", version=1, fields=fields, fingerprints={}, inputs={}, work=work)
+    return run_stage(StageSpec(path, kind="test", version=1, fields=fields), work)
 
 
 @pytest.fixture
@@ -176,8 +184,8 @@ def test_what_cannot_be_measured_is_not_measured_for_the_report(
     def fails(*_: Any) -> dict[str, Stage]:
         raise GateError("it crashed its runtime")
 
-    monkeypatch.setattr(auto_stages, "measure", fails)
-    document = choose(recipe_of(), tmp_path, exported, scores, Silent())
+    monkeypatch.setattr(auto_stages, "measure_models", fails)
+    document = choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
     assert verdicts(document)["int8"] == "failed"
     assert set(without_failed(exported, document)) == set(exported) - {"adopted-onnxruntime-int8"}
 
@@ -187,7 +195,7 @@ def test_a_slowed_and_a_wrong_model_are_rejected_each_on_its_count(
 ) -> None:
     together = slowed(monkeypatch, fp32=SPIN_MS, fp16=10 * SPIN_MS)
     scores, screen = measured(exported, tmp_path, int8=20), Silent()
-    document = choose(recipe_of(), tmp_path, exported, scores, screen)
+    document = choose_precisions(recipe_of(), tmp_path, exported, scores, screen)
     assert verdicts(document) == {"fp32": "chosen", "fp16": "speed", "bf16": "failed", "int8": "accuracy"}
     found = document["runtimes"]["onnxruntime"]
     assert (found["precision"], found["model"]) == ("fp32", "exported/adopted-onnxruntime-fp32")
@@ -206,15 +214,15 @@ def test_a_slowed_and_a_wrong_model_are_rejected_each_on_its_count(
     assert screen.lines["auto/onnxruntime"] == "ship fp32"
     assert not list(tmp_path.glob(".auto*"))
 
-    assert choose(recipe_of(), tmp_path, exported, scores, Silent()) == document
+    assert choose_precisions(recipe_of(), tmp_path, exported, scores, Silent()) == document
     assert len(together) == 1, "what was timed is used again"
 
     tolerant = recipe_of(export={"precisions": ["fp32", "fp16", "bf16", "int8"], "auto": {"max_drop": 0.05}})
-    assert verdicts(choose(tolerant, tmp_path, exported, scores, Silent()))["int8"] == "chosen"
+    assert verdicts(choose_precisions(tolerant, tmp_path, exported, scores, Silent()))["int8"] == "chosen"
     assert together[1:] == [["fp32", "fp16", "int8"]], "and with another model beside them all are timed again"
     assert document["max_drop"] == auto.MAX_DROP
     quantized = recipe_of(quantize={"method": "ptq", "max_drop": 0.05}, data={"kind": "glyphs"})
-    assert choose(quantized, tmp_path, exported, scores, Silent())["max_drop"] == 0.05
+    assert choose_precisions(quantized, tmp_path, exported, scores, Silent())["max_drop"] == 0.05
 
 
 def test_a_model_that_cannot_be_timed_is_rejected_and_tried_again(
@@ -222,12 +230,12 @@ def test_a_model_that_cannot_be_timed_is_rejected_and_tried_again(
 ) -> None:
     times: dict[str, Any] = {"fp32": 3.0, "fp16": 2.0, "int8": ClipkdError("killed by SIGSEGV")}
     together, scores = told(monkeypatch, **times), measured(exported, tmp_path)
-    document = choose(recipe_of(), tmp_path, exported, scores, Silent())
+    document = choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
     assert verdicts(document) == {"fp32": "speed", "fp16": "chosen", "bf16": "failed", "int8": "failed"}
     assert document["runtimes"]["onnxruntime"]["candidates"][3]["reason"] == "killed by SIGSEGV"
     assert together == [["fp32", "fp16", "int8"], ["fp32", "fp16"]], "the others are timed without it"
     told(monkeypatch, **times | {"int8": 1.0})
-    assert verdicts(choose(recipe_of(), tmp_path, exported, scores, Silent()))["int8"] == "chosen"
+    assert verdicts(choose_precisions(recipe_of(), tmp_path, exported, scores, Silent()))["int8"] == "chosen"
 
 
 def test_fp32_that_cannot_be_timed_and_damaged_timings_end_the_command(
@@ -236,12 +244,12 @@ def test_fp32_that_cannot_be_timed_and_damaged_timings_end_the_command(
     scores = measured(exported, tmp_path)
     told(monkeypatch, fp32=ClipkdError("killed by SIGSEGV"), fp16=2.0, int8=1.0)
     with pytest.raises(ClipkdError, match="killed by SIGSEGV"):
-        choose(recipe_of(), tmp_path, exported, scores, Silent())
+        choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
     told(monkeypatch, fp32=3.0, fp16=2.0, int8=1.0)
-    choose(recipe_of(), tmp_path, exported, scores, Silent())
+    choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
     (tmp_path / "auto" / "onnxruntime" / "profiles.json").write_text("{}")
     with pytest.raises(ArtifactError, match="damaged since clipkd wrote it"):
-        choose(recipe_of(), tmp_path, exported, scores, Silent())
+        choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
 
 
 def test_without_fp32_nothing_is_timed_or_chosen(
@@ -250,7 +258,7 @@ def test_without_fp32_nothing_is_timed_or_chosen(
     together = told(monkeypatch)
     del exported["adopted-onnxruntime-fp32"]
     mark_failed(tmp_path / "exported" / "adopted-onnxruntime-fp32", GateError("SQNR 3 dB"))
-    document = choose(recipe_of(), tmp_path, exported, measured(exported, tmp_path), Silent())
+    document = choose_precisions(recipe_of(), tmp_path, exported, measured(exported, tmp_path), Silent())
     assert set(verdicts(document).values()) == {"failed"}
     assert document["runtimes"]["onnxruntime"]["model"] is None
     assert together == []
@@ -270,9 +278,9 @@ def test_a_model_that_fails_when_measured_is_rejected(
             raise GateError("SQNR 3 dB here")
         return {name: scores[name]}
 
-    monkeypatch.setattr(auto_stages, "measure", measure)
+    monkeypatch.setattr(auto_stages, "measure_models", measure)
     some = {"adopted-onnxruntime-int8": scores["adopted-onnxruntime-int8"]}
-    document = choose(recipe_of(), tmp_path, exported, some, Silent())
+    document = choose_precisions(recipe_of(), tmp_path, exported, some, Silent())
     assert verdicts(document) == {"fp32": "speed", "fp16": "failed", "bf16": "failed", "int8": "chosen"}
     assert asked == ["adopted-onnxruntime-fp32", "adopted-onnxruntime-fp16"], "what was measured is not measured again"
 
@@ -289,36 +297,36 @@ def test_a_model_that_fails_when_measured_is_rejected(
 def test_a_candidate_that_cannot_be_exported_is_rejected_and_what_is_no_fault_of_its_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: ClipkdError, is_tolerated: bool
 ) -> None:
-    def stage(path: Path, *, kind: str, **_: Any) -> Stage:
-        if path.name.endswith("fp16"):
+    def stage(spec: StageSpec, work: Work) -> Stage:
+        if spec.path.name.endswith("fp16"):
             raise error
-        return Stage(path, {"digest": path.name}, cached=True)
+        return Stage(spec.path, {"digest": spec.path.name}, cached=True)
 
-    monkeypatch.setattr(toolchain.stages, "run_stage", stage)
+    monkeypatch.setattr(deployment_stages, "run_stage", stage)
     checkpoints = {"adopted": Stage(tmp_path / "adopted", {"digest": "d"}, cached=True)}
     weighed = recipe_of(export={"precisions": ["fp32", "fp16", "int8"], "auto": {}})
     if is_tolerated:
-        assert list(export(weighed, tmp_path, checkpoints, Silent())) == ["adopted-onnxruntime-fp32"]
+        assert list(export_models(weighed, tmp_path, checkpoints, Silent())) == ["adopted-onnxruntime-fp32"]
         said = json.loads((tmp_path / "exported" / ".adopted-onnxruntime-fp16.partial" / "failed.json").read_text())
         assert said["reason"] == str(error)
     else:
         with pytest.raises(ArtifactError, match="the disk is full"):
-            export(weighed, tmp_path, checkpoints, Silent())
+            export_models(weighed, tmp_path, checkpoints, Silent())
     plain = recipe_of(export={"precisions": ["fp32", "fp16"]})
     with pytest.raises(type(error), match=str(error)):
-        export(plain, tmp_path, checkpoints, Silent())
+        export_models(plain, tmp_path, checkpoints, Silent())
 
 
 def test_int8_bf16_is_not_begun_where_nothing_computes_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(path: Path, *, work: Callable[[Path], dict[str, Any]], **_: Any) -> Stage:
-        if path.name.endswith("int8-bf16"):
-            work(path)  # of a checkpoint that is not there
-        return Stage(path, {"digest": path.name}, cached=True)
+    def stage(spec: StageSpec, work: Work) -> Stage:
+        if spec.path.name.endswith("int8-bf16"):
+            work(spec.path)  # of a checkpoint that is not there
+        return Stage(spec.path, {"digest": spec.path.name}, cached=True)
 
-    monkeypatch.setattr(toolchain.stages, "run_stage", stage)
+    monkeypatch.setattr(deployment_stages, "run_stage", stage)
     checkpoints = {name: Stage(tmp_path / name, {"digest": "d"}, cached=True) for name in ("adopted", "adopted-int8")}
     weighed = recipe_of(export={"precisions": ["fp32", "int8-bf16"], "auto": {}})
-    assert list(export(weighed, tmp_path, checkpoints, Silent())) == ["adopted-onnxruntime-fp32"]
+    assert list(export_models(weighed, tmp_path, checkpoints, Silent())) == ["adopted-onnxruntime-fp32"]
     failed = tmp_path / "exported" / ".adopted-onnxruntime-int8-bf16.partial" / "failed.json"
     said = "adopted-onnxruntime-int8-bf16: OpenVINO alone computes in int8-bf16; export int8 for onnxruntime"
     assert json.loads(failed.read_text()) == {"status": "failed", "exit_code": 4, "reason": said}
@@ -328,7 +336,7 @@ def test_an_int8_that_cannot_be_made_is_rejected_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = tmp_path / "exported" / ".adopted-onnxruntime-int8.partial" / "failed.json"
-    assert quantize(recipe_of(), tmp_path, {}, Silent()) == {}
+    assert quantize_or_reject(recipe_of(), tmp_path, {}, Silent()) == {}
     assert json.loads(failed.read_text())["reason"] == "the recipe has no quantize section to make it with"
     assert "adopted-int8" not in stage_paths(recipe_of())
     assert stage_paths(recipe_of())[-1] == "auto/onnxruntime"
@@ -340,14 +348,14 @@ def test_an_int8_that_cannot_be_made_is_rejected_with_the_reason(
         return quantize
 
     sections: dict[str, Any] = {"quantize": {"method": "ptq"}, "data": {"kind": "glyphs"}}
-    monkeypatch.setattr(training_stages, "quantize", fails(GateError("max_drop does not hold")))
-    assert quantize(recipe_of(**sections), tmp_path, {}, Silent()) == {}
+    monkeypatch.setattr(rejecting_module, "quantize_checkpoint", fails(GateError("max_drop does not hold")))
+    assert quantize_or_reject(recipe_of(**sections), tmp_path, {}, Silent()) == {}
     assert json.loads(failed.read_text())["reason"] == "max_drop does not hold"
     with pytest.raises(GateError, match="does not hold"):
-        quantize(recipe_of(**sections, export={"precisions": ["int8"]}), tmp_path, {}, Silent())
-    monkeypatch.setattr(training_stages, "quantize", fails(ArtifactError("the disk is full")))
+        quantize_or_reject(recipe_of(**sections, export={"precisions": ["int8"]}), tmp_path, {}, Silent())
+    monkeypatch.setattr(rejecting_module, "quantize_checkpoint", fails(ArtifactError("the disk is full")))
     with pytest.raises(ArtifactError):
-        quantize(recipe_of(**sections), tmp_path, {}, Silent())
+        quantize_or_reject(recipe_of(**sections), tmp_path, {}, Silent())
 
 
 @pytest.mark.parametrize(
@@ -370,9 +378,9 @@ def test_recipes_that_cannot_be_weighed(section: dict[str, Any], said: str) -> N
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with all of its stages but the choice left out."""
-    monkeypatch.setattr(training_stages, "train", lambda *_: {})
-    monkeypatch.setattr(training_stages, "quantize", lambda *_: {})
-    monkeypatch.setattr(deployment_stages, "export", lambda *_: {})
+    monkeypatch.setattr(training_stages, "train_checkpoints", lambda *_: {})
+    monkeypatch.setattr(rejecting_module, "quantize_or_reject", lambda *_: {})
+    monkeypatch.setattr(deployment_stages, "export_models", lambda *_: {})
     folder = tmp_path / "run"
     folder.mkdir()
     content = load_recipe(REPOSITORY / "recipes" / "glyphs.yaml").model_dump(mode="json")
@@ -393,7 +401,7 @@ def test_the_command_records_what_was_weighed_and_prints_what_to_ship(
     clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = chosen("exported/student-openvino-fp16")
-    monkeypatch.setattr(auto_stages, "choose", lambda *_: document)
+    monkeypatch.setattr(auto_stages, "choose_precisions", lambda *_: document)
     ended = clipkd("export", run, "--auto", "--openvino")
     assert ended.code == 0, ended.err
     assert ended.out.startswith(f"openvino: fp16  {run / 'exported/student-openvino-fp16'}\n")
@@ -419,7 +427,7 @@ def test_the_command_records_what_was_weighed_and_prints_what_to_ship(
 
 
 def test_nothing_to_ship_is_a_gate(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_stages, "choose", lambda *_: chosen(None))
+    monkeypatch.setattr(auto_stages, "choose_precisions", lambda *_: chosen(None))
     ended = clipkd("export", run, "--auto")
     assert ended.code == 5
     assert ended.out.startswith("openvino: nothing to ship\n")
@@ -444,7 +452,7 @@ def test_flags_that_make_no_sense(clipkd: Clipkd, run: Path, flags: list[str], s
 
 
 def test_kits_are_left_out_and_said(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_stages, "choose", lambda *_: chosen("exported/x"))
+    monkeypatch.setattr(auto_stages, "choose_precisions", lambda *_: chosen("exported/x"))
     clipkd("export", run, "--set", "export.runtimes=[onnxruntime, tensorrt]", "--set", "export.build_engines=false")
     ended = clipkd("export", run, "--auto")
     assert ended.code == 0, ended.err
@@ -460,9 +468,9 @@ def test_kits_are_left_out_and_said(clipkd: Clipkd, run: Path, monkeypatch: pyte
 
 def test_run_chooses_where_its_recipe_says_so(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(deployment_stages, "measure", lambda *_: {})
-    monkeypatch.setattr(deployment_stages, "report", lambda *_: {"rows": []})
-    monkeypatch.setattr(auto_stages, "choose", lambda *_: asked.append(1) or chosen(None))
+    monkeypatch.setattr(measure_module, "measure_models", lambda *_: {})
+    monkeypatch.setattr(report_module, "report_run", lambda *_: {"rows": []})
+    monkeypatch.setattr(auto_stages, "choose_precisions", lambda *_: asked.append(1) or chosen(None))
     assert clipkd("run", "glyphs", "--out", run, "--json").code == 0
     assert asked == []
     assert clipkd("run", "glyphs", "--out", run, "--json", "--set", "export.auto={}").code == 5
@@ -470,7 +478,7 @@ def test_run_chooses_where_its_recipe_says_so(clipkd: Clipkd, run: Path, monkeyp
 
 
 def test_a_run_that_could_export_nothing_says_so(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_stages, "choose", lambda *_: chosen(None))
+    monkeypatch.setattr(auto_stages, "choose_precisions", lambda *_: chosen(None))
     ended = clipkd("run", "glyphs", "--out", run, "--set", "export.auto={}")
     assert ended.code == 5
     assert "nothing to ship for openvino, not even fp32" in ended.err
@@ -496,20 +504,20 @@ def test_an_int8_that_is_broken_in_silence_is_rejected_for_its_accuracy(
     clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trained model; its parity holds, as an int8 graph is compared with its own frozen towers."""
-    import toolchain.quantize
+    from toolchain.quantization import freeze as freeze_module
 
     run, teacher = tmp_path / "run", REPOSITORY / "recipes" / "glyphs_teacher"
     settings = ["evaluate={headline: novel, sets: [novel]}", "quantize.method=ptq", "quantize.calibration_samples=16"]
     settings += ["profile={processes: 2, seconds: 0.2}"]
     flags = [word for setting in settings for word in ("--set", setting)]
     assert clipkd("adopt", teacher, "--like", "glyphs", *flags, "--out", run).code == 0
-    freeze, frozen = toolchain.quantize.freeze, []
+    freeze, frozen = freeze_module.freeze, []
 
     def broken(tower: nn.Module, example: Any) -> nn.Module:
         frozen.append(freeze(tower, example))
         return Rolled(frozen[-1]) if len(frozen) == 1 else frozen[-1]  # the image tower comes first
 
-    monkeypatch.setattr(toolchain.quantize, "freeze", broken)
+    monkeypatch.setattr(freeze_module, "freeze", broken)
     ended = clipkd("export", run, "--auto", "--onnx", "--precision", "fp16,bf16,int8", "--json")
     assert ended.code == 0, ended.err
     document = json.loads(ended.out)

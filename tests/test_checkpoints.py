@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from toolchain import checkpoints as module
-from toolchain.checkpoints import Checkpoints
+from toolchain.distillation import checkpoints as module
+from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.errors import ClipkdError
 
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import edit, make_run
 
-from toolchain.choose import NUMBERS, choose, conditions
 from toolchain.errors import UsageError
-from toolchain.report import Row, collect
+from toolchain.report.choose_model import NUMBERS, choose_model, conditions
+from toolchain.report.collect import collect
+from toolchain.report.row import Row
 
 Clipkd = Callable[..., Ended]
 
@@ -35,7 +36,7 @@ ROWS = [
 
 
 def test_the_best_that_meets_the_conditions_and_why_not_the_others() -> None:
-    choice = choose(ROWS, conditions("p90_ms<=5"), "top1", None)
+    choice = choose_model(ROWS, conditions("p90_ms<=5"), "top1", None)
     assert (choice.best, choice.runner_up) == (ROWS[0], ROWS[2])
     reasons = {row["name"]: said for row, said in choice.rejected}
     assert reasons == {
@@ -48,27 +49,27 @@ def test_the_best_that_meets_the_conditions_and_why_not_the_others() -> None:
 
 
 def test_by_a_cost_the_least_wins_and_words_can_be_asked_for() -> None:
-    assert choose(ROWS, conditions("precision=fp32"), "p50_ms", "cpu").best == ROWS[0]
-    assert choose(ROWS, conditions("precision!=int8, p90_ms>3"), "p50_ms", "cpu").best == ROWS[1]
-    assert choose(ROWS, conditions(""), "p90_ms", None).best == ROWS[2]
+    assert choose_model(ROWS, conditions("precision=fp32"), "p50_ms", "cpu").best == ROWS[0]
+    assert choose_model(ROWS, conditions("precision!=int8, p90_ms>3"), "p50_ms", "cpu").best == ROWS[1]
+    assert choose_model(ROWS, conditions(""), "p90_ms", None).best == ROWS[2]
 
 
 def test_nothing_fits() -> None:
-    choice = choose(ROWS, conditions("top1>=0.99"), "top1", None)
+    choice = choose_model(ROWS, conditions("top1>=0.99"), "top1", None)
     assert choice.best is choice.runner_up is None
     assert len(choice.rejected) == len(ROWS)
 
 
 def test_equals_are_parted_by_speed() -> None:
     rows = [row("slow", p50_ms=3.0, top1=0.5), row("fast", p50_ms=1.0, top1=0.5)]
-    choice = choose(rows, [], "top1", None)
+    choice = choose_model(rows, [], "top1", None)
     assert choice.best == rows[1]
     assert choice.rejected == [(rows[0], ["top1 is the same, but fast is faster"])]
 
 
 def test_what_ran_in_pytorch_is_never_chosen() -> None:
     reference = row("r", p50_ms=0.1, top1=0.99, runtime="pytorch", pytorch="eager")
-    choice = choose([*ROWS, reference], [], "top1", None)
+    choice = choose_model([*ROWS, reference], [], "top1", None)
     assert choice.best == ROWS[3]
     assert (reference, ["a reference: the checkpoint in PyTorch, which is no model that ships"]) in choice.rejected
 
@@ -78,7 +79,7 @@ def test_noise_and_overlap_are_warned_of() -> None:
         row("a", p50_ms=1.0, top1=0.60, top1_low=0.55, top1_high=0.65, grade="C", flags=["BUSY"]),
         row("b", p50_ms=1.0, top1=0.58, top1_low=0.53, top1_high=0.63),
     ]
-    noisy, overlap = choose(rows, [], "top1", None).warnings
+    noisy, overlap = choose_model(rows, [], "top1", None).warnings
     assert "grade C (BUSY)" in noisy
     assert "overlaps that of the runner-up, b" in overlap
 
@@ -108,10 +109,10 @@ def test_sizes_may_be_short() -> None:
 def test_several_devices_need_a_name() -> None:
     rows = [*ROWS, row("f", device="orin", top1=0.5, p50_ms=4.0)]
     with pytest.raises(UsageError, match="several devices: cpu, orin; name one with --device"):
-        choose(rows, [], "top1", None)
-    assert choose(rows, [], "top1", "orin").best == rows[-1]
+        choose_model(rows, [], "top1", None)
+    assert choose_model(rows, [], "top1", "orin").best == rows[-1]
     with pytest.raises(UsageError, match="--device pi: no row is of it; there are: cpu, orin"):
-        choose(rows, [], "top1", "pi")
+        choose_model(rows, [], "top1", "pi")
 
 
 @given(
@@ -121,7 +122,7 @@ def test_several_devices_need_a_name() -> None:
 )
 def test_it_is_the_best_by_definition(points: list[tuple[float, float]], bound: float, by: str) -> None:
     rows = [row(str(place), p50_ms=p50_ms, top1=top1) for place, (p50_ms, top1) in enumerate(points)]
-    choice = choose(rows, conditions(f"p50_ms<={bound!r}"), by, "cpu")
+    choice = choose_model(rows, conditions(f"p50_ms<={bound!r}"), by, "cpu")
     fit = [made for made in rows if made["p50_ms"] <= bound]
     assert (choice.best is None) == (not fit)
     if choice.best is not None:

@@ -19,11 +19,13 @@ import yaml
 from conftest import REPOSITORY, Ended
 
 import clipkd as command
-from export import deployment_stages
-from toolchain import training_stages
+from export.pipeline import export as deployment_stages
+from export.pipeline import quantize as quantize_module
+from export.pipeline import report as report_module
 from toolchain.errors import ClipkdError
-from toolchain.recipe import load_recipe, shipped_recipes
-from toolchain.stages import Stage, run_stage
+from toolchain.pipeline import train as training_stages
+from toolchain.recipe.load import load_recipe, shipped_recipes
+from toolchain.stage import Stage, StageSpec, run_stage
 
 Clipkd = Callable[..., Ended]
 
@@ -149,8 +151,8 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import clipkd
-from toolchain import training_stages
-from toolchain.stages import run_stage
+from toolchain.pipeline import train as training_stages
+from toolchain.stage import StageSpec, run_stage
 
 def work(folder):
     (folder / "checkpoint").write_text("half")
@@ -162,10 +164,10 @@ def work(folder):
 def train(recipe, out, asked, how):
     global screen
     screen = asked
-    stage = run_stage(out / "student", kind="x", version=1, fields={}, fingerprints={}, inputs={}, work=work)
+    stage = run_stage(StageSpec(out / "student", kind="x", version=1), work)
     return {"student": stage}
 
-training_stages.train = train
+training_stages.train_checkpoints = train
 clipkd.main()
 """
 
@@ -315,7 +317,7 @@ def test_a_missing_package_names_its_extra(clipkd: Clipkd, run: Path, monkeypatc
     def train(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'open_clip.model'", name="open_clip.model")
 
-    monkeypatch.setattr(training_stages, "train", train)
+    monkeypatch.setattr(training_stages, "train_checkpoints", train)
     ended = clipkd("export", run)
     assert ended.code == 3
     assert ended.err == "error: this command needs open_clip.model: pip install 'clipkd[train]'\n"
@@ -325,7 +327,7 @@ def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -
     def train(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'toolchain.nothing'", name="toolchain.nothing")
 
-    monkeypatch.setattr(training_stages, "train", train)
+    monkeypatch.setattr(training_stages, "train_checkpoints", train)
     monkeypatch.setattr(sys, "argv", ["clipkd", "export", str(run)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(ModuleNotFoundError):
@@ -338,7 +340,7 @@ def test_a_full_disk_outside_of_stages(clipkd: Clipkd, run: Path, monkeypatch: p
     def train(*_: object) -> None:
         raise OSError(28, "No space left on device", "report.json")
 
-    monkeypatch.setattr(training_stages, "train", train)
+    monkeypatch.setattr(training_stages, "train_checkpoints", train)
     ended = clipkd("export", run)
     assert ended.code == 1
     assert ended.err == (
@@ -419,7 +421,7 @@ def test_a_missing_compiler_is_found_before_anything_is_trained(
 def test_show_says_what_a_run_has(clipkd: Clipkd, tmp_path: Path) -> None:
     run = tmp_path / "run"
     depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
-    run_stage(run / "teacher", work=lambda folder: {}, **depends)
+    run_stage(StageSpec(run / "teacher", **depends), lambda folder: {})
     (run / ".baseline.partial").mkdir()
     shown = json.loads(clipkd("show", "glyphs", "--out", run, "--json").out)
     states = {stage["stage"]: stage["state"] for stage in shown["stages"]}
@@ -431,7 +433,7 @@ def test_show_says_what_a_run_has(clipkd: Clipkd, tmp_path: Path) -> None:
 
 def test_verify_checks_every_stage_of_a_run(clipkd: Clipkd, tmp_path: Path) -> None:
     depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
-    made = [run_stage(tmp_path / name, work=lambda folder: {}, **depends) for name in ("a", "b/c")]
+    made = [run_stage(StageSpec(tmp_path / name, **depends), lambda folder: {}) for name in ("a", "b/c")]
     ended = clipkd("verify", tmp_path)
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == "".join(f"ok {stage.path}\n" for stage in made)
@@ -449,14 +451,14 @@ def test_verify_checks_every_stage_of_a_run(clipkd: Clipkd, tmp_path: Path) -> N
 def test_a_run_keeps_its_resolved_recipe_and_its_command(
     clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_stages, "train", lambda *_: {})
+    monkeypatch.setattr(training_stages, "train_checkpoints", lambda *_: {})
     run = tmp_path / "run"
     assert clipkd("distill", "glyphs", "--out", run, "--set", 'name="two\nseed: 99"').code == 0
     first = (run / "recipe.yaml").read_text()
     assert first.startswith("# clipkd distill glyphs --out ")
     assert load_recipe(run / "recipe.yaml").seed == 0, "a line break in an argument must not leave the comment"
-    monkeypatch.setattr(training_stages, "quantize", lambda *_: {})
-    monkeypatch.setattr(deployment_stages, "export", lambda *_: {})
+    monkeypatch.setattr(quantize_module, "quantize_or_reject", lambda *_: {})
+    monkeypatch.setattr(deployment_stages, "export_models", lambda *_: {})
     assert clipkd("export", run, "--set", "seed=5", "--set", "export.opset=18").code == 0
     again = load_recipe(run / "recipe.yaml")
     assert (again.seed, again.export.opset) == (5, 18), "a later verb records its flags"
@@ -465,7 +467,7 @@ def test_a_run_keeps_its_resolved_recipe_and_its_command(
 
 def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path / "student", {"summary": {"role": "student", "train_s": 1.5}}, cached=True)
-    monkeypatch.setattr(training_stages, "train", lambda *_: {"student": stage})
+    monkeypatch.setattr(training_stages, "train_checkpoints", lambda *_: {"student": stage})
     assert json.loads(clipkd("distill", "glyphs", "--out", tmp_path / "run", "--json").out) == {
         "student": {"path": str(tmp_path / "student"), "role": "student", "train_s": 1.5}
     }
@@ -475,8 +477,8 @@ def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a kill between measuring and reporting: every stage is cached, but the report is of older ones."""
     depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
-    run_stage(tmp_path / "measured", work=lambda folder: {}, **depends)
-    measured = {"student": run_stage(tmp_path / "measured", work=lambda folder: {}, **depends)}
+    run_stage(StageSpec(tmp_path / "measured", **depends), lambda folder: {})
+    measured = {"student": run_stage(StageSpec(tmp_path / "measured", **depends), lambda folder: {})}
     assert measured["student"].cached
     written: list[Path] = []
 
@@ -486,15 +488,15 @@ def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monk
             (run / f"report.{suffix}").write_text('{"rows": []}')
         return {"rows": []}
 
-    monkeypatch.setattr("toolchain.report.write_report", write_report)
+    monkeypatch.setattr("toolchain.report.write.write_report", write_report)
     screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
     for _ in range(2):
-        assert deployment_stages.report(tmp_path, measured, screen) == {"rows": []}  # type: ignore[arg-type]
+        assert report_module.report_run(tmp_path, measured, screen) == {"rows": []}  # type: ignore[arg-type]
     assert written == [tmp_path], "written once, then reused"
     manifest = measured["student"].path / "manifest.json"
     newer = (tmp_path / "report.json").stat().st_mtime + 1
     os.utime(manifest, (newer, newer))
-    deployment_stages.report(tmp_path, measured, screen)  # type: ignore[arg-type]
+    report_module.report_run(tmp_path, measured, screen)  # type: ignore[arg-type]
     assert written == [tmp_path, tmp_path]
 
 
@@ -503,10 +505,10 @@ def test_a_run_of_kits_alone_is_reported(tmp_path: Path, monkeypatch: pytest.Mon
     written = []
     for suffix in ("json", "csv", "md", "png", "svg", "html"):
         (tmp_path / f"report.{suffix}").write_text('{"rows": [1]}')
-    monkeypatch.setattr("toolchain.report.write_report", lambda runs, run: written.append(run) or {"rows": []})
+    monkeypatch.setattr("toolchain.report.write.write_report", lambda runs, run: written.append(run) or {"rows": []})
     screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
     for _ in range(2):
-        assert deployment_stages.report(tmp_path, {}, screen) == {"rows": []}  # type: ignore[arg-type]
+        assert report_module.report_run(tmp_path, {}, screen) == {"rows": []}  # type: ignore[arg-type]
     assert written == [tmp_path, tmp_path]
 
 

@@ -24,21 +24,21 @@ from torch.utils.data import DataLoader, Dataset
 from training import configured, rows, silent, spec
 from two_processes import spawn
 
-from toolchain import caching
-from toolchain.caching import make_cache
-from toolchain.damage import REASONS, Ledger, LeftOut
-from toolchain.data import Batch, Geometry, TrainingData
-from toolchain.distil import Engine, distil
+from toolchain.data.bad_samples import REASONS, Ledger, LeftOut
+from toolchain.data.batch import Batch, Geometry, TrainingData
+from toolchain.data.csv_listing import csv_rows, fields_of
+from toolchain.data.inspection import inspect
+from toolchain.data.open import fingerprint, training_data
+from toolchain.data.packing import pack
+from toolchain.distillation import make_teacher_cache as caching
+from toolchain.distillation.distill import Engine, distil
+from toolchain.distillation.make_teacher_cache import make_cache
+from toolchain.distillation.teacher import live_teacher
+from toolchain.distillation.teacher_cache import ABOUT, TeacherCache
+from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, UsageError
-from toolchain.feed import training_data
-from toolchain.inspection import inspect
-from toolchain.listings import csv_rows, fields_of, fingerprint
-from toolchain.models import load_model
-from toolchain.packing import pack
-from toolchain.processes import ALONE, Processes
-from toolchain.recipe import DataSpec
-from toolchain.teacher import live_teacher
-from toolchain.teacher_cache import ABOUT, TeacherCache
+from toolchain.models.build import load_model
+from toolchain.recipe.data import DataSpec
 
 SMALL = Geometry(16, "bicubic")
 EVERYTHING = slice(None)
@@ -347,7 +347,7 @@ def test_stored_views_repeat(kind: str, kinds: dict[str, dict[str, Any]]) -> Non
 
 def test_a_large_jpeg_of_many_scans_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those libjpeg keeps every coefficient, whatever the scale."""
-    monkeypatch.setattr("toolchain.pictures.MAX_PIXELS", 100 * 100)
+    monkeypatch.setattr("toolchain.data.images.MAX_PIXELS", 100 * 100)
     (tmp_path / "root" / "a").mkdir(parents=True)
     picture = make_picture(300, 200, seed=0)
     for number in range(2):
@@ -365,7 +365,7 @@ def test_a_large_jpeg_of_many_scans_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_few_samples_stop_no_run_and_many_do() -> None:
-    from toolchain.damage import Damage
+    from toolchain.data.bad_samples import Damage
 
     ledger = Ledger([], 1_000_000, 0.01)
     ledger.add([Damage(3, "not an image", "here")])

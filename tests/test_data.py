@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import NUM_CHARACTERS
 
-from toolchain.data import Batch, Geometry, GlyphBatches
-from toolchain.glyphs import TEMPLATES, TrainingSet
+from toolchain.data.batch import Batch, Geometry
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TEMPLATES, TrainingSet
 
 # Lopsided samples have several faces of half the characters only, and no more of those fit into one batch.
 KINDS_AND_SIZES = [("even", 2), ("even", 5), ("even", 8), ("even", 11), ("lopsided", 2), ("lopsided", 5)]

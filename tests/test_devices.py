@@ -10,11 +10,12 @@ from conftest import Ended
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.devices import PRESETS, Device, add_device, checked, config_file, find_device, read_devices, remove_device
-from export.doctor import needs
-from export.remote import SSH_CONFIG, by_hand, carry, ssh_command
+from export.devices.doctor import needs
+from export.devices.presets import PRESETS
+from export.devices.registry import Device, add_device, checked, config_file, find_device, read_devices, remove_device
+from export.devices.ssh import SSH_CONFIG, by_hand, carry, ssh_command
 from toolchain.errors import UsageError
-from toolchain.recipe import load_recipe, recipe_path
+from toolchain.recipe.load import load_recipe, recipe_path
 
 ORIN = Device("orin", "me@orin.local", 2222, "venv/bin/python", "jetson-orin-nano", "/data/clipkd")
 

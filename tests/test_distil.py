@@ -32,33 +32,26 @@ from training import (
     train,
 )
 
-from toolchain import distil as distil_module
-from toolchain import objectives
-from toolchain.checkpoints import Checkpoints
-from toolchain.data import GlyphBatches
-from toolchain.distil import (
-    CHECKPOINTS,
-    HEADS,
-    Engine,
-    _clip,
-    _forward,
-    _optimizer,
-    _similarity,
-    _Trained,
-    distil,
-    learning_rate,
-)
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TEMPLATES, TrainingSet, eval_set
+from toolchain.distillation import distill as distil_module
+from toolchain.distillation import objectives, training_log
+from toolchain.distillation.checkpoints import Checkpoints
+from toolchain.distillation.distill import CHECKPOINTS, HEADS, Engine, _forward, distil, learning_rate
+from toolchain.distillation.loader import feed
+from toolchain.distillation.losses import MAX_LOGIT_SCALE
+from toolchain.distillation.objectives import OBJECTIVES, DistillationHeads, StudentFeatures, TeacherBatch, loss_terms
+from toolchain.distillation.teacher import CachedTeacher, live_teacher
+from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
+from toolchain.distillation.training_log import _similarity
+from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
-from toolchain.eval_sets import classes_set
-from toolchain.feed import feed
-from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
-from toolchain.losses import MAX_LOGIT_SCALE
-from toolchain.models import CONFIG, load_model, save_model, unit_image_features, unit_text_features
-from toolchain.objectives import OBJECTIVES, DistillationHeads, StudentFeatures, TeacherBatch, loss_terms
-from toolchain.processes import ALONE, Processes
-from toolchain.recipe import LossWeights
-from toolchain.teacher import CachedTeacher, live_teacher
-from toolchain.validate import headline_accuracy
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.evaluation.torch_encoders import headline_accuracy
+from toolchain.models.build import load_model, save_model
+from toolchain.models.towers import unit_image_features, unit_text_features
+from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.model_names import CONFIG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -597,7 +590,7 @@ def test_the_time_of_interrupted_attempts_counts(
         return progress
 
     student, data = load_model(STUDENT, random_seed=0), GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
-    monkeypatch.setattr(distil_module._Clock, "shares", lambda *_: {"images_per_s": 1.0})  # its steps take no time
+    monkeypatch.setattr(training_log.StepClock, "shares", lambda *_: {"images_per_s": 1.0})  # its steps take no time
     with pytest.raises(Stop):
         distil(spec(), student, None, data, tmp_path, ticking(6), engine=EVERY_STEP)
     student = load_model(STUDENT, random_seed=0)
@@ -789,7 +782,7 @@ def test_towers_run_in_16_bits_and_losses_in_32(
     (batch,) = feed(data, range(1), slice(None), student, teacher, 0)
     taught = live_teacher(teacher, "fp32", torch.device("cpu")).of(batch)
     asked = spec(precision=precision)
-    trained = _Trained(student, teacher, asked, ALONE)
+    trained = Trainee(student, teacher, asked, ALONE)
     seen: list[tuple[Tensor, Tensor]] = []
     with watched(student.net.visual, seen):  # type: ignore[arg-type]
         done = _forward(trained, trained, student, batch, taught, asked, ALONE, 0, 0)
@@ -889,7 +882,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
     assert learning_rate(spec(warmup=0, lr=0.5), STEPS, 0) == 0.5
 
 
-def groups(trained: _Trained, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def groups(trained: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The weight decay of every parameter by name; every trained one is in one group."""
     decay = [(id(p), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in trained.named_parameters() if p.requires_grad}
@@ -900,8 +893,8 @@ def groups(trained: _Trained, optimizer: torch.optim.Optimizer) -> dict[str, flo
 @pytest.mark.parametrize("reference_compat", [False, True])
 def test_matrices_decay_and_vectors_do_not(wide_teacher_folder: Path, reference_compat: bool) -> None:
     asked = spec(weight_decay=0.3, reference_compat=reference_compat)
-    trained = _Trained(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), asked, ALONE)
-    decay = groups(trained, _optimizer(trained, asked))
+    trained = Trainee(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), asked, ALONE)
+    decay = groups(trained, make_optimizer(trained, asked))
     for name, parameter in trained.named_parameters():
         if name.startswith("heads."):
             expected = 0.01 if parameter.ndim >= 2 or reference_compat else 0.0
@@ -929,8 +922,8 @@ STUDENTS = {
 def test_groups_and_moments_are_the_papers(name: str) -> None:
     """Its rule is by name too; the counts of ViT-T/16 were taken from its own optimizer."""
     asked = spec(weight_decay=0.1)
-    trained = _Trained(load_model(REPOSITORY / "recipes" / name, random_seed=0), None, asked, ALONE)
-    optimizer = _optimizer(trained, asked)
+    trained = Trainee(load_model(REPOSITORY / "recipes" / name, random_seed=0), None, asked, ALONE)
+    optimizer = make_optimizer(trained, asked)
     decay = groups(trained, optimizer)
     for parameter_name, parameter in trained.net.named_parameters():
         spared = parameter.ndim < 2 or any(part in parameter_name for part in ("bn", "ln", "bias", "logit_scale"))
@@ -955,7 +948,7 @@ def test_one_step_is_adamws(tmp_path: Path, tiny_samples: TrainingSet, wide_teac
     asked = spec(warmup=0, lr=1e-2, weight_decay=0.3, steps=1)
     student, teacher = load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder)
     torch.manual_seed(0)  # of the heads, as distil does
-    before = _Trained(student, teacher, asked, ALONE).train()
+    before = Trainee(student, teacher, asked, ALONE).train()
     start = {name: value.clone() for name, value in before.named_parameters()}
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
     (batch,) = feed(data, range(1), slice(None), student, teacher, 0)
@@ -975,7 +968,7 @@ def test_one_step_is_adamws(tmp_path: Path, tiny_samples: TrainingSet, wide_teac
 
 
 def test_clipping_bounds_the_norm_of_everything(wide_teacher_folder: Path) -> None:
-    trained = _Trained(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), spec(), ALONE)
+    trained = Trainee(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), spec(), ALONE)
     random = torch.Generator().manual_seed(0)
     for parameter in trained.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=random)
@@ -985,14 +978,14 @@ def test_clipping_bounds_the_norm_of_everything(wide_teacher_folder: Path) -> No
     head.grad *= 100  # which alone would exceed the bound
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     square = sum(float((gradient.double() ** 2).sum()) for gradient in before.values())
-    assert _clip(trained, None).item() == pytest.approx(math.sqrt(square), rel=NORM_RELATIVE_ERROR)
+    assert clip_gradients(trained, None).item() == pytest.approx(math.sqrt(square), rel=NORM_RELATIVE_ERROR)
     assert all(torch.equal(parameters[name].grad, gradient) for name, gradient in before.items())  # type: ignore[arg-type]
-    assert _clip(trained, 2.0).item() == pytest.approx(math.sqrt(square), rel=NORM_RELATIVE_ERROR), "as it was"
+    assert clip_gradients(trained, 2.0).item() == pytest.approx(math.sqrt(square), rel=NORM_RELATIVE_ERROR), "as it was"
     for name, gradient in before.items():
         expected = gradient * (2.0 / math.sqrt(square))
         torch.testing.assert_close(parameters[name].grad, expected, rtol=NORM_RELATIVE_ERROR, atol=0)
     clipped = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    _clip(trained, 3.0)
+    clip_gradients(trained, 3.0)
     assert all(torch.equal(parameters[name].grad, gradient) for name, gradient in clipped.items())  # type: ignore[arg-type]
 
 

@@ -16,13 +16,14 @@ import ssh_server
 from conftest import REPOSITORY, Ended
 from test_architecture import FORBIDDEN
 
-from export import doctor, probes
-from export.devices import Device, add_device
-from export.doctor import CAPABILITIES, diagnose, needs, problem
-from export.probes import one_node_graph
-from export.remote import SSH_CONFIG
+from export.device_programs import probes
+from export.device_programs.probes import one_node_graph
+from export.devices import doctor
+from export.devices.doctor import CAPABILITIES, diagnose, needs, problem
+from export.devices.registry import Device, add_device
+from export.devices.ssh import SSH_CONFIG
 from toolchain.errors import MissingDependency, UnavailableBackend
-from toolchain.recipe import load_recipe, recipe_path
+from toolchain.recipe.load import load_recipe, recipe_path
 
 SEGFAULT = "import ctypes\nctypes.string_at(0)\n"
 ABSENT = """

@@ -16,23 +16,17 @@ from conftest import REPOSITORY, Ended, jpeg, make_picture, write_tar
 from numpy.typing import NDArray
 from PIL import Image
 
-from toolchain import eval_sets
-from toolchain import evaluate as module
+from toolchain.distributed import ALONE
 from toolchain.errors import ClipkdError, UsageError
-from toolchain.eval_sets import EvalSet, Picture, captions_set, classes_set, fingerprint, open_set
-from toolchain.evaluate import TIE, UNRANKED, evaluate, mean_per_class_recall, ranks
-from toolchain.models import load_model
-from toolchain.processes import ALONE
-from toolchain.recipe import (
-    ClipBenchmarkSet,
-    EvaluateSpec,
-    FolderSet,
-    ImagenetSet,
-    KarpathySet,
-    PairsSet,
-    load_recipe,
-)
-from toolchain.validate import TorchEncoders, headline_accuracy
+from toolchain.evaluation import open_sets as eval_sets
+from toolchain.evaluation import zero_shot as module
+from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
+from toolchain.evaluation.open_sets import fingerprint, open_set
+from toolchain.evaluation.torch_encoders import TorchEncoders, headline_accuracy
+from toolchain.evaluation.zero_shot import TIE, UNRANKED, evaluate, mean_per_class_recall, ranks
+from toolchain.models.build import load_model
+from toolchain.recipe.evaluate import ClipBenchmarkSet, EvaluateSpec, FolderSet, ImagenetSet, KarpathySet, PairsSet
+from toolchain.recipe.load import load_recipe
 
 Clipkd = Callable[..., Ended]
 
@@ -675,7 +669,7 @@ def test_glyph_sets_are_as_they_were() -> None:
 
 def own_glyphs(root: Path, count: int, per_class: int) -> FolderSet:
     """Glyphs as a user's own folder: some classes, several pictures of each."""
-    from toolchain import glyphs
+    from toolchain.data import glyphs
 
     stix = glyphs.eval_set("stix")
     for index in range(count):
@@ -773,10 +767,10 @@ def test_a_run_on_sets_of_ones_own(own_run: Path, own: FolderSet, clipkd: Clipkd
 @pytest.mark.usefixtures("one_thread")
 def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> None:
     """Pictures of any size, one of them broken, and no classes: parity holds, and the file scores as PyTorch does."""
-    from export.measure import evaluate_models
-    from export.parity import check_parity
-    from export.to_onnx import export_onnx
-    from toolchain.models import save_model
+    from export.graphs.export_onnx import export_onnx
+    from export.pipeline.measure_model import evaluate_models
+    from export.proof.parity import check_parity
+    from toolchain.models.build import save_model
 
     rows = ["title\tfilepath"]
     for index in range(101):

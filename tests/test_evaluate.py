@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from toolchain.errors import UsageError
-from toolchain.eval_sets import classes_set
-from toolchain.evaluate import TIE, UNRANKED, class_embeddings, evaluate, nearest, ranks, wilson
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.evaluation.zero_shot import TIE, UNRANKED, class_embeddings, evaluate, nearest, ranks
+from toolchain.significance import wilson
 
 TEMPLATES = ("{}", "the character {}", "a drawing of {}")
 NUM_CLASSES = 300  # more than one chunk of 256, and not a multiple of it
@@ -240,7 +241,7 @@ def test_progress_reaches_the_total_and_batches_stay_small(encoders):
         encoders,
         [made_set("a"), made_set("b", 40)],
         headline="b",
-        on_progress=lambda done, total: calls.append((done, total)),
+        progress=lambda what, done, total: calls.append((done, total)),
     )
     assert calls[-1] == ((NUM_CLASSES + 40) * 4, (NUM_CLASSES + 40) * 4)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolchain.eval_sets import Picture, captions_set, classes_set
-from toolchain.examples import thumbnail, write_examples
+from toolchain.evaluation.eval_set import Picture, captions_set, classes_set
+from toolchain.evaluation.examples import thumbnail, write_examples
 
 NAMES = [f"name {k}" for k in range(100)]
 PIXELS_NHWC = np.tile(np.random.default_rng(0).integers(0, 256, (100, 4, 1, 3), np.uint8), (1, 8, 32, 1))  # stripes

@@ -16,13 +16,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from export.classes import bake, read_lines, read_templates
-from export.model_card import CARD, SNIPPET, uint8_snippet, write_card
-from export.predict import predict
-from export.runner import onnxruntime_options
-from export.runtime import open_exported
+from export.device_programs.runner import onnxruntime_options
+from export.graphs.model_card import CARD, SNIPPET, uint8_snippet, write_card
+from export.runtime.bake_classes import bake, read_lines, read_templates
+from export.runtime.exported_model import open_exported
+from export.runtime.predict import predict
 from toolchain.errors import ArtifactError, UsageError
-from toolchain.stages import open_stage
+from toolchain.stage import open_stage
 
 REPOSITORY = Path(__file__).parents[1]
 TEACHER = str(REPOSITORY / "recipes" / "glyphs_teacher")

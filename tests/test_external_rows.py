@@ -12,10 +12,10 @@ from conftest import Ended
 from test_report import edit, make_run
 
 from toolchain.errors import UsageError
-from toolchain.external_rows import external_rows
-from toolchain.regression import compare
-from toolchain.report import collect
-from toolchain.stages import RESOLVED
+from toolchain.report.collect import collect
+from toolchain.report.compare import compare
+from toolchain.report.external_rows import external_rows
+from toolchain.stage import RESOLVED
 
 Clipkd = Callable[..., Ended]
 

@@ -18,16 +18,19 @@ from PIL import Image
 from torch import Tensor
 from training import BATCH_SIZE, configured
 
-from toolchain import models as models_module
-from toolchain import training_stages
-from toolchain.data import Batch, Geometry, GlyphBatches, TrainingData
+from toolchain.data.batch import Batch, Geometry, TrainingData
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TrainingSet
+from toolchain.data.open import training_data
+from toolchain.data.webdataset_shards import ShardBatches
+from toolchain.distillation.loader import Fed, feed
+from toolchain.distillation.teacher import live_teacher
 from toolchain.errors import ClipkdError
-from toolchain.feed import Fed, feed, training_data
-from toolchain.glyphs import TrainingSet
-from toolchain.models import TOKENIZER_FILES, ClipModel, load_model
-from toolchain.recipe import GlyphsSpec, WebdatasetSpec
-from toolchain.shards import ShardBatches
-from toolchain.teacher import live_teacher
+from toolchain.models import clip_model as models_module
+from toolchain.models.build import TOKENIZER_FILES, load_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.pipeline import stage_inputs
+from toolchain.recipe.data import GlyphsSpec, WebdatasetSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,7 +206,7 @@ def test_shards_are_fed_alike(
 
 
 def test_glyphs_are_glyphs(tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("toolchain.glyphs.training_set", lambda: tiny_samples)
+    monkeypatch.setattr("toolchain.data.glyphs.training_set", lambda: tiny_samples)
     data = training_data(GlyphsSpec(kind="glyphs", views=5), seed=3, batch_size=4)
     assert data == GlyphBatches(tiny_samples, 3, 4, 5)
 
@@ -296,7 +299,7 @@ def test_loaders_leave_the_cores_to_training(
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setenv("WORLD_SIZE", str(size))
     specs = {"glyphs": GlyphsSpec(kind="glyphs"), "webdataset": WebdatasetSpec(kind="webdataset", shards=("a.tar",))}
-    assert training_stages._num_workers(specs[kind], training_stages.How(told), device) == expected
+    assert stage_inputs.num_workers(specs[kind], stage_inputs.How(told), device) == expected
 
 
 def ended(processes: list[Any]) -> bool:

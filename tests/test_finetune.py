@@ -7,16 +7,20 @@ import pytest
 import torch
 from conftest import STUDENT
 
-from toolchain import finetune
-from toolchain.caching import SHARD_SAMPLES, make_cache
-from toolchain.data import GlyphBatches
-from toolchain.finetune import quantize_student
-from toolchain.glyphs import TrainingSet
-from toolchain.models import ClipModel, load_model, unit_image_features
-from toolchain.quantize import load_quantized, quantizers_of
-from toolchain.recipe import LossWeights, QuantizeSpec
-from toolchain.teacher import live_teacher
-from toolchain.teacher_cache import TeacherCache, open_cache
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TrainingSet
+from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, make_cache
+from toolchain.distillation.teacher import live_teacher
+from toolchain.distillation.teacher_cache import TeacherCache, open_cache
+from toolchain.models.build import load_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import unit_image_features
+from toolchain.quantization import quantize_student as finetune
+from toolchain.quantization.checkpoint import load_quantized
+from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.quantize_student import quantize_student
+from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.quantize import QuantizeSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

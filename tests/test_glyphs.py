@@ -9,7 +9,7 @@ import pytest
 from matplotlib import ft2font
 from PIL import ImageFont
 
-from toolchain import glyphs
+from toolchain.data import glyphs
 
 FACES = tuple(dict.fromkeys((*glyphs.TRAIN_FACES, *glyphs.EVAL_FACES.values())))
 EACH_FACE = pytest.mark.parametrize("face", FACES)

@@ -14,11 +14,11 @@ from hostile import hostile
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
-from toolchain import caption_lengths, inspection
+from toolchain.data import caption_lengths, inspection
+from toolchain.data.inspection import inspect
+from toolchain.data.open import source_spec
 from toolchain.errors import UsageError
-from toolchain.inspection import inspect
-from toolchain.recipe import GlyphsSpec, WebdatasetSpec
-from toolchain.samples import source_spec
+from toolchain.recipe.data import GlyphsSpec, WebdatasetSpec
 
 CAPTIONS = [
     "a photo of a cat",
@@ -148,7 +148,7 @@ def test_the_sheet_shows_the_pictures_in_order(tmp_path: Path) -> None:
 def test_glyphs_are_inspected_as_evaluation_shows_them(
     tmp_path: Path, tiny_samples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolchain.glyphs.training_set", lambda: tiny_samples)
+    monkeypatch.setattr("toolchain.data.glyphs.training_set", lambda: tiny_samples)
     found = inspect(GlyphsSpec(kind="glyphs"), sheet=tmp_path / "sheet.png")
     assert found["good"] == found["samples"] > 0
     assert found["formats"] == {"PNG": found["samples"]}

@@ -7,7 +7,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import nn
 
-from toolchain.last_block import block_at, encode_class_token, reads_class_token
+from toolchain.models.last_block import block_at, encode_class_token, reads_class_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

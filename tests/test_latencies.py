@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.latencies import MAX_P, MIN_TURNS, rank_sum, signed_rank, told_apart
+from toolchain.significance import MAX_P, MIN_TURNS, rank_sum, signed_rank, told_apart
 
 
 def by_every_order(first: list[float], second: list[float]) -> float:

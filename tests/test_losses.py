@@ -10,7 +10,7 @@ from golden import ATOL, CASES, INTENDED_SCALE, RAW_SCALE, RTOL, Golden
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolchain.losses import (
+from toolchain.distillation.losses import (
     MAX_LOGIT_SCALE,
     _scaled_gradients,
     afd_loss,

@@ -12,15 +12,15 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from toolchain.data.random_numbers import uniforms
 from toolchain.errors import UsageError
-from toolchain.masking import (
+from toolchain.models.patch_masking import (
     check_can_mask,
     kept_patches,
     masked_image_features,
     num_patches,
     patches_of_least_noise,
 )
-from toolchain.views import uniforms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,21 +13,26 @@ import torch
 from conftest import REPOSITORY, STUDENT, Ended
 from PIL import Image
 
-from export import proof
-from export.deployment_stages import exports, references
-from export.measure import measure_reference
-from export.profile import exported_of, profile
-from export.proof import reference_encoders
-from export.runner import fixed_batch
-from export.runtime import open_exported
-from export.to_onnx import export_onnx
-from toolchain.choose import choose
+from export.device_programs.runner import fixed_batch
+from export.devices import describe
+from export.graphs.export_onnx import export_onnx
+from export.model_folder import exported_of
+from export.pipeline.measure_model import measure_reference
+from export.pipeline.plan import exports, references
+from export.profiling.protocol import profile
+from export.proof import prove as proof
+from export.runtime.exported_model import open_exported
+from export.runtime.remote_model import reference_encoders
 from toolchain.errors import GateError, MissingDependency, UsageError
-from toolchain.eval_sets import open_set
-from toolchain.models import load_model, save_model
-from toolchain.recipe import EvaluateSpec, FolderSet, ProfileSpec, Recipe, load_recipe, recipe_path
-from toolchain.report import collect
-from toolchain.stages import run_stage
+from toolchain.evaluation.open_sets import open_set
+from toolchain.models.build import load_model, save_model
+from toolchain.recipe.evaluate import EvaluateSpec, FolderSet
+from toolchain.recipe.export import ProfileSpec
+from toolchain.recipe.load import load_recipe, recipe_path
+from toolchain.recipe.recipe import Recipe
+from toolchain.report.choose_model import choose_model
+from toolchain.report.collect import collect
+from toolchain.stage import StageSpec, run_stage
 
 SAME_FEATURE = 1e-5  # of a unit vector: ONNX Runtime against PyTorch in float32
 BRIEF = ProfileSpec(processes=1, seconds=0.05)
@@ -58,8 +63,8 @@ def run(spec: EvaluateSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def export(folder: Path) -> dict[str, Any]:
         return export_onnx(model, folder, role="student", precision="fp32", headline=open_set(spec.headline_set))
 
-    run_stage(run / "student", kind="train", work=train, **about)
-    run_stage(run / "exported" / "student-onnxruntime-fp32", kind="export", work=export, **about)
+    run_stage(StageSpec(run / "student", kind="train", **about), train)
+    run_stage(StageSpec(run / "exported" / "student-onnxruntime-fp32", kind="export", **about), export)
     return run
 
 
@@ -67,13 +72,8 @@ def run(spec: EvaluateSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reference_is_measured_as_an_export_is_and_ships_as_nothing(run: Path, spec: EvaluateSpec) -> None:
     checkpoint, exported = run / "student", run / "exported" / "student-onnxruntime-fp32"
     stage = run_stage(
-        run / "measured" / "student-pytorch-eager" / "cpu",
-        kind="reference",
-        version=1,
-        fields={},
-        fingerprints={},
-        inputs={},
-        work=lambda folder: measure_reference(
+        StageSpec(run / "measured" / "student-pytorch-eager" / "cpu", kind="reference", version=1),
+        lambda folder: measure_reference(
             checkpoint, exported, folder, spec, BRIEF, "eager", lambda what, done, total: None
         ),
     )
@@ -95,7 +95,7 @@ def test_a_reference_is_measured_as_an_export_is_and_ships_as_nothing(run: Path,
     assert row["top1"] is not None
     assert not row["pareto"]
     assert unmeasured["pytorch"] is None
-    choice = choose([row, unmeasured], [], "top1", "cpu")
+    choice = choose_model([row, unmeasured], [], "top1", "cpu")
     assert choice.best is None
     assert choice.rejected[0][1] == ["a reference: the checkpoint in PyTorch, which is no model that ships"]
 
@@ -166,7 +166,7 @@ def test_compiled_computes_and_is_timed(run: Path) -> None:
 def test_the_command_times_a_checkpoint(
     run: Path, clipkd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from export import profile as profile_module
+    from export.profiling import protocol as profile_module
 
     commands = []
 
@@ -174,7 +174,7 @@ def test_the_command_times_a_checkpoint(
         commands.append(arguments)
         raise UsageError("that is enough")
 
-    monkeypatch.setattr(profile_module, "_LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr(describe, "_LOOK_AROUND_S", 0.0)
     monkeypatch.setattr(profile_module, "runner_here", stopped)
     clipkd("profile", run / "student")
     (words,) = commands

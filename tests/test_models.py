@@ -21,23 +21,21 @@ from open_clip.model import CLIP
 from PIL import Image
 from torch import nn
 
-from toolchain import weights
+from toolchain.distillation.compatibility import check_pair
 from toolchain.errors import ArtifactError, UsageError
-from toolchain.models import (
-    CONFIG,
-    ClipModel,
-    build_model,
-    check_pair,
+from toolchain.models import weights
+from toolchain.models.build import build_model, load_model, save_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import (
     is_convolutional,
     is_vision_transformer,
-    load_model,
     num_parameters,
-    save_model,
     unit_image_features,
     unit_text_features,
 )
-from toolchain.recipe import LossWeights, ModelSpec, TeacherSpec
-from toolchain.sources import SHIPPED, WEIGHTS
+from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model_names import CONFIG, SHIPPED, WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -326,8 +324,8 @@ def test_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 OFFLINE = """
 import json, sys
 from toolchain.errors import ClipkdError
-from toolchain.models import build_model
-from toolchain.recipe import ModelSpec, TeacherSpec
+from toolchain.models.build import build_model
+from toolchain.recipe.model import ModelSpec, TeacherSpec
 
 for spec in (
     TeacherSpec(model="ViT-B-16", pretrained="laion400m_e32"),

@@ -11,9 +11,9 @@ from conftest import REPOSITORY
 from golden import ATOL, CASES, RAW_SCALE, RTOL, Golden, golden_values
 from torch import Tensor
 
-from toolchain import objectives
-from toolchain.losses import MAX_LOGIT_SCALE, gd_loss
-from toolchain.objectives import (
+from toolchain.distillation import objectives
+from toolchain.distillation.losses import MAX_LOGIT_SCALE, gd_loss
+from toolchain.distillation.objectives import (
     OBJECTIVES,
     DistillationHeads,
     StudentFeatures,
@@ -22,7 +22,7 @@ from toolchain.objectives import (
     loss_terms,
     paper_weight,
 )
-from toolchain.recipe import LossWeights
+from toolchain.recipe.distill import LossWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

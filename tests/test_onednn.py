@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from toolchain import onednn
-from toolchain.onednn import on_onednn
+from toolchain.models import onednn
+from toolchain.models.onednn import on_onednn
 
 CPU = torch.device("cpu")
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch does not use MKL here")

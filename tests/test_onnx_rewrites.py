@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx_rewrites import products_apart
+from export.graphs.onnx_rewrites import products_apart
 
 WIDTH, PARTS = 4, 3
 

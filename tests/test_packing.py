@@ -18,14 +18,15 @@ from hostile import PICTURE, hostile, saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolchain import packing
-from toolchain.damage import BROKEN_TAR
-from toolchain.data import Geometry
+from toolchain.data import packing
+from toolchain.data.bad_samples import BROKEN_TAR
+from toolchain.data.batch import Geometry
+from toolchain.data.open import places
+from toolchain.data.packing import INDEX, pack
+from toolchain.data.stored_samples import Broken, Sample
+from toolchain.data.webdataset_shards import ShardBatches
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
-from toolchain.packing import INDEX, pack
-from toolchain.recipe import GlyphsSpec, WebdatasetSpec
-from toolchain.samples import Broken, Sample, places
-from toolchain.shards import ShardBatches
+from toolchain.recipe.data import GlyphsSpec, WebdatasetSpec
 
 GEOMETRY = Geometry(32, "bicubic")
 
@@ -209,8 +210,8 @@ def test_whatever_rename_it_ends_at_it_ends_with_the_same_bytes(
 CHILD = """
 import sys, time
 from pathlib import Path
-from toolchain.packing import pack
-from toolchain.recipe import WebdatasetSpec
+from toolchain.data.packing import pack
+from toolchain.recipe.data import WebdatasetSpec
 
 def progress(what, done, total):
     print(done, flush=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.paired import mcnemar, paired_drop
+from toolchain.significance import mcnemar, paired_drop
 
 ROUNDING = 1e-12
 MISSED = 0.06  # a 95 % interval may miss a little more often than it says where counts are small

@@ -14,7 +14,7 @@ import yaml
 from conftest import Ended
 from PIL import Image
 
-from toolchain.recipe import load_recipe, recipe_path, shipped_recipes, teacher_recipe
+from toolchain.recipe.load import load_recipe, recipe_path, shipped_recipes, teacher_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

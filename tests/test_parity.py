@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from export import parity
-from export.parity import EXACT_DB, MIN_SQNR_DB, check_parity, compare
+from export.proof import parity
+from export.proof.parity import EXACT_DB, MIN_SQNR_DB, check_parity, compare
 from toolchain.errors import ArtifactError, GateError
 
 CLOSE_DB = 0.01  # the features below are built in float32, which moves 40 dB by less

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export import predict as predict_module
-from export.predict import predict
+from export.runtime import predict as predict_module
+from export.runtime.predict import predict
 from toolchain.errors import ArtifactError, UsageError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -8,8 +8,8 @@ import torch
 from conftest import make_picture
 from PIL import Image
 
-from export.preprocessing import Preprocessing
-from export.runner import preprocess_image
+from export.device_programs.runner import preprocess_image
+from export.graphs.uint8_preprocessing import Preprocessing
 
 SPEC: dict[str, Any] = {
     "size": [32, 32],

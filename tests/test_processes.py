@@ -15,14 +15,22 @@ from golden import golden_values
 from torch import Tensor
 from two_processes import spawn
 
-from toolchain.distil import _forward, _Trained
+from toolchain.distillation.distill import _forward
+from toolchain.distillation.loader import Fed
+from toolchain.distillation.objectives import (
+    OBJECTIVES,
+    DistillationHeads,
+    TeacherBatch,
+    gathered,
+    loss_terms,
+    paper_weight,
+)
+from toolchain.distillation.trainee import Trainee
+from toolchain.distributed import ALONE, Processes
 from toolchain.errors import UsageError
-from toolchain.feed import Fed
-from toolchain.last_block import encode_class_token
-from toolchain.objectives import OBJECTIVES, DistillationHeads, TeacherBatch, gathered, loss_terms, paper_weight
-from toolchain.processes import ALONE, Processes
-from toolchain.recipe import DistillSpec, LossWeights
-from toolchain.trimming import encode_tokens, trim_tokens
+from toolchain.models.last_block import encode_class_token
+from toolchain.models.text_trimming import encode_tokens, trim_tokens
+from toolchain.recipe.distill import DistillSpec, LossWeights
 
 BATCH, STUDENT_WIDTH, TOKENS, STEP, SEED = 8, 16, 10, 5, 3
 MAX_GRADIENT_ERROR = 1e-9  # of the norm of all gradients: float64, summed in another order
@@ -72,7 +80,7 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         encode_image=lambda values: encode_class_token(net.visual, values),
         encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
     )
-    trained = _Trained(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
+    trained = Trainee(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
     with torch.no_grad():
         net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
     module = processes.together(trained.train())
@@ -188,7 +196,7 @@ def test_collectives(both: dict[str, list[Any]]) -> None:
 
 
 def test_processes_that_cannot_meet_say_how_to_start() -> None:
-    script = "from toolchain.processes import join_processes; join_processes()"
+    script = "from toolchain.distributed import join_processes; join_processes()"
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}
     environment.pop("MASTER_ADDR", None)
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

@@ -13,18 +13,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import machine as machine_module
-from export import profile as profile_module
-from export.machine import describe_machine
-from export.profile import (
-    MIN_SAMPLES_P90,
-    MIN_SAMPLES_P99,
-    bootstrap_interval,
-    profile,
-    profile_together,
-    summarise,
-)
-from export.runner import open_graph
+from export.device_programs import machine as machine_module
+from export.device_programs.machine import describe_machine
+from export.device_programs.runner import open_graph
+from export.devices import describe, run_runner
+from export.profiling import protocol as profile_module
+from export.profiling.protocol import profile, profile_together
+from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99, bootstrap_interval, summarise
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
 RUNNER = Path(profile_module.__file__).with_name("runner.py")
@@ -97,14 +92,14 @@ def folder(tmp_path):
 @pytest.fixture
 def quiet_machine(monkeypatch):
     """A machine on which nothing else runs, for tests that are not about that."""
-    monkeypatch.setattr(profile_module, "_LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr(describe, "_LOOK_AROUND_S", 0.0)
     monkeypatch.setattr(machine_module, "_other_cpu_seconds", lambda: 0.0)
 
 
 @pytest.mark.usefixtures("quiet_machine")
 def test_a_profile_has_the_keys_of_the_contract_and_agrees_with_itself(folder):
     ticks = []
-    found = profile(folder, processes=2, seconds=0.06, threads=1, on_progress=lambda *tick: ticks.append(tick))
+    found = profile(folder, processes=2, seconds=0.06, threads=1, progress=lambda *tick: ticks.append(tick))
     result = found.document
     assert set(result) == KEYS
     assert set(result["image"]) == TOWER_KEYS | {"images_per_s"}
@@ -180,8 +175,8 @@ def test_flags_and_grade(folder, monkeypatch, medians, others, locked, grade, fl
 
     machine = describe_machine() | {"clocks_locked": locked}
     monkeypatch.setattr(profile_module, "runner_here", run)
-    monkeypatch.setattr(profile_module, "describe_machine", lambda: machine)
-    monkeypatch.setattr(profile_module, "other_cpu_share", lambda duration_s: iter([None, others]))
+    monkeypatch.setattr(describe, "describe_machine", lambda: machine)
+    monkeypatch.setattr(describe, "other_cpu_share", lambda duration_s: iter([None, others]))
     result = profile(folder, processes=len(medians)).document
     assert (result["grade"], result["flags"]) == (grade, flags)
     assert order == ["image", "text", "text", "image", "image", "text"][: 2 * len(medians)]
@@ -242,7 +237,7 @@ def test_how_often_equal_models_have_disjoint_intervals(processes, splits):
 def replace_runner(monkeypatch, tmp_path, source):
     path = tmp_path / "another_runner.py"
     path.write_text(source)
-    monkeypatch.setattr(profile_module, "_RUNNER", path)
+    monkeypatch.setattr(run_runner, "_RUNNER", path)
 
 
 @pytest.mark.usefixtures("quiet_machine")
@@ -267,7 +262,7 @@ def test_a_crash_names_the_signal_and_the_last_words(folder, monkeypatch):
 
 @pytest.mark.usefixtures("quiet_machine")
 def test_a_runner_that_hangs_is_ended(folder, monkeypatch):
-    monkeypatch.setattr(profile_module, "_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(run_runner, "TIMEOUT_S", 0.5)
     replace_runner(monkeypatch, folder, "import time\ntime.sleep(60)\n")
     with pytest.raises(ClipkdError, match=r"image\.onnx: the process that timed it took longer than 0\.52 s"):
         profile(folder, seconds=0.01)

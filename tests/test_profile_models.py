@@ -14,11 +14,15 @@ import test_profile
 from conftest import REPOSITORY, Ended
 from onnx import TensorProto, helper
 
-from export import profile as profile_module
-from export.profile import MIN_SAMPLES_P99, QUICK, STANDARD, Effort, profile_together, table
+from export.devices import describe, run_runner
+from export.devices import describe as describe_module
+from export.profiling import protocol as profile_module
+from export.profiling.protocol import QUICK, STANDARD, Effort, profile_together
+from export.profiling.summary import MIN_SAMPLES_P99
+from export.profiling.table import table
 from toolchain.errors import MissingDependency
-from toolchain.report import collect
-from toolchain.stages import RESOLVED, open_stage, run_stage
+from toolchain.report.collect import collect
+from toolchain.stage import RESOLVED, StageSpec, open_stage, run_stage
 
 Clipkd = Callable[..., Ended]
 folder = test_profile.folder
@@ -119,7 +123,7 @@ def test_how_long_is_said_once(clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch) 
         asked.append(effort)
         return [], []
 
-    monkeypatch.setattr("export.profile_models.profile_models", profile_models)
+    monkeypatch.setattr("export.pipeline.profile_models.profile_models", profile_models)
     for words in ([], ["--quick"], ["--standard"], ["--seconds", "3"], ["--processes", "7", "--seconds", "2"]):
         assert clipkd("profile", "m", *words, "--json").code == 0
     assert asked == [(3, 1.0), QUICK, STANDARD, (3, 3.0), (7, 2.0)]
@@ -156,7 +160,7 @@ def a_run(run: Path, exported: Path, *names: str, runtime: str = "onnxruntime") 
         return {"role": "student", "precision": "fp32", "runtime": runtime}
 
     nothing: dict[str, Any] = {"version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
-    return [run_stage(run / "exported" / name, kind="export", work=work, **nothing).path for name in names]
+    return [run_stage(StageSpec(run / "exported" / name, kind="export", **nothing), work).path for name in names]
 
 
 @pytest.mark.usefixtures("quiet_machine", "bad_runner")
@@ -165,20 +169,20 @@ def test_a_run_keeps_what_its_machines_gpu_measured(
 ) -> None:
     """A stand-in: the machine says that it has a GPU, and the runner takes the CPU for it."""
     gpu = {"name": "gpu", "what": "Example Graphics"}
-    monkeypatch.setattr("export.doctor.local_devices", lambda: [{"name": "cpu", "what": "a CPU"}, gpu])
+    monkeypatch.setattr("export.devices.doctor.local_devices", lambda: [{"name": "cpu", "what": "a CPU"}, gpu])
     proven, turns = [], []
 
     def prove(model: Path, **how: str) -> dict[str, Any]:
         proven.append((model.name, how))
         return {"parity": {"image": {"min_cosine": 1.0}, "text": {"min_cosine": 1.0}}}
 
-    once = profile_module.runner_here
+    once = run_runner.runner_here
 
     def run(model: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
         turns.append((model.name, tower, arguments[arguments.index("--device") + 1]))
         return once(model, tower, arguments)
 
-    monkeypatch.setattr("export.profile_models.prove", prove)
+    monkeypatch.setattr("export.pipeline.profile_models.prove", prove)
     monkeypatch.setattr(profile_module, "runner_here", run)
     first, second = a_run(tmp_path / "run", folder, "first", "second")
     words = ("--device", "gpu:0", *SHORT, "--json")
@@ -213,7 +217,7 @@ def test_a_model_that_is_wrong_on_a_device_is_not_timed_there(
 ) -> None:
     """The real proof, of a folder that has none of what it needs."""
     gpu = {"name": "gpu", "what": "Example Graphics"}
-    monkeypatch.setattr("export.doctor.local_devices", lambda: [gpu])
+    monkeypatch.setattr("export.devices.doctor.local_devices", lambda: [gpu])
     (model,) = a_run(tmp_path / "run", folder, "wrong")
     monkeypatch.setattr(profile_module, "runner_here", lambda *_: pytest.fail("it was timed"))
     ended = clipkd("profile", model, "--device", "gpu", *SHORT)
@@ -237,13 +241,13 @@ def test_a_kit_is_built_for_this_machines_gpu(
 ) -> None:
     """Stand-ins for TensorRT and a GPU; and what is said where TensorRT is not there."""
     here = [{"name": name, "what": "Example GPU"} for name in ("cuda:0", "cuda:1")]
-    monkeypatch.setattr("export.doctor.local_devices", lambda: here)
+    monkeypatch.setattr("export.devices.doctor.local_devices", lambda: here)
     (model,) = a_run(tmp_path / "run", folder, "kit", runtime="tensorrt")
 
     def absent() -> dict[str, str]:
         raise MissingDependency("no TensorRT")
 
-    monkeypatch.setattr("export.profile_models.can_build", absent)
+    monkeypatch.setattr("export.pipeline.profile_models.can_build", absent)
     lacking = clipkd("profile", model, "--device", "cuda", *SHORT)
     assert (lacking.code, lacking.out, lacking.err) == (3, "", "error: no TensorRT\n")
     assert clipkd("profile", model, "--device", "cuda:1", *SHORT).code == 4
@@ -253,10 +257,10 @@ def test_a_kit_is_built_for_this_machines_gpu(
             (made / f"{tower}.engine").write_bytes(b"plan of " + (kit / f"{tower}.onnx").read_bytes())
         return {"runtime": "tensorrt"}
 
-    monkeypatch.setattr("export.profile_models.can_build", lambda: {"gpu": "Example GPU"})
-    monkeypatch.setattr("export.to_tensorrt.build", build)
-    monkeypatch.setattr("export.profile_models.open_tensorrt", lambda kit, engines: engines)
-    monkeypatch.setattr("export.profile_models.check_parity", lambda kit, **settings: {})
+    monkeypatch.setattr("export.pipeline.profile_models.can_build", lambda: {"gpu": "Example GPU"})
+    monkeypatch.setattr("export.runtime.tensorrt_engines.build", build)
+    monkeypatch.setattr("export.pipeline.profile_models.open_tensorrt", lambda kit, engines: engines)
+    monkeypatch.setattr("export.pipeline.profile_models.check_parity", lambda kit, **settings: {})
     test_profile.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)
     ended = clipkd("profile", model, "--device", "cuda", *SHORT, "--json")
     assert ended.code == 0, ended.err
@@ -271,16 +275,16 @@ def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest
     locked = test_profile.describe_machine() | {"clocks_locked": True, "to_lock_clocks": ["sudo cpupower"]}
     jetson = locked | {"to_lock_clocks": ["sudo nvpmodel -m 0", "sudo jetson_clocks"]}
     monkeypatch.setattr(profile_module, "runner_here", lambda *_: test_profile.documents([1.0])[0])
-    monkeypatch.setattr(profile_module, "other_cpu_share", lambda duration_s: iter([None, 0.0]))
+    monkeypatch.setattr(describe, "other_cpu_share", lambda duration_s: iter([None, 0.0]))
     for suffix in ("image.engine", "text.engine"):
         (folder / suffix).write_bytes(b"")
     found = {}
     for name, machine in (("server", locked), ("jetson", jetson)):
-        monkeypatch.setattr(profile_module, "describe_machine", lambda machine=machine: machine)
+        monkeypatch.setattr(describe, "describe_machine", lambda machine=machine: machine)
         for device, engines in (("cpu", {}), ("cuda:0", {}), ("gpu", {}), ("cpu", {folder: folder})):
             (one,) = profile_together([folder], processes=2, device=device, engines=engines)
             found[name, device, bool(engines)] = (one.document["grade"], one.document["to_lock_clocks"])
-    nvidia = list(profile_module._GPU_CLOCKS)
+    nvidia = list(describe_module._GPU_CLOCKS)
     assert found["server", "cpu", False] == ("A", [])
     assert found["server", "cuda:0", False] == ("B", nvidia)
     assert found["server", "cpu", True] == ("B", nvidia)
@@ -353,6 +357,6 @@ def test_profiles_are_told_apart_when_they_differ_and_only_then(model: Path, mon
 
 
 def test_a_long_measurement_is_given_its_time() -> None:
-    limit_s = profile_module._timeout_s(["--model", "m", "--min-seconds", "200"])
-    assert limit_s > profile_module._TIMEOUT_S + 2 * 200 + 6 * 2 * 50, "each with its warm-up"
-    assert profile_module._timeout_s(["--encode"]) == profile_module._TIMEOUT_S
+    limit_s = run_runner._timeout_s(["--model", "m", "--min-seconds", "200"])
+    assert limit_s > run_runner.TIMEOUT_S + 2 * 200 + 6 * 2 * 50, "each with its warm-up"
+    assert run_runner._timeout_s(["--encode"]) == run_runner.TIMEOUT_S

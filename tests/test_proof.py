@@ -13,15 +13,18 @@ import pytest
 import torch
 from conftest import make_picture
 
-from export import proof
-from export.devices import Device
-from export.proof import encoders_on, prove
-from export.runtime import open_exported
-from export.to_onnx import MAX_HALF_ACTIVATION, export_onnx, prepared, within_half_range
+from export.devices.registry import Device
+from export.graphs.export_onnx import export_onnx
+from export.graphs.precision import MAX_HALF_ACTIVATION, prepared, within_half_range
+from export.proof import prove as proof
+from export.proof.prove import prove
+from export.runtime import remote_model
+from export.runtime.exported_model import open_exported
+from export.runtime.remote_model import encoders_on
 from toolchain.errors import GateError, UnavailableBackend
-from toolchain.eval_sets import classes_set
-from toolchain.models import load_model
-from toolchain.quantize import ImageTower, example_pixels
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.models.build import load_model
+from toolchain.models.towers import ImageTower, example_pixels
 
 REPOSITORY = Path(__file__).parents[1]
 STUDENT = REPOSITORY / "recipes" / "glyphs_student"
@@ -154,7 +157,7 @@ def test_a_device_runs_what_this_machine_cannot(fp32, monkeypatch):
         asked.append((device.name, tower, words[words.index("--input") + 1], rows.shape))
         return {"features": [[1.0, 0.0]] * len(rows)}
 
-    monkeypatch.setattr(proof, "runner_on", runner_on)
+    monkeypatch.setattr(remote_model, "runner_on", runner_on)
     encoders = encoders_on(Device("board", "board"), fp32, precision="int8-bf16")
     assert encoders.encode_images(np.zeros((3, 40, 50, 3), np.uint8)).shape == (3, 2)
     assert encoders.encode_texts(["a b"]).shape == (1, 2)

@@ -15,24 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from export.parity import MIN_SQNR_DB, compare
-from export.proof import prove
-from export.to_onnx import export_onnx, frozen_in, write_graph
-from toolchain import quantize as quantize_module
+from export.graphs.export_onnx import export_onnx
+from export.graphs.onnx_graph import write_graph
+from export.graphs.precision import frozen_in
+from export.proof.parity import MIN_SQNR_DB, compare
+from export.proof.prove import prove
 from toolchain.errors import ArtifactError, GateError, MissingDependency, UnavailableBackend
-from toolchain.eval_sets import classes_set
-from toolchain.models import load_model
-from toolchain.quantize import (
-    ImageTower,
-    TextTower,
-    _from_json,
-    _import_nncf,
-    fold_batch_norms,
-    freeze,
-    load_quantized,
-    quantize,
-    quantizers_of,
-)
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.models.build import load_model
+from toolchain.models.folding import fold_batch_norms
+from toolchain.models.towers import ImageTower, TextTower
+from toolchain.quantization import checkpoint as checkpoint_module
+from toolchain.quantization import nncf_backend
+from toolchain.quantization import quantize as quantize_module
+from toolchain.quantization.checkpoint import load_quantized
+from toolchain.quantization.freeze import freeze
+from toolchain.quantization.nncf_backend import decode_json, import_nncf, quantizers_of
+from toolchain.quantization.quantize import quantize
 
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NUM_SAMPLES = 24
@@ -163,8 +162,8 @@ def test_restoring_is_exact_and_needs_no_float_checkpoint(checkpoint, model, inp
 
 def test_fine_tuning_approaches_the_target_and_is_restored_exactly(model, inputs, tmp_path, monkeypatch):
     saved = []
-    save = quantize_module._save
-    monkeypatch.setattr(quantize_module, "_save", lambda *args: (saved.extend(args[:2]), save(*args)))
+    save = checkpoint_module.save_quantized
+    monkeypatch.setattr(quantize_module, "save_quantized", lambda *args: (saved.extend(args[:2]), save(*args)))
     generator = torch.Generator().manual_seed(3)
     targets = [F.normalize(torch.randn(NUM_SAMPLES, 128, generator=generator), dim=-1) for _ in range(2)]
     losses = quantized_folder(tmp_path, model, inputs, targets, steps=4)
@@ -412,14 +411,14 @@ def test_a_tower_that_stays_float_is_as_it_was_and_is_not_trained(model, inputs,
 
 
 def test_nncf_config_survives_json(checkpoint):
-    nncf = _import_nncf()
+    nncf = import_nncf()
     config = json.loads((checkpoint / "nncf.json").read_text())
     for tower, name in zip(load_quantized(checkpoint, load_model(checkpoint)), ("image", "text"), strict=True):
-        assert nncf.torch.get_config(tower) == _from_json(config[name])
+        assert nncf.torch.get_config(tower) == decode_json(config[name])
 
 
 def test_the_parts_of_nncf_that_freezing_relies_on():
-    _import_nncf()
+    import_nncf()
     from nncf.torch.quantization import extensions
     from nncf.torch.quantization.layers import SymmetricQuantizer
     from nncf.torch.quantization.quantize_functions import QuantizedFunctionsCPU
@@ -437,8 +436,8 @@ def unplugged(*args, **kwargs): raise AssertionError("a network was looked for")
 for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, unplugged)
 socket.getaddrinfo = socket.create_connection = unplugged
-from toolchain.models import load_model
-from toolchain.quantize import quantize
+from toolchain.models.build import load_model
+from toolchain.quantization.quantize import quantize
 def refuse(*args, **kwargs): raise AssertionError("a compiler was called")
 torch.compile = refuse
 import torch.utils.cpp_extension as extension
@@ -506,7 +505,7 @@ def without_a_compiler(monkeypatch):
 def test_an_extension_that_will_not_compile_is_one_message(model, inputs, tmp_path, monkeypatch, broken, words):
     from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
 
-    monkeypatch.setattr(quantize_module, "_keep_from_compiling", lambda: None)  # which is why no user should see this
+    monkeypatch.setattr(nncf_backend, "_keep_from_compiling", lambda: None)  # which is why no user should see this
     monkeypatch.setattr(QuantizedFunctionsCPU, "_loaded_namespace", None)
     broken(monkeypatch)
     with pytest.raises(MissingDependency, match=words) as caught:

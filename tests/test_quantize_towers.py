@@ -13,21 +13,16 @@ import torch.nn.functional as F
 from conftest import STUDENT
 from torch import Tensor, nn
 
-from export.to_onnx import write_graph
-from toolchain.models import ClipModel, build_model
-from toolchain.quantize import (
-    ImageTower,
-    _calibrate,
-    _float_towers,
-    _import_nncf,
-    example_pixels,
-    freeze,
-    load_quantized,
-    quantize,
-    quantizers_of,
-)
-from toolchain.recipe import ModelSpec
-from toolchain.sensitivity import layers_of
+from export.graphs.onnx_graph import write_graph
+from toolchain.models.build import build_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import ImageTower, example_pixels
+from toolchain.quantization.checkpoint import float_towers, load_quantized
+from toolchain.quantization.freeze import freeze
+from toolchain.quantization.nncf_backend import calibrate, import_nncf, quantizers_of
+from toolchain.quantization.quantize import quantize
+from toolchain.quantization.sensitivity import layers_of
+from toolchain.recipe.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +96,7 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     pixel_values = pictures(SAMPLES, model.image_size, 100)
     with torch.no_grad():
         expected_BD = ImageTower(model.net)(pixel_values)
-        prepared_BD = _float_towers(model.net, ["image"], None).image(pixel_values)
+        prepared_BD = float_towers(model.net, ["image"], None).image(pixel_values)
     torch.testing.assert_close(prepared_BD, expected_BD, atol=MERGED_AND_FOLDED, rtol=0)
 
     calibration = pixel_values, model.tokenize(["a"] * 2)
@@ -170,7 +165,7 @@ def test_a_quantizer_that_two_places_share_is_frozen_in_both() -> None:
     net = nn.Module()
     net.visual = Joined().eval()
     pixel_values = pictures(4, 32, 0)
-    tower = _calibrate(_import_nncf(), ImageTower(net).eval(), pixel_values, is_convolutional=True)
+    tower = calibrate(import_nncf(), ImageTower(net).eval(), pixel_values, is_convolutional=True)
     assert len(quantizers_of(tower, every_place=True)) > len(quantizers_of(tower)), "there is such a quantizer"
     frozen = freeze(tower, pixel_values)
     assert not quantizers_of(frozen, every_place=True)
@@ -192,7 +187,7 @@ def test_a_fine_tuned_tower_of_merged_branches_is_restored_exactly(tmp_path: Pat
         folder=tmp_path,
         before_saving=lambda *towers: kept.extend(towers),
     )
-    merged = _float_towers(model.net, ["image"], None).image.state_dict()
+    merged = float_towers(model.net, ["image"], None).image.state_dict()
     moved = [name for name, value in kept[0].state_dict().items() if name in merged and not value.equal(merged[name])]
     assert any("reparam" in name for name in moved), "what was merged is trained"
     for tower, restored, values in zip(kept, load_quantized(tmp_path, model), (pixel_values, input_ids), strict=True):

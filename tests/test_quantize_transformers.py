@@ -13,22 +13,20 @@ from conftest import STUDENT
 from test_quantize_towers import VIT
 from torch import Tensor, nn
 
-from toolchain import quantize as quantize_module
-from toolchain.attention import plain_attention
 from toolchain.errors import ArtifactError
-from toolchain.models import ClipModel, build_model
-from toolchain.quantize import (
-    CONFIG,
-    ImageTower,
-    TextTower,
-    freeze,
-    load_quantized,
-    move_gains,
-    quantize,
-    quantizers_of,
-)
-from toolchain.recipe import ModelSpec
-from toolchain.sensitivity import layers_of
+from toolchain.models.build import build_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.folding import move_gains
+from toolchain.models.plain_attention import plain_attention
+from toolchain.models.towers import ImageTower, TextTower
+from toolchain.quantization import checkpoint
+from toolchain.quantization import quantize as quantize_module
+from toolchain.quantization.checkpoint import CONFIG, load_quantized
+from toolchain.quantization.freeze import freeze
+from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.quantize import quantize
+from toolchain.quantization.sensitivity import layers_of
+from toolchain.recipe.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +122,7 @@ def test_one_loud_channel_costs_the_others_less(
             return (frozen(shown) - expected_BD).square().sum().item()
 
     moved = noise(tmp_path / "moved")
-    monkeypatch.setattr(quantize_module, "move_gains", lambda tower, example: [])
+    monkeypatch.setattr(checkpoint, "move_gains", lambda tower, example: [])
     assert moved < noise(tmp_path / "kept") / 2, "3 dB"
 
 

@@ -11,19 +11,11 @@ import yaml
 from conftest import REPOSITORY, STUDENT
 
 from toolchain.errors import UsageError
-from toolchain.recipe import (
-    ModelSpec,
-    Recipe,
-    TeacherSpec,
-    WebdatasetSpec,
-    adopting,
-    checked,
-    load_recipe,
-    recipe_path,
-    shipped_recipes,
-    teacher_recipe,
-)
-from toolchain.sources import SHIPPED, architectures, model_folder
+from toolchain.recipe.data import WebdatasetSpec
+from toolchain.recipe.load import adopting, checked, load_recipe, recipe_path, shipped_recipes, teacher_recipe
+from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model_names import SHIPPED, architectures, model_folder
+from toolchain.recipe.recipe import Recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 PAPER = [path for path in RECIPES if path.parent.name == "paper"]

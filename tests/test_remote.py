@@ -18,16 +18,17 @@ import test_exported_folders
 import test_profile
 from conftest import Ended
 
-from export.devices import Device, add_device
-from export.parity import MIN_SQNR_DB, check_parity
-from export.profile import profile
-from export.proof import encoders_on
-from export.remote import SSH_CONFIG, TimedOut, build_engines_on, run_on
-from export.runtime import open_exported
-from export.students import WORTH, Candidate
+from export.devices.registry import Device, add_device
+from export.devices.ssh import SSH_CONFIG, TimedOut, build_engines_on, run_on
+from export.profiling.protocol import profile
+from export.proof.parity import MIN_SQNR_DB, check_parity
+from export.runtime.exported_model import open_exported
+from export.runtime.remote_model import encoders_on
+from export.students.candidates import Candidate
+from export.students.measure import WORTH
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
-from toolchain.report import collect
-from toolchain.stages import RESOLVED, open_stage, run_stage
+from toolchain.report.collect import collect
+from toolchain.stage import RESOLVED, StageSpec, open_stage, run_stage
 
 pytestmark = [
     pytest.mark.ssh,
@@ -264,7 +265,7 @@ def test_a_program_that_hangs_is_ended_with_what_it_started(board: Device, tmp_p
 
 
 def test_a_device_that_never_answers(board: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.remote._ANSWER_S", 0.7)
+    monkeypatch.setattr("export.devices.ssh._ANSWER_S", 0.7)
     stuck = wrapped(tmp_path, "exec sleep 3")
     with pytest.raises(UnavailableBackend, match="no answer from board in time"):
         run_on(Device("board", "board", python=stuck), program(tmp_path, ECHO), "program.py", [])
@@ -424,7 +425,7 @@ folder = test_profile.folder
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.profile._LOOK_AROUND_S", 0.1)
+    monkeypatch.setattr("export.devices.describe._LOOK_AROUND_S", 0.1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -463,7 +464,7 @@ def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
     board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test_profile.replace_runner(monkeypatch, tmp_path, "import time\ntime.sleep(600)\n")
-    monkeypatch.setattr("export.profile._TIMEOUT_S", 1.0)
+    monkeypatch.setattr("export.devices.run_runner.TIMEOUT_S", 1.0)
     with pytest.raises(ClipkdError, match=r"image\.onnx: on board: the program took longer than 1\.12 s"):
         profile(folder, processes=1, seconds=0.02, on=board)
 
@@ -471,9 +472,9 @@ def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
 @pytest.fixture
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """For graphs that no PyTorch model is behind."""
-    monkeypatch.setattr("export.profile_models.encoders_on", lambda *arguments, **settings: None)
+    monkeypatch.setattr("export.pipeline.profile_models.encoders_on", lambda *arguments, **settings: None)
     monkeypatch.setattr(
-        "export.profile_models.check_parity", lambda *arguments, **settings: {"image": {"min_cosine": 1.0}}
+        "export.pipeline.profile_models.check_parity", lambda *arguments, **settings: {"image": {"min_cosine": 1.0}}
     )
 
 
@@ -489,7 +490,7 @@ def a_run(run: Path, exported: Path, runtime: str) -> Path:
 
     nothing: dict[str, str] = {}
     path = run / "exported" / "m"
-    return run_stage(path, kind="export", version=1, fields={}, fingerprints=nothing, inputs={}, work=work).path
+    return run_stage(StageSpec(path, kind="export", version=1, fingerprints=nothing), work).path
 
 
 @pytest.fixture
@@ -536,7 +537,7 @@ def test_models_take_turns_on_a_device(
         turns.append((device.name, model.name, tower))
         return test_profile.documents([1.0])[0]
 
-    monkeypatch.setattr("export.profile.runner_on", runner_on)
+    monkeypatch.setattr("export.profiling.protocol.runner_on", runner_on)
     words = ("--device", "board", "--processes", "2", "--out", tmp_path / "kept", "--json")
     ended = clipkd("profile", tmp_path / "run" / "exported" / "none", inside, outside, *words)
     assert ended.code == 1
@@ -608,7 +609,7 @@ def test_students_are_built_here_timed_there_and_not_kept_there(
         return {"params_image": 768, "gmacs": 1, "image_size": 8, "size_bytes": path.stat().st_size}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("export.students._built", built)
+    monkeypatch.setattr("export.students.measure._built", built)
     words = ("students", "vit_t_16", "--device", "board", "--precision", "fp32", "--json", "--out", tmp_path / "out")
     ended = clipkd(*words)
     assert ended.code == 0, ended.err
@@ -618,7 +619,7 @@ def test_students_are_built_here_timed_there_and_not_kept_there(
     kept = {file.read_bytes() for file in (Path(str(board.workdir)) / "files").iterdir()}
     assert (folder / "image.onnx").read_bytes() not in kept
     assert Path(test_profile.RUNNER).read_bytes() in kept
-    monkeypatch.setattr("export.students.runner_on", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr("export.students.measure.runner_on", lambda *_: pytest.fail("timed again"))
     assert json.loads(clipkd(*words).out) == [row]
 
 

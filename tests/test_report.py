@@ -17,18 +17,13 @@ import pytest
 from PIL import Image
 
 from toolchain.errors import ArtifactError
-from toolchain.report import (
-    collect,
-    duration,
-    findings,
-    machine_name,
-    pareto_front,
-    render_csv,
-    render_markdown,
-    terminal_rows,
-    write_report,
-)
-from toolchain.report_picture import latency_axis, render_picture
+from toolchain.report.chart import latency_axis, render_picture
+from toolchain.report.collect import collect, machine_name
+from toolchain.report.findings import findings
+from toolchain.report.pareto import pareto_front
+from toolchain.report.tables import render_csv, render_markdown, terminal_rows
+from toolchain.report.units import duration
+from toolchain.report.write import write_report
 
 ROUNDING = 1e-12  # float64 against float64, one operation
 MACHINE = {"cpu": "Example CPU <2>", "cores": 2, "system": "Linux x86_64"}
@@ -596,7 +591,8 @@ def test_collecting_needs_no_plotting_and_no_torch(run):
         "import sys\n"
         "for name in ('torch', 'matplotlib', 'plotly', 'export'): sys.modules[name] = None\n"
         "from pathlib import Path\n"
-        "from toolchain.report import collect, terminal_rows, render_csv, render_markdown\n"
+        "from toolchain.report.collect import collect\n"
+        "from toolchain.report.tables import terminal_rows, render_csv, render_markdown\n"
         "report = collect([Path(sys.argv[1])]); terminal_rows(report); render_csv(report)\n"
         "render_markdown(report, title='x')"
     )
@@ -607,8 +603,8 @@ def test_collecting_needs_no_plotting_and_no_torch(run):
 
 def test_drawing_leaves_pyplot_alone(run):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom toolchain.report import collect\n"
-        "from toolchain.report_picture import render_picture\n"
+        "import sys\nfrom pathlib import Path\nfrom toolchain.report.collect import collect\n"
+        "from toolchain.report.chart import render_picture\n"
         "render_picture(collect([Path(sys.argv[1])]), 'png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )

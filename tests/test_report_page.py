@@ -12,8 +12,9 @@ import pytest
 from test_report import MODELS, add_openvino, add_reference, edit, make_run, write_json
 
 from toolchain.errors import ArtifactError
-from toolchain.report import collect, write_report
-from toolchain.report_page import read_curve, render_page
+from toolchain.report.collect import collect
+from toolchain.report.page import read_curve, render_page
+from toolchain.report.write import write_report
 
 CHROMIUM = shutil.which("chromium")
 PHONE, DESKTOP = {"width": 400, "height": 800}, {"width": 1280, "height": 900}

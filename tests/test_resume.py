@@ -18,8 +18,8 @@ from conftest import REPOSITORY, jpeg, make_picture, make_shards, write_tar
 from killable import MOMENTS, Killable, start
 from training import assert_same_state, files, rows
 
-from toolchain.checkpoints import Checkpoints
-from toolchain.distil import CHECKPOINTS
+from toolchain.distillation.checkpoints import Checkpoints
+from toolchain.distillation.distill import CHECKPOINTS
 
 BATCH_SIZE = 4
 STEPS_OF_A_LIFE = 4  # an attempt is killed after so many steps at the most, and what it does before the kill arrives

@@ -17,11 +17,12 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from export import runner
-from export.runtime import open_exported
-from export.tokenizers_json import stock_tokenizer_json, text_spec, write_tokenizer
+from export.device_programs import runner
+from export.graphs.tokenizer_json import stock_tokenizer_json, text_spec, write_tokenizer
+from export.runtime.exported_model import open_exported
 from toolchain.errors import ArtifactError, UsageError
-from toolchain.stages import file_fingerprint, folder_fingerprint
+from toolchain.filesystem import file_sha256
+from toolchain.stage import folder_fingerprint
 
 REPOSITORY = Path(__file__).parents[1]
 STUDENT = REPOSITORY / "recipes" / "glyphs_student"
@@ -186,7 +187,7 @@ def test_pixels_and_pictures_are_encoded_alike(student_folder):
 def test_precision_is_the_manifests(student_tokenizer, tmp_path):
     folder = export_to(tmp_path / "m", student_tokenizer, 20)
     digest = folder_fingerprint(folder)
-    files = {path.name: file_fingerprint(path) for path in folder.iterdir()}
+    files = {path.name: file_sha256(path) for path in folder.iterdir()}
     manifest = {"summary": {"precision": "int8"}, "files": files, "digest": digest, "key": ""}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert open_exported(folder, threads=1).precision == "int8"
@@ -301,7 +302,7 @@ import json
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from export.runtime import open_exported
+from export.runtime.exported_model import open_exported
 encoders = open_exported(Path(sys.argv[1]), threads=1)
 captions = json.loads(sys.stdin.read())
 pixels = np.arange(2 * 32 * 32 * 3, dtype=np.uint32).reshape(2, 32, 32, 3).astype(np.uint8)

@@ -11,14 +11,20 @@ import torch
 from conftest import STUDENT
 from torch import Tensor, nn
 
-from toolchain import glyphs, sensitivity
+from toolchain.data import glyphs
+from toolchain.distributed import ALONE
 from toolchain.errors import GateError
-from toolchain.eval_sets import classes_set
-from toolchain.models import ClipModel, load_model
-from toolchain.processes import ALONE
-from toolchain.quantize import ImageTower, TextTower, freeze, load_quantized, quantize, quantizers_of
-from toolchain.sensitivity import Probe, agreement_probe, headline_probe, layers_of, revert_worst, score_of
-from toolchain.validate import headline_accuracy
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.evaluation.torch_encoders import headline_accuracy
+from toolchain.models.build import load_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import ImageTower, TextTower
+from toolchain.quantization import sensitivity
+from toolchain.quantization.checkpoint import load_quantized
+from toolchain.quantization.freeze import freeze
+from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.quantize import quantize
+from toolchain.quantization.sensitivity import Probe, agreement_probe, headline_probe, layers_of, revert_worst, score_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,16 +31,16 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from toolchain import pictures
-from toolchain import shards as module
-from toolchain.damage import LeftOut, sentences
-from toolchain.data import Batch, Geometry, TrainingData
+from toolchain.data import images as pictures
+from toolchain.data import webdataset_shards as module
+from toolchain.data.bad_samples import LeftOut, sentences
+from toolchain.data.batch import Batch, Geometry, TrainingData
+from toolchain.data.images import crop_box
+from toolchain.data.random_numbers import uniforms
+from toolchain.data.tar_files import expand, fingerprint, read_members
+from toolchain.data.webdataset_shards import WINDOW, Shard, ShardBatches
 from toolchain.errors import ClipkdError, UsageError
-from toolchain.pictures import crop_box
-from toolchain.recipe import WebdatasetSpec
-from toolchain.shard_files import expand, fingerprint, read_members
-from toolchain.shards import WINDOW, Shard, ShardBatches
-from toolchain.views import uniforms
+from toolchain.recipe.data import WebdatasetSpec
 
 SMALL, LARGE = Geometry(32, "bicubic"), Geometry(64, "bicubic")
 NUM_SHARDS, PER_SHARD = 20, 5  # three windows, the last of 4 shards
@@ -192,7 +192,7 @@ def test_the_fingerprint_is_of_names_sizes_and_order(tmp_path: Path) -> None:
 def test_names_and_fingerprints_need_neither_torch_nor_numpy() -> None:
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy', 'PIL'])); "
-        "from toolchain.shard_files import expand, fingerprint; from pathlib import Path; "
+        "from toolchain.data.tar_files import expand, fingerprint; from pathlib import Path; "
         "fingerprint(expand(['README.md']))"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
@@ -439,7 +439,9 @@ def test_a_batch_says_which_of_its_captions_each_sample_shows(data: ShardBatches
 
 def test_only_the_rows_asked_for_are_read(data: ShardBatches, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr("toolchain.data.cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)])
+    monkeypatch.setattr(
+        "toolchain.data.assemble.cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)]
+    )
     data.batch(2, slice(3, 6), [SMALL])
     assert len(read) == 3
 

@@ -12,10 +12,18 @@ import open_clip
 import pytest
 from conftest import REPOSITORY, STUDENT
 
-from toolchain import sources
 from toolchain.errors import UsageError
-from toolchain.recipe import ModelSpec, TeacherSpec
-from toolchain.sources import CONFIG, SHIPPED, anchored, architectures, fingerprint, model_folder, shipped_models
+from toolchain.recipe import model_names as sources
+from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model_names import (
+    CONFIG,
+    SHIPPED,
+    anchored,
+    architectures,
+    fingerprint,
+    model_folder,
+    shipped_models,
+)
 
 
 @pytest.fixture
@@ -274,8 +282,8 @@ def test_a_recipe_is_read_and_its_models_found_without_a_heavy_package(tmp_path:
     code = """
 import sys
 from pathlib import Path
-from toolchain.recipe import load_recipe
-from toolchain.sources import architectures, fingerprint
+from toolchain.recipe.load import load_recipe
+from toolchain.recipe.model_names import architectures, fingerprint
 recipe = load_recipe(Path("recipes/glyphs.yaml"), ["student.model=ViT-B-16"])
 fingerprint(recipe.student), fingerprint(recipe.teacher)
 assert "ViT-B-16" in architectures()

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from toolchain import stages
+from toolchain import stage as stages
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.stages import (
+from toolchain.provenance import machine
+from toolchain.stage import (
     MANIFEST,
     SCRATCH,
     Stage,
+    StageSpec,
     folder_fingerprint,
     is_made,
-    machine,
     open_stage,
     run_lock,
     run_stage,
@@ -40,7 +41,7 @@ DEPENDS: dict[str, Any] = {
 STOPPED_HALF_WAY = f"""
 import sys, time
 from pathlib import Path
-from toolchain.stages import run_stage
+from toolchain.stage import StageSpec, run_stage
 
 def work(folder):
     (folder / "checkpoint").write_text("half")
@@ -49,7 +50,7 @@ def work(folder):
     print("working", flush=True)
     time.sleep(60)
 
-run_stage(Path(sys.argv[1]), work=work, **{DEPENDS!r})
+run_stage(StageSpec(Path(sys.argv[1]), **{DEPENDS!r}), work)
 """
 
 
@@ -77,7 +78,7 @@ def must_not_run(folder: Path) -> dict[str, Any]:
 
 
 def make(path: Path, work: Callable[[Path], dict[str, Any]] = must_not_run, **changes: Any) -> Stage:
-    return run_stage(path, work=work, **(DEPENDS | changes))
+    return run_stage(StageSpec(path, **DEPENDS | changes), work)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -139,8 +140,8 @@ def test_the_manifest_says_what_the_stage_came_from(tmp_path: Path) -> None:
 )
 def test_every_dependency_makes_another_stage(tmp_path: Path, change: dict[str, Any]) -> None:
     first = make(tmp_path / "student", write("old"))
-    assert is_made(tmp_path / "student", **DEPENDS)
-    assert not is_made(tmp_path / "student", **(DEPENDS | change))
+    assert is_made(StageSpec(tmp_path / "student", **DEPENDS))
+    assert not is_made(StageSpec(tmp_path / "student", **DEPENDS | change))
     second = make(tmp_path / "student", write("new"), **change)
     assert not second.cached
     assert second.manifest["key"] != first.manifest["key"]
@@ -148,12 +149,12 @@ def test_every_dependency_makes_another_stage(tmp_path: Path, change: dict[str, 
 
 
 def test_what_is_not_there_or_damaged_is_not_made(tmp_path: Path) -> None:
-    assert not is_made(tmp_path / "student", **DEPENDS)
+    assert not is_made(StageSpec(tmp_path / "student", **DEPENDS))
     make(tmp_path / "student", write())
     (tmp_path / "student" / "weights").write_text("other")
-    assert not is_made(tmp_path / "student", **DEPENDS)
+    assert not is_made(StageSpec(tmp_path / "student", **DEPENDS))
     (tmp_path / "file").write_text("")
-    assert not is_made(tmp_path / "file", **DEPENDS)
+    assert not is_made(StageSpec(tmp_path / "file", **DEPENDS))
 
 
 def test_order_of_fields_does_not_matter(tmp_path: Path) -> None:
@@ -505,7 +506,7 @@ def test_a_stage_at_work_elsewhere_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
     script = (
-        "import sys; from pathlib import Path; from toolchain.stages import run_lock\n"
+        "import sys; from pathlib import Path; from toolchain.stage import run_lock\n"
         "with run_lock(Path(sys.argv[1])): print('holding', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(run)]
@@ -526,7 +527,7 @@ def test_what_a_killed_process_forked_does_not_hold_its_run(tmp_path: Path) -> N
     """Loader processes outlive a kill -9 by seconds, in which the same command is repeated."""
     run = tmp_path / "run"
     script = (
-        "import os, sys, time; from pathlib import Path; from toolchain.stages import run_lock\n"
+        "import os, sys, time; from pathlib import Path; from toolchain.stage import run_lock\n"
         "with run_lock(Path(sys.argv[1])):\n"
         "    child = os.fork() or (time.sleep(60), os._exit(0))\n"
         "    print(child, flush=True); time.sleep(60)"

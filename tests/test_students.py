@@ -12,12 +12,13 @@ import pytest
 from conftest import Ended
 from PIL import Image
 
-from export import students as module
-from export.devices import Device
-from export.students import CANDIDATES, WORTH, Candidate, candidates, measure_students
-from export.students_picture import render_students
+from export.devices.registry import Device
+from export.students import measure as module
+from export.students.candidates import CANDIDATES, Candidate, candidates
+from export.students.chart import render_students
+from export.students.measure import WORTH, measure_students
 from toolchain.errors import ArtifactError, ClipkdError, UnavailableBackend, UsageError
-from toolchain.sources import architectures, model_folder
+from toolchain.recipe.model_names import architectures, model_folder
 
 Clipkd = Callable[..., Ended]
 TINY = Candidate("glyphs_student", 0.3, "nobody")
@@ -49,8 +50,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing else runs, for tests that are not about that."""
-    monkeypatch.setattr("export.profile._LOOK_AROUND_S", 0.0)
-    monkeypatch.setattr("export.machine._other_cpu_seconds", lambda: 0.0)
+    monkeypatch.setattr("export.devices.describe._LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr("export.device_programs.machine._other_cpu_seconds", lambda: 0.0)
 
 
 @pytest.fixture
@@ -78,8 +79,8 @@ def test_every_candidate_is_an_architecture_with_a_source_for_its_number() -> No
 
 
 def model_folder_of(name: str) -> Path:
-    from toolchain.recipe import ModelSpec
-    from toolchain.sources import anchored
+    from toolchain.recipe.model import ModelSpec
+    from toolchain.recipe.model_names import anchored
 
     folder = model_folder(anchored(ModelSpec(model=name, init="random"), Path(), "student"))
     assert folder is not None

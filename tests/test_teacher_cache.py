@@ -15,19 +15,24 @@ from conftest import Ended, make_shards
 from killable import start
 from training import BATCH_SIZE, STUDENT, cache_of, configured, files, spec
 
-from toolchain import caching
-from toolchain.caching import break_even, make_cache, needed_bytes
-from toolchain.data import Batch, Damage, GlyphBatches, TrainingData
-from toolchain.distil import _forward, _Trained
+from toolchain.data.bad_samples import Damage
+from toolchain.data.batch import Batch, TrainingData
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TrainingSet
+from toolchain.data.open import training_data
+from toolchain.distillation import make_teacher_cache as caching
+from toolchain.distillation.distill import _forward
+from toolchain.distillation.loader import feed
+from toolchain.distillation.make_teacher_cache import break_even, make_cache, needed_bytes
+from toolchain.distillation.objectives import OBJECTIVES
+from toolchain.distillation.teacher import CachedTeacher, live_teacher
+from toolchain.distillation.teacher_cache import TeacherCache, open_cache, shard_path
+from toolchain.distillation.trainee import Trainee
+from toolchain.distributed import ALONE
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.feed import feed, training_data
-from toolchain.glyphs import TrainingSet
-from toolchain.models import load_model, save_model
-from toolchain.objectives import OBJECTIVES
-from toolchain.processes import ALONE
-from toolchain.recipe import LossWeights, WebdatasetSpec
-from toolchain.teacher import CachedTeacher, live_teacher
-from toolchain.teacher_cache import TeacherCache, open_cache, shard_path
+from toolchain.models.build import load_model, save_model
+from toolchain.recipe.data import WebdatasetSpec
+from toolchain.recipe.distill import LossWeights
 
 SHARD = 16
 MIN_COSINE = {"float32": 0.9999, "float16": 0.9999, "bfloat16": 0.9999, "int8": 0.999}
@@ -91,7 +96,7 @@ def test_every_objective_has_the_live_teachers_value(
     for guide, source in ((live, teacher), (CachedTeacher(torch.tensor(cache.logit_scale)), cache)):
         student = load_model(masked_folder, random_seed=0)
         torch.manual_seed(0)
-        trained = _Trained(student, source, spec(loss_weights=weights), ALONE)
+        trained = Trainee(student, source, spec(loss_weights=weights), ALONE)
         (batch,) = feed(glyphs, range(4, 5), slice(None), student, source, 0)
         done = _forward(trained, trained, student, batch, guide.of(batch), spec(loss_weights=weights), ALONE, 0, 4)
         losses.append(done.loss.item())

@@ -7,15 +7,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.parity import MIN_SQNR_DB, check_parity, compare
-from export.profile import profile
-from export.proof import prove
-from export.runtime import open_exported
-from export.to_onnx import _spread, class_embeddings, export_onnx, write_graph
+from export.graphs.export_onnx import class_embeddings, export_onnx
+from export.graphs.onnx_graph import write_graph
+from export.graphs.parity_samples import _spread
+from export.profiling.protocol import profile
+from export.proof.parity import MIN_SQNR_DB, check_parity, compare
+from export.proof.prove import prove
+from export.runtime.exported_model import open_exported
 from toolchain.errors import ClipkdError, GateError
-from toolchain.eval_sets import classes_set
-from toolchain.models import load_model, unit_text_features
-from toolchain.quantize import ImageTower, TextTower
+from toolchain.evaluation.eval_set import classes_set
+from toolchain.models.build import load_model
+from toolchain.models.towers import ImageTower, TextTower, unit_text_features
 
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NAMES = ["latin small letter a", "greek capital letter omega", "leftwards arrow with hook", "digit one", "plus sign"]

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export import build_engine, runner, to_tensorrt
-from export.build_engine import BuildProblem, build_engines
+from export.device_programs import build_engine, runner
+from export.device_programs.build_engine import BuildProblem, build_engines
+from export.graphs import tensorrt_kit as to_tensorrt
+from export.runtime import tensorrt_engines
+from export.runtime import tensorrt_engines as tensorrt_engines_module
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend
 
 REPOSITORY = Path(__file__).parents[1]
@@ -399,10 +402,10 @@ def test_an_old_tensorrt_and_none_are_said(monkeypatch) -> None:
     with pytest.raises(
         MissingDependency, match=r"TensorRT 10\.3\.0 is installed; expected 10\.12 or newer: pip install"
     ):
-        to_tensorrt.can_build()
+        tensorrt_engines_module.can_build()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependency, match=r"cannot be imported here.*pip install tensorrt"):
-        to_tensorrt.can_build()
+        tensorrt_engines_module.can_build()
 
 
 def test_no_driver_is_said(monkeypatch) -> None:
@@ -413,7 +416,7 @@ def test_no_driver_is_said(monkeypatch) -> None:
 
     monkeypatch.setattr(build_engine.ctypes, "CDLL", absent)
     with pytest.raises(UnavailableBackend, match="no NVIDIA driver here") as raised:
-        to_tensorrt.can_build()
+        tensorrt_engines_module.can_build()
     assert raised.value.exit_code == 4
 
 
@@ -610,7 +613,7 @@ def test_the_script_checks_the_sums_then_builds(kit, shell) -> None:
 
 def test_errors_keep_their_exit_codes(kit, monkeypatch) -> None:
     use(monkeypatch, Recorder(builds=False))
-    monkeypatch.setattr(to_tensorrt, "user_cache_folder", lambda: kit.parent / "cache")
+    monkeypatch.setattr(tensorrt_engines, "user_cache_folder", lambda: kit.parent / "cache")
     with pytest.raises(ClipkdError, match="built no engine") as raised:
-        to_tensorrt.build(kit, kit.parent / "engines", lambda what, done, total: None)
+        tensorrt_engines_module.build(kit, kit.parent / "engines", lambda what, done, total: None)
     assert raised.value.exit_code == 1

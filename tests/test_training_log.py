@@ -16,9 +16,9 @@ from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import STEPS, TIMES, train
 
-import clipkd as command
-from toolchain.glyphs import TrainingSet
-from toolchain.training_log import LOG, TENSORBOARD, TrainingLog, logs
+from toolchain import terminal
+from toolchain.data.glyphs import TrainingSet
+from toolchain.distillation.training_log import LOG, TENSORBOARD, TrainingLog, logs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,11 +189,11 @@ class Clock:
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> tuple[command._Screen, Clock, Callable[[], list[str]]]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> tuple[terminal.TerminalScreen, Clock, Callable[[], list[str]]]:
     """A screen that is no terminal, the clock it lives by, and what it has said since it was last asked."""
     clock, file = Clock(), io.StringIO()
-    monkeypatch.setattr(command.time, "monotonic", lambda: clock.now)
-    screen = command._Screen(Progress(console=Console(file=file, width=200), disable=True))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock.now)
+    screen = terminal.TerminalScreen(Progress(console=Console(file=file, width=200), disable=True))
 
     def said() -> list[str]:
         text = file.getvalue()
@@ -204,7 +204,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> tuple[command._Screen, Clock, Call
     return screen, clock, said
 
 
-Lines = tuple[command._Screen, Clock, Callable[[], list[str]]]
+Lines = tuple[terminal.TerminalScreen, Clock, Callable[[], list[str]]]
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(lines: Lines) -> None:
@@ -253,7 +253,7 @@ def test_a_silent_screen_says_nothing(lines: Lines) -> None:
 def test_a_run_off_a_terminal_says_what_is_done(
     clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(terminal, "_LINE_EVERY_S", 0.0)
     ended = clipkd("distill", tiny_recipe(), "--out", tmp_path / "run")
     assert ended.code == 0
     assert "\x1b" not in ended.err
@@ -269,7 +269,7 @@ def test_a_run_on_a_terminal_shows_a_bar_and_the_time_left(
     clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = io.StringIO()
-    monkeypatch.setattr(command, "stderr", Console(file=file, force_terminal=True, width=140))
+    monkeypatch.setattr(terminal, "stderr", Console(file=file, force_terminal=True, width=140))
     real = Progress.update
 
     def drawn(self: Progress, *arguments: Any, **changes: Any) -> None:

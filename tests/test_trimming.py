@@ -14,11 +14,11 @@ from conftest import SMALL
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from toolchain import trimming
-from toolchain.models import build_model
-from toolchain.recipe import ModelSpec
-from toolchain.sources import CONFIG, SHIPPED, shipped_models
-from toolchain.trimming import encode_tokens, groups_of_like_length, is_trimmable, trim_tokens
+from toolchain.models import text_trimming as trimming
+from toolchain.models.build import build_model
+from toolchain.models.text_trimming import encode_tokens, groups_of_like_length, is_trimmable, trim_tokens
+from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model_names import CONFIG, SHIPPED, shipped_models
 
 # Of unit features in float32: products of other shapes are summed in another order.
 MAX_FEATURE_ERROR = 1e-6

@@ -22,18 +22,20 @@ from torch import Tensor
 from training import BATCH_SIZE, STEPS, assert_same_run, configured, last_state, rows, silent, spec, train
 from two_processes import spawn
 
-from toolchain import objectives
-from toolchain import validate as module
-from toolchain.checkpoints import Checkpoints
-from toolchain.data import GlyphBatches
-from toolchain.distil import Engine, distil
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TEMPLATES, TrainingSet, eval_set
+from toolchain.distillation import objectives
+from toolchain.distillation.checkpoints import Checkpoints
+from toolchain.distillation.distill import Engine, distil
+from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted
-from toolchain.eval_sets import EvalSet, captions_set, classes_set
-from toolchain.evaluate import evaluate, wilson
-from toolchain.glyphs import TEMPLATES, TrainingSet, eval_set
-from toolchain.models import ClipModel, load_model
-from toolchain.processes import ALONE, Processes
-from toolchain.validate import headline_accuracy
+from toolchain.evaluation import torch_encoders as module
+from toolchain.evaluation.eval_set import EvalSet, captions_set, classes_set
+from toolchain.evaluation.torch_encoders import headline_accuracy
+from toolchain.evaluation.zero_shot import evaluate
+from toolchain.models.build import load_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.significance import wilson
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolchain import views
-from toolchain.glyphs import IMAGE_SIZE, TEMPLATES
-from toolchain.views import draw_views, template_picks, uniforms
+from toolchain.data import glyph_views as views
+from toolchain.data.glyph_views import draw_views, template_picks
+from toolchain.data.glyphs import IMAGE_SIZE, TEMPLATES
+from toolchain.data.random_numbers import uniforms
 
 DRAWN_SIZE = 64
 BATCH = 24

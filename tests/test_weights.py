@@ -12,11 +12,12 @@ from conftest import SMALL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from toolchain import weights
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
-from toolchain.models import ClipModel, build_model, load_model, save_model
-from toolchain.recipe import ModelSpec
-from toolchain.weights import read_weights
+from toolchain.models import weights
+from toolchain.models.build import build_model, load_model, save_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.weights import read_weights
+from toolchain.recipe.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

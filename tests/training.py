@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from conftest import STUDENT
 
-from toolchain import caching
-from toolchain.caching import make_cache
-from toolchain.checkpoints import Checkpoints
-from toolchain.data import GlyphBatches, TrainingData
-from toolchain.distil import CHECKPOINTS, Engine, distil
-from toolchain.glyphs import TrainingSet
-from toolchain.models import CONFIG, ClipModel, load_model
-from toolchain.processes import Processes
-from toolchain.recipe import DistillSpec
-from toolchain.stages import SCRATCH
-from toolchain.teacher import live_teacher
-from toolchain.teacher_cache import ABOUT, TeacherCache, open_cache
+from toolchain.data.batch import TrainingData
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TrainingSet
+from toolchain.distillation import make_teacher_cache as caching
+from toolchain.distillation.checkpoints import Checkpoints
+from toolchain.distillation.distill import CHECKPOINTS, Engine, distil
+from toolchain.distillation.make_teacher_cache import make_cache
+from toolchain.distillation.teacher import live_teacher
+from toolchain.distillation.teacher_cache import ABOUT, TeacherCache, open_cache
+from toolchain.distributed import Processes
+from toolchain.models.build import load_model
+from toolchain.models.clip_model import ClipModel
+from toolchain.recipe.distill import DistillSpec
+from toolchain.recipe.model_names import CONFIG
+from toolchain.stage import SCRATCH
 
 BATCH_SIZE = 8
 STEPS = 11  # more than an epoch of the tiny samples, so that a second view is shown

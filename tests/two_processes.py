@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from toolchain.processes import Processes
+from toolchain.distributed import Processes
 
-multiprocessing.set_forkserver_preload(["toolchain.distil", "toolchain.validate", "tensorboard"])
+multiprocessing.set_forkserver_preload(
+    ["toolchain.distillation.distill", "toolchain.evaluation.torch_encoders", "tensorboard"]
+)
 
 
 def spawn(jobs: list[tuple[Any, ...]]) -> list[list[Any]]:

@@ -1,0 +1,1 @@
+"""What happens on the training machine, from a recipe to its report."""

@@ -1,0 +1,370 @@
+"""What this machine, or a device, can do: each capability decided by doing it, in a process that may crash or hang.
+
+A capability is `probes.py` with an argument.  Which of them are needed follows from a recipe and a device; what fails
+has the line that mends it.  Nothing here needs more than the base install, and nothing downloads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from export.device_programs import probes
+from export.device_programs.machine import describe_machine
+from export.devices.presets import PRESETS
+from export.devices.registry import Device, find_device, is_local, read_devices
+from export.devices.ssh import TimedOut, by_hand, run_on
+from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
+from toolchain.progress import Progress, no_progress
+from toolchain.recipe.recipe import Recipe
+
+Row = dict[str, Any]
+
+NOT_INSTALLED, NOT_THERE = 3, 4  # how a probe ends
+
+_PROBES = Path(probes.__file__)
+_STATUS = {0: "ok", NOT_INSTALLED: "not installed", NOT_THERE: "not there"}
+_GPU = "sudo apt-get install nvidia-driver, then restart (a container: start it with --gpus all)"
+_STDERR_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Capability:
+    name: str
+    probe: str
+    timeout_s: float
+    install: str
+    """What mends it where something is not installed or broken."""
+
+    driver: str = ""
+    """What mends it where hardware or a driver is not there."""
+
+
+CAPABILITIES = (
+    Capability("measure", "base", 30, "pip install numpy"),
+    Capability("pictures", "pictures", 30, "pip install pillow"),
+    Capability("train", "train", 180, "pip install 'clipkd[train]'"),
+    Capability("quantize", "quantize", 180, "pip install 'clipkd[train]'"),
+    Capability("export", "export", 180, "pip install 'clipkd[train]'"),
+    Capability("report", "report", 60, "pip install 'clipkd[report]'"),
+    Capability("compile", "compiler", 60, "sudo apt-get install g++"),
+    Capability("onnxruntime cpu", "onnxruntime:cpu", 60, "pip install 'clipkd[onnxruntime]'"),
+    Capability(
+        "onnxruntime cuda",
+        "onnxruntime:cuda",
+        60,
+        "pip install 'clipkd[onnxruntime]'",
+        f"{_GPU}; its CUDA libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    ),
+    Capability("openvino cpu", "openvino:cpu", 60, "pip install 'clipkd[openvino]'"),
+    Capability(
+        "openvino gpu",
+        "openvino:gpu",
+        120,
+        "pip install 'clipkd[openvino]'",
+        "sudo apt-get install intel-opencl-icd, and membership of the group render (needs Intel graphics)",
+    ),
+    Capability(
+        "openvino npu",
+        "openvino:npu",
+        120,
+        "pip install 'clipkd[openvino]'",
+        "Intel's NPU driver: github.com/intel/linux-npu-driver (needs a Core Ultra)",
+    ),
+    Capability("nvidia driver", "nvidia", 30, _GPU, _GPU),
+    Capability(
+        "tensorrt build",
+        "tensorrt",
+        180,
+        "pip install 'clipkd[tensorrt]' (on a Jetson: sudo apt-get install python3-libnvinfer)",
+        _GPU,
+    ),
+)
+_BY_NAME = {capability.name: capability for capability in CAPABILITIES}
+_ON_DEVICES = (
+    *("measure", "pictures", "onnxruntime cpu", "onnxruntime cuda", "openvino cpu", "openvino gpu", "openvino npu"),
+    *("nvidia driver", "tensorrt build"),
+)
+_LOCAL_NEEDS = {
+    "cpu": ("measure", "pictures", "onnxruntime cpu"),
+    "cuda": ("measure", "pictures", "nvidia driver", "onnxruntime cuda"),
+    "gpu": ("measure", "pictures", "openvino gpu"),
+    "npu": ("measure", "pictures", "openvino npu"),
+}
+_RUNTIME_NEEDS = {
+    "onnxruntime": ("onnxruntime cpu",),
+    "openvino": ("openvino cpu",),
+    "tensorrt": ("nvidia driver", "tensorrt build"),
+}
+
+
+def diagnose(
+    recipe: Recipe | None = None,
+    device: Device | str | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """`rows`, one per capability, and `machine`.
+
+    A row has `capability`, `where` (`here`, or the device's name), `status` (`ok`, `not installed`, `not there`,
+    `failed`, `crashed`, `hangs`), `detail` (versions, or the reason), `mend` (what to do, where it is not ok), `needed`
+    (by the recipe or the device) and `took_s`.  `device` is a device reached by ssh, or the name of one here.
+    """
+    needed_here, needed_there = needs(recipe, device)
+    remote = device if isinstance(device, Device) else None
+    total = len(CAPABILITIES) + 1 + (len(_ON_DEVICES) + 1 if remote else 0)
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        progress("probing", len(rows), total)
+
+    for capability in CAPABILITIES:
+        add(_row(capability, "here", capability.name in needed_here, _probe_here))
+    add(_ssh_client(needed=remote is not None))
+    if remote is not None:
+        reached = _reach(remote)
+        add(reached)
+        for name in _ON_DEVICES if reached["status"] == "ok" else ():
+            add(_row(_BY_NAME[name], remote.name, name in needed_there, _prober_on(remote)))
+    return {"machine": describe_here(), "rows": rows}
+
+
+def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the capabilities that a recipe and a device need: here, and on a device reached by ssh."""
+    here: set[str] = set()
+    runtimes: Iterable[str] = recipe.export.runtimes if recipe is not None else ()
+    if recipe is not None:
+        here |= {"measure", "pictures", "train", "export", "report", "onnxruntime cpu"}
+        if recipe.export.is_quantized:
+            here.add("quantize")
+        if "compiled" in recipe.profile.pytorch:
+            here.add("compile")
+    if isinstance(device, Device):
+        preset = PRESETS.get(device.preset or "")
+        of_device = tuple(runtimes) or ((preset.runtimes[0],) if preset else ("onnxruntime",))
+        there = {"measure", "pictures", *(need for runtime in of_device for need in _RUNTIME_NEEDS[runtime])}
+        return frozenset(here), frozenset(there)
+    here |= {need for runtime in runtimes for need in _RUNTIME_NEEDS[runtime]}
+    if device is not None:
+        here |= set(_LOCAL_NEEDS[device.partition(":")[0]])
+    return frozenset(here), frozenset()
+
+
+def problem(rows: list[Row]) -> ClipkdError | None:
+    """The error that what is needed and not ok amounts to; None if nothing is."""
+    lacking = [row for row in rows if row["needed"] and row["status"] != "ok"]
+    if not lacking:
+        return None
+    kind = UnavailableBackend if all(row["status"] == "not there" for row in lacking) else MissingDependency
+    said = [f"{row['capability']} ({row['where']}): {row['status']}. Mend it: {row['mend']}" for row in lacking]
+    return kind("needed, and not there:\n" + "\n".join(f"  {line}" for line in said))
+
+
+def examine(device: Device) -> dict[str, Any]:
+    """What a device reached by ssh can do, as `diagnose` says it, and what it is (`system`, None out of reach)."""
+    _, needed = needs(None, device)
+    reached = _reach(device)
+    rows = [reached]
+    if reached["status"] == "ok":
+        rows += [_row(_BY_NAME[name], device.name, name in needed, _prober_on(device)) for name in _ON_DEVICES]
+    return {"device": device.name, "system": reached.pop("system", None), "rows": rows}
+
+
+def require(runtime: str, device: Device | str) -> str:
+    """The version of a runtime on a device, found by running a graph of one node there.
+
+    Raises:
+        UsageError: it is no runtime of that device.
+        MissingDependency, UnavailableBackend: it is not installed there; the device is not there.
+    """
+    on = device if isinstance(device, Device) else None
+    name = "cpu" if on is not None else str(device)
+    capability = _BY_NAME.get(f"{runtime} {name.partition(':')[0]}")
+    if capability is None:
+        raise UsageError(f"{runtime} has no device {name}: cuda:0 is ONNX Runtime's, gpu and npu are OpenVINO's")
+    probed = replace(capability, probe=f"{runtime}:{name}")
+    row = _row(probed, "here", True, _probe_here) if on is None else _row(probed, on.name, True, _prober_on(on))
+    if lacking := problem([row]):
+        raise lacking
+    return str(row["detail"])
+
+
+def local_devices() -> list[dict[str, str]]:
+    """The devices of this machine that some runtime drives, and what they are."""
+    found = [{"name": "cpu", "what": describe_machine()["name"]}]
+    status, details, _ = _probe_here("nvidia", 30)
+    if status == 0:
+        found += [{"name": f"cuda:{index}", "what": name} for index, name in enumerate(details["gpus"])]
+    if importlib.util.find_spec("openvino") is not None:
+        status, details, _ = _probe_here("openvino:cpu", 60)
+        others = zip(details["devices"], details["names"], strict=True) if status == 0 else ()
+        found += [{"name": key.lower().replace(".", ":"), "what": name} for key, name in others if key != "CPU"]
+    return found
+
+
+def local_device(name: str) -> dict[str, str]:
+    """The device of this machine that a name means, as `local_devices` has it: cuda is cuda:0.
+
+    Raises:
+        UnavailableBackend: this machine has none of this name.
+    """
+    if name == "cpu":
+        return {"name": name, "what": describe_machine()["name"]}
+    found = local_devices()
+    wanted = name.replace(".", ":")
+    for device in found:
+        if device["name"] in (wanted, f"{wanted}:0", wanted.removesuffix(":0")):
+            return device
+    there = ", ".join(device["name"] for device in found)
+    raise UnavailableBackend(
+        f"this machine has no device {name}; it has: {there}. What is missing, and what mends it, says: clipkd doctor"
+    )
+
+
+def device_named(name: str) -> Device | str:
+    """A device of this machine by its name, or one reached by ssh.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    return name if is_local(name) and name.partition(":")[0] in _LOCAL_NEEDS else find_device(name)
+
+
+def describe_here() -> dict[str, Any]:
+    """`describe_machine`, with the limit of a container's memory and the free space of what clipkd writes to."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    return describe_machine() | {
+        "python": sys.version.split()[0],
+        "memory_limit_bytes": None if text == "max" else int(text),
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "home_free_bytes": shutil.disk_usage(Path.home()).free,
+        "devices": sorted(read_devices()),
+    }
+
+
+Found = tuple[int | None, dict[str, Any], str]  # status (None: hung), details, the reason
+Prober = Callable[[str, float], Found]
+
+
+def _row(capability: Capability, where: str, needed: bool, probe: Prober) -> Row:
+    started = time.monotonic()
+    status, details, reason = probe(capability.probe, capability.timeout_s)
+    install = capability.install if where == "here" else _installed_there(capability, where)
+    mend = capability.driver or install if status == NOT_THERE else install
+    detail = ", ".join(f"{name} {_text(value)}" for name, value in details.items())
+    if status is None:
+        word, detail = "hangs", f"nothing in {capability.timeout_s:g} s"
+    elif status < 0:
+        word, detail = "crashed", f"ended by {signal.Signals(-status).name}"
+    else:
+        word = _STATUS.get(status, "failed")
+    broken = word in ("failed", "crashed", "hangs")
+    return {
+        "capability": capability.name,
+        "where": where,
+        "status": word,
+        "detail": detail or reason[-_STDERR_CHARACTERS:],
+        "mend": None
+        if status == 0
+        else mend.replace("pip install", "pip install --force-reinstall")
+        if broken
+        else mend,
+        "needed": needed,
+        "took_s": round(time.monotonic() - started, 2),
+    }
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _installed_there(capability: Capability, where: str) -> str:
+    """The same line, for a device that has no clipkd."""
+    device = read_devices().get(where)
+    package = {"base": "numpy", "pictures": "pillow", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+    name = package.get(capability.probe.partition(":")[0])
+    if device is None or name is None:
+        return capability.install
+    return by_hand(device, device.python, "-m", "pip", "install", name)
+
+
+def _probe_here(probe: str, timeout_s: float) -> Found:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(_PROBES), probe],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None, {}, ""
+    return _found(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+
+
+def _prober_on(device: Device) -> Prober:
+    def probe(name: str, timeout_s: float) -> Found:
+        try:
+            ended = run_on(device, {_PROBES.name: _PROBES}, _PROBES.name, [name], timeout_s=timeout_s)
+        except TimedOut:
+            return None, {}, ""
+        except ClipkdError as error:
+            return 1, {}, str(error)
+        return _found(ended.returncode, ended.stdout, ended.stderr)
+
+    return probe
+
+
+def _found(status: int, stdout: str, stderr: str) -> Found:
+    if status == 0:
+        details: dict[str, Any] = json.loads(stdout)
+        return 0, details, ""
+    return status, {}, (stderr.strip().splitlines() or ["(nothing on stderr)"])[-1]
+
+
+def _reach(device: Device) -> Row:
+    """Open the connection; the row `remote`."""
+    started = time.monotonic()
+    row = {"capability": "remote", "where": device.name, "status": "ok", "detail": "", "mend": None, "needed": True}
+    try:
+        ended = run_on(device, {_PROBES.name: _PROBES}, _PROBES.name, ["system"], timeout_s=60)
+        if ended.returncode:
+            raise ClipkdError(ended.stderr)
+        row["system"] = system = json.loads(ended.stdout)
+        row["detail"] = (
+            f"{device.destination}: Python {system['python']}, {system['architecture']}, "
+            f"{system['memory_bytes'] / 1e9:.1f} GB memory, {system['disk_free_bytes'] / 1e9:.1f} GB free"
+        )
+    except ClipkdError as error:
+        kinds = {MissingDependency: "not installed", UnavailableBackend: "not there"}
+        row |= {"status": kinds.get(type(error), "failed"), "detail": str(error).splitlines()[0]}
+        row["mend"] = by_hand(device) if type(error) is UnavailableBackend else str(error).splitlines()[0]
+    return row | {"took_s": round(time.monotonic() - started, 2)}
+
+
+def _ssh_client(*, needed: bool) -> Row:
+    started = time.monotonic()
+    row: Row = {"capability": "ssh", "where": "here", "status": "ok", "mend": None, "needed": needed}
+    try:
+        done = subprocess.run(["ssh", "-V"], capture_output=True, text=True, timeout=30)
+        row["detail"] = done.stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        row |= {"status": "not installed", "detail": str(error), "mend": "sudo apt-get install openssh-client"}
+    return row | {"took_s": round(time.monotonic() - started, 2)}

@@ -1,0 +1,93 @@
+"""Known kinds of device: how they are reached, how their clocks are locked, which runtime they ship."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a common board supports; None where it depends on what is installed."""
+
+    title: str
+    runtimes: tuple[str, ...]
+    precisions: tuple[str, ...]
+    tensorrt: str | None = None
+    """The TensorRT its system software brings."""
+
+    notes: str = ""
+    source: str = ""
+
+
+_JETPACK = "docs.nvidia.com/deeplearning/tensorrt: support matrices of 10.x and 11.x"
+_ORIN = "Compute capability 8.7: int8 and fp16, no fp8. Build engines on the device: none is built elsewhere for it. "
+_LINEAR = "Of ViTs quantize linear layers only: int8 is then 1.15 times as fast as fp16 (onnxsim#1742, Orin Nano)."
+_JETSON_LOCK = "Lock clocks before measuring: sudo nvpmodel -m 0; sudo jetson_clocks."
+PRESETS = {
+    "jetson-orin-nano": Preset(
+        "Jetson Orin Nano, JetPack 6",
+        ("tensorrt", "onnxruntime"),
+        ("fp32", "fp16", "int8", "int8-fp16"),
+        "10",
+        f"{_ORIN}{_LINEAR} {_JETSON_LOCK}",
+        _JETPACK,
+    ),
+    "jetson-orin-nx": Preset(
+        "Jetson Orin NX, JetPack 6",
+        ("tensorrt", "onnxruntime"),
+        ("fp32", "fp16", "int8", "int8-fp16"),
+        "10",
+        f"{_ORIN}{_LINEAR} {_JETSON_LOCK}",
+        _JETPACK,
+    ),
+    "jetson-agx-orin": Preset(
+        "Jetson AGX Orin, JetPack 6 (TensorRT 10) or 7.2.2 and newer (TensorRT 11.4.1)",
+        ("tensorrt", "onnxruntime"),
+        ("fp32", "fp16", "int8", "int8-fp16"),
+        "10 or 11, by JetPack",
+        f"{_ORIN}{_JETSON_LOCK}",
+        _JETPACK,
+    ),
+    "jetson-xavier-nx": Preset(
+        "Jetson Xavier NX, JetPack 5 (its last)",
+        ("onnxruntime",),
+        ("fp32", "fp16", "int8"),
+        "8",
+        f"TensorRT 8 lacks the strongly typed networks that clipkd builds (10.12): ONNX Runtime only. {_JETSON_LOCK}",
+        "developer.nvidia.com/embedded/jetpack-archive",
+    ),
+    "raspberry-pi-4": Preset(
+        "Raspberry Pi 4 (Cortex-A72)",
+        ("onnxruntime",),
+        ("fp32", "int8"),
+        None,
+        "64-bit system only. No dot-product instructions: int8 saves memory rather than time. "
+        "Passive cooling throttles: let it soak, and see that vcgencmd get_throttled says 0x0.",
+        "ARM Cortex-A72 is ARMv8.0-A: no asimddp in /proc/cpuinfo",
+    ),
+    "raspberry-pi-5": Preset(
+        "Raspberry Pi 5 (Cortex-A76)",
+        ("onnxruntime",),
+        ("fp32", "fp16", "int8"),
+        None,
+        "64-bit system. Has dot-product instructions (asimddp). "
+        "Wants its active cooler: see that vcgencmd get_throttled says 0x0.",
+        "ARM Cortex-A76 is ARMv8.2-A: asimddp and asimdhp in /proc/cpuinfo",
+    ),
+    "intel-n100": Preset(
+        "Intel N100 mini PC",
+        ("openvino", "onnxruntime"),
+        ("fp32", "fp16", "int8"),
+        None,
+        "AVX2 and AVX-VNNI, no AVX-512; OpenVINO also drives its graphics (device gpu). Its fan-less boxes throttle.",
+        "ark.intel.com: Intel Processor N100",
+    ),
+    "cuda-server": Preset(
+        "Linux machine with an NVIDIA GPU",
+        ("tensorrt", "onnxruntime"),
+        ("fp32", "fp16", "bf16", "int8", "int8-fp16"),
+        None,
+        "TensorRT 10.12 or newer. int8 may be slower than fp16 (Model-Optimizer#167: twice, on a T4): measure both. "
+        "Lock clocks before measuring: sudo nvidia-smi -pm 1; sudo nvidia-smi -lgc F,F.",
+        "docs.nvidia.com/deeplearning/tensorrt: performance best practices",
+    ),
+}
+"""Common boards.  What a preset says informs; what a device can do is found by doing it (`clipkd devices test`)."""

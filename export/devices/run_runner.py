@@ -1,0 +1,135 @@
+"""Run `device_programs/runner.py` here or on a device, and turn however it ends into its document or an error."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from export.device_programs import runner
+from export.device_programs.probes import cpp_compiler
+from export.devices.registry import Device
+from export.devices.ssh import TimedOut, by_hand, carry, run_on
+from export.model_folder import is_checkpoint
+from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend
+
+TIMEOUT_S = 600.0  # a runner that takes longer than this, and _TIMES what it was to measure for, hangs
+_TIMES = 6  # warm-up and measurement, and a quarter of both for the whole path and each of the larger batches
+_STDERR_LINES = 8
+_OUT_OF_MEMORY = re.compile(
+    r"MemoryError|bad_alloc|ALLOC_FAILED|MemoryAllocation|out ?of ?memory|fail\w* to allocate", re.I
+)
+_KILLED = {"SIGKILL": " (a machine that runs out of memory ends a process so)"}
+_STATUS = {error.exit_code: error for error in (MissingDependency, UnavailableBackend)}
+_RUNNER = Path(runner.__file__)
+_PATHS = frozenset({"--model", "--graph", "--inputs", "--images", "--classes", "--preprocess"})  # the runner's
+
+
+class Finished(Protocol):
+    """How a runner ended, here or elsewhere."""
+
+    @property
+    def returncode(self) -> int: ...
+
+    @property
+    def stdout(self) -> str: ...
+
+    @property
+    def stderr(self) -> str: ...
+
+
+def require_compiler() -> None:
+    """Know that torch.compile can compile, before it is begun.
+
+    Raises:
+        MissingDependency: the C++ compiler that torch would call is not there.
+    """
+    compiler = cpp_compiler()[0]
+    if shutil.which(compiler) is None:
+        raise MissingDependency(
+            f"torch.compile needs a C++ compiler, and there is no {compiler} on the PATH. Install it with: "
+            "sudo apt-get install g++, or set profile.pytorch=[eager]"
+        )
+
+
+def runner_here(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
+    """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end.
+
+    Raises:
+        ClipkdError, UnavailableBackend, MissingDependency: it crashed or hung; the device, the runtime is not there.
+    """
+    command, timeout_s = [sys.executable, str(_RUNNER), *arguments], _timeout_s(arguments)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        stderr = error.stderr or b""
+        raise _failure(folder, tower, f"took longer than {timeout_s:g} s", stderr, command) from None
+    return _document(folder, tower, done, command)
+
+
+def runner_on(
+    device: Device, folder: Path, tower: str, arguments: list[str], *, once: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """The document of the runner on a device, to which the files that its arguments name are copied.
+
+    Raises:
+        ClipkdError: it crashed, hung, or failed; and as `export.devices.ssh.run_on`.
+        MissingDependency: the device lacks numpy or the runtime.
+    """
+    named = [Path(word) if before in _PATHS else word for before, word in itertools.pairwise(["", *arguments])]
+    files, words = carry(named)
+    try:
+        done = run_on(
+            device, {**files, _RUNNER.name: _RUNNER}, _RUNNER.name, words, timeout_s=_timeout_s(arguments), once=once
+        )
+    except TimedOut as error:
+        raise ClipkdError(f"{folder / tower}.onnx: on {error}") from None
+    if done.returncode > 0 and "No module named" in done.stderr:
+        last = done.stderr.strip().splitlines()[-1]
+        runtime = arguments[arguments.index("--runtime") + 1] if "--runtime" in arguments else "onnxruntime"
+        raise MissingDependency(
+            f"{device.name}: {last.removeprefix('ModuleNotFoundError: ')}. Install it there: "
+            + by_hand(device, device.python, "-m", "pip", "install", "numpy", runtime, "pillow")
+        )
+    return _document(folder, tower, done, [sys.executable, str(_RUNNER), *arguments])
+
+
+def _timeout_s(arguments: Sequence[str]) -> float:
+    named = dict(itertools.pairwise(arguments))
+    return TIMEOUT_S + _TIMES * float(named.get("--min-seconds", 0))
+
+
+def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> dict[str, Any]:
+    if done.returncode in _STATUS:
+        raise _STATUS[done.returncode](f"{_tower_name(folder, tower)}: {done.stderr.strip()}")
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise _failure(folder, tower, f"was killed by {name}{_KILLED.get(name, '')}", done.stderr, command)
+    if done.returncode:
+        what = "ran out of memory and " if _OUT_OF_MEMORY.search(done.stderr) else ""
+        raise _failure(folder, tower, f"{what}exited with status {done.returncode}", done.stderr, command)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: list[str]) -> ClipkdError:
+    text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
+    lines = text.strip().splitlines()[-_STDERR_LINES:] or ["(nothing on stderr)"]
+    by_hand = shlex.join(command[: command.index("--inputs")])  # the staged inputs are gone: random ones do
+    return ClipkdError(
+        f"{_tower_name(folder, tower)}: the process that timed it {what}. Its last words:\n"
+        + "\n".join(f"  {line}" for line in lines)
+        + f"\nSee for yourself: {by_hand}"
+    )
+
+
+def _tower_name(folder: Path, tower: str) -> str:
+    return f"{folder}: {tower} tower" if is_checkpoint(folder) else f"{folder / tower}.onnx"

@@ -1,0 +1,395 @@
+"""Run a program on a device reached by ssh: copy what it needs and is not there yet, run, bring the result back.
+
+The user's own OpenSSH does the connecting, with the user's configuration, keys, jump hosts and known hosts.  One
+connection serves one run.  What goes through the device's shell are two fixed words, quoted: its Python and a constant
+that reads `agent.py` from stdin.  File names, arguments and contents go through that stream alone, where nothing is
+interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from export.device_programs import agent
+from export.devices.registry import Device
+from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
+from toolchain.filesystem import file_sha256, replacing
+from toolchain.progress import Progress, no_progress
+
+SSH_CONFIG = "CLIPKD_SSH_CONFIG"
+"""Environment variable: a file that ssh reads in place of ~/.ssh/config."""
+
+TIMEOUT_S = 600.0
+"""After which a program that has not ended hangs."""
+
+_CONNECT_S, _ANSWER_S = 15, 60.0
+_MIN_BYTES_PER_S = 20_000  # a slower copy counts as a connection that is stuck
+_TOO_OLD = 97
+# Double quotes only: in single quotes every shell takes it as it is.
+_BOOTSTRAP = (
+    f"import sys;sys.version_info<(3,8) and sys.exit({_TOO_OLD});s=sys.stdin.buffer;"
+    'exec(compile(s.read(int(s.readline())),"agent.py","exec"))'
+)
+_AGENT = Path(agent.__file__)
+_CHUNK_BYTES = 1 << 20
+_LAST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended on the device."""
+
+    returncode: int
+    """Negative: the signal that ended it."""
+
+    stdout: str
+    stderr: str
+    copied_bytes: int
+    """What was not on the device before."""
+
+
+class TimedOut(ClipkdError):
+    """The program ran, and had not ended when its time was up."""
+
+
+def run_on(
+    device: Device,
+    files: Mapping[str, Path],
+    program: str,
+    arguments: Sequence[str],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    once: Collection[Path] = (),
+    fetch: Sequence[str] = (),
+    into: Path | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+) -> Ended:
+    """Run `program`, one of `files`, with the device's Python, in a fresh folder that holds `files` under their names.
+
+    A file that an earlier run brought is not copied again; all but those of `once` are kept there for later runs.
+    `on_line` hears each line of stderr as it comes.  If the program succeeds, the files that `fetch` names (or that are
+    in folders it names) are written into `into`.
+
+    Raises:
+        UnavailableBackend: the device cannot be reached, or does not let this user in.
+        MissingDependency: it has no Python 3.8.
+        TimedOut: the program took longer than `timeout_s`.
+        ClipkdError: its disk is full, or the connection broke.
+    """
+    for name in files:
+        _relative(name)
+    digests = {name: _sha256(path) for name, path in files.items()}
+    paths = {sha: files[name] for name, sha in digests.items()}
+    sizes = {sha: path.stat().st_size for sha, path in paths.items()}
+    request = {
+        "nonce": secrets.token_hex(8),
+        "workdir": device.workdir,
+        "files": digests,
+        "sizes": sizes,
+        "program": program,
+        "arguments": list(arguments),
+        "timeout_s": timeout_s,
+        "once": [digest for name, digest in digests.items() if files[name] in once],
+        "fetch": list(fetch),
+    }
+    with _connected(device) as link:
+        link.send(_AGENT.read_bytes())
+        link.send(json.dumps(request).encode())
+        link.marker = f"clipkd {request['nonce']} ".encode()
+        missing = link.receive(_ANSWER_S)["missing"]
+        total = sum(sizes[sha] for sha in missing)
+        done = 0
+        with link.patience(_ANSWER_S + total / _MIN_BYTES_PER_S):
+            for sha in missing:
+                for chunk in _chunks(paths[sha]):
+                    link.write(chunk)
+                    done += len(chunk)
+                    progress("copying", done, total)
+        lines: list[str] = []
+        message: dict[str, Any] = {}
+        with link.patience(_ANSWER_S + timeout_s + total / _MIN_BYTES_PER_S):
+            while "returncode" not in message:
+                message = link.receive()
+                if "line" in message:
+                    lines.append(message["line"])
+                    on_line(message["line"])
+            for name, size in message["files"]:
+                link.receive_file((into or Path()) / _relative(name), size)
+    if message["timed_out"]:
+        raise TimedOut(f"{device.name}: the program took longer than {timeout_s:g} s and was ended")
+    said = "\n".join(lines)
+    if message["returncode"] and "No space left on device" in said:
+        raise _full(device, said.splitlines()[-1], None)
+    return Ended(message["returncode"], message["stdout"], said, done)
+
+
+def carry(arguments: Sequence[str | Path]) -> tuple[dict[str, Path], list[str]]:
+    """The files that arguments which are paths name, and the same arguments as they read where those files were copied.
+
+    A folder is carried with the files in it; an engine with the engine.json beside it, which vouches for it.
+    """
+    files: dict[str, Path] = {}
+    words = []
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, str):
+            words.append(argument)
+            continue
+        place = f"{index}/{argument.name}"
+        words.append(place)
+        if argument.is_dir():
+            files |= {f"{place}/{path.name}": path for path in sorted(argument.iterdir()) if path.is_file()}
+        else:
+            files[place] = argument
+        if argument.suffix == ".engine":
+            files[f"{index}/engine.json"] = argument.with_name("engine.json")
+    return files, words
+
+
+def build_engines_on(
+    device: Device, kit: Path, out: Path, *, timeout_s: float = 3600.0, on_line: Callable[[str], None]
+) -> dict[str, Any]:
+    """Build a kit's TensorRT engines on the device that will run them, into `out`; returns what build_engine.py says.
+
+    `on_line` hears its progress.
+
+    Raises:
+        MissingDependency, UnavailableBackend: the device has no TensorRT, or no GPU.
+        ClipkdError: a graph does not build, and as `run_on`.
+    """
+    build = kit / "build_engine.py"
+    if not build.is_file():
+        raise ArtifactError(f"{kit}: no build_engine.py; not a TensorRT kit. Make one with: clipkd export RUN --trt")
+    files, words = carry(["--kit", kit, "--out", "engines"])
+    ended = run_on(
+        device,
+        {**files, "build_engine.py": build},
+        "build_engine.py",
+        words,
+        timeout_s=timeout_s,
+        fetch=["engines"],
+        into=out,
+        on_line=on_line,
+    )
+    if ended.returncode:
+        kinds = {3: MissingDependency, 4: UnavailableBackend}
+        tail = "\n".join(ended.stderr.splitlines()[-_LAST_LINES:])
+        raise kinds.get(ended.returncode, ClipkdError)(f"{device.name}: {kit.name}: no engine was built:\n{tail}")
+    for path in list((out / "engines").iterdir()):
+        path.replace(out / path.name)
+    (out / "engines").rmdir()
+    document: dict[str, Any] = json.loads(ended.stdout)
+    return document
+
+
+def ssh_command(device: Device, command: str) -> list[str]:
+    """The words of an ssh that never asks, never forwards, and checks host keys as the user's configuration says."""
+    config = os.environ.get(SSH_CONFIG)
+    return [
+        "ssh",
+        *(["-F", config] if config else []),
+        *("-T", "-x", "-a"),
+        *("-o", "BatchMode=yes"),
+        *("-o", f"ConnectTimeout={_CONNECT_S}"),
+        *("-o", "ServerAliveInterval=15"),
+        *("-o", "ServerAliveCountMax=4"),
+        *("-o", "ClearAllForwardings=yes"),
+        *("-o", "ControlMaster=no"),  # use a connection that is there, but leave none behind
+        *(["-p", str(device.port)] if device.port else []),
+        "--",
+        device.destination,
+        command,
+    ]
+
+
+def by_hand(device: Device, *words: str) -> str:
+    """What a user types here to run these words on a device."""
+    typed = " ".join(map(shlex.quote, words))
+    port = ["-p", str(device.port)] if device.port else []
+    return shlex.join(["ssh", *port, "--", device.destination, *([typed] if words else [])])
+
+
+class _Link:
+    """One ssh connection with the agent at its other end."""
+
+    def __init__(self, device: Device, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
+        self._device, self._process, self._stderr = device, process, stderr
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._in, self._out = process.stdin, process.stdout
+        self._answered = self._stuck = False
+        self.marker = b""
+
+    def send(self, document: bytes) -> None:
+        self.write(b"%d\n" % len(document) + document)
+
+    def write(self, chunk: bytes) -> None:
+        try:
+            self._in.write(chunk)
+            self._in.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            self._raise_what_it_said()
+
+    def receive(self, seconds: float | None = None) -> dict[str, Any]:
+        """The next message; errors of the agent are raised."""
+        with self.patience(seconds):
+            for line in self._out:
+                if line.startswith(self.marker):
+                    self._answered = True
+                    message: dict[str, Any] = json.loads(line[len(self.marker) :])
+                    if message.get("error") == "full":
+                        raise _full(self._device, message["message"], message)
+                    if "error" in message:
+                        raise ClipkdError(f"{self._device.name}: {message['root']}: {message['message']}")
+                    return message
+        raise self._broken()
+
+    def receive_file(self, path: Path, size: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            while size:
+                chunk = self._out.read(min(size, _CHUNK_BYTES))
+                if not chunk:
+                    raise self._broken()
+                file.write(chunk)
+                size -= len(chunk)
+
+    @contextmanager
+    def patience(self, seconds: float | None) -> Iterator[None]:
+        """Break the connection, which ends the wait for it, when it took longer."""
+        if seconds is None:
+            yield
+            return
+
+        def give_up() -> None:
+            self._stuck = True
+            self._process.kill()
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _raise_what_it_said(self) -> None:
+        while True:  # a message that says why, or the end
+            self.receive(_ANSWER_S)
+
+    def _broken(self) -> ClipkdError:
+        """Why there is no further message, from how ssh ended."""
+        status = self._process.wait()
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace").strip()
+        device, typed = self._device, by_hand(self._device)
+        last = "\n".join(f"  {line}" for line in said.splitlines()[-_LAST_LINES:]) or "  (nothing on stderr)"
+        if self._stuck:
+            return UnavailableBackend(f"{device.name}: no answer from {device.destination} in time. Try: {typed}")
+        if self._answered:
+            return ClipkdError(
+                f"{device.name}: the connection to {device.destination} broke; what was running there is ended and "
+                f"removed. Repeat the command. ssh said:\n{last}"
+            )
+        if status == _TOO_OLD:
+            return MissingDependency(f"{device.name}: {device.python} is before Python 3.8. {_other_python(device)}")
+        if status in (126, 127):
+            return MissingDependency(f"{device.name}: no {device.python} runs there. {_other_python(device)}\n{last}")
+        if status != 255:
+            return ClipkdError(f"{device.name}: {device.python} ended with status {status}:\n{last}")
+        return UnavailableBackend(f"{device.name}: {_why_not(said, device)}. Try: {typed}\n{last}")
+
+
+@contextmanager
+def _connected(device: Device) -> Iterator[_Link]:
+    python = device.python.removeprefix("~/")  # quoted, it would not expand; a command starts in the home folder
+    command = f"exec {shlex.quote(python)} -c {shlex.quote(_BOOTSTRAP)}"
+    with tempfile.TemporaryFile() as stderr:  # not a pipe: a connection that stays for others would keep it open
+        try:
+            process = subprocess.Popen(
+                ssh_command(device, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
+            )
+        except FileNotFoundError:
+            raise MissingDependency(f"{device.name}: ssh is not installed: apt-get install openssh-client") from None
+        with process:
+            try:
+                yield _Link(device, process, stderr)
+            finally:
+                process.kill()  # the agent sees its stdin end
+                for stream in (process.stdin, process.stdout):
+                    if stream is not None:
+                        _close(stream)
+
+
+def _close(stream: IO[bytes]) -> None:
+    try:
+        stream.close()
+    except (BrokenPipeError, ConnectionResetError):  # what was not written yet has nowhere to go
+        return
+
+
+def _why_not(said: str, device: Device) -> str:
+    host = device.destination.rpartition("@")[2]
+    if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
+        return (
+            f"{host} has another host key than known_hosts recorded. If the device was installed anew, "
+            f"ssh-keygen -R forgets the old one; otherwise somebody is in between"
+        )
+    if "Host key verification failed" in said:
+        return f"the host key of {host} is not known yet. Connect once by hand and compare the fingerprint"
+    if "Permission denied" in said:
+        return f"{host} does not let this user in without a password. Bring your key there: ssh-copy-id"
+    return f"{host} cannot be reached"
+
+
+def _other_python(device: Device) -> str:
+    return (
+        "The device needs Python 3.8 or newer with numpy and a runtime; name another with: "
+        f"clipkd devices add {device.name} {device.destination} --python PATH --replace"
+    )
+
+
+def _full(device: Device, message: str, sent: Mapping[str, Any] | None) -> ClipkdError:
+    free = sent.get("free_bytes") if sent else None
+    left = "" if free is None else f" ({free / 1e6:.0f} MB free at {sent['root'] if sent else ''})"
+    return ClipkdError(
+        f"{device.name}: its disk is full{left}: {message}. Nothing unfinished is left there; free some space, or "
+        "choose another folder: clipkd devices add ... --workdir DIR --replace"
+    )
+
+
+def _relative(name: str) -> Path:
+    """A name that stays in its folder, whoever chose it."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise UsageError(f"{name!r}: expected a name inside a folder")
+    return Path(*parts)
+
+
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_of(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    """Of a file that did not change since: a profile sends the same graph for every process."""
+    return file_sha256(path)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk

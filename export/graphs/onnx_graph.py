@@ -1,0 +1,132 @@
+"""Write one tower as an ONNX graph: trace it, convert it, check it, save it."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export.graphs.onnx_rewrites import products_apart, separate_gemm_biases
+from export.graphs.uint8_preprocessing import UInt8Tower
+from export.model_folder import IMAGE_INPUT, UINT8_INPUT
+from toolchain.errors import ClipkdError
+
+BF16_OPSET = 22  # the first in which every operator takes bfloat16; without QuantizeLinear nothing speaks against it
+_MAX_BATCH = 1 << 16
+_MAX_SIDE = 1 << 15  # of a picture, in pixels: int32 holds what its kernels are made of
+_EXAMPLE_SIZE = 37, 53  # unlike each other and any model's, so that nothing is taken for the same size
+
+
+def write_graph(
+    tower: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    names_io: tuple[str, str],
+    opset: int,
+    metadata: dict[str, str],
+    batch: int | None = None,
+    runtime: str = "onnxruntime",
+) -> None:
+    """Export one tower as one self-contained file, of a free batch or of a fixed one, and check what was written.
+
+    Raises:
+        ClipkdError: the exporter failed, or froze the batch that was to be free, or wrote an invalid graph.
+    """
+    assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
+    free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
+    graph = _converted(tower, example[:batch], path, names_io, free if batch is None else None, opset)
+    if runtime == "openvino":
+        products_apart(graph.graph)
+    _check_and_save(graph, path, metadata)
+    for value in (*graph.graph.input, *graph.graph.output):
+        first = value.type.tensor_type.shape.dim[0]
+        if batch is None and first.dim_param != "batch":
+            raise ClipkdError(f"{path}: {value.name} has a fixed batch; expected a dynamic first dimension")
+        if batch is not None and first.dim_value != batch:
+            raise ClipkdError(
+                f"{path}: {value.name} has a batch of {first.dim_value or 'any size'}, not fixed to {batch}"
+            )
+
+
+def write_uint8_graph(
+    tower: nn.Module, image_spec: dict[str, Any], path: Path, *, opset: int, metadata: dict[str, str]
+) -> None:
+    """Export an image tower with its preprocessing before it: `pixels` uint8 [H, W, 3], RGB, of any H and W.
+
+    Within the graph, what the tower sees is named `pixel_values`, for those who want to look at it.
+
+    Raises:
+        ClipkdError: the exporter failed, or froze a dimension, or wrote an invalid graph.
+    """
+    sizes = {index: torch.export.Dim(name, min=1, max=_MAX_SIDE) for index, name in enumerate(("height", "width"))}
+    example = torch.zeros(*_EXAMPLE_SIZE, 3, dtype=torch.uint8)
+    names_io = UINT8_INPUT, "image_features", IMAGE_INPUT
+    graph = _converted(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset)
+    del graph.graph.output[1:]
+    _check_and_save(graph, path, metadata)
+    dims = graph.graph.input[0].type.tensor_type.shape.dim
+    if [dim.dim_param or dim.dim_value for dim in dims] != ["height", "width", 3]:
+        raise ClipkdError(f"{path}: {UINT8_INPUT} has a fixed size; expected free height and width")
+
+
+def _converted(
+    tower: nn.Module,
+    example: Tensor,
+    path: Path,
+    names_io: tuple[str, ...],
+    free: dict[int, Any] | None,
+    opset: int,
+) -> onnx.ModelProto:
+    try:
+        with (
+            redirect_stdout(io.StringIO()),  # stdout belongs to the command's result
+            _errors_only("torch.onnx", "onnxscript"),  # which warns of each chunk that it does not fold
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of torch's own internals
+            program = torch.onnx.export(
+                tower.eval(),
+                (example,),
+                input_names=[names_io[0]],
+                output_names=list(names_io[1:]),
+                dynamic_shapes=None if free is None else (free,),
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+                dynamo=True,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ClipkdError(f"{path}: torch.onnx cannot export this tower at opset {opset}: {error}") from error
+    assert program is not None
+    graph: onnx.ModelProto = program.model_proto
+    separate_gemm_biases(graph.graph)
+    return graph
+
+
+@contextmanager
+def _errors_only(*names: str) -> Iterator[None]:
+    """Keep the loggers of these names from saying less than an error."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _check_and_save(graph: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
+    onnx.helper.set_model_props(graph, metadata)
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ClipkdError(f"{path}: the exported graph is not valid ONNX: {error}") from error
+    onnx.save(graph, path)

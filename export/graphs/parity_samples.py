@@ -1,0 +1,77 @@
+"""Write parity.npz: real images and captions with the PyTorch features that every runtime is compared with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from toolchain.errors import ClipkdError
+from toolchain.evaluation.eval_set import EvalSet, Picture
+from toolchain.models.clip_model import ClipModel
+
+MAX_PARITY_SAMPLES = 256
+MAX_PARITY_BYTES = 1 << 26  # of pictures: all 256 at 224x224
+NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
+_CHUNK = 256  # samples per forward
+
+
+def in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
+    """Features [B, D] on the CPU."""
+    starts = range(0, len(inputs), _CHUNK)
+    device = next((tensor.device for tensor in (*tower.parameters(), *tower.buffers())), inputs.device)
+    return torch.cat([tower(inputs[start : start + _CHUNK].to(device)).cpu() for start in starts])
+
+
+def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
+    """What parity.py feeds to a runtime, and what torch made of it.  Samples are spread evenly over the set."""
+    shown, pictures = _parity_pictures(headline, model)
+    spoken = _spread(len(headline.texts))
+    captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
+    pixel_values_BCHW = torch.stack([model.preprocess(picture) for picture in pictures])
+    input_ids_BT = model.tokenize(captions)
+    np.savez(
+        path,
+        names=np.array([headline.texts[index] for index in spoken]),
+        image_names=np.array([headline.label(index) for index in shown]),
+        captions=np.array(captions),
+        pixels_BHWC=np.stack([np.asarray(picture) for picture in pictures]),
+        pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
+        input_ids_BT=input_ids_BT.numpy(),
+        image_features_BD=in_chunks(towers[0], pixel_values_BCHW).numpy(),
+        text_features_BD=in_chunks(towers[1], input_ids_BT).numpy(),
+    )
+
+
+def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:
+    """Which pictures of a set, and the pictures, all of one size so that one array holds them.
+
+    Glyphs are, and stay as they are.  Others are cut to a size a little larger than the model's, and not square, so
+    that parity goes through resizing and cropping too.
+
+    Raises:
+        ClipkdError: none of them can be read.
+    """
+    cfg = model.config["preprocess_cfg"]
+    height, width = cfg["size"] if isinstance(cfg["size"], list) else (cfg["size"], cfg["size"])
+    fitted = width + width // 4, height + height // 8
+    as_they_are = not isinstance(headline.pictures[0], Picture)  # an array: of one size already
+    at_most = MAX_PARITY_SAMPLES if as_they_are else max(2, MAX_PARITY_BYTES // (3 * fitted[0] * fitted[1]))
+    chosen = _spread(len(headline), min(MAX_PARITY_SAMPLES, at_most))
+    shown: list[int] = []
+    pictures: list[Image.Image] = []
+    for index in chosen.tolist():
+        picture = headline.image(index)
+        if picture is not None:
+            shown.append(index)
+            pictures.append(picture if as_they_are else ImageOps.fit(picture, fitted))
+    if not pictures:
+        raise ClipkdError(f"evaluation set {headline.name}: none of {len(chosen)} pictures tried can be read")
+    return shown, pictures
+
+
+def _spread(count: int, at_most: int = MAX_PARITY_SAMPLES) -> NDArray[np.int64]:
+    """At most so many indices below `count`, evenly spread."""
+    return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)

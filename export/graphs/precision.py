@@ -1,0 +1,99 @@
+"""Prepare a tower for the precision of its graph: fp32, fp16, bf16, and frozen int8 with float parts in either."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolchain.errors import GateError
+from toolchain.models.folding import fold_batch_norms, merge_branches
+from toolchain.models.plain_attention import plain_attention
+from toolchain.models.towers import ImageTower
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16")
+FROZEN, HALF = ("int8", "int8-fp16", "int8-bf16"), ("fp16", "int8-fp16")
+_WITHOUT_HALF = {"fp16": "Export this model in fp32 or bf16", "int8-fp16": "Export this model in int8"}
+MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
+HALF_SCALES_OPSET = 19  # the first in which QuantizeLinear takes float16
+_LEAST_HALF = 2.0**-24  # greater than zero that fp16 knows
+
+
+def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
+    """A copy to export: attention open-coded, branches merged, batch norms folded (their variances may underflow),
+    weights in the precision.
+
+    Raises:
+        GateError: a weight is beyond fp16's range.
+    """
+    tower = copy.deepcopy(tower).float().cpu()
+    plain_attention(tower)
+    if isinstance(tower, ImageTower):
+        merge_branches(tower, example)
+        fold_batch_norms(tower, example)
+    if precision == "fp16":
+        _require_half_weights(tower, precision)
+    return tower.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))
+
+
+def frozen_in(tower: nn.Module, precision: str) -> nn.Module:
+    """What is exported of a frozen int8 tower: itself, or in int8-fp16 a copy whose floats, scales included, are fp16.
+
+    The stored int8 weights stay as they are.  A scale that fp16 would round to zero becomes the smallest that it has,
+    because nothing can be divided by zero; what it scales is below 1e-5 either way.
+
+    Raises:
+        GateError: a weight is beyond fp16's range.
+    """
+    if precision not in HALF:
+        return tower
+    _require_half_weights(tower, precision)
+    half = copy.deepcopy(tower).cpu().half()
+    for name, buffer in half.named_buffers():
+        if name.endswith("scale"):
+            buffer.clamp_(min=_LEAST_HALF)
+    return half
+
+
+def _require_half_weights(tower: nn.Module, precision: str) -> None:
+    for name, weight in tower.named_parameters():
+        if not weight.abs().max() <= torch.finfo(torch.float16).max:  # not `>`: NaN must fail
+            raise GateError(
+                f"{precision}: the weight {name} has values up to {weight.abs().max():.3g}, expected at most 65504. "
+                f"{_WITHOUT_HALF[precision]}"
+            )
+
+
+@contextmanager
+def within_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> Iterator[None]:
+    """Watch what the layers of a float tower put out while the block runs.
+
+    Raises:
+        GateError: at the end, the first layer whose values pass MAX_HALF_ACTIVATION in magnitude, or are not finite.
+    """
+    peaks: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            for value in output if isinstance(output, (tuple, list)) else (output,):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    peaks[name] = max(peaks.get(name, 0.0), value.detach().abs().nan_to_num(math.inf).max().item())
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in tower.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    beyond = {name: peak for name, peak in peaks.items() if not peak <= MAX_HALF_ACTIVATION}
+    if beyond:
+        name, peak = next(iter(beyond.items()))
+        raise GateError(
+            f"{precision}: {what} tower, layer {name}: values up to {peak:.3g} on real samples, expected at most "
+            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). {_WITHOUT_HALF[precision]}"
+        )

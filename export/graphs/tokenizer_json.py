@@ -1,0 +1,177 @@
+"""Write any tokenizer open_clip uses as one `tokenizers` library file, so that a device tokenises without open_clip.
+
+The written `tokenizer.json` holds everything after cleaning: splitting, merges, the start and end tokens, truncation
+that keeps the end token, and padding to the context length.  What the library cannot express (cleaning with ftfy, and
+two habits of open_clip's HFTokenizer) is named in the "text" section of `preprocess.json`, see `text_spec`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import regex
+from open_clip import tokenizer as open_clip_tokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+from toolchain.errors import UsageError
+
+if TYPE_CHECKING:
+    from toolchain.models.clip_model import ClipModel
+
+_CLEAN_NAMES = {
+    open_clip_tokenizer._clean_whitespace: "whitespace",
+    open_clip_tokenizer._clean_lower: "lower",
+    open_clip_tokenizer._clean_canonicalize: "canonicalize",
+}
+
+
+def write_tokenizer(clip_model: ClipModel, folder: Path) -> dict[str, Any]:
+    """Write `folder/tokenizer.json` and return the "text" section of `preprocess.json` (see `text_spec`).
+
+    Raises:
+        UsageError: the model's tokenizer cannot be reproduced without open_clip.
+    """
+    tokenizer, where = clip_model.tokenize, clip_model.name
+    zeroed_id = appended_id = None
+    if isinstance(tokenizer, SimpleTokenizer):
+        if tokenizer.reduction_fn is not None:
+            raise UsageError(
+                f"{where}: its tokenizer drops tokens at random (reduction_mask), which an export cannot reproduce. "
+                "Remove text_cfg.tokenizer_kwargs.reduction_mask from open_clip_config.json"
+            )
+        text = stock_tokenizer_json(tokenizer, context_length=clip_model.context_length)
+        pad_id, eot_id = 0, tokenizer.eot_token_id
+    elif isinstance(tokenizer, HFTokenizer):
+        if not getattr(tokenizer.tokenizer, "is_fast", False):
+            raise UsageError(
+                f"{where}: its tokenizer is {type(tokenizer.tokenizer).__name__}, which has no `tokenizers` form. "
+                "Expected a folder with a tokenizer.json; convert it with transformers' convert_slow_tokenizer"
+            )
+        text, appended_id = _hf_tokenizer_json(tokenizer, clip_model.context_length)
+        pad_id, eot_id = tokenizer.tokenizer.pad_token_id, tokenizer.tokenizer.eos_token_id
+        if eot_id is None:
+            eot_id = tokenizer.tokenizer.sep_token_id
+        if tokenizer.strip_sep_token:
+            zeroed_id = tokenizer.tokenizer.sep_token_id
+    else:
+        raise UsageError(
+            f"{where}: its tokenizer is {type(tokenizer).__name__}; an export reproduces open_clip's SimpleTokenizer "
+            "and HFTokenizer. Choose a model that open_clip.get_tokenizer gives one of these for"
+        )
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    return text_spec(
+        context_length=clip_model.context_length,
+        pad_id=pad_id,
+        eot_id=eot_id,
+        clean=_CLEAN_NAMES[tokenizer.clean_fn],
+        zeroed_id=zeroed_id,
+        appended_id=appended_id,
+    )
+
+
+def text_spec(
+    *,
+    context_length: int,
+    pad_id: int,
+    eot_id: int | None,
+    clean: str,
+    zeroed_id: int | None = None,
+    appended_id: int | None = None,
+) -> dict[str, Any]:
+    """The "text" section of `preprocess.json`: what turns a caption into the text graph's `input_ids`.
+
+    `context_length`  T, the width of `input_ids`.
+    `pad_id`          what fills a row after its end token; `tokenizer.json` already pads with it.
+    `eot_id`          the end-of-text token, kept by truncation; None where the vocabulary has none.
+    `clean`           what is done to a caption first: `whitespace` is ftfy.fix_text, html.unescape twice and every run
+                      of whitespace to one space; `lower` is that in lower case; `canonicalize` replaces underscores by
+                      spaces, removes ASCII punctuation and lowers the case.
+    `zeroed_id`       a token that open_clip overwrites by 0 (`strip_sep_token`), or None.
+    `appended_id`     a token that open_clip puts behind the padding (`tokenizer_mode: clips`), or None; then
+                      `tokenizer.json` makes rows of T - 1.
+    """
+    return {
+        "context_length": context_length,
+        "pad_id": pad_id,
+        "eot_id": eot_id,
+        "clean": clean,
+        "zeroed_id": zeroed_id,
+        "appended_id": appended_id,
+    }
+
+
+def _hf_tokenizer_json(tokenizer: HFTokenizer, context_length: int) -> tuple[str, int | None]:
+    tokenizer([""], context_length=context_length)  # transformers sets padding and truncation of its backend on use
+    backend = Tokenizer.from_str(tokenizer.tokenizer.backend_tokenizer.to_str())
+    if tokenizer.tokenizer_mode != "clips":
+        return backend.to_str(), None
+    special = tokenizer.tokenizer
+    backend.post_processor = _wrap((special.bos_token, special.bos_token_id), (special.eos_token, special.eos_token_id))
+    backend.enable_truncation(context_length - 1)
+    backend.enable_padding(length=context_length - 1, pad_id=special.pad_token_id, pad_token=special.pad_token)
+    return backend.to_str(), special.cls_token_id
+
+
+def _wrap(start: tuple[str, int], end: tuple[str, int]) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{start[0]} $A {end[0]}", special_tokens=list(dict.fromkeys((start, end)))
+    )
+
+
+def stock_tokenizer_json(tokenizer: SimpleTokenizer | None = None, *, context_length: int = 77) -> str:
+    """CLIP's byte-level BPE (open_clip's SimpleTokenizer, 49,408 tokens) as the text of a `tokenizer.json`.
+
+    Expects cleaned text.  Differs from transformers' conversion where that differs from SimpleTokenizer: letters and
+    digits are those of the `regex` package's Unicode version, which is newer than the library's, and a caption that
+    spells a special token gets that token, as in SimpleTokenizer, only where its pattern finds it.
+    """
+    tokenizer = tokenizer or SimpleTokenizer()
+    special_tokens = [tokenizer.decoder[token_id] for token_id in tokenizer.all_special_ids]
+    vocab = {token: token_id for token, token_id in tokenizer.encoder.items() if token not in special_tokens}
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    spelling: dict[tuple[str, str], None] = {}
+    unaware = copy.copy(tokenizer)
+    unaware.cache = {}  # which is where SimpleTokenizer keeps special tokens whole
+    for token in special_tokens:
+        # Merges of the lowest priority spell the special token out of the pieces its text falls into.  They fire
+        # nowhere else: only the special alternatives of the pattern put a letter beside a punctuation mark.
+        joined, *pieces = unaware.bpe(token).split(" ")
+        for piece in pieces:
+            spelling[joined, piece] = None
+            joined += piece
+            vocab.setdefault(joined, tokenizer.vocab_size + len(spelling))
+        vocab[joined] = tokenizer.encoder[token]
+    rust = Tokenizer(models.BPE(vocab=vocab, merges=[*merges, *spelling], end_of_word_suffix="</w>"))
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_stock_pattern(special_tokens)), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    start, end = special_tokens[:2]
+    rust.post_processor = _wrap((start, tokenizer.sot_token_id), (end, tokenizer.eot_token_id))
+    rust.enable_truncation(context_length)
+    rust.enable_padding(length=context_length, pad_id=0, pad_token=tokenizer.decoder[0])
+    return rust.to_str()
+
+
+def _stock_pattern(special_tokens: list[str]) -> str:
+    """SimpleTokenizer's pattern with every class spelled out, as open_clip's engine understands it without case."""
+    words = [*special_tokens, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
+    spelled = ["".join(_members(regex.escape(character)) for character in word) for word in words]
+    return "|".join([*spelled, _members(r"[\p{L}]") + "+", _members(r"[\p{N}]"), _members(r"[^\s\p{L}\p{N}]") + "+"])
+
+
+def _members(pattern: str) -> str:
+    """A class of all characters that a pattern matches when case is ignored: s, S and the long s for an s."""
+    runs = regex.findall(f"{pattern}+", _ALL_CHARACTERS, regex.IGNORECASE)
+    ends = ((ord(run[0]), ord(run[-1])) for run in runs)
+    return (
+        "[" + "".join(f"\\x{{{first:x}}}" + (f"-\\x{{{last:x}}}" if last > first else "") for first, last in ends) + "]"
+    )
+
+
+_ALL_CHARACTERS = "".join(chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000)  # no surrogates

@@ -1,0 +1,73 @@
+"""The layout of an exported model's directory: its graphs, inputs and files, and the run it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from toolchain.errors import UsageError
+from toolchain.recipe.model_names import CONFIG, WEIGHTS
+
+IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
+IMAGE_INPUT, TEXT_INPUT = "pixel_values", "input_ids"
+UINT8_GRAPH, UINT8_INPUT = "image_uint8.onnx", "pixels"
+"""The image tower with its preprocessing, where it was asked for: RGB, uint8 [H, W, 3]."""
+
+
+def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
+    """What is opened of each tower; a checkpoint is one file."""
+    if is_checkpoint(folder):
+        return dict.fromkeys(("image", "text"), folder / WEIGHTS)
+    where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
+    return {tower: where / f"{tower}.{suffix}" for tower in ("image", "text")}
+
+
+def is_checkpoint(model: Path) -> bool:
+    """Whether a directory is a checkpoint's, which runs in PyTorch, and not an exported model's.
+
+    Raises:
+        UsageError: an int8 checkpoint, which PyTorch cannot run in integers.
+    """
+    if (model / "nncf.json").is_file():
+        raise UsageError(f"{model}: an int8 checkpoint, which is int8 only once exported; name RUN/exported/...-int8")
+    return (model / CONFIG).is_file() and not (model / "image.onnx").is_file()
+
+
+def exported_of(checkpoint: Path) -> Path:
+    """The exported model of a run's checkpoint, in fp32 if there is one: their samples and preprocessing are the same.
+
+    Raises:
+        UsageError: there is none.
+    """
+    made = [path.parent for path in checkpoint.parent.glob(f"exported/{checkpoint.name}-*/parity.npz")]
+    if not made:
+        raise UsageError(
+            f"{checkpoint}: a checkpoint is timed with the samples of its exported model, and there is no "
+            f"{checkpoint.parent / 'exported' / checkpoint.name}-*. "
+            f"Export it first: clipkd export {checkpoint.parent} --onnx --precision fp32"
+        )
+    return min(made, key=lambda path: (not path.name.endswith("-fp32"), path.name))
+
+
+def runtime_words(folder: Path) -> list[str]:
+    """The runner's arguments that say how the manifest would have the graphs opened."""
+    manifest = folder / "manifest.json"
+    summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
+    named = {name: summary[name] for name in ("runtime", "precision") if name in summary}
+    return [part for name, value in named.items() for part in (f"--{name}", value)]
+
+
+def run_of(model: Path) -> Path | None:
+    """The run that a model's directory belongs to, if it lies in one."""
+    return next((folder for folder in model.absolute().parents[:2] if (folder / "recipe.yaml").is_file()), None)
+
+
+def model_kind(model: Path) -> str:
+    if (model / "image.onnx").is_file():
+        return "exported"
+    if is_checkpoint(model):
+        return "checkpoint"
+    raise UsageError(
+        f"{model}: neither an exported model (image.onnx) nor a checkpoint (open_clip_config.json); "
+        "name a directory such as RUN/exported/NAME or RUN/student"
+    )

@@ -1,0 +1,106 @@
+"""Measure every exported model, and the PyTorch references beside them, as stages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from export.pipeline.plan import references
+from toolchain.pipeline.stage_inputs import evaluated
+from toolchain.progress import Screen
+from toolchain.recipe.recipe import Recipe
+from toolchain.stage import REFERENCE, Stage, StageSpec, run_stage
+
+
+def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
+    measured = {}
+    accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
+    for name, model in exported.items():
+        if model.manifest["summary"]["runtime"] == "tensorrt":
+            continue  # a kit runs where its engines are built
+
+        def work(folder: Path, model: Stage = model) -> dict[str, Any]:
+            from export.pipeline.measure_model import measure
+
+            return measure(model.path, folder, accuracy, recipe.profile, screen.progress)
+
+        screen.starts(f"measured/{name}")
+        measured[name] = run_stage(
+            StageSpec(
+                out / "measured" / name / "cpu",
+                kind="measure",
+                version=2,
+                fields=fields,
+                fingerprints=fingerprints,
+                inputs={"model": model},
+            ),
+            work,
+        )
+        screen.done(f"measured/{name}", measured[name])
+    return measured
+
+
+def require_references(recipe: Recipe) -> None:
+    """Know before hours of training that what the recipe wants of PyTorch itself can be had.
+
+    Raises:
+        MissingDependency: a reference is to be compiled, and there is no C++ compiler.
+    """
+    from export.devices.run_runner import require_compiler
+
+    if "compiled" in recipe.profile.pytorch:
+        require_compiler()
+
+
+def measure_references(
+    recipe: Recipe, out: Path, made: dict[str, Stage], exported: dict[str, Stage], screen: Screen
+) -> dict[str, Stage]:
+    """The same of the checkpoint that ships in PyTorch, as often as the recipe asks for it.
+
+    Raises:
+        MissingDependency: it is to be compiled, and there is no C++ compiler.
+    """
+    measured: dict[str, Stage] = {}
+    if not references(recipe):
+        return measured
+    accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
+    for name, role, mode, beside in references(recipe):
+        if beside not in exported:
+            continue  # it failed, and has said why
+
+        def work(folder: Path, role: str = role, mode: str = mode, beside: str = beside) -> dict[str, Any]:
+            from export.pipeline.measure_model import measure_reference
+
+            paths = made[role].path, exported[beside].path, folder
+            return measure_reference(*paths, accuracy, recipe.profile, mode, screen.progress)
+
+        screen.starts(f"measured/{name}")
+        measured[name] = run_stage(
+            StageSpec(
+                out / "measured" / name / "cpu",
+                kind=REFERENCE,
+                version=1,
+                fields={**fields, "pytorch": mode},
+                fingerprints=fingerprints,
+                inputs={"checkpoint": made[role], "model": exported[beside]},
+            ),
+            work,
+        )
+        screen.done(f"measured/{name}", measured[name])
+    return measured
+
+
+def _measured_by(recipe: Recipe) -> dict[str, Any]:
+    """The fields that any measurement reads."""
+    return {
+        "evaluate": evaluated(recipe).model_dump(mode="json"),
+        "profile": recipe.profile.model_dump(exclude={"pytorch"}),
+    }
+
+
+def _measured_on(recipe: Recipe) -> dict[str, str]:
+    """The data and the machine that any measurement depends on."""
+    from toolchain.evaluation.open_sets import fingerprints
+    from toolchain.provenance import machine
+
+    return {"sets": fingerprints(evaluated(recipe).sets), "machine": json.dumps(machine(), sort_keys=True)}

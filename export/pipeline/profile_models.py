@@ -1,0 +1,263 @@
+"""What `clipkd profile` does: time several models on one device, and keep in its run what belongs to one.
+
+The models of a call are timed together, so that their processes take turns.  One that fails is a row with its reason.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.devices.describe import describe_device
+from export.devices.doctor import local_device
+from export.devices.registry import Device, find_device, is_local
+from export.devices.ssh import build_engines_on
+from export.model_folder import is_checkpoint, run_of
+from export.pipeline.engines import engines_of
+from export.pipeline.measure_model import score
+from export.profiling.protocol import Effort, Profile, profile_together
+from export.proof.parity import check_parity
+from export.proof.prove import prove
+from export.runtime.exported_model import ExportedEncoders, open_exported
+from export.runtime.remote_model import encoders_on
+from export.runtime.tensorrt_engines import can_build, open_tensorrt
+from toolchain.errors import ClipkdError, UnavailableBackend, UsageError
+from toolchain.evaluation.open_sets import fingerprints
+from toolchain.filesystem import write_json
+from toolchain.pipeline.stage_inputs import evaluated
+from toolchain.progress import Screen
+from toolchain.provenance import machine
+from toolchain.recipe.evaluate import EvaluateSpec
+from toolchain.recipe.load import load_recipe
+from toolchain.stage import Stage, StageSpec, is_made, open_stage, run_lock, run_stage
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The device that models are measured on."""
+
+    name: str
+    on: Device | None
+    """None: a device of this machine."""
+
+    what: str
+    """In words, of a device of this machine."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model's measurement is kept: in measured/MODEL/DEVICE of its run."""
+
+    run: Path
+    stage: StageSpec
+    model: Stage
+    engines: Stage | None
+    """Of a TensorRT kit."""
+
+    spec: EvaluateSpec | None
+    """What it is scored on, if it is."""
+
+
+def profile_models(
+    models: Sequence[Path],
+    device: str,
+    effort: Effort,
+    *,
+    scored: bool = False,
+    out: Path | None = None,
+    screen: Screen,
+) -> tuple[list[Row], list[ClipkdError]]:
+    """A row for each model, in order, and the errors of those that could not be measured.
+
+    A row has `model`, `device` and `status`: `ok`, or the reason, with its `exit_code`.  If ok, it also has what
+    `export.profiling.protocol.profile_together` measured, and `samples`, the file of every latency, if that is kept.
+
+    On another device than `cpu`, a run's model keeps it in measured/MODEL/DEVICE of its run, with the proof that it
+    computes there what PyTorch did and, if `scored`, its accuracy there on the sets of the run's recipe.  The engines
+    of a TensorRT kit are built for the device first, and kept in the run's engines/.  `out` is a folder for the rows
+    and the latencies of all.
+
+    Raises:
+        UnavailableBackend: there is no such device, or it cannot be reached.
+        UsageError: nobody knows the device, or `out` is a file.
+    """
+    target = _target(device)
+    if scored and target.name == "cpu":
+        raise UsageError("--evaluate is for other devices than cpu; here, use clipkd evaluate")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; --out names a folder")
+    failures: dict[int, ClipkdError] = {}
+    places: dict[int, _Place | None] = {}
+    for index, model in enumerate(models):
+        try:
+            places[index] = _place(model, target, effort, scored, screen)
+        except ClipkdError as error:
+            failures[index] = error
+
+    @cache
+    def timed() -> dict[int, Profile | ClipkdError]:
+        """Of all models that have not failed and are not kept yet, at once."""
+        to_do = {
+            index: place
+            for index, place in places.items()
+            if index not in failures and (place is None or not is_made(place.stage))
+        }
+        screen.starts(models[next(iter(to_do))].name if len(to_do) == 1 else f"{len(to_do)} models")
+        found = profile_together(
+            [models[index] for index in to_do],
+            processes=effort.processes,
+            seconds=effort.seconds,
+            device=target.name if target.on is None else "cpu",
+            on=target.on,
+            engines={models[index]: place.engines.path for index, place in to_do.items() if place and place.engines},
+            progress=screen.progress,
+        )
+        for one in found:
+            if isinstance(one, Profile) and target.on is None and target.name != "cpu":
+                described = one.document["machine"]
+                described["name"] = f"{target.what}, {described['name']}"
+        return dict(zip(to_do, found, strict=True))
+
+    def timed_one(index: int) -> Profile:
+        found = timed()[index]
+        if isinstance(found, ClipkdError):
+            raise found
+        return found
+
+    def measured(index: int, place: _Place, folder: Path) -> dict[str, Any]:
+        screen.starts(f"measured/{models[index].name}/{target.name}")
+        screen.progress("parity", 0, 1)
+        write_json(folder / "parity.json", _proven(place, target))  # a wrong model is not worth timing
+        samples: dict[str, Any] = {}
+        if place.spec is not None:
+            samples, _ = score(_encoders(place, target), folder, place.spec, screen.progress)
+        found = timed_one(index)
+        write_json(folder / "profile.json", found.document)
+        np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
+        return {"p50_ms": found.document["image"]["p50_ms"]}
+
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = [{"model": str(model), "device": target.name} for model in models]
+    for index, place in places.items():
+        own = None if out is None else out / f"samples-{index + 1}.npz"
+        try:
+            if place is None:
+                found = timed_one(index)
+                document, kept = found.document, own
+                if own is not None:
+                    np.savez(own, **found.samples)  # type: ignore[arg-type]
+            else:
+                with run_lock(place.run):
+                    stage = run_stage(place.stage, partial(measured, index, place))
+                screen.done(f"measured/{models[index].name}/{target.name}", stage)
+                document = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
+                kept = stage.path / "samples.npz"
+                if own is not None:
+                    kept = Path(shutil.copyfile(kept, own))
+        except ClipkdError as error:
+            failures[index] = error
+            continue
+        rows[index] |= {"status": "ok", **document, "samples": None if kept is None else str(kept)}
+    for index, failure in failures.items():
+        rows[index] |= {"status": str(failure), "exit_code": failure.exit_code}
+    if out is not None:
+        write_json(out / "profile.json", rows)
+    return rows, [failures[index] for index in sorted(failures)]
+
+
+def _target(device: str) -> _Target:
+    if not is_local(device):
+        on = find_device(device)
+        return _Target(on.name, on, "", json.dumps(describe_device(on), sort_keys=True))
+    found = local_device(device)
+    return _Target(
+        found["name"], None, found["what"], json.dumps(machine() | {"device": found["what"]}, sort_keys=True)
+    )
+
+
+def _place(model: Path, target: _Target, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
+    """Where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
+    if is_checkpoint(model) and target.name != "cpu":
+        raise UsageError(
+            f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; name an export of it instead"
+        )
+    run, is_kit = run_of(model), (model / "build_engine.py").is_file()
+    if is_kit and target.on is None and target.name != "cuda:0":
+        raise UnavailableBackend(
+            f"{model}: a TensorRT kit, which the {target.name} of this machine cannot run; its engines run on the "
+            "first NVIDIA GPU, --device cuda:0, or on a device of `clipkd devices`"
+        )
+    if run is None and is_kit:
+        raise UsageError(
+            f"{model}: a TensorRT kit; its engines are kept in its run, so name it inside: RUN/exported/..."
+        )
+    if run is None and scored:
+        raise UsageError(f"{model}: in no run whose recipe would name the sets to score it on")
+    if run is None or target.name == "cpu":
+        return None
+    with run_lock(run):
+        stage = open_stage(model)
+        engines = _engines(stage, run, target, screen) if is_kit else None
+    path = run / "measured" / model.name / target.name
+    scored = scored or (path / "evaluation.json").is_file()  # what was once scored does not lose its scores
+    spec = evaluated(load_recipe(run / "recipe.yaml")) if scored else None
+    made = StageSpec(
+        path,
+        kind="profile",
+        version=2,
+        fields={**effort._asdict(), "evaluate": spec and spec.model_dump(mode="json")},
+        fingerprints={"machine": target.fingerprint} | ({"sets": fingerprints(spec.sets)} if spec else {}),
+        inputs={"model": stage} | ({"engines": engines} if engines else {}),
+    )
+    return _Place(run, made, stage, engines, spec)
+
+
+def _engines(kit: Stage, run: Path, target: _Target, screen: Screen) -> Stage:
+    """A kit's engines for a GPU of this machine, or for that of a device reached by ssh, built there."""
+    if target.on is None:
+        return engines_of(kit, run, can_build(), screen)
+    device, name = target.on, f"engines/{kit.path.name}@{target.name}"
+
+    def build(folder: Path) -> dict[str, Any]:
+        made = build_engines_on(device, kit.path, folder, on_line=lambda line: screen.progress(line.strip(), 0, 1))
+        return {"runtime": "tensorrt"} | made
+
+    screen.starts(name)
+    there = {"machine": target.fingerprint}
+    stage = run_stage(
+        StageSpec(run / name, kind="engines", version=1, fingerprints=there, inputs={"model": kit}), build
+    )
+    screen.done(name, stage)
+    return stage
+
+
+def _proven(place: _Place, target: _Target) -> dict[str, Any]:
+    """Parity on the device, in a process that may crash.
+
+    Raises:
+        GateError: the model does not compute on the device what it computed in PyTorch.
+    """
+    summary = place.model.manifest["summary"]
+    if target.on is None and place.engines is None:
+        how = {"runtime": summary["runtime"], "precision": summary["precision"]}
+        parity: dict[str, Any] = prove(place.model.path, **how, device=target.name)["parity"]
+        return parity
+    return check_parity(place.model.path, precision=summary["precision"], encoders=_encoders(place, target))
+
+
+def _encoders(place: _Place, target: _Target) -> ExportedEncoders:
+    model, engines = place.model.path, place.engines.path if place.engines else None
+    if target.on is not None:
+        precision = place.model.manifest["summary"]["precision"]
+        return encoders_on(target.on, model, precision=precision, engines=engines)
+    return open_exported(model, device=target.name) if engines is None else open_tensorrt(model, engines)

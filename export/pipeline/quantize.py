@@ -1,0 +1,27 @@
+"""The int8 student as a stage of `clipkd run`: where `export.auto` chooses, a failure rejects it and ends nothing."""
+
+from pathlib import Path
+
+from export.pipeline.plan import exports, mark_failed
+from toolchain.errors import ArtifactError, ClipkdError, Interrupted, UsageError
+from toolchain.pipeline.quantize import quantize_checkpoint
+from toolchain.progress import Screen
+from toolchain.recipe.export import is_quantized
+from toolchain.recipe.recipe import Recipe
+from toolchain.stage import Stage
+
+
+def quantize_or_reject(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+    """`quantize_checkpoint`; where `export.auto` chooses, an int8 student that cannot be made is rejected."""
+    try:
+        if recipe.quantize is None and recipe.export.is_quantized:
+            raise UsageError("the recipe has no quantize section to make it with")
+        return quantize_checkpoint(recipe, out, made, screen)
+    except ClipkdError as error:
+        if recipe.export.auto is None or isinstance(error, ArtifactError | Interrupted):
+            raise
+        for name, _, _, precision in exports(recipe):
+            if is_quantized(precision):
+                mark_failed(out / "exported" / name, error)
+                screen.line(name, f"failed: {error}")
+        return {}

@@ -1,0 +1,73 @@
+"""The table that `clipkd profile` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99
+from toolchain.significance import told_apart
+
+_REASON_CHARACTERS = 100  # in the table; the whole of it is the error's
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the printed table of rows with `model` and `status`, and a profile where that is `ok`.
+
+    Times are milliseconds to three digits; a percentile of too few samples says how few.
+    """
+    headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text\np50 ms", "end to\nend ms"]
+    headers += ["images/s\n(batch)", "load,\nfirst ms", "peak\nMB", "grade"]
+    timed = [row for row in rows if row["status"] == "ok"]
+    headers += ["p50 to\nthe first"] if len(timed) > 1 else []
+    all_ok = all(row["status"] == "ok" for row in rows)
+    names = [Path(row["model"]).name for row in rows]
+    if len(set(names)) < len(names):
+        names = [row["model"] for row in rows]
+    cells = [
+        [*_cells(row), *([_against(timed[0], row)] if len(timed) > 1 else [])]
+        if row["status"] == "ok"
+        else ["-"] * (len(headers) - 1)
+        for row in rows
+    ]
+    status = [[] if all_ok else [_reason(row)] for row in rows]
+    return headers + ([] if all_ok else ["status"]), [
+        [name, *measured, *said] for name, measured, said in zip(names, cells, status, strict=True)
+    ]
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    """The beginning of a status, without what the row says already."""
+    said: str = row["status"].partition("\n")[0].removeprefix(row["model"]).lstrip("/: ")
+    return said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}…"
+
+
+def _cells(found: Mapping[str, Any]) -> list[str]:
+    image, sweep = found["image"], found["sweep"]
+    floors = {"p90_ms": MIN_SAMPLES_P90, "p99_ms": MIN_SAMPLES_P99}
+    return [
+        f"{format_ms(image['p50_ms'])} [{format_ms(image['p50_low_ms'])}, {format_ms(image['p50_high_ms'])}]",
+        *(f"n<{floor}" if image[key] is None else format_ms(image[key]) for key, floor in floors.items()),
+        format_ms(found["text"]["p50_ms"]),
+        "-" if found["e2e_p50_ms"] is None else format_ms(found["e2e_p50_ms"]),
+        f"{found['images_per_s']:,.0f} ({max(sweep, key=sweep.__getitem__)})",
+        f"{format_ms(image['load_ms'])}, {format_ms(image['first_ms'])}",
+        f"{found['peak_memory_bytes'] / 1e6:,.0f}",
+        " ".join([found["grade"], *found["flags"]]),
+    ]
+
+
+def _against(first: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The ratio of their p50, and whether it may be chance."""
+    if row is first:
+        return "-"
+    ours, theirs = row["image"], first["image"]
+    in_turns = row.get("call") == first.get("call") is not None
+    apart = told_apart(theirs["p50_by_process_ms"], ours["p50_by_process_ms"], in_turns=in_turns)
+    return f"{ours['p50_ms'] / theirs['p50_ms']:.2f}{'' if apart else ' (may be chance)'}"
+
+
+def format_ms(value: float) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"

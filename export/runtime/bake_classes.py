@@ -1,0 +1,167 @@
+"""Bake a set of labels into an exported model: a class matrix in place of the text tower; needs no torch.
+
+D embedding width   K labels   P templates
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.graphs.model_card import CARD
+from export.model_folder import IMAGE_GRAPH
+from export.runtime.exported_model import ExportedEncoders, open_exported
+from export.runtime.predict import read_classes
+from toolchain.errors import ArtifactError, UsageError
+from toolchain.stage import MANIFEST, Stage, StageSpec, open_stage, run_stage
+
+CLASSIFIER = "classifier.onnx"
+
+
+def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path) -> Stage:
+    """Make `out`: the image tower, classes.npz of the labels and, where the onnx package is installed, classifier.onnx.
+
+    Raises:
+        UsageError: a file is missing, empty, not UTF-8, or has blank or repeated lines; or `out` is something else.
+        ArtifactError: `model` is not an exported model, or is damaged, or has its labels baked in already.
+    """
+    names = read_lines(labels_file, "labels")
+    source = open_stage(model)
+    if not (model / IMAGE_GRAPH).is_file():
+        raise ArtifactError(f"{model}: no {IMAGE_GRAPH}; not an exported model. Make one with: clipkd export RUN")
+    _, _, logit_scale = read_classes(model)
+    templates = read_templates(templates_file) if templates_file else _own_templates(model)
+    if out.resolve() == model.resolve():
+        raise UsageError(f"--out {out}: is the model itself; name another directory")
+    if out.exists() and (
+        not out.is_dir() or not (out / MANIFEST).is_file() or open_stage(out).manifest["kind"] != "classes"
+    ):
+        raise UsageError(f"--out {out}: exists and was not made by clipkd classes; name another directory")
+    with_graph = importlib.util.find_spec("onnx") is not None
+
+    def work(folder: Path) -> dict[str, Any]:
+        encoders = open_exported(model)
+        features_KD = class_matrix(encoders, names, templates)
+        shutil.copyfile(model / IMAGE_GRAPH, folder / IMAGE_GRAPH)
+        image_spec = json.dumps({"image": encoders.image_spec}, indent=1) + "\n"
+        (folder / "preprocess.json").write_text(image_spec, encoding="utf-8")
+        np.savez(
+            folder / "classes.npz",
+            names=np.array(names),
+            templates=np.array(templates),
+            features_KD=features_KD,
+            logit_scale=logit_scale,
+        )
+        if with_graph:
+            _write_classifier(model / IMAGE_GRAPH, folder / CLASSIFIER, features_KD, float(logit_scale), names)
+        _write_card(folder, source, len(names), templates)
+        size_bytes = (folder / IMAGE_GRAPH).stat().st_size
+        kept = {name: value for name, value in source.manifest["summary"].items() if name != "uint8_input"}
+        return kept | {"num_labels": len(names), "params_text": 0, "size_bytes": size_bytes}
+
+    return run_stage(
+        StageSpec(
+            out,
+            kind="classes",
+            version=1,
+            fields={"labels": names, "templates": templates, "classifier": with_graph},
+            inputs={"model": source},
+        ),
+        work,
+    )
+
+
+def class_matrix(encoders: ExportedEncoders, names: list[str], templates: list[str]) -> NDArray[np.float32]:
+    """[K, D]: normalise( mean over templates of the unit text feature ).  CLIP (arXiv:2103.00020), 3.1.4."""
+    features_PKD = np.stack([encoders.encode_texts([t.replace("{}", name) for name in names]) for t in templates])
+    mean_KD = features_PKD.mean(0)
+    unit_KD: NDArray[np.float32] = (mean_KD / np.linalg.norm(mean_KD, axis=-1, keepdims=True)).astype(np.float32)
+    if not np.isfinite(unit_KD).all():
+        worst = names[int(np.argmin(np.isfinite(unit_KD).all(-1)))]
+        raise ArtifactError(f"{encoders.folder}: its text tower gives no finite feature for the label {worst!r}")
+    return unit_KD
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file, stripped; none may be blank or come twice.
+
+    Raises:
+        UsageError: it is missing, not UTF-8 or empty, or a line is blank or repeated.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read {what}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    if lines == [""]:
+        raise UsageError(f"{path}: empty; expected {what}, one a line")
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise UsageError(f"{path}: line {number} is blank; expected {what}, one a line")
+        if "\0" in line:
+            raise UsageError(f"{path}: line {number} holds a NUL character; not a text file")
+        if line in first:
+            raise UsageError(f"{path}: line {number} repeats line {first[line]}: {line!r}")
+        first[line] = number
+    return lines
+
+
+def read_templates(path: Path) -> list[str]:
+    """Captions with {} in place of the label."""
+    templates = read_lines(path, "templates")
+    for number, template in enumerate(templates, 1):
+        if template.count("{}") != 1:
+            raise UsageError(f"{path}: line {number}: expected one {{}} where the label goes, got {template!r}")
+    return templates
+
+
+def _own_templates(model: Path) -> list[str]:
+    with np.load(model / "classes.npz", allow_pickle=False) as classes:
+        return [str(template) for template in classes["templates"]]
+
+
+def _write_classifier(
+    graph: Path, path: Path, features_KD: NDArray[np.float32], logit_scale: float, names: list[str]
+) -> None:
+    """image.onnx with one product more: `pixel_values` to `logits` [batch, K] = scale * features @ classes."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(graph)
+    (features,) = model.graph.output
+    matrix_DK = np.ascontiguousarray((logit_scale * features_KD).T.astype(np.float32))
+    model.graph.initializer.append(numpy_helper.from_array(matrix_DK, "clipkd_classes_DK"))
+    model.graph.node.append(helper.make_node("MatMul", [features.name, "clipkd_classes_DK"], ["logits"], "classify"))
+    first = features.type.tensor_type.shape.dim[0]
+    del model.graph.output[:]
+    model.graph.output.append(
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, [first.dim_value or "batch", len(names)])
+    )
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, kept | {"clipkd.labels": json.dumps(names)})
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def _write_card(folder: Path, source: Stage, num_labels: int, templates: list[str]) -> None:
+    """The model's own card under a note of what was left out of it."""
+    own = source.path / CARD
+    said = own.read_text(encoding="utf-8") if own.is_file() else ""
+    note = f"""\
+# Labels baked in
+
+{num_labels} labels, {len(templates)} templates, in classes.npz; there is no text tower. Made by `clipkd classes` from
+the exported model of sha256 {source.digest}; manifest.json has the hashes of what is here. Use it with
+`clipkd predict {{directory}} PICTURE`. What follows is that model's own card.
+
+"""
+    (folder / CARD).write_text(note + said, encoding="utf-8")

@@ -1,0 +1,232 @@
+"""Open an exported model and encode with it: numpy, Pillow, tokenizers, ftfy and its own runtime, no torch.
+
+Images and captions become graph inputs exactly as open_clip's own evaluation transform and tokenizers make them.
+
+    B batch   D embedding width   T tokens   CHW, HWC image
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from export.device_programs.runner import (
+    EngineSession,
+    Graph,
+    Unavailable,
+    as_pair,
+    encode_rows,
+    open_graph,
+    preprocess_image,
+)
+from export.model_folder import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT
+from toolchain.errors import ArtifactError, MissingDependency, UnavailableBackend
+from toolchain.stage import MANIFEST, open_stage
+
+_CHUNK = 256  # rows of one run: bounds memory, and is past where larger batches get faster on a CPU
+_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_EXPORT_AGAIN = "Export it again: clipkd export RUN --onnx"
+_BAKED = "its labels are baked in, and it has no text tower; bake others in with: clipkd classes MODEL --labels FILE"
+
+
+@dataclass(frozen=True)
+class ExportedEncoders:
+    """Both towers of an exported model; features are [B, D], float32, of unit norm."""
+
+    folder: Path
+    image_size: int
+    """Height of `pixel_values`."""
+
+    context_length: int
+    precision: str | None
+    """`fp32`, `fp16`, `int8` … as the manifest says; None where there is no manifest."""
+
+    image_spec: dict[str, Any]
+    """An open_clip preprocess_cfg."""
+
+    text_spec: dict[str, Any]
+    """As `export.graphs.tokenizer_json.text_spec` documents it."""
+
+    _tokenizer: Tokenizer | None
+    _image: Graph | EngineSession
+    _text: Graph | EngineSession | None
+    """None where labels were baked in and the text tower left out."""
+
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
+        """pixel_values [3, H, W], equal to open_clip's evaluation transform."""
+        return preprocess_image(image, self.image_spec)
+
+    def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """input_ids [B, T], equal to open_clip's tokenizer of this model.
+
+        Raises:
+            ArtifactError: the model's labels are baked in.
+        """
+        if self._tokenizer is None:
+            raise ArtifactError(f"{self.folder}: {_BAKED}")
+        cleaned = [_clean(text, self.text_spec["clean"]) for text in texts]
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(cleaned)]
+        appended_id, zeroed_id = self.text_spec.get("appended_id"), self.text_spec.get("zeroed_id")
+        if appended_id is not None:
+            rows = [[*row, appended_id] for row in rows]
+        input_ids_BT = np.array(rows, np.int64).reshape(len(rows), self.context_length)
+        if zeroed_id is not None:
+            input_ids_BT[input_ids_BT == zeroed_id] = 0
+        return input_ids_BT
+
+    def encode_pixels(self, pixel_values_BCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        return _run(self._image, pixel_values_BCHW)
+
+    def encode_ids(self, input_ids_BT: NDArray[np.int64]) -> NDArray[np.float32]:
+        if self._text is None:
+            raise ArtifactError(f"{self.folder}: {_BAKED}")
+        return _run(self._text, input_ids_BT)
+
+    def encode_images(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features of pictures, or of uint8 pixels [B, H, W, 3]."""
+        chunks = (images[start : start + _CHUNK] for start in range(0, max(len(images), 1), _CHUNK))
+        return np.concatenate([self.encode_pixels(self._pixel_values(chunk)) for chunk in chunks])
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self.encode_ids(self.tokenize(texts))
+
+    def _pixel_values(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+        shape = [len(pictures), 3, *as_pair(self.image_spec["size"])]
+        return np.array([self.preprocess(picture) for picture in pictures], np.float32).reshape(shape)
+
+
+def open_exported(
+    folder: Path,
+    *,
+    runtime: str | None = None,
+    precision: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    towers: tuple[Graph | EngineSession, Graph | EngineSession] | None = None,
+) -> ExportedEncoders:
+    """Open both graphs of an exported folder; `threads` None leaves their number to the runtime.
+
+    `runtime` and `precision` None: what the manifest says, and without one ONNX Runtime.  `towers`, image and text, are
+    taken in place of the folder's graphs, which are then not opened.
+
+    Every file is first held against the hash in the manifest (measured once: 0.08 s per 100 MB).
+    While a folder is being made it has none yet.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of another kind.
+        UnavailableBackend: the device is not there, or has no kernels for the precision.
+        MissingDependency: the runtime is not installed.
+    """
+    manifest = open_stage(folder).manifest if (folder / MANIFEST).is_file() else {}
+    is_baked = manifest.get("kind") == "classes"
+    spec = _read_json(folder / "preprocess.json")
+    try:
+        image_spec, text_spec = spec["image"], {} if is_baked else spec["text"]
+        size, context_length = image_spec["size"], 0 if is_baked else int(text_spec["context_length"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{folder / 'preprocess.json'}: expected 'image' and 'text', no {error}. {_EXPORT_AGAIN}"
+        ) from None
+    summary = manifest.get("summary", {})
+    runtime, precision = runtime or summary.get("runtime", "onnxruntime"), precision or summary.get("precision")
+    if runtime == "tensorrt":  # a kit: its engines are opened by to_tensorrt.open_tensorrt, its graphs by ONNX Runtime
+        runtime = "onnxruntime"
+    settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
+    tokenizer = None if is_baked else _open_tokenizer(folder / "tokenizer.json")
+    image, text = towers or (
+        open_tower(folder / IMAGE_GRAPH, IMAGE_INPUT, **settings),
+        None if is_baked else open_tower(folder / TEXT_GRAPH, TEXT_INPUT, **settings),
+    )
+    return ExportedEncoders(
+        folder=folder,
+        image_size=int(size[0] if isinstance(size, list) else size),
+        context_length=context_length,
+        precision=precision,
+        image_spec=image_spec,
+        text_spec=text_spec,
+        _tokenizer=tokenizer,
+        _image=image,
+        _text=None if is_baked else text,
+    )
+
+
+def open_tower(
+    path: Path, input_name: str, *, runtime: str, precision: str | None, device: str, threads: int | None
+) -> Graph:
+    """A graph that takes one input of the given name.
+
+    Raises:
+        ArtifactError: the graph is missing, damaged, or has other inputs.
+        UnavailableBackend: the device is not there, or has no kernels for the precision.
+        MissingDependency: the runtime is not installed.
+    """
+    _require(path)
+    try:
+        graph = open_graph(path, runtime, precision=precision, device=device, threads=threads)
+    except Unavailable as error:
+        raise UnavailableBackend(f"{path}: {error}") from None
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            f"{path}: this model runs in {runtime}, which is not installed: {error}. "
+            f"Install it with: pip install 'clipkd[{runtime}]'"
+        ) from None
+    except Exception as error:  # the runtimes' exceptions share no base of their own
+        raise ArtifactError(f"{path}: {_NAMES[runtime]} cannot open this graph: {error}. {_EXPORT_AGAIN}") from error
+    if list(graph.input_shapes) != [input_name]:
+        raise ArtifactError(
+            f"{path}: expected the one input {input_name}, got {', '.join(graph.input_shapes) or 'none'}. "
+            f"{_EXPORT_AGAIN}"
+        )
+    return graph
+
+
+def _run(graph: Graph | EngineSession, inputs: NDArray[Any]) -> NDArray[np.float32]:
+    features_BD: NDArray[np.float32] = encode_rows(graph, inputs, _CHUNK)
+    return features_BD
+
+
+def _clean(text: str, kind: str) -> str:
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    if kind == "canonicalize":
+        text = text.replace("_", " ").translate(_WITHOUT_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if kind == "whitespace" else text.lower()
+
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _open_tokenizer(path: Path) -> Tokenizer:
+    _require(path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ArtifactError(f"{path}: not a tokenizer of the `tokenizers` library: {error}. {_EXPORT_AGAIN}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    _require(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ArtifactError(f"{path}: not JSON: {error}. {_EXPORT_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, got {type(content).__name__}. {_EXPORT_AGAIN}")
+    return content
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing; an exported folder holds one. {_EXPORT_AGAIN}")

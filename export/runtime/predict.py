@@ -1,0 +1,66 @@
+"""Rank labels for pictures with an exported model; needs no torch."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from export.runtime.exported_model import open_exported
+from toolchain.errors import ArtifactError, UsageError
+
+
+def predict(model: Path, images: list[Path], labels: list[str] | None, top: int) -> list[dict[str, Any]]:
+    """For each picture its `top` labels with probabilities, best first; `labels` None: those exported with the model.
+
+    Raises:
+        UsageError: a picture is missing or unreadable, or there are no labels.
+        ArtifactError: `model` is not an exported model.
+    """
+    if not (model / "image.onnx").is_file():
+        inside = sorted(path.parent for path in model.rglob("image.onnx")) if model.is_dir() else []
+        hint = f"it has these: {', '.join(map(str, inside))}" if inside else "make one with: clipkd export RUN"
+        raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
+    pictures = [_open(path) for path in images]
+    encoders = open_exported(model)
+    own_labels, own_features_KD, logit_scale = read_classes(model)
+    if labels is None and not own_labels:
+        raise UsageError(f"{model}: has no labels of its own; name some: --labels 'a cat,a dog'")
+    label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
+    labels = own_labels if labels is None else labels
+    probabilities_BK = _softmax(logit_scale * encoders.encode_images(pictures) @ label_features_KD.T)
+    answers = []
+    for path, probability_K in zip(images, probabilities_BK, strict=True):
+        best = np.argsort(-probability_K, kind="stable")[:top]
+        ranked = [{"label": labels[k], "probability": float(probability_K[k])} for k in best.tolist()]
+        answers.append({"image": str(path), "labels": ranked})
+    return answers
+
+
+def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:
+    """Names, class matrix [K, D] and logit scale of an exported model."""
+    path = model / "classes.npz"
+    try:
+        with np.load(path, allow_pickle=False) as classes:
+            return classes["names"].tolist(), classes["features_KD"], np.float32(classes["logit_scale"])
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{path}: missing or damaged ({error}); make it again with: clipkd export RUN") from error
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such picture") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable picture: {error}") from None
+
+
+def _softmax(logits_BK: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    shifted_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
+    normalised_BK: NDArray[np.float32] = shifted_BK / shifted_BK.sum(axis=1, keepdims=True)
+    return normalised_BK

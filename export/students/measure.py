@@ -1,0 +1,263 @@
+"""Which student to train: what candidates take on a device, measured before any of them is trained.
+
+Latency does not depend on weights, so an afternoon of GPU time need not be spent to learn that a model is too slow.
+Every candidate's image tower is built here with random weights, exported, and timed where it will run, in fresh
+processes that take turns.  Results are kept for each device, so that a second call only prints them, and as they come,
+so that an interrupted call is continued.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.devices.describe import describe_device, look_at, with_clocks_of
+from export.devices.doctor import require
+from export.devices.registry import Device
+from export.devices.run_runner import runner_here, runner_on
+from export.profiling.summary import MAX_OTHER_CPU, grade, summarise
+from export.students.candidates import Candidate
+from toolchain.errors import ClipkdError, MissingDependency, UsageError
+from toolchain.filesystem import held, user_cache_folder, write_json
+from toolchain.progress import Progress, no_progress
+from toolchain.provenance import versions
+from toolchain.report.pareto import pareto_front
+
+Row = dict[str, Any]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+RUNTIMES = ("onnxruntime", "openvino")
+PROCESSES, SECONDS = 3, 1.0
+"""The quick protocol: fresh processes for each candidate, and measured time in each."""
+
+WORTH = ("params_image", "gmacs", "published_fp32_top1")
+"""What a student of more latency has to have more of."""
+
+_FORMAT = 2
+_NUM_CALIBRATION = 8
+_MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # inputs lie in the memory that is being measured
+
+Pair = tuple[Candidate, str]  # and a precision
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where graphs are timed, and how."""
+
+    device: str
+    on: Device | None
+    """The device, if ssh reaches it."""
+
+    runtime: str
+    threads: int | None
+    seconds: float
+
+
+def measure_students(
+    wanted: Sequence[Candidate],
+    precisions: Sequence[str],
+    *,
+    device: Device | str = "cpu",
+    runtime: str | None = None,
+    threads: int | None = None,
+    seconds: float = SECONDS,
+    progress: Progress = no_progress,
+) -> list[Row]:
+    """A row per candidate and precision, the fastest first.
+
+    `device` is one that ssh reaches, or the name of one of this machine; `runtime` is by default ONNX Runtime, and
+    OpenVINO on the devices that only it drives; `threads` all the cores there are.
+
+    A row has `name`, `precision`, `device`, `runtime`, `params_image`, `gmacs` (of one image), `image_size`,
+    `size_bytes`, the latency fields of report.json, `grade`, `flags`, `status` (`ok`, or why it could not be built,
+    exported or run), `published_fp32_top1` and its `source`, and `front`: those of WORTH of which no other row of its
+    precision has as much in as little time.  What is published is of the float model: int8 may lose some of it.
+
+    Rows are kept in the user's cache folder, by device, versions and protocol; only what is not there is measured.
+    A graph lies there too until it is timed.
+
+    Raises:
+        UsageError: a candidate is no architecture, or the runtime has no such device.
+        MissingDependency: the runtime is not installed on the device, or what exports is not installed here.
+        UnavailableBackend: the device is not there.
+        ArtifactError: another process measures on it in the same way.
+    """
+    on = device if isinstance(device, Device) else None
+    name = device.name if isinstance(device, Device) else device
+    by_openvino_alone = on is None and name.partition(":")[0] in ("gpu", "npu")
+    bench = _Bench(name, on, runtime or ("openvino" if by_openvino_alone else "onnxruntime"), threads, seconds)
+    key = {
+        "format": _FORMAT,
+        "machine": describe_device(on),
+        "runtime": require(bench.runtime, device),
+        "versions": versions(),
+        "threads": threads,
+        "seconds": seconds,
+        "processes": PROCESSES,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = user_cache_folder() / "students" / _file_name(f"{name}-{bench.runtime}-{digest[:12]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(candidate, precision) for candidate in wanted for precision in precisions]
+    with held(folder / ".lock", f"{folder}: another clipkd measures students on {name}; wait for it"):
+        states = {pair: _kept(folder, pair) for pair in pairs}
+        _build(states, folder, progress)
+        _time(states, folder, bench, progress)
+    rows = [
+        {"name": pair[0].model, "precision": pair[1], "device": name, "runtime": bench.runtime}
+        | (state["row"] if "row" in state else {"status": state["status"]})
+        | {"published_fp32_top1": pair[0].published_top1, "source": pair[0].source, "front": []}
+        for pair, state in states.items()
+    ]
+    _mark_fronts([row for row in rows if row["status"] == "ok"])
+    return sorted(rows, key=lambda row: (row["status"] != "ok", row.get("p50_ms", 0.0), row["name"]))
+
+
+def _mark_fronts(rows: Sequence[Row]) -> None:
+    """Fills in `front`, among the rows of one precision: what is published is the same for all, and true of fp32."""
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        for field in WORTH:
+            ranked = [row for row in rows if row["precision"] == precision and row[field] is not None]
+            points = [(row["p50_ms"], row[field]) for row in ranked]
+            for row, on_front in zip(ranked, pareto_front(points), strict=True):
+                row["front"] += [field] if on_front else []
+
+
+def _build(states: dict[Pair, Row], folder: Path, progress: Progress) -> None:
+    """Write the graphs of those of which nothing is known, and keep what is known then; or why not, in `status`."""
+    unknown = [pair for pair, state in states.items() if not state]
+    for done, pair in enumerate(unknown):
+        progress("building", done, len(unknown), " ".join((pair[0].model, pair[1])))
+        try:
+            facts = _built(*pair, folder / f"{_stem(pair)}.onnx")
+        except (UsageError, MissingDependency, OSError):
+            raise  # a name that is none, no NNCF, a full disk
+        except ClipkdError as error:
+            states[pair] = {"status": str(error)}
+        except Exception as error:  # torch, timm and exporters raise anything of an architecture that they cannot take
+            states[pair] = {"status": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        else:
+            states[pair] = {"facts": facts, "documents": []}
+            _keep(folder, pair, states[pair])
+
+
+def _time(states: dict[Pair, Row], folder: Path, bench: _Bench, progress: Progress) -> None:
+    """Time what is built, in turns; what has had all of them becomes a row, and its graph goes."""
+    built = [pair for pair, state in states.items() if "documents" in state]
+    if not built:
+        return
+    machine, others = look_at(bench.on)
+    machine = with_clocks_of("cpu" if bench.on is not None else bench.device.partition(":")[0], machine)
+    next(others)
+    busy_share = next(others)
+    flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
+    threads = bench.threads or machine["usable_cores"]
+    for turn in range(PROCESSES):
+        order = built[:: -1 if turn % 2 else 1]  # no one always runs on what the same other heated
+        for place, pair in enumerate(order):
+            progress("timing", turn * len(built) + place, PROCESSES * len(built), " ".join((pair[0].model, pair[1])))
+            state = states[pair]
+            if len(state.get("documents", ())) != turn:  # it failed, or had this turn before an interruption
+                continue
+            is_last = turn == PROCESSES - 1
+            try:
+                document = _timed(folder, pair, state["facts"]["image_size"], threads, bench, is_last=is_last)
+            except MissingDependency:
+                raise
+            except ClipkdError as error:
+                describe_device(bench.on)  # if it is the device that is gone, this says so
+                states[pair] = {"status": str(error)}
+                continue
+            documents = [*state["documents"], document]
+            if is_last:
+                states[pair] = {"row": _row(state["facts"], documents, threads, machine, flags)}
+                (folder / f"{_stem(pair)}.onnx").unlink()
+            else:
+                states[pair] = {"facts": state["facts"], "documents": documents}
+            _keep(folder, pair, states[pair])
+    for inputs in folder.glob("inputs-*.npy"):
+        inputs.unlink()
+
+
+def _row(facts: Row, documents: Sequence[Row], threads: int, machine: Mapping[str, Any], flags: Sequence[str]) -> Row:
+    peak_memory_bytes = max(document["peak_rss_bytes"] for document in documents)
+    row = {"status": "ok", **facts, **summarise(documents), "peak_memory_bytes": peak_memory_bytes, "threads": threads}
+    return row | grade([documents], machine, flags)
+
+
+def _built(candidate: Candidate, precision: str, path: Path) -> Row:
+    """Write the graph of an image tower with random weights; returns what is known without running it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from export.graphs.onnx_graph import BF16_OPSET, write_graph
+    from export.graphs.precision import prepared
+    from toolchain.models.build import build_model
+    from toolchain.models.towers import ImageTower, example_pixels, num_parameters, without_attention_fast_path
+    from toolchain.quantization.quantize import int8_image_tower
+    from toolchain.recipe.model import ModelSpec
+    from toolchain.recipe.model_names import anchored
+
+    spec = anchored(ModelSpec(model=candidate.model, init="random"), Path(), "student")
+    model = build_model(spec, seed=0)
+    pixels = example_pixels(model.net).float().cpu()
+    with torch.no_grad(), without_attention_fast_path():
+        tower = prepared(ImageTower(model.net).eval(), pixels, "fp32").requires_grad_(False)  # else not counted
+        with FlopCounterMode(display=False) as counter:
+            tower(pixels[:1])
+        if precision == "int8":  # the ranges that noise sets are wrong, and take as long as right ones
+            random = torch.Generator().manual_seed(0)
+            noise = torch.randn(_NUM_CALIBRATION, *pixels.shape[1:], generator=random)
+            tower = int8_image_tower(model.net, noise)
+        elif precision != "fp32":
+            tower = prepared(ImageTower(model.net).eval(), pixels, precision)
+        opset = BF16_OPSET if precision == "bf16" else 20
+        write_graph(tower, pixels, path, names_io=("pixel_values", "image_features"), opset=opset, metadata={})
+    return {
+        "params_image": num_parameters(model.net)[0],
+        "gmacs": round(counter.get_total_flops() / 2e9, 3),
+        "image_size": pixels.shape[-1],
+        "size_bytes": path.stat().st_size,
+    }
+
+
+def _timed(folder: Path, pair: Pair, size: int, threads: int, bench: _Bench, *, is_last: bool) -> dict[str, Any]:
+    """The runner's document for one graph in a fresh process; the last time, the device keeps no copy of it."""
+    graph, inputs = folder / f"{_stem(pair)}.onnx", folder / f"inputs-{size}.npy"
+    if not inputs.is_file():
+        count = max(_MIN_INPUTS, _INPUT_BYTES // (3 * size * size * 4))
+        np.save(inputs, np.random.default_rng(0).standard_normal((count, 3, size, size), np.float32))
+    words = ["--model", str(graph), "--input", "pixel_values", "--dtype", "float32", "--shape", f"1,3,{size},{size}"]
+    words += ["--runtime", bench.runtime, "--precision", pair[1], "--threads", str(threads)]
+    words += ["--device", bench.device if bench.on is None else "cpu"]
+    words += ["--min-seconds", f"{bench.seconds:g}", "--max-warm-up", f"{bench.seconds:g}", "--inputs", str(inputs)]
+    if bench.on is None:
+        return runner_here(folder, _stem(pair), words)
+    return runner_on(bench.on, folder, _stem(pair), words, once=[graph] if is_last else [])
+
+
+def _stem(pair: Pair) -> str:
+    return _file_name(f"{pair[0].model}-{pair[1]}")
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in text)
+
+
+def _kept(folder: Path, pair: Pair) -> Row:
+    """What is known of a pair: `row`; or, of an interrupted call's, `facts` and `documents`; or nothing."""
+    try:
+        saved = json.loads((folder / f"{_stem(pair)}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # whatever is wrong with it, it is measured again
+        return {}
+    if saved.pop("model", None) != pair[0].model:  # of another, whose name comes to the same
+        return {}
+    return saved if "row" in saved or (folder / f"{_stem(pair)}.onnx").is_file() else {}
+
+
+def _keep(folder: Path, pair: Pair, state: Row) -> None:
+    write_json(folder / f"{_stem(pair)}.json", {"model": pair[0].model, **state})

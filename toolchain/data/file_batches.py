@@ -1,0 +1,112 @@
+"""Image-text pairs from files on a disk (`listings.py`), every batch a pure function of (seed, step).
+
+N samples   B batch
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from toolchain.data.assemble import Readable, cropped_view, filled_batch, require_a_batch
+from toolchain.data.bad_samples import LeftOut, UnusableError
+from toolchain.data.batch import Batch, Geometry
+from toolchain.data.listing import Listing, content_of
+from toolchain.data.random_numbers import uniforms
+
+_ORDER = 0  # column of `uniforms`
+
+
+@dataclass(frozen=True, eq=False)
+class FileBatches:
+    """Pairs of a listing by step; an epoch shows them in any order.
+
+    Raises:
+        UsageError: there are fewer samples than a batch has.
+    """
+
+    listing: Listing
+    seed: int
+    batch_size: int
+    crop_scale: tuple[float, float]
+    """Share of the picture's area that a crop keeps, from and to."""
+
+    num_views: int | None = None
+
+    def __post_init__(self) -> None:
+        require_a_batch("data", self.num_samples, self.batch_size, self.left_out)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.listing)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only: what is left over in one epoch comes elsewhere in the next."""
+        return self.num_samples // self.batch_size
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        return self.listing.left_out
+
+    def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples at some places of an epoch's order."""
+        return _order(self.seed, self.num_samples, epoch)[start:stop]
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        """The rows of the batch of an optimizer step, and what stands in for damaged ones.
+
+        Raises:
+            ClipkdError: a CSV file has changed or gone, or there is nothing sound to show.
+        """
+        return filled_batch(self, step, rows, geometries)
+
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+        """One view of chosen samples, the damaged left out; every geometry shows the same crop.
+
+        Raises:
+            ClipkdError: a CSV file has changed or gone.
+        """
+        readable = (
+            Readable(
+                b,
+                partial(self.listing.captions, sample),
+                partial(self._content, sample),
+                partial(self.listing.where, sample),
+            )
+            for b, sample in enumerate(sample_B.tolist())
+        )
+        return cropped_view(readable, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
+
+    def _content(self, sample: int) -> bytes:
+        return content_of(self.listing.picture(sample))
+
+    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """[B] the captions of chosen samples, none where they are damaged; pictures are not read.
+
+        Raises:
+            ClipkdError: a CSV file has changed or gone.
+        """
+        captions_B: list[tuple[str, ...]] = []
+        for sample in sample_B.tolist():
+            try:
+                captions_B.append(self.listing.captions(sample))
+            except UnusableError:
+                captions_B.append(())
+        return captions_B
+
+    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+        """uint8 [B, 3, H, H] chosen samples, as much of the picture as a crop can hold; damaged ones left out.
+
+        Raises:
+            ClipkdError: a CSV file has changed or gone.
+        """
+        return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, num_samples: int, epoch: int) -> NDArray[np.int64]:
+    return np.argsort(uniforms(seed, np.arange(num_samples), epoch, 1)[:, _ORDER], kind="stable")

@@ -1,0 +1,88 @@
+"""What a listing of samples provides, and the files and folders it reads.
+
+Importing this needs no torch.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableError
+from toolchain.errors import ClipkdError, UsageError
+
+_PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
+
+
+class Listing(Protocol):
+    """Pictures and their captions, by number."""
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def picture(self, sample: int) -> Path:
+        """The file of a sample's picture."""
+        ...
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        """All captions of a sample.
+
+        Raises:
+            UnusableError: it has none.
+        """
+        ...
+
+    def where(self, sample: int) -> str:
+        """A sample's place, for messages."""
+        ...
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def require_file(name: str) -> Path:
+    if not Path(name).is_file():
+        raise UsageError(f"data: {name}: there is no such file (looked in {Path.cwd()})")
+    return Path(name)
+
+
+def require_folder(name: str) -> Path:
+    if not Path(name).is_dir():
+        raise UsageError(f"data.path: {name}: there is no such folder (looked in {Path.cwd()})")
+    return Path(name)
+
+
+def image_files(root: Path) -> Iterator[Path]:
+    """The pictures below a folder by name, in an order that no file system changes; links to folders are left alone."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders.sort(key=os.fsencode)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in sorted(names, key=os.fsencode):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.exists():
+                yield path
+
+
+def content_of(path: Path) -> bytes:
+    """A picture's file.
+
+    Raises:
+        UnusableError: there is none, it is no file, or too large for one picture.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise UnusableError(NO_FILE, "it is not a file")
+        if about.st_size > _LARGEST_FILE:
+            raise UnusableError(TOO_LARGE, f"{about.st_size:,} bytes")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a name may hold a zero byte
+        raise UnusableError(NO_FILE, getattr(error, "strerror", None) or str(error)) from error

@@ -1,0 +1,185 @@
+"""Several sources together: an epoch shows all of them, mixed evenly, each in its own order.
+
+N samples of all, repeats counted   B batch   P parts, a source as often as it is repeated
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from toolchain.data.assemble import filled_batch, require_a_batch
+from toolchain.data.bad_samples import LeftOut, together
+from toolchain.data.batch import Batch, Geometry
+from toolchain.data.file_batches import FileBatches
+from toolchain.data.random_numbers import uniforms
+from toolchain.data.webdataset_shards import ShardBatches
+
+_MIXED = 1  # column of `uniforms` by which parts are mixed; 0 orders samples within them
+
+
+class _Part(NamedTuple):
+    """A source, the how manieth showing of it in an epoch, of how many; and where its samples' numbers start."""
+
+    source: ShardBatches | FileBatches
+    turn: int
+    turns: int
+    first: int
+    first_turn: int
+    """Where the numbers of its first turn start."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureBatches:
+    """Pairs of several sources by step.  A repeated source's samples have a number for each time an epoch shows them.
+
+    Raises:
+        UsageError: there are fewer samples than a batch has.
+    """
+
+    parts: tuple[_Part, ...]
+    seed: int
+    batch_size: int
+
+    num_views: int | None = None
+
+    def __post_init__(self) -> None:
+        require_a_batch("data.sources", self.num_samples, self.batch_size, self.left_out)
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[ShardBatches | FileBatches],
+        repeat: Sequence[int] | None,
+        *,
+        seed: int,
+        batch_size: int,
+        num_views: int | None,
+    ) -> "MixtureBatches":
+        """Opened sources, each as often an epoch as `repeat` says, once where it says nothing."""
+        parts: list[_Part] = []
+        first = 0
+        for number, source in enumerate(sources):
+            turns = repeat[number] if repeat else 1
+            start = first
+            for turn in range(turns):
+                parts.append(_Part(source, turn, turns, first, start))
+                first += source.num_samples
+        return cls(tuple(parts), seed, batch_size, num_views)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(part.source.num_samples for part in self.parts)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches only: what is left over in one epoch comes elsewhere in the next."""
+        return self.num_samples // self.batch_size
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        return together(left for part in self.parts if part.turn == 0 for left in part.source.left_out)
+
+    def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples at some places of an epoch's order."""
+        part_N, rank_N = _mixed(self.seed, tuple(part.source.num_samples for part in self.parts), epoch)
+        sample_B = np.empty(stop - start, np.int64)
+        for p in np.unique(part_N[start:stop]).tolist():
+            part, chosen_B = self.parts[p], part_N[start:stop] == p
+            rank_B = rank_N[start:stop][chosen_B]
+            view = epoch * part.turns + part.turn
+            ordered = part.source.in_order(view, int(rank_B[0]), int(rank_B[-1]) + 1)  # a part's ranks are consecutive
+            sample_B[chosen_B] = part.first + ordered
+        return sample_B
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        """The rows of the batch of an optimizer step, and what stands in for damaged ones.
+
+        Raises:
+            ClipkdError: a file of samples has changed or gone, or there is nothing sound to show.
+        """
+        return filled_batch(self, step, rows, geometries)
+
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+        """One view of chosen samples, the damaged left out.
+
+        A damaged sample of a repeated source is listed under the number it has the first time.
+
+        Raises:
+            ClipkdError: a file of samples has changed or gone.
+        """
+        made = []
+        for part, place_b in self._by_part(sample_B):
+            own = part.source.view_of(sample_B[place_b] - part.first, view * part.turns + part.turn, geometries)
+            kept_b = place_b[np.isin(sample_B[place_b] - part.first, own.sample_B)]
+            made.append((part, kept_b, own))
+        if not made:
+            empty = {g: torch.empty(0, 3, g.size, g.size, dtype=torch.uint8) for g in geometries}
+            return Batch(empty, [], sample_B, np.zeros(0, np.int64), view)
+        order_b = np.argsort(np.concatenate([kept_b for _, kept_b, _ in made]), kind="stable")
+        captions = [caption for _, _, own in made for caption in own.captions_B]
+        pixels = {g: torch.cat([own.pixels[g] for _, _, own in made])[torch.from_numpy(order_b)] for g in geometries}
+        return Batch(
+            pixels,
+            [captions[b] for b in order_b.tolist()],
+            np.concatenate([part.first + own.sample_B for part, _, own in made])[order_b],
+            np.concatenate([own.pick_B for _, _, own in made])[order_b],
+            view,
+            tuple(
+                damage._replace(sample=part.first_turn + damage.sample)
+                for part, _, own in made
+                for damage in own.damaged
+            ),
+        )
+
+    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+        """[B] the captions of chosen samples, none where they are damaged.
+
+        Raises:
+            ClipkdError: a file of samples has changed or gone.
+        """
+        captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
+        for part, place_b in self._by_part(sample_B):
+            own = part.source.captions_of(sample_B[place_b] - part.first)
+            for b, captions in zip(place_b.tolist(), own, strict=True):
+                captions_B[b] = captions
+        return captions_B
+
+    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+        """uint8 [B, 3, H, H] chosen samples without augmentation, by source; damaged ones left out.
+
+        Raises:
+            ClipkdError: a file of samples has changed or gone.
+        """
+        return torch.cat(
+            [
+                part.source.undistorted(sample_B[place_b] - part.first, geometry)
+                for part, place_b in self._by_part(sample_B)
+            ]
+        )
+
+    def _by_part(self, sample_B: NDArray[np.int64]) -> list[tuple[_Part, NDArray[np.int64]]]:
+        first_P = np.array([part.first for part in self.parts])
+        part_B = np.searchsorted(first_P, sample_B, side="right") - 1
+        return [(self.parts[p], np.flatnonzero(part_B == p)) for p in np.unique(part_B).tolist()]
+
+
+def source_seed(seed: int, number: int) -> int:
+    """The seed of a source in a mixture: no two sources crop and shuffle alike."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@lru_cache(maxsize=2)
+def _mixed(seed: int, counts: tuple[int, ...], epoch: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """[N] each: which part comes at each place of an epoch, and which of the part's own places that is."""
+    owner_N = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    part_N = owner_N[np.argsort(uniforms(seed, np.arange(len(owner_N)), epoch, _MIXED + 1)[:, _MIXED], kind="stable")]
+    rank_N = np.empty(len(part_N), np.int64)
+    for p, count in enumerate(counts):
+        rank_N[part_N == p] = np.arange(count)
+    return part_N, rank_N

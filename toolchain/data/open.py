@@ -1,0 +1,211 @@
+"""Open data by its kind: the one module that knows every kind of data.
+
+Training batches, stored samples and fingerprints each have one `match` over the kinds; a new kind is a case in each.
+Importing this needs no torch: only `training_data` does.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolchain.data import glyphs
+from toolchain.data.bad_samples import sentences
+from toolchain.data.csv_listing import CsvRows
+from toolchain.data.folder_listing import ClassFolders, PlainPictures
+from toolchain.data.listing import Listing, image_files, read_file, require_file, require_folder
+from toolchain.data.stored_samples import PROGRESS_EVERY, Broken, Place, glyph_places, places_in_shard, read_listed
+from toolchain.data.tar_files import expand
+from toolchain.data.tar_files import fingerprint as shards_fingerprint
+from toolchain.errors import ClipkdError, UsageError
+from toolchain.progress import Progress, no_progress
+from toolchain.recipe.data import (
+    CsvSpec,
+    DataSpec,
+    FileSpec,
+    GlyphsSpec,
+    ImageFolderSpec,
+    ImagesSpec,
+    MixtureSpec,
+    WebdatasetSpec,
+)
+from toolchain.recipe.load import load_recipe, recipe_path, shipped_recipes
+
+if TYPE_CHECKING:
+    from toolchain.data.batch import TrainingData
+    from toolchain.data.file_batches import FileBatches
+    from toolchain.data.webdataset_shards import ShardBatches
+
+
+def training_data(
+    spec: DataSpec,
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda _: None,
+) -> "TrainingData":
+    """The data a recipe names.
+
+    `progress` reports the listing of samples and the indexing of shards (slow the first time), `say` what was skipped.
+
+    Raises:
+        UsageError: files are missing, or hold fewer samples than one batch.
+        ClipkdError: a file cannot be read.
+    """
+    from toolchain.data.glyph_batches import GlyphBatches
+    from toolchain.data.mixture import MixtureBatches, source_seed
+
+    data: TrainingData
+    match spec:
+        case GlyphsSpec():
+            data = GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
+        case MixtureSpec():
+            sources = [
+                _source(source, seed=source_seed(seed, number), batch_size=1, progress=progress)
+                for number, source in enumerate(spec.sources)
+            ]
+            data = MixtureBatches.of(sources, spec.repeat, seed=seed, batch_size=batch_size, num_views=spec.views)
+        case _:
+            data = _source(spec, seed=seed, batch_size=batch_size, progress=progress)
+    for sentence in sentences(data.left_out):
+        say(sentence)
+    return data
+
+
+def _source(
+    spec: WebdatasetSpec | FileSpec, *, seed: int, batch_size: int, progress: Progress
+) -> "ShardBatches | FileBatches":
+    """Data of one source: webdataset shards, or files on a disk."""
+    from toolchain.data.file_batches import FileBatches
+    from toolchain.data.webdataset_shards import ShardBatches
+
+    if isinstance(spec, WebdatasetSpec):
+        return ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
+    progress("listing samples", 0, 1)
+    return FileBatches(listing(spec), seed, batch_size, spec.crop_scale, spec.views)
+
+
+def listing(spec: FileSpec) -> Listing:
+    """The samples of a recipe's files.
+
+    Raises:
+        UsageError: a file, a folder or a column is not there.
+        ClipkdError: one cannot be read.
+    """
+    try:
+        match spec:
+            case CsvSpec():
+                return CsvRows(spec)
+            case ImageFolderSpec():
+                return ClassFolders.of(spec)
+            case ImagesSpec():
+                return PlainPictures.of(spec)
+    except OSError as error:
+        raise ClipkdError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def fingerprint(spec: DataSpec) -> str:
+    """What the samples and their numbering depend on, pictures by their names and sizes alone.
+
+    Raises:
+        UsageError, ClipkdError: as `listing`, or shards are missing.
+    """
+    digest = hashlib.sha256()
+    match spec:
+        case GlyphsSpec():
+            return glyphs.fingerprint()
+        case WebdatasetSpec():
+            return shards_fingerprint(expand(spec.shards))
+        case MixtureSpec():
+            for source in spec.sources:
+                digest.update(fingerprint(source).encode())
+        case CsvSpec():
+            for path in spec.paths:
+                digest.update(hashlib.sha256(read_file(require_file(path))).digest())
+        case ImageFolderSpec() | ImagesSpec():
+            root = require_folder(spec.path)
+            for image in image_files(root):
+                named = f"{image.relative_to(root)}\0{image.stat().st_size}\0"
+                digest.update(named.encode("utf-8", "surrogateescape"))
+            names = spec.names if isinstance(spec, ImageFolderSpec) else spec.classes
+            digest.update(b"" if names is None else read_file(require_file(names)))
+    return digest.hexdigest()
+
+
+def places(spec: DataSpec) -> Iterator[Place]:
+    """Every sample of a source in order; listing them reads no picture.
+
+    Of a folder of classes the order is by chance, the same each time: one class after another is no order to train in.
+    Sources that are mixed follow each other, each once.
+
+    Raises:
+        UsageError: files are missing or misnamed.
+        ClipkdError: one cannot be read.
+    """
+    match spec:
+        case GlyphsSpec():
+            yield from glyph_places()
+        case MixtureSpec():
+            for source in spec.sources:
+                yield from places(source)
+        case WebdatasetSpec():
+            for path in expand(spec.shards):
+                yield from places_in_shard(path)
+        case _:
+            yield from _listed_places(spec)
+
+
+def num_places(spec: DataSpec, progress: Progress) -> int:
+    """How many samples a source has, the broken ones among them.
+
+    Raises:
+        UsageError, ClipkdError: as `places`.
+    """
+    total = 0
+    for _ in places(spec):
+        total += 1
+        if total % PROGRESS_EVERY == 0:
+            progress("listing samples", total, total)
+    return total
+
+
+def _listed_places(spec: FileSpec) -> Iterator[Place]:
+    listed = listing(spec)
+    order = list(range(len(listed)))
+    if isinstance(spec, ImageFolderSpec):
+        random.Random(0).shuffle(order)
+    for number in order:
+        yield partial(read_listed, listed, number, has_captions=not isinstance(spec, ImagesSpec))
+    for left in listed.left_out:
+        for number in range(left.number):
+            yield partial(Broken, left.examples[number] if number < len(left.examples) else "", left.reason)
+
+
+def source_spec(source: str, kind: str | None) -> DataSpec:
+    """The training data of a recipe; or, with a kind, what a path or pattern of that kind names.
+
+    Raises:
+        UsageError: there is no such recipe, it has no data, or nothing of this kind is named by a path alone.
+    """
+    if kind is None:
+        try:
+            recipe = load_recipe(recipe_path(source))
+        except UsageError as error:
+            if Path(source).suffix in (".yaml", ".yml") or source in shipped_recipes():
+                raise
+            raise UsageError(
+                f"{error}. For a path or pattern of data, say its kind: --kind webdataset or image_folder"
+            ) from None
+        if recipe.data is None:
+            raise UsageError(f"{source}: this recipe has no data")
+        return recipe.data
+    if kind == "webdataset":
+        return WebdatasetSpec(kind="webdataset", shards=(source,))
+    if kind == "image_folder":
+        return ImageFolderSpec(kind="image_folder", path=source)
+    raise UsageError(
+        f"--kind {kind}: a path alone names data of kind webdataset or image_folder; write a recipe with the rest"
+    )

@@ -1,0 +1,175 @@
+"""A source of training data as webdataset shards: pictures byte for byte, damage left out, an index beside them.
+
+A shard is written beside its place and renamed into it, and `.pack.json` then says how far the source has been read:
+whatever ends a process, the same command continues at the last whole shard, and ends with the same bytes.  The index is
+written last; a folder that has one is complete.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from toolchain.data.open import fingerprint, num_places, places
+from toolchain.data.stored_samples import Broken, Place, Sample, examined
+from toolchain.errors import ArtifactError, UsageError
+from toolchain.filesystem import held, write_json
+from toolchain.progress import Progress, no_progress
+from toolchain.recipe.data import DataSpec, GlyphsSpec, lacks_captions
+
+INDEX = "index.json"
+_PROGRESS, _LOCK, _SHARD_PARTIAL = ".pack.json", ".lock", ".shard.partial"
+_FORMAT = 1
+_EXAMPLES = 5
+_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+Document = dict[str, Any]
+
+
+def pack(
+    spec: DataSpec,
+    out: Path,
+    *,
+    samples_per_shard: int = 10_000,
+    progress: Progress = no_progress,
+) -> Document:
+    """Write a source's good samples to `out` as 00000.tar and on, in the source's order, and return their index.
+
+    Each picture is decoded once, to leave out what is damaged, and stored as it was; one caption is a .txt, several are
+    a .json.  The bytes written are a function of the source alone.
+
+    Raises:
+        UsageError: the source has no stored pictures, or as `toolchain.data.stored_samples.places`.
+        ArtifactError: `out` holds something else, or another process is packing into it.
+        ClipkdError: as `toolchain.data.stored_samples.places`.
+    """
+    if isinstance(spec, GlyphsSpec):
+        raise UsageError(
+            "data.kind glyphs: its pictures are drawn while training and stored nowhere; there is nothing to pack. "
+            "Name a source of files"
+        )
+    if lacks_captions(spec):
+        raise UsageError(
+            "data.kind images: its pictures have no captions, and shards hold a picture's own. Train from the folder"
+        )
+    asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
+    _make_folder(out)
+    with held(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
+        index = _read(out / INDEX)
+        if index is None:
+            index = _packed(spec, out, asked, progress)
+            write_json(out / INDEX, index)
+        _refuse_others(out, asked, index)
+        for name in (_PROGRESS, _SHARD_PARTIAL):
+            (out / name).unlink(missing_ok=True)
+        return index
+
+
+def _packed(spec: DataSpec, out: Path, asked: Document, progress: Progress) -> Document:
+    """The index of all shards, once they are there."""
+    state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
+    _refuse_others(out, asked, state)
+    write_json(out / _PROGRESS, state)
+    total = num_places(spec, progress)
+    rest = itertools.islice(places(spec), state["passed"], None)
+    while state["passed"] < total:
+        _add_shard(out, state, rest, lambda passed: progress("packing samples", passed, total))
+        write_json(out / _PROGRESS, state)
+    sums = {what: sum(shard[what] for shard in state["shards"]) for what in ("samples", "captions", "bytes")}
+    return {**asked, **sums, "left_out": state["left_out"], "shards": state["shards"]}
+
+
+def _add_shard(out: Path, state: Document, rest: Iterator[Place], passed: Callable[[int], None]) -> None:
+    """Write the next shard, and into the state what it holds, what was left out and how far the source is read."""
+    number, row, captions = len(state["shards"]), 0, 0
+    digits = max(4, len(str(state["samples_per_shard"] - 1)))  # as img2dataset's keys, for its 10,000
+    partial = out / _SHARD_PARTIAL
+    with partial.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for place in rest:
+                state["passed"] += 1
+                passed(state["passed"])
+                found = examined(place)
+                if isinstance(found, Broken):
+                    _note(state["left_out"], found)
+                    continue
+                sample, looked = found
+                for suffix, content in _files(sample, _SUFFIXES[looked.format]):
+                    info = tarfile.TarInfo(f"{number:05d}{row:0{digits}d}.{suffix}")  # with no time and no owner
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+                row, captions = row + 1, captions + len(sample.captions)
+                if row == state["samples_per_shard"]:
+                    break
+        file.flush()
+        os.fsync(file.fileno())
+    if row == 0:  # the rest of the source was damaged
+        return
+    name, digest = f"{number:05d}.tar", hashlib.sha256()
+    with partial.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    size_bytes = partial.stat().st_size
+    partial.replace(out / name)
+    state["shards"].append(
+        {"name": name, "samples": row, "captions": captions, "bytes": size_bytes, "sha256": digest.hexdigest()}
+    )
+
+
+def _files(sample: Sample, suffix: str) -> list[tuple[str, bytes]]:
+    """A sample's files by their suffixes."""
+    picture = [(suffix, sample.picture)]
+    if not sample.captions:
+        return picture
+    # A mark of byte order that begins a text would be taken for the file's and dropped.
+    if len(sample.captions) == 1 and not sample.captions[0].startswith("\ufeff"):
+        return [*picture, ("txt", sample.captions[0].encode())]
+    return [*picture, ("json", json.dumps({"caption": list(sample.captions)}, ensure_ascii=False).encode())]
+
+
+def _note(left_out: Document, damage: Broken) -> None:
+    found = left_out.setdefault(damage.reason, {"count": 0, "examples": []})
+    found["count"] += 1
+    if len(found["examples"]) < _EXAMPLES:
+        found["examples"].append(damage.where + (f": {damage.detail}" if damage.detail else ""))
+
+
+# The folder
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in out.iterdir() if path.name != _LOCK and path.suffix != ".partial")
+        foreign = bool(others) and INDEX not in others and _PROGRESS not in others
+        if not foreign:
+            (out / _LOCK).touch()
+    except OSError as error:
+        raise ArtifactError(f"{out}: cannot be used as a folder: {error.strerror}. Choose another --out") from None
+    if foreign:
+        raise ArtifactError(
+            f"{out}: holds {others[0]} and no shards of clipkd's; they would be mixed. Choose another --out"
+        )
+
+
+def _refuse_others(out: Path, asked: Document, found: Document) -> None:
+    """Refuse to go on with what was begun from something else."""
+    words = {"format": "version of the packing", "source": "source (its files' names and sizes)"}
+    other = [words.get(key, key) for key, value in asked.items() if found.get(key) != value]
+    if other:
+        raise ArtifactError(f"{out}: was packed with another {' and '.join(other)}. Choose another --out, or remove it")
+
+
+def _read(path: Path) -> Document | None:
+    try:
+        document: Document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: is not what clipkd data pack wrote: {error}. Remove {path.parent}") from None
+    return document

@@ -1,0 +1,216 @@
+"""Which files a recipe's shards are, what identifies them, and where in a tar archive its files lie.
+
+Importing this needs neither torch nor numpy: the keys of stages are computed where there is neither.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, stripped
+from toolchain.errors import UsageError
+
+_NAMED_MISSING = 5
+_BLOCK = 512  # tar is made of blocks of this size: a header, then the content padded with zeros
+_FILE_TYPES = frozenset({b"0", b"\0", b"7"})
+_WITHOUT_CONTENT = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # links, devices, folders, whatever size they say
+_EXTENSIONS = frozenset({b"L", b"K", b"x", b"g"})  # GNU's long name and link, pax's headers for one file and for all
+_LONGEST_EXTENSION = 1 << 20  # bytes; a longer one is damage
+
+
+def expand(patterns: Sequence[str]) -> list[Path]:
+    """The shards that patterns name, in order: {00000..00331} and {a,b} stand for each of their values, as in a shell.
+
+    What a wildcard matches is whatever has been downloaded so far, so these are refused: a shard that is not there yet
+    must be an error.
+
+    Raises:
+        UsageError: braces or wildcards that mean nothing here, a shard named twice, or shards that do not exist.
+    """
+    paths = [Path(name) for pattern in patterns for name in _expanded(pattern)]
+    path, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"data.shards: {path} is named {times} times; a sample is shown once an epoch. Name it once")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        named = ", ".join(map(str, missing[:_NAMED_MISSING])) + (", ..." if len(missing) > _NAMED_MISSING else "")
+        raise UsageError(
+            f"data.shards: {len(missing)} of {len(paths)} shards are not there: {named} "
+            f"({len(paths) - len(missing)} exist; looked in {Path.cwd()}). Fetch them, or name only those you have"
+        )
+    return paths
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    literals_and_braces = re.split(r"\{([^{}]*)\}", pattern)
+    if any(mark in literal for literal in literals_and_braces[::2] for mark in "{}"):
+        raise UsageError(f"data.shards: {pattern}: braces must be closed, and not within one another")
+    if any(mark in pattern for mark in "*?"):
+        raise UsageError(
+            f"data.shards: {pattern}: wildcards are not expanded; a shard that is missing would go unnoticed. "
+            "Name the shards, as in data/cc3m/{00000..00331}.tar"
+        )
+    choices = [_values(part, pattern) if position % 2 else [part] for position, part in enumerate(literals_and_braces)]
+    return map("".join, itertools.product(*choices))
+
+
+def _values(braces: str, pattern: str) -> list[str]:
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces)
+    if ends and int(ends[1]) <= int(ends[2]):
+        width = max(map(len, ends.groups())) if any(re.match(r"0\d", end) for end in ends.groups()) else 0
+        return [f"{number:0{width}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    if "," in braces:
+        return braces.split(",")
+    raise UsageError(
+        f"data.shards: {pattern}: {{{braces}}} is neither a range (00000..00331, upwards) nor a list (a,b)"
+    )
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """What the samples and their numbering depend on, without reading them: the shards' names and sizes, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+class Member(NamedTuple):
+    """A regular file in a tar archive."""
+
+    name: str
+    offset: int
+    """Where its content starts in the archive."""
+
+    size_bytes: int
+
+
+def read_members(path: Path) -> tuple[list[Member], str]:
+    """The files in a tar archive, by its headers alone, and what is wrong with it ("" if nothing is).
+
+    Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  After a damaged header the reading
+    goes on at the next sound one of ustar's or GNU's; where the archive ends too early, what lies before is returned.
+    """
+    members: list[Member] = []
+    size_bytes, position, extended = path.stat().st_size, 0, _Extended()
+    first_damage = ""
+    with path.open("rb") as file:
+        while True:
+            file.seek(position)
+            header = file.read(_BLOCK)
+            if header == bytes(_BLOCK):
+                return members, first_damage
+            if len(header) < _BLOCK:
+                return members, first_damage or f"ends at byte {size_bytes:,} without tar's end mark"
+            try:
+                name, content_bytes, kind = _parsed(header)
+                if kind not in _EXTENSIONS:
+                    name = extended.name or name
+                    content_bytes = content_bytes if extended.size_bytes is None else extended.size_bytes
+                    extended = _Extended()
+                if kind in _WITHOUT_CONTENT:
+                    content_bytes = 0
+                offset = position + _BLOCK
+                if offset + content_bytes > size_bytes:
+                    return members, first_damage or f"ends at byte {size_bytes:,}, within {name}"
+                if kind in (b"L", b"x"):
+                    extended = _extended(kind, file.read(min(content_bytes, _LONGEST_EXTENSION)), extended)
+            except ValueError:
+                first_damage = first_damage or f"the header at byte {position:,} is damaged"
+                extended = _Extended()
+                sound = _next_header(file, position + _BLOCK)
+                if sound is None:
+                    return members, first_damage
+                position = sound
+                continue
+            if kind in _FILE_TYPES and not name.endswith("/"):  # so the oldest tars write folders
+                members.append(Member(name, offset, content_bytes))
+            position = offset + -(-content_bytes // _BLOCK) * _BLOCK
+
+
+def _next_header(file: BinaryIO, position: int) -> int | None:
+    """Where the next sound header lies; None if there is none."""
+    file.seek(position)
+    while block := file.read(_BLOCK):
+        if block[257:262] == b"ustar":
+            with contextlib.suppress(ValueError):
+                _parsed(block)
+                return position
+        position += _BLOCK
+    return None
+
+
+class _Extended(NamedTuple):
+    """What GNU's and pax's extensions say of the file that follows them, in place of its own header."""
+
+    name: str = ""
+    size_bytes: int | None = None
+
+
+def _parsed(header: bytes) -> tuple[str, int, bytes]:
+    """Name, size and type of a header; ValueError if it is damaged."""
+    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise ValueError
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""  # GNU keeps times there
+    return _text(prefix + b"/" + name if prefix else name), _number(header[124:136]), header[156:157]
+
+
+def _number(field: bytes, base: int = 8) -> int:
+    """Digits; or, where those are too few, a binary number behind a byte of 0x80."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip() or b"0"
+    if not digits.isdigit():  # int() would also take a sign and underscores
+        raise ValueError
+    return int(digits, base)
+
+
+def _extended(kind: bytes, content: bytes, before: _Extended) -> _Extended:
+    """An extension's content: a long name, or pax's records "LENGTH KEY=VALUE\\n", each LENGTH that of its record."""
+    if kind == b"L":
+        return before._replace(name=_text(content.partition(b"\0")[0]))
+    found: dict[bytes, bytes] = {}
+    while content:
+        digits = content.partition(b" ")[0]
+        length = _number(digits, 10)
+        key, equals, value = content[len(digits) + 1 : length - 1].partition(b"=")
+        if not equals or content[length - 1 : length] != b"\n":
+            raise ValueError
+        found[key] = value
+        content = content[length:]
+    name, size = found.get(b"path"), found.get(b"size")
+    return _Extended(
+        before.name if name is None else _text(name), before.size_bytes if size is None else _number(size, 10)
+    )
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def captions_in(content: bytes, *, is_json: bool) -> tuple[str, ...]:
+    """A caption file's captions, stripped, without blank ones.
+
+    Raises:
+        UnusableError: it is not UTF-8, not JSON, or says nothing.
+    """
+    try:
+        said: Any = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableError(BAD_UTF8, str(error)) from error
+    if is_json:
+        try:
+            record = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise UnusableError(BAD_JSON, str(error)) from error
+        said = record.get("caption") if isinstance(record, dict) else None
+    texts = [said] if isinstance(said, str) else said
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
+    return stripped(texts)

@@ -1,0 +1,157 @@
+"""Data loader for training: each batch prepared once for every distinct preprocessing and tokenizer.
+
+A batch is a function of its step, so a loader is a list of steps: nothing of it needs saving, and which process makes
+which batch changes nothing.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from toolchain.data.bad_samples import Damage
+from toolchain.data.batch import Geometry, TrainingData
+from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.errors import ClipkdError
+from toolchain.models.clip_model import ClipModel
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A process's rows of a batch, prepared once for every distinct preprocessing and tokenizer."""
+
+    student_pixels: Tensor
+    """uint8 [b, 3, H, H]"""
+
+    student_ids: Tensor
+    """int64 [b, T]"""
+
+    teacher_pixels: Tensor | None
+    teacher_ids: Tensor | None
+    captions_b: list[str]
+    sample_b: NDArray[np.int64]
+    view: int
+    damaged: tuple[Damage, ...] = ()
+    teacher_features: tuple[Tensor, Tensor] | None = None
+    """Of images and texts [b, E] each, where a cache has them."""
+
+    def to(self, device: torch.device) -> "Fed":
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Fed":
+        """For the loader, so that copying to a GPU overlaps with computing."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Fed":
+        taught = [None if tensor is None else change(tensor) for tensor in (self.teacher_pixels, self.teacher_ids)]
+        features = self.teacher_features and (change(self.teacher_features[0]), change(self.teacher_features[1]))
+        return replace(
+            self,
+            student_pixels=change(self.student_pixels),
+            student_ids=change(self.student_ids),
+            teacher_pixels=taught[0],
+            teacher_ids=taught[1],
+            teacher_features=features,
+        )
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[Fed | ClipkdError]):
+    """Batches by step, for a loader to make in any process; or why there is none.
+
+    An error is a result here, because a loader's process would wrap it in a traceback of torch's.
+    """
+
+    data: TrainingData
+    rows: slice
+    student: tuple[Geometry, Callable[[list[str]], Tensor]]
+    teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
+    cache: TeacherCache | None
+
+    def __getitem__(self, step: int) -> Fed | ClipkdError:
+        geometry, tokenize = self.student
+        wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
+        try:
+            batch = self.data.batch(step, self.rows, sorted(wanted))
+            features = self.cache.features(batch.sample_B, batch.pick_B, batch.view) if self.cache else None
+        except ClipkdError as error:
+            return error
+        ids_bT = tokenize(batch.captions_B)
+        teacher_pixels = teacher_ids_bT = None
+        if self.teacher:
+            teacher_pixels = batch.pixels[self.teacher[0]]
+            teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
+        pixels, captions_b, sample_b = batch.pixels[geometry], batch.captions_B, batch.sample_B
+        view, damaged = batch.view, batch.damaged
+        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, view, damaged, features)
+
+
+def feed(
+    data: TrainingData,
+    steps: range,
+    rows: slice,
+    student: ClipModel,
+    teacher: ClipModel | TeacherCache | None,
+    workers: int,
+) -> Generator[Fed, None, None]:
+    """A process's rows of the batches of some steps, for a student and a teacher, live or cached.
+
+    To be closed, which is what ends the loaders' processes: they heed no signal.
+
+    Raises:
+        ClipkdError: a sample cannot be read.
+    """
+    taught, cache = None, teacher if isinstance(teacher, TeacherCache) else None
+    if isinstance(teacher, ClipModel):
+        tokenize = student.ids_of if teacher.tokenizes_like(student) else teacher.ids_of
+        taught = teacher.geometry, tokenize
+    for model in (student, teacher):
+        if isinstance(model, ClipModel):
+            model.settle()
+    dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught, cache)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available() and workers > 0,
+        worker_init_fn=_leave_signals,
+        # Python 3.14 would have a server fork them, whose end of the run they never notice, and copy the nets to them.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    with _held_signals():
+        loaded = iter(loader)  # starts the processes, which inherit what is held
+    try:
+        for fed in loaded:
+            if isinstance(fed, ClipkdError):
+                raise fed
+            yield fed
+    finally:
+        del loaded  # which ends them: an error's traceback would keep it, and they would keep the run from ending
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Signals that come while loaders start wait: one that does not ignore them yet would die of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _leave_signals(worker: int) -> None:
+    """A loader's process leaves them to the one it works for: Ctrl-C reaches both, and a dead loader ends a run."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,72 @@
+"""What a frozen teacher says of a batch: computed on the spot, or looked up.
+
+B batch   E teacher width   T tokens
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolchain.distillation.loader import Fed
+from toolchain.distillation.objectives import TeacherBatch
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.onednn import on_onednn
+from toolchain.models.towers import compile_towers
+from toolchain.recipe.section import Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A frozen teacher, run on the batch at hand."""
+
+    model: ClipModel
+    logit_scale: Tensor
+    dtype: torch.dtype
+    compiled: bool = False
+
+    @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
+    def of(self, batch: Fed) -> TeacherBatch:
+        """What it says of a batch."""
+        assert batch.teacher_pixels is not None
+        assert batch.teacher_ids is not None
+        image_bE = self.image_features(batch.teacher_pixels)
+        return TeacherBatch(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """[B, E] float32, unit rows, of uint8 pixels."""
+        with on_onednn(pixels.device, compiled=self.compiled):
+            raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
+        return nn.functional.normalize(raw_BE.float(), dim=-1)
+
+    def text_features(self, input_ids_BT: Tensor) -> Tensor:
+        """[B, E] float32, unit rows."""
+        with on_onednn(input_ids_BT.device, compiled=self.compiled):
+            raw_BE = self.model.encode_text(input_ids_BT)
+        return nn.functional.normalize(raw_BE.float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A frozen teacher whose features of the batch were looked up where the batch was made."""
+
+    logit_scale: Tensor
+
+    def of(self, batch: Fed) -> TeacherBatch:
+        """What it said of a batch."""
+        assert batch.teacher_features is not None
+        return TeacherBatch(*batch.teacher_features, self.logit_scale)
+
+
+def live_teacher(
+    teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
+) -> LiveTeacher:
+    """The teacher, frozen, its weights in the precision it computes in; its features are float32 again."""
+    logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
+    net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
+    if compiled:
+        compile_towers(net)
+    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled)

@@ -1,0 +1,132 @@
+"""The module that is trained: the student, the heads that distillation adds, and their optimizer."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from toolchain.distillation.losses import MAX_LOGIT_SCALE
+from toolchain.distillation.objectives import DistillationHeads, StudentFeatures, TeacherBatch
+from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distributed import Processes
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.patch_masking import kept_patches, masked_image_features, num_patches
+from toolchain.models.towers import compile_towers, is_vision_transformer
+from toolchain.recipe.distill import DistillSpec
+
+_HEADS_WEIGHT_DECAY = 0.01  # of the projections that distillation adds: the released code leaves AdamW's default
+
+
+# What is trained ------------------------------------------------------------------------------------------------------
+
+
+class Trainee(nn.Module):
+    """The student and the heads that distillation adds: everything the optimizer moves and a checkpoint holds."""
+
+    def __init__(
+        self, student: ClipModel, teacher: ClipModel | TeacherCache | None, spec: DistillSpec, processes: Processes
+    ) -> None:
+        super().__init__()
+        student.settle()
+        self.net = student.net
+        self.student = student
+        weights = spec.loss_weights.model_dump()
+        teacher_width = teacher.embed_dim if teacher else student.embed_dim
+        self.heads = DistillationHeads(
+            student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
+        )
+        # data-parallel training refuses parameters without a gradient
+        reads_scale = any(weights[name] for name in (("task", "crd", "gd") if teacher else ("task",)))
+        self.net.logit_scale.requires_grad_(reads_scale)
+        if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
+            bias.requires_grad_(False)  # of a sigmoid loss, which is not ours
+        self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
+        dropout: Any = getattr(self.net.visual, "patch_dropout", None)
+        self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
+        self.to(processes.device)
+        if spec.compile:
+            compile_towers(self.net)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids_bT: Tensor,
+        teacher: TeacherBatch | None,
+        shown_bK: Tensor | None,
+        kept_bK: Tensor | None,
+    ) -> tuple[StudentFeatures, dict[str, Tensor]]:
+        """A process's rows of everything the objectives read, and the multipliers by name."""
+        net: Any = self.net
+        encode = self.student.encode_image
+        if kept_bK is None:
+            image_bD = encode(pixel_values)
+        else:
+            image_bD = masked_image_features(net.visual, pixel_values, kept_bK, encode)
+        masked_bD = None
+        if shown_bK is not None:
+            masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
+        features = self.heads(image_bD, self.student.encode_text(input_ids_bT), teacher, masked_bD)
+        scales = {"logit_scale": net.logit_scale.exp().reshape(())}  # some models keep it as a vector of one
+        if self.heads.log_cross_logit_scale is not None:
+            scales["cross_logit_scale"] = self.heads.cross_logit_scale
+        if self.heads.log_fusion_logit_scale is not None:
+            scales["fusion_logit_scale"] = self.heads.fusion_logit_scale
+        return features, scales
+
+    def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
+        """[b, K] each: the patches MFD shows the student, and those a tower's own patch dropout keeps; None without.
+
+        Drawn by seed, sample and step, so that they do not depend on how a batch is shared among processes.
+        """
+        visual: Any = self.net.visual
+
+        def kept(ratio: float | None, draw: int) -> Tensor | None:
+            if not ratio:
+                return None
+            return kept_patches(seed, sample_b, draw, num_patches=num_patches(visual), mask_ratio=ratio)
+
+        return kept(self._mask_ratio, 2 * step), kept(self._patch_dropout, 2 * step + 1)
+
+    @torch.no_grad()
+    def clamp_parameters_(self) -> None:
+        self.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
+        self.heads.clamp_parameters_()
+
+
+def make_optimizer(trained: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
+    """AdamW with CLIP-KD's groups.
+
+    Of the student, matrices decay and vectors, biases and scales do not; of the heads the projections decay by AdamW's
+    own default.  Transformers have faster moments than convolutional towers (CLIP-KD's scripts, from CLIP).
+    """
+    named = [(name, p) for name, p in trained.net.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim >= 2 and "bias" not in name]  # Swin has tables of biases
+    free = [p for name, p in named if p.ndim < 2 or "bias" in name]
+    heads = list(trained.heads.parameters())
+    vectors_decay = _HEADS_WEIGHT_DECAY if spec.reference_compat else 0.0
+    groups = [
+        {"params": decayed, "weight_decay": spec.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+        {"params": [p for p in heads if p.ndim >= 2], "weight_decay": _HEADS_WEIGHT_DECAY},
+        {"params": [p for p in heads if p.ndim < 2], "weight_decay": vectors_decay},
+    ]
+    transformer = is_vision_transformer(trained.net.visual)  # type: ignore[arg-type]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=spec.lr,
+        betas=(0.9, 0.98 if transformer else 0.999),
+        eps=1e-6 if transformer else 1e-8,
+        fused=True,
+    )
+
+
+def clip_gradients(trained: Trainee, max_norm: float | None) -> Tensor:
+    """The norm of all gradients together, which are then scaled down to `max_norm` at the most."""
+    gradients = [p.grad for p in trained.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(trained.parameters(), max_norm, norm)
+    return norm

@@ -1,0 +1,161 @@
+"""The training log: train.jsonl, TensorBoard, and the time that each part of a step takes."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from toolchain.distillation.objectives import StudentFeatures, TeacherBatch
+from toolchain.distributed import Processes
+from toolchain.filesystem import replacing
+
+LOG, TENSORBOARD = "train.jsonl", "tensorboard"
+_MAX_ROWS = 10_000
+
+
+def logs(step: int, steps: int) -> bool:
+    """Whether a step of so many has a row: every one up to 10,000 steps, evenly spread ones beyond, and the last."""
+    return step % max(1, -(-steps // _MAX_ROWS)) == 0 or step == steps - 1
+
+
+class TrainingLog:
+    """Open for the length of a run; rows at or beyond `step`, left by an interrupted attempt, are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / LOG
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["step"] < step:
+                    kept.append(line)
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._curves = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in _curves_of(row):
+            self._curves.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
+        """Before a checkpoint is saved: a checkpoint's rows are on disk when it is."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._curves.flush()
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._curves.close()
+
+
+def _curves_of(row: dict[str, Any]) -> list[tuple[str, float]]:
+    curves = []
+    for name, value in row.items():
+        if name == "terms":
+            curves += [(f"{kind}/{term}", number) for term, both in value.items() for kind, number in both.items()]
+        elif isinstance(value, dict):
+            curves += [(f"{name}/{part}", number) for part, number in value.items()]
+        elif name != "step" and value is not None:
+            curves.append((name, value))
+    return curves
+
+
+class ForwardPass(NamedTuple):
+    """One step's forward pass, over the batch of all processes."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Unweighted, those whose weight is not zero."""
+
+    scales: dict[str, Tensor]
+    student: StudentFeatures
+    teacher: TeacherBatch | None
+
+
+# What is logged and what stops a run ----------------------------------------------------------------------------------
+
+
+def log_row(step: int, lr: float, grad_norm: Tensor, done: ForwardPass, weights: dict[str, float]) -> dict[str, Any]:
+    """A step's row of the log, brought from the device in one piece."""
+    similarity = _similarity(done.student, done.teacher) if done.teacher else {}
+    tensors = {"loss": done.loss, "grad_norm": grad_norm, **done.scales, **done.terms, **similarity}
+    numbers = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
+    row = {"step": step, "loss": numbers["loss"], "lr": lr, "grad_norm": numbers["grad_norm"]}
+    row |= {name: numbers[name] for name in done.scales}
+    terms = {name: numbers[name] for name in done.terms}
+    row["terms"] = {name: {"unweighted": value, "weighted": weights[name] * value} for name, value in terms.items()}
+    if similarity:
+        row["similarity"] = {name: numbers[name] for name in similarity}
+    return row
+
+
+def _similarity(student: StudentFeatures, teacher: TeacherBatch) -> dict[str, Tensor]:
+    """Mean cosines of the student's features, in the teacher's width, to the teacher's; empty where no head maps it."""
+    image_BE, text_BE = student.image_BE, student.text_BE
+    if image_BE is None or text_BE is None:
+        if student.image_BD.shape[-1] != teacher.image_BE.shape[-1]:
+            return {}
+        image_BE, text_BE = student.image_BD, student.text_BD
+    image, text = (image_BE * teacher.image_BE).sum(-1).mean(), (text_BE * teacher.text_BE).sum(-1).mean()
+    return {"image": image, "text": text}
+
+
+class StepClock:
+    """Seconds of a step, and of its parts; on a GPU of what it computed, not of what was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts: dict[str, float] = {}
+        self._events: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self._started = time.monotonic()
+
+    def restart(self) -> None:
+        self._parts, self._events, self._started = {}, {}, time.monotonic()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        if self._device.type == "cuda" and part != "data":
+            events = _event(), _event()
+            events[0].record()
+            yield
+            events[1].record()
+            self._events[part] = events
+        else:
+            yield
+        self._parts[part] = time.monotonic() - started
+
+    def shares(self, batch_size: int) -> dict[str, float]:
+        """What a row says of time, once the step's numbers have been read from the device."""
+        for part, (begin, end) in self._events.items():
+            self._parts[part] = begin.elapsed_time(end) / 1e3
+        seconds = time.monotonic() - self._started
+        shares = {f"{part}_fraction": round(spent / seconds, 4) for part, spent in self._parts.items()}
+        return {"images_per_s": round(batch_size / seconds, 1)} | shares
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+@contextmanager
+def open_log(folder: Path, step: int, processes: Processes) -> Iterator[Any]:
+    if not processes.leads:
+        yield None
+        return
+    with TrainingLog(folder, step) as log:
+        yield log

@@ -1,0 +1,146 @@
+"""An evaluation set: images, and the classes or captions they are compared with."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from toolchain.errors import UsageError
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow has decoders that should not see strangers' files
+_CAPTION = ("{}",)  # the template of what needs none
+
+
+class Picture(NamedTuple):
+    """Where a picture's bytes lie: a file, or a part of one."""
+
+    path: Path
+    offset: int = 0
+    size_bytes: int | None = None
+    """None: to the end."""
+
+    member: str = ""
+    """Its name within an archive."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.member}" if self.member else str(self.path)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalSet:
+    """Pictures and texts; `image_group_N` and `text_group_K` say which belong together."""
+
+    name: str
+    pictures: Sequence[Picture] | NDArray[np.uint8]
+    """N of them; arrays are uint8 [N, H, W, 3]."""
+
+    texts: list[str]
+    """Class names, or captions."""
+
+    templates: tuple[str, ...]
+    """With {} where the text goes."""
+
+    image_group_N: NDArray[np.int64]
+    text_group_K: NDArray[np.int64]
+    has_classes: bool
+    """Whether the texts are class names, each of one group, rather than captions."""
+
+    upright: bool = False
+    """Turn pictures as EXIF says.  Published benchmarks are read as they lie, and published numbers with them."""
+
+    files: tuple[Path, ...] = ()
+    """Everything the set was read from."""
+
+    repeats_names: bool = False
+    """Whether two classes may share a name, as in ImageNet: the first of them is the answer of both."""
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def one_image_per_class(self) -> bool:
+        """Whether image k shows class k, so that its name can be looked for among names, and it among images."""
+        return self.has_classes and np.array_equal(self.image_group_N, self.text_group_K)
+
+    def label(self, index: int) -> str:
+        """A picture in words, for messages."""
+        return self.texts[index] if self.one_image_per_class else str(self.pictures[index])
+
+    def image(self, index: int) -> Image.Image | None:
+        """A picture in RGB; None if it cannot be read."""
+        picture = self.pictures[index]
+        if not isinstance(picture, Picture):
+            return Image.fromarray(picture)
+        try:
+            with picture.path.open("rb") as file:
+                file.seek(picture.offset)
+                content = file.read() if picture.size_bytes is None else file.read(picture.size_bytes)
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                turned = ImageOps.exif_transpose(image) if self.upright else image
+                return turned.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damage
+            return None
+
+
+def classes_set(
+    name: str,
+    pictures: Sequence[Picture] | NDArray[np.uint8],
+    names: Sequence[str],
+    templates: Sequence[str],
+    label_N: Sequence[int] | NDArray[np.int64] | None = None,
+    **more: Any,
+) -> EvalSet:
+    """A set of classes; without labels image k shows class k.
+
+    Raises:
+        UsageError: no pictures, images and names that do not match, templates without a place for the name, two
+            classes of one name.
+    """
+    repeats_names = more.get("repeats_names", False)
+    if not templates:
+        raise UsageError("evaluate: no prompt template; a template has {} where the name goes, '{}' at the least")
+    for template in templates:
+        if "{}" not in template:
+            raise UsageError(f"evaluate: template {template!r} has no {{}} where the name goes")
+    if label_N is None and (len(pictures) != len(names) or not names):
+        raise UsageError(
+            f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} names, "
+            "expected one image per name and at least one"
+        )
+    label_N = np.arange(len(names)) if label_N is None else np.asarray(label_N, np.int64)
+    if not len(pictures) or not len(names):
+        raise UsageError(f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} classes; expected some")
+    twice, count = Counter(names).most_common(1)[0]
+    if count > 1 and not repeats_names:  # their scores tie by construction: none of them could ever be right
+        raise UsageError(f"evaluate: set {name!r} has {count} classes named {twice!r}, expected distinct names")
+    wrong_N = (label_N < 0) | (label_N >= len(names))
+    if wrong_N.any():
+        index = int(np.argmax(wrong_N))
+        raise UsageError(
+            f"evaluate: set {name!r}: {pictures[index]} has label {label_N[index]}, expected 0 to {len(names) - 1}"
+        )
+    return EvalSet(name, pictures, list(names), tuple(templates), label_N, np.arange(len(names)), True, **more)
+
+
+def captions_set(
+    name: str, pictures: Sequence[Picture] | NDArray[np.uint8], captions_N: Sequence[Sequence[str]], **more: Any
+) -> EvalSet:
+    """A set of pictures with one or more captions each.
+
+    Raises:
+        UsageError: no pictures, or one without a caption.
+    """
+    if not len(pictures):
+        raise UsageError(f"evaluate: set {name!r} has no pictures")
+    for picture, captions in zip(pictures, captions_N, strict=True):
+        if not captions:
+            raise UsageError(f"evaluate: set {name!r}: {picture} has no caption")
+    image_of_K = np.repeat(np.arange(len(pictures)), [len(captions) for captions in captions_N])
+    texts = [caption for captions in captions_N for caption in captions]
+    return EvalSet(name, pictures, texts, _CAPTION, np.arange(len(pictures)), image_of_K, False, **more)

@@ -1,0 +1,355 @@
+"""Open evaluation sets in the formats people have: folders, ImageNet, CLIP_benchmark shards, Karpathy splits, pairs.
+
+Nothing is dropped: an image that cannot be read stays in the set and counts as wrong (`zero_shot.py`), and a set whose
+files are missing is refused.
+"""
+
+import csv
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolchain.data import glyphs
+from toolchain.data.tar_files import expand, read_members
+from toolchain.errors import MissingDependency, UsageError
+from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
+from toolchain.recipe.evaluate import (
+    ClipBenchmarkSet,
+    EvalSetSpec,
+    FolderSet,
+    ImagenetSet,
+    KarpathySet,
+    PairsSet,
+    set_name,
+)
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_NO_PICTURES = frozenset({"Thumbs.db", "desktop.ini"})  # what file managers leave behind
+_IN_SHARDS = ("webp", "png", "jpg", "jpeg")  # CLIP_benchmark's order
+_NAMED = 3  # examples in a message
+
+
+def open_set(spec: EvalSetSpec) -> EvalSet:
+    """The set that an entry of a recipe's evaluate.sets names; its pictures are not read yet.
+
+    Raises:
+        UsageError: files are missing, do not belong, or contradict one another; with the file.
+        MissingDependency: ImageNet's names are wanted, and timm or open_clip is not installed.
+    """
+    if isinstance(spec, str):
+        glyph = glyphs.eval_set(spec)
+        return classes_set(spec, glyph.images_KHWC, glyph.names, glyphs.TEMPLATES)
+    if isinstance(spec, FolderSet):
+        return _folder(spec)
+    if isinstance(spec, ImagenetSet):
+        return _imagenet(spec)
+    if isinstance(spec, ClipBenchmarkSet):
+        return _clip_benchmark(spec)
+    if isinstance(spec, KarpathySet):
+        return _karpathy(spec)
+    return _pairs(spec)
+
+
+def fingerprint(spec: EvalSetSpec) -> str:
+    """What a stage that reads a set depends on: names, sizes and times of its files, none of which is read for it."""
+    if isinstance(spec, str):
+        return glyphs.fingerprint()
+    digest = hashlib.sha256(spec.model_dump_json(exclude={"name"}).encode())
+    for path in open_set(spec).files:
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def fingerprints(specs: Sequence[EvalSetSpec]) -> str:
+    """Of several sets together."""
+    return hashlib.sha256("\n".join(fingerprint(spec) for spec in specs).encode()).hexdigest()
+
+
+# The user's own folders -----------------------------------------------------------------------------------------------
+
+
+def _folder(spec: FolderSet) -> EvalSet:
+    where, root = _where(spec), Path(spec.path)
+    folders = _class_folders(root, where)
+    files = []
+    if spec.classes is None:
+        named = {folder: folder for folder in folders}
+    elif isinstance(spec.classes, str):
+        files.append(Path(spec.classes))
+        named = _mapping(Path(spec.classes), where)
+    else:
+        named = dict(spec.classes)
+    _same(set(folders), set(named), f"{where}: the folders of {root}", "classes")
+    templates = spec.templates
+    if isinstance(templates, str):
+        files.append(Path(templates))
+        templates = tuple(line for line in _lines(Path(templates), where) if line.strip())
+    pictures, label_N = [], []
+    for label, folder in enumerate(named):
+        found = _pictures_in(root / folder, where)
+        pictures += found
+        label_N += [label] * len(found)
+    files += [picture.path for picture in pictures]
+    return classes_set(spec.name, pictures, list(named.values()), templates, label_N, upright=True, files=tuple(files))
+
+
+def _mapping(path: Path, where: str) -> dict[str, str]:
+    try:
+        content = yaml.load(_text(path, where), yaml.BaseLoader)  # every key a string: 007 and no are names
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}.classes: {path}: not YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise UsageError(f"{where}.classes: {path}: expected a mapping of folders to names, one 'FOLDER: NAME' a line")
+    return content
+
+
+def _class_folders(root: Path, where: str) -> list[str]:
+    """The folders of classes, in the order of their names."""
+    if not root.is_dir():
+        raise UsageError(f"{where}.path: {root}: no such folder; expected one with a folder of pictures per class")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise UsageError(f"{where}.path: {root}: no folders in it; expected CLASS/PICTURE")
+    return folders
+
+
+def _pictures_in(folder: Path, where: str) -> list[Picture]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    paths = [entry for entry in entries if entry.name not in _NO_PICTURES]
+    for path in paths:
+        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+            raise UsageError(
+                f"{where}: {path} is no picture ({', '.join(sorted(_SUFFIXES))}); an evaluation drops nothing "
+                "silently. Move it out of the folder"
+            )
+    if not paths:
+        raise UsageError(f"{where}: {folder} has no pictures; its class could never be right. Remove it, or fill it")
+    return [Picture(path) for path in paths]
+
+
+# ImageNet and its kin -------------------------------------------------------------------------------------------------
+
+
+def _imagenet(spec: ImagenetSet) -> EvalSet:
+    where, root = _where(spec), Path(spec.path)
+    names, templates = _imagenet_prompts()
+    wordnet_ids = _imagenet_ids("imagenet_synsets.txt")
+    if spec.variant in ("r", "a"):  # 200 of the classes, and no others to be confused with
+        chosen = [int(line) for line in _imagenet_ids(f"imagenet_{spec.variant}_indices.txt")]
+        names, wordnet_ids = [names[k] for k in chosen], [wordnet_ids[k] for k in chosen]
+    # V2's folders are numbers; sorted as strings, "10" would come before "2".
+    expected = [str(k) for k in range(len(names))] if spec.variant == "v2" else wordnet_ids
+    kind = "the classes' numbers" if spec.variant == "v2" else "WordNet ids"
+    _same(set(_class_folders(root, where)), set(expected), f"{where}: the folders of {root}", f"ImageNet's {kind}")
+    pictures, label_N = [], []
+    for label, folder in enumerate(expected):
+        found = _pictures_in(root / folder, where)
+        pictures += found
+        label_N += [label] * len(found)
+    files = tuple(picture.path for picture in pictures)
+    return classes_set(spec.name, pictures, names, templates, label_N, files=files, repeats_names=True)
+
+
+def _imagenet_ids(file: str) -> list[str]:
+    return (_package("timm") / "data" / "_info" / file).read_text(encoding="utf-8").split()
+
+
+@functools.cache
+def _imagenet_prompts() -> tuple[list[str], tuple[str, ...]]:
+    """open_clip's names of ImageNet's classes and OpenAI's 80 templates, read without importing open_clip or torch."""
+    path = _package("open_clip") / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("_clipkd_zero_shot_metadata", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.IMAGENET_CLASSNAMES), tuple(template("{}") for template in module.OPENAI_IMAGENET_TEMPLATES)
+
+
+def _package(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # what an import hook that hides the package raises
+        spec = None
+    if spec is None or spec.origin is None:
+        raise MissingDependency(f"ImageNet's class lists come with {name}: pip install 'clipkd[train]'")
+    return Path(spec.origin).parent
+
+
+# CLIP_benchmark's archives --------------------------------------------------------------------------------------------
+
+
+def _clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
+    where, root = _where(spec), Path(spec.path)
+    shards = root / spec.split
+    count = " ".join(_lines(shards / "nshards.txt", where)).strip()
+    if not count.isdigit() or count == "0":
+        raise UsageError(f"{where}: {shards / 'nshards.txt'}: expected the number of shards, got {count!r}")
+    type_file = root / "dataset_type.txt"
+    kind = " ".join(_lines(type_file, where)).strip().lower() if type_file.is_file() else "classification"
+    texts_in = {"classification": "cls", "retrieval": "txt"}.get(kind)
+    if texts_in is None:
+        raise UsageError(f"{where}: {type_file} says {kind!r}; clipkd evaluates classification and retrieval")
+    tars = [shards / f"{number}.tar" for number in range(int(count))]
+    found = list(_in_tars(tars, texts_in, where))
+    pictures = [picture for picture, _ in found]
+    if kind == "retrieval":
+        return captions_set(spec.name, pictures, [text.splitlines() for _, text in found], files=tuple(tars))
+    labels = [text.strip() for _, text in found]
+    for picture, label in zip(pictures, labels, strict=True):
+        if not label.isdigit():
+            raise UsageError(f"{where}: {picture}: expected a class number in its .cls, got {label!r}")
+    names_file, templates_file = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
+    names = [line.strip() for line in _lines(names_file, where)]
+    lines = [line.strip() for line in _lines(templates_file, where)]
+    templates = [line.replace("{c}", "{}") for line in lines if line]
+    files = (*tars, names_file, templates_file)
+    return classes_set(
+        spec.name, pictures, names, templates, [int(label) for label in labels], files=files, repeats_names=True
+    )
+
+
+def _in_tars(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[Picture, str]]:
+    """Each sample's picture, and the content of its other file, in the archives' order."""
+    for tar in tars:
+        if not tar.is_file():
+            raise UsageError(f"{where}: {tar}: no such archive")
+        members, damage = read_members(tar)
+        if damage:
+            raise UsageError(f"{where}: {tar}: {damage}; an evaluation drops nothing silently. Fetch it again")
+        samples: dict[str, dict[str, Picture]] = {}
+        for member in members:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, kind = base.partition(".")  # webdataset's convention: a key ends at the first dot
+            picture = Picture(tar, member.offset, member.size_bytes, member.name)
+            samples.setdefault(folder + slash + stem, {}).setdefault(kind.lower(), picture)
+        with tar.open("rb") as file:
+            for key, kinds in samples.items():
+                picture_kind = next((kind for kind in _IN_SHARDS if kind in kinds), None)
+                if picture_kind is None or texts_in not in kinds:
+                    wanted = "picture" if picture_kind is None else f".{texts_in}"
+                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(kinds)}")
+                file.seek(kinds[texts_in].offset)
+                try:
+                    text = file.read(kinds[texts_in].size_bytes or 0).decode("utf-8")
+                except UnicodeDecodeError:
+                    raise UsageError(f"{where}: {kinds[texts_in]}: not UTF-8") from None
+                yield kinds[picture_kind], text
+
+
+# Captions -------------------------------------------------------------------------------------------------------------
+
+
+def _karpathy(spec: KarpathySet) -> EvalSet:
+    where, path, root = _where(spec), Path(spec.file), Path(spec.images)
+    try:
+        rows = json.loads(_text(path, where))["images"]
+        rows = [row for row in rows if row["split"] == "test"]
+        captions_N = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+        places = [(row.get("filepath", ""), row["filename"]) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{where}.file: {path}: not a dataset_coco.json or dataset_flickr30k.json of Karpathy's: {error!r}"
+        ) from None
+    pictures = []
+    for folder, name in places:
+        candidates = [root / folder / name, root / name]  # COCO's images lie in val2014, Flickr30k's in one folder
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            raise UsageError(f"{where}.images: no {candidates[0]}, which {path.name} names")
+        pictures.append(Picture(found))
+    if spec.captions == "one":
+        captions_N = [captions[:1] for captions in captions_N]
+    return captions_set(spec.name, pictures, captions_N, files=(path, *(picture.path for picture in pictures)))
+
+
+def _pairs(spec: PairsSet) -> EvalSet:
+    where = _where(spec)
+    if spec.shards:
+        try:
+            tars = expand(spec.shards)
+        except UsageError as error:
+            raise UsageError(str(error).replace("data.shards", f"{where}.shards", 1)) from None
+        found = list(_in_tars(tars, "txt", where))
+        pictures, captions = [picture for picture, _ in found], [[text.strip()] for _, text in found]
+        return captions_set(spec.name, pictures, captions, upright=True, files=tuple(tars))
+    assert spec.file is not None
+    path = Path(spec.file)
+    root = Path(spec.images) if spec.images else path.parent
+    rows = list(_rows(path, spec, where))
+    pictures = [Picture(root / image) for image, _ in rows]
+    for picture in pictures:
+        if not picture.path.is_file():
+            raise UsageError(f"{where}.images: no {picture.path}, which {path} names")
+    files = (path, *(picture.path for picture in pictures))
+    return captions_set(spec.name, pictures, [[caption] for _, caption in rows], upright=True, files=files)
+
+
+def _rows(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, str]]:
+    """Image and caption of each line.  A row is a line: an open quote swallows no other."""
+    quoting: Any = csv.QUOTE_NONE if spec.delimiter == "\t" else csv.QUOTE_MINIMAL  # nothing writes quotes into TSV
+    header: list[str] = []
+    for number, line in enumerate(_lines(path, where), 1):
+        try:
+            cells = next(csv.reader([line], delimiter=spec.delimiter, quoting=quoting, strict=True), [])
+        except csv.Error as error:
+            raise UsageError(f"{where}.file: {path}, line {number}: {error}") from None
+        if not header:
+            header = cells
+            missing = {spec.image_column, spec.caption_column} - set(header)
+            if missing:
+                raise UsageError(
+                    f"{where}.file: {path}: no column {', '.join(sorted(missing))}; it has {', '.join(header)}. "
+                    "Set image_column, caption_column and delimiter"
+                )
+        elif cells:
+            if len(cells) != len(header):
+                raise UsageError(
+                    f"{where}.file: {path}, line {number}: {len(cells)} cells, expected {len(header)} as in its header"
+                )
+            row = dict(zip(header, cells, strict=True))
+            yield row[spec.image_column], row[spec.caption_column]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _where(spec: Any) -> str:
+    return f"evaluate.sets {set_name(spec)!r}"
+
+
+def _text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{where}: {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: {path}: cannot be read: {error}") from None
+
+
+def _lines(path: Path, where: str) -> list[str]:
+    """Without splitlines' other line ends, which captions may hold."""
+    return re.split(r"\r\n|\n|\r", _text(path, where).rstrip("\r\n"))
+
+
+def _same(found: set[str], expected: set[str], what: str, expectation: str) -> None:
+    unknown, missing = sorted(found - expected), sorted(expected - found)
+    said = []
+    if unknown:
+        said.append(f"{len(unknown)} not among them: {_some(unknown)}")
+    if missing:
+        said.append(f"{len(missing)} missing: {_some(missing)}")
+    if said:
+        raise UsageError(f"{what} are not those of {expectation}; {'; '.join(said)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

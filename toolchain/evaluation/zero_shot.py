@@ -1,0 +1,271 @@
+"""Zero-shot accuracy and retrieval recall of anything that encodes images and texts, in numpy alone.
+
+Classification ranks the classes of a set for every image; retrieval ranks captions for images and images for captions.
+Both count how many wrong candidates score at least as high as the best right one (`ranks`).  Memory grows with the
+features, never with the square of a set: images are decoded, and scores made, a chunk at a time.
+
+    N images   K texts: classes or captions   P prompt templates   D feature width   C rows of a chunk   Q queries
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from toolchain.errors import ClipkdError, UsageError
+from toolchain.evaluation.eval_set import EvalSet
+from toolchain.progress import Progress, no_progress
+from toolchain.significance import wilson
+
+UNRANKED = np.iinfo(np.int32).max
+"""The rank of a sample whose own score is NaN or infinite: outside of every top k, however few classes there are."""
+
+TIE = 1e-6
+"""Cosines closer than this are equal: float32 products of the same vectors differ by about 1e-7 from place to place
+of one matrix product, and a constant encoder must not win ties by rounding."""
+
+MAX_UNREADABLE = 0.01
+"""Share of a set's pictures that may be unreadable and count as wrong; with more the number is of another set."""
+
+BLANK = Image.new("RGB", (64, 64))
+"""In place of a picture that cannot be read."""
+
+_CHUNK = 256
+_NAMED_UNREADABLE = 5
+
+
+class Encoders(Protocol):
+    """A model as evaluation sees it; features are [B, D], float32, of unit norm."""
+
+    def preprocess(self, image: Image.Image, /) -> NDArray[np.float32]:
+        """pixel_values [3, H, W] of the model's own evaluation transform."""
+        ...
+
+    def encode_pixels(self, pixel_values_BCHW: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+
+    def encode_texts(self, texts: list[str], /) -> NDArray[np.float32]: ...
+
+
+def class_embeddings(encoders: Encoders, names: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
+    """[K, D]: per class the mean over templates of its prompts' unit features, scaled back to unit norm.
+
+    CLIP (arXiv:2103.00020), section "Prompt Engineering and Ensembling".  A class whose mean is zero becomes NaN.
+    """
+    return _prompt_features(encoders, names, templates, lambda _: None)[1]
+
+
+def ranks(
+    query_features_QD: NDArray[np.float32],
+    candidate_features_KD: NDArray[np.float32],
+    query_group_Q: NDArray[np.int64] | None = None,
+    candidate_group_K: NDArray[np.int64] | None = None,
+    alike_K: NDArray[np.int64] | None = None,
+) -> NDArray[np.int32]:
+    """[Q]: how many wrong candidates score at least as high as the best right one: those of the query's group.
+
+    0 is best; ties count against the model, within `TIE`.  Scores that are NaN or infinite count as ahead of the right
+    one, and where no right one has another score the rank is `UNRANKED`.  Absent groups are 0, 1, 2, ...: query q's
+    one right candidate is q.  Of candidates that are the same text, said by equal `alike_K`, only the earlier are ahead
+    of the later.  Memory grows with K, never with Q K.
+    """
+    query_group_Q = np.arange(len(query_features_QD)) if query_group_Q is None else query_group_Q
+    candidate_group_K = np.arange(len(candidate_features_KD)) if candidate_group_K is None else candidate_group_K
+    rank_Q = np.empty(len(query_features_QD), np.int32)
+    for start in range(0, len(rank_Q), _CHUNK):
+        with np.errstate(all="ignore"):  # features that are not finite are answered below, not warned about
+            scores_CK = query_features_QD[start : start + _CHUNK] @ candidate_features_KD.T
+        right_CK = query_group_Q[start : start + _CHUNK, None] == candidate_group_K
+        finite_CK = np.isfinite(scores_CK)
+        best_C1 = np.where(right_CK & finite_CK, scores_CK, -np.inf).max(1, keepdims=True)
+        # written as "not behind", so that NaN counts as ahead
+        ahead_CK = ~(right_CK | (finite_CK & (scores_CK < best_C1 - np.float32(TIE))))
+        if alike_K is not None:
+            place_C1 = right_CK.argmax(1)[:, None]
+            ahead_CK &= ~((alike_K == alike_K[place_C1]) & (np.arange(len(alike_K)) > place_C1))
+        rank_Q[start : start + _CHUNK] = np.where(np.isfinite(best_C1[:, 0]), ahead_CK.sum(1), UNRANKED)
+    return rank_Q
+
+
+def nearest(
+    query_features_QD: NDArray[np.float32], candidate_features_KD: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """[Q] the candidate that each query scores highest, the first of equals, and [Q] the score.
+
+    -1 and NaN where no score is a number.  Memory grows with K, never with Q K.
+    """
+    best_Q = np.empty(len(query_features_QD), np.int32)
+    score_Q = np.empty(len(query_features_QD), np.float32)
+    for start in range(0, len(best_Q), _CHUNK):
+        with np.errstate(all="ignore"):  # as in `ranks`
+            scores_CK = query_features_QD[start : start + _CHUNK] @ candidate_features_KD.T
+        scores_CK = np.where(np.isfinite(scores_CK), scores_CK, -np.inf)
+        best_C = scores_CK.argmax(1)
+        score_C = scores_CK[np.arange(len(best_C)), best_C]
+        best_Q[start : start + _CHUNK] = np.where(np.isfinite(score_C), best_C, -1)
+        score_Q[start : start + _CHUNK] = np.where(np.isfinite(score_C), score_C, np.nan)
+    return best_Q, score_Q
+
+
+def image_ranks(
+    data: EvalSet,
+    image_features_ND: NDArray[np.float32],
+    text_features_KD: NDArray[np.float32],
+    unreadable_N: NDArray[np.bool_],
+) -> NDArray[np.int32]:
+    """[N] the rank of every image's class, or of its best caption; an unreadable image's is `UNRANKED`.
+
+    Raises:
+        ClipkdError: more of the images are unreadable than may count as wrong.
+    """
+    unreadable = np.flatnonzero(unreadable_N)
+    if len(unreadable) > MAX_UNREADABLE * len(data):
+        named = ", ".join(data.label(index) for index in unreadable[:_NAMED_UNREADABLE].tolist())
+        raise ClipkdError(
+            f"evaluation set {data.name}: {len(unreadable)} of {len(data)} pictures cannot be read, more than "
+            f"{MAX_UNREADABLE:.0%}: {named}{', ...' if len(unreadable) > _NAMED_UNREADABLE else ''}. "
+            "Replace them, or take them out of the set"
+        )
+    rank_N = ranks(image_features_ND, text_features_KD, data.image_group_N, data.text_group_K, _alike(data))
+    rank_N[unreadable_N] = UNRANKED
+    return rank_N
+
+
+def evaluate(
+    encoders: Encoders,
+    sets: Sequence[EvalSet],
+    *,
+    headline: str,
+    progress: Progress = no_progress,
+    what: str = "scoring",
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The content of evaluation.json, and the ranks and answers behind it.
+
+    The ranks of a set, for paired tests, are `<set>_rank` [N], of every image's class or best caption, and where there
+    is retrieval `<set>_to_image_rank` [K], of every text's image.  Of the headline set `<set>_top1` [N] is the text
+    that each image scores highest, -1 if none, and `<set>_top1_cosine` [N] how high.  Top-1 of a set of captions is the
+    share of images that score one of their own captions highest.  Zero-shot scores use the class embeddings of all
+    templates; retrieval of glyphs uses the first template as the caption.  Fractions are in [0, 1], intervals are 95 %.
+    `progress` counts images and prompts of `what`.
+
+    Raises:
+        UsageError: an unknown headline.
+        ClipkdError: too many pictures of a set cannot be read.
+    """
+    if headline not in [data.name for data in sets]:
+        names = ", ".join(data.name for data in sets) or "none"
+        raise UsageError(f"evaluate: the headline set is {headline!r}, the sets are: {names}")
+    total = sum(len(data) + len(data.texts) * len(data.templates) for data in sets)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(what, done, total)
+
+    results: dict[str, Any] = {}
+    samples: dict[str, NDArray[Any]] = {}
+    for data in sets:
+        caption_features_KD, class_features_KD = _prompt_features(encoders, data.texts, data.templates, advance)
+        image_features_ND, unreadable_N = _image_features(encoders, data, advance)
+        text_features_KD = class_features_KD if data.has_classes else caption_features_KD
+        rank_N = image_ranks(data, image_features_ND, text_features_KD, unreadable_N)
+        result: dict[str, Any] = dict(accuracy(rank_N))
+        samples[f"{data.name}_rank"] = rank_N
+        if data.name == headline:
+            top1_N, cosine_N = nearest(image_features_ND, text_features_KD)
+            top1_N[unreadable_N], cosine_N[unreadable_N] = -1, np.nan
+            samples |= {f"{headline}_top1": top1_N, f"{headline}_top1_cosine": cosine_N}
+        if data.has_classes:
+            result["mean_per_class_recall"] = mean_per_class_recall(rank_N, data.image_group_N)
+        if unreadable_N.any():
+            first = np.flatnonzero(unreadable_N)[:_NAMED_UNREADABLE].tolist()
+            result["unreadable"] = {"n": int(unreadable_N.sum()), "first": [data.label(index) for index in first]}
+        if data.one_image_per_class or not data.has_classes:
+            to_image_K = ranks(caption_features_KD, image_features_ND, data.text_group_K, data.image_group_N)
+            to_image_K[np.isin(data.text_group_K, data.image_group_N[unreadable_N])] = UNRANKED
+            to_text_N = image_ranks(data, image_features_ND, caption_features_KD, unreadable_N)
+            text = "name" if data.has_classes else "text"
+            result["retrieval"] = {
+                **_recalls(f"{text}_to_image", to_image_K),
+                **_recalls(f"image_to_{text}", to_text_N),
+            }
+            samples[f"{data.name}_to_image_rank"] = to_image_K
+        results[data.name] = result
+    return {"headline": headline, "sets": results}, samples
+
+
+def accuracy(rank_N: NDArray[np.int32]) -> dict[str, float | int]:
+    """top1 and top5 with their 95 % intervals, and n."""
+    found: dict[str, float | int] = {}
+    for k in (1, 5):
+        hits = int((rank_N < k).sum())
+        low, high = wilson(hits, len(rank_N))
+        found |= {f"top{k}": hits / len(rank_N), f"top{k}_low": low, f"top{k}_high": high}
+    return found | {"n": len(rank_N)}
+
+
+def mean_per_class_recall(rank_N: NDArray[np.int32], label_N: NDArray[np.int64]) -> float:
+    """The mean over classes that have images of the share of a class's images that are right."""
+    count_K = np.bincount(label_N)
+    right_K = np.bincount(label_N, weights=rank_N < 1)
+    return float((right_K[count_K > 0] / count_K[count_K > 0]).mean())
+
+
+def _alike(data: EvalSet) -> NDArray[np.int64] | None:
+    """[K] the first class of each class's name; None where no name repeats."""
+    if not data.repeats_names or max(Counter(data.texts).values()) == 1:
+        return None
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(text, k) for k, text in enumerate(data.texts)])
+
+
+def _prompt_features(
+    encoders: Encoders, names: Sequence[str], templates: Sequence[str], advance: Callable[[int], None]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features of the first template's prompts, and class embeddings, both [K, D]."""
+    per_template_PKD = (
+        _text_features(encoders, [template.format(name) for name in names], advance) for template in templates
+    )
+    caption_features_KD = next(per_template_PKD)
+    sum_KD = caption_features_KD.astype(np.float64)
+    for features_KD in per_template_PKD:
+        sum_KD += features_KD
+    with np.errstate(all="ignore"):  # a zero or broken sum becomes NaN, which never scores
+        class_features_KD = sum_KD / np.linalg.norm(sum_KD, axis=1, keepdims=True)
+    return caption_features_KD, class_features_KD.astype(np.float32)
+
+
+def _text_features(encoders: Encoders, texts: Sequence[str], advance: Callable[[int], None]) -> NDArray[np.float32]:
+    chunks: list[NDArray[np.float32]] = []
+    for start in range(0, len(texts), _CHUNK):
+        chunk = list(texts[start : start + _CHUNK])
+        chunks.append(np.asarray(encoders.encode_texts(chunk), np.float32))
+        advance(len(chunk))
+    return np.concatenate(chunks)
+
+
+def _image_features(
+    encoders: Encoders, data: EvalSet, advance: Callable[[int], None]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Features [N, D], and which images [N] cannot be read: their features are 0, which rank nothing."""
+    chunks: list[NDArray[np.float32]] = []
+    unreadable_N = np.zeros(len(data), np.bool_)
+    for start in range(0, len(data), _CHUNK):
+        chosen = range(start, min(start + _CHUNK, len(data)))
+        values: list[NDArray[np.float32]] = []
+        for index in chosen:  # one picture at a time is decoded, and kept at the model's size only
+            image = data.image(index)
+            unreadable_N[index] = image is None
+            values.append(encoders.preprocess(image or BLANK))
+        features_CD = np.array(encoders.encode_pixels(np.stack(values)), np.float32)
+        features_CD[unreadable_N[start : chosen.stop]] = 0
+        chunks.append(features_CD)
+        advance(len(chosen))
+    return np.concatenate(chunks), unreadable_N
+
+
+def _recalls(direction: str, rank_Q: NDArray[np.int32]) -> dict[str, float]:
+    return {f"{direction}_r{k}": float((rank_Q < k).mean()) for k in (1, 5, 10)}

@@ -1,0 +1,82 @@
+"""Files: atomic writes, hashes, lock files, and the user's cache folder."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import ArtifactError
+
+
+def partial_path(path: Path) -> Path:
+    """Return the directory in which the directory `path` is made: `.NAME.partial` beside it."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the file to write; it becomes `path` when the block ends without an error, and is removed otherwise.
+
+    A reader sees the old file or the new one, never half of one, even after a power failure.  Several processes may
+    write the same file at once.
+    """
+    partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: Any, *, allow_nan: bool = True) -> None:
+    """Write a JSON document atomically.
+
+    Raises:
+        ValueError: it has NaN or infinity, and `allow_nan` is False.
+    """
+    text = json.dumps(document, indent=1, allow_nan=allow_nan) + "\n"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that clipkd wrote."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+@contextmanager
+def held(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file until the process ends, however it does.
+
+    Raises:
+        ArtifactError: another process holds it; `busy` is the message.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loaders of a killed process would keep it
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            raise ArtifactError(busy) from None
+        yield
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def user_cache_folder() -> Path:
+    """Where clipkd keeps, for this user, what it can make again."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "clipkd"

@@ -1,0 +1,259 @@
+"""Build, load and save models as open_clip local-dirs."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip import pretrained as open_clip_pretrained
+from open_clip.factory import get_model_config
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+
+from toolchain.errors import ArtifactError, UsageError
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import is_convolutional
+from toolchain.models.weights import from_hub, load_weights, not_downloaded, one_line, weights_file
+from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model_names import CONFIG, HUB, WEIGHTS, model_folder, suggestion
+
+# Every file that the tokenizers of transformers read, whichever of them a model has.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lambda _: None) -> ClipModel:
+    """The model of a loaded recipe, in evaluation mode, in float32, on the CPU.
+
+    `spec.is_random`: initialised from `seed`, which also seeds torch's global generator; otherwise with its weights.
+    `say` is told before anything is downloaded.
+
+    Raises:
+        UsageError: an unknown tag, an architecture without weights, or changes that open_clip does not know.
+        ArtifactError: a folder, file or download is missing or damaged, or the weights do not fit the model.
+    """
+    folder = model_folder(spec)
+    tag: dict[str, Any] = {}
+    if folder is not None:
+        config = read_config(folder)
+    elif spec.model.startswith(HUB):
+        config = _read_json(from_hub(spec.model.removeprefix(HUB), CONFIG, say), ("model_cfg",))
+    else:
+        tag = _tag(spec) if spec.pretrained else {}
+        config = _architecture(spec.model, tag)
+    config = {
+        "model_cfg": _merged(config["model_cfg"], spec.model_cfg),
+        "preprocess_cfg": _merged(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
+    }
+    weights = None if spec.is_random else weights_file(spec, folder, tag, say)
+    changed_tokenizer = "hf_tokenizer_name" in spec.model_cfg.get("text_cfg", {})
+    with tempfile.TemporaryDirectory() as staging:
+        tokenizer = _tokenizer_files(config, None if changed_tokenizer else folder, Path(staging), say)
+    changed = bool(spec.model_cfg or spec.preprocess_cfg)
+    model = _assembled(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
+    if weights is not None:
+        load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg)
+    return model
+
+
+def load_model(folder: Path, *, random_seed: int | None = None) -> ClipModel:
+    """Open a local-dir; its weights are required unless `random_seed` asks for a fresh initialisation.
+
+    Raises:
+        ArtifactError: the folder is no open_clip local-dir, or its weights are missing or do not fit its config.
+    """
+    spec = ModelSpec(model=str(folder.absolute()), init="weights" if random_seed is None else "random")
+    return build_model(spec, seed=random_seed or 0)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a local-dir's open_clip_config.json."""
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{folder}: no {CONFIG}; expected an open_clip local-dir")
+    return _read_json(folder / CONFIG, ("model_cfg", "preprocess_cfg"))
+
+
+def save_model(model: ClipModel, folder: Path) -> None:
+    """Write weights, configuration and tokenizer: a folder that `open_clip.create_model("local-dir:…")` opens.
+
+    A text tower of transformers (`hf_model_name`) is the one exception to a folder that needs nothing else: open_clip
+    asks the Hub, or its cache, for that architecture's configuration.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.net.state_dict().items()}
+    save_file(state, folder / WEIGHTS)
+    _write_configuration(folder, model.config, model.tokenizer_files)
+
+
+def _assembled(
+    name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None, changed: bool
+) -> ClipModel:
+    """The model that plain open_clip makes of this configuration, its weights drawn at random.
+
+    `changed`: by the recipe, which then is to blame for what open_clip does not take.
+    """
+    hf_model = config["model_cfg"].get("text_cfg", {}).get("hf_model_name")
+    with tempfile.TemporaryDirectory() as staging, _quiet():
+        _write_configuration(Path(staging), config, tokenizer)
+        local_dir = f"local-dir:{staging}"
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            net = open_clip.create_model(local_dir, load_weights=False, pretrained_text=False)
+            tokenize = open_clip.get_tokenizer(local_dir)
+            preprocess_cfg = json.loads(json.dumps(net.visual.preprocess_cfg))
+            PreprocessCfg(**config["preprocess_cfg"])  # create_model passes over what it does not know
+            preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # open_clip raises whatever the constructors, transformers or tokenizers raised
+            if hf_model and isinstance(error, OSError):
+                raise not_downloaded(f"{name}: the configuration of its text tower {hf_model}", error) from error
+            said = one_line(error).replace(local_dir, name).replace(staging, name)
+            if changed:
+                raise UsageError(
+                    f"{name}: open_clip cannot build this model as the recipe changes it: {said}"
+                ) from error
+            raise ArtifactError(f"{name}: open_clip cannot build this model: {said}") from error
+    _check_input_size(net.visual, name, changed)
+    if is_convolutional(net.visual):
+        net.visual.to(memory_format=torch.channels_last)  # convolutions run twice as fast so
+    complete = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess_cfg}
+    return ClipModel(net.eval(), name, complete, tokenizer, tokenize, preprocess)
+
+
+def _write_configuration(folder: Path, config: dict[str, Any], tokenizer: Mapping[str, bytes]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
+
+
+def _check_input_size(visual: Any, name: str, changed: bool) -> None:
+    """timm's towers of patches are built for one size, and open_clip does not tell them another."""
+    patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    built, asked = getattr(patches, "img_size", None), visual.image_size
+    if built is not None and getattr(patches, "strict_img_size", False) and tuple(built) != tuple(asked):
+        raise (UsageError if changed else ArtifactError)(
+            f"{name}: its image tower takes {built[0]} x {built[1]} pixels, image_size says {asked[0]} x {asked[1]}, "
+            "and open_clip cannot resize this tower. Choose the timm_model_name made for that size"
+        )
+
+
+def _architecture(name: str, tag: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration of an architecture of its own, as a tag's weights were trained."""
+    model_cfg = get_model_config(name)
+    if model_cfg is None:
+        near = suggestion(name, open_clip.list_models())
+        hint = f"did you mean {near}?" if near else "open_clip.list_models() names those it knows"
+        raise UsageError(f"model '{name}': open_clip has no such architecture; {hint}")
+    if tag.get("quick_gelu"):  # which open_clip leaves to whoever chooses the name, with a warning
+        model_cfg["quick_gelu"] = True
+    keys = set(PreprocessCfg.__dataclass_fields__) & {key for key, value in tag.items() if value is not None}
+    return {"model_cfg": model_cfg, "preprocess_cfg": {key: tag[key] for key in sorted(keys)}}
+
+
+def _tag(spec: ModelSpec) -> dict[str, Any]:
+    """What open_clip knows of an architecture's weights of this name: preprocessing, activation, where they are."""
+    assert spec.pretrained is not None
+    tag: dict[str, Any] = open_clip_pretrained.get_pretrained_cfg(spec.model, spec.pretrained)
+    if tag:
+        return tag
+    tags = open_clip_pretrained.list_pretrained_tags_by_model(spec.model)
+    near = suggestion(spec.pretrained, tags)
+    if near:
+        hint = f"did you mean {near}?"
+    elif Path(spec.pretrained).suffix:
+        hint = f"a file is named by checkpoint: {spec.pretrained}"
+    else:
+        hint = _known_tags(tags)
+    raise UsageError(f"pretrained '{spec.pretrained}': open_clip has no such weights of {spec.model}; {hint}")
+
+
+def _known_tags(tags: list[str]) -> str:
+    return f"it has {', '.join(tags)}" if tags else "it has none"
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` in place of what it says, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _tokenizer_files(
+    config: Mapping[str, Any], folder: Path | None, staging: Path, say: Callable[[str], None]
+) -> dict[str, bytes]:
+    """The files of a tokenizer that is not open_clip's own: those of the folder, or else of the Hub.
+
+    Raises:
+        ArtifactError: the Hub's tokenizer cannot be had, or does not tokenize as before once it is saved.
+    """
+    text_cfg = config["model_cfg"].get("text_cfg", {})
+    source = text_cfg.get("hf_tokenizer_name")
+    if not source:
+        return {}
+    if folder is None:
+        if not Path(source).is_dir():
+            say(f"tokenizer {source}: from the Hugging Face Hub, or its cache on this machine")
+        arguments = {
+            "context_length": text_cfg.get("context_length", 77),
+            "tokenizer_mode": text_cfg.get("tokenizer_mode"),
+            **text_cfg.get("tokenizer_kwargs", {}),
+        }
+        try:
+            tokenizer = HFTokenizer(source, **arguments)
+        except (OSError, ValueError) as error:  # transformers raises either for a name it cannot resolve
+            raise not_downloaded(f"tokenizer {source}", error) from error
+        tokenizer.save_pretrained(str(staging))
+        if not torch.equal(HFTokenizer(str(staging), **arguments)(_CAPTIONS), tokenizer(_CAPTIONS)):
+            raise ArtifactError(
+                f"tokenizer {source}: saved and opened again it tokenizes otherwise, so no folder could hold it. "
+                "Choose a model with another tokenizer"
+            )
+        folder = staging
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+_CAPTIONS = ["", "a photo of a cat", "Zwölf Boxkämpfer, 12 km; ein Café?", "<b>&amp;</b> 猫 🐈", "very " * 99]
+
+
+def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}: not JSON: {error}") from None
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ArtifactError(f"{path}: no {' and no '.join(missing)}; expected an open_clip local-dir's configuration")
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip narrates every look-up on the root logger."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

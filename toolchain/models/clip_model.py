@@ -1,0 +1,136 @@
+"""A CLIP model with its preprocessing and tokenizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from toolchain.data.batch import Geometry
+from toolchain.errors import UsageError
+from toolchain.models.last_block import encode_class_token, reads_class_token
+from toolchain.models.text_trimming import encode_tokens, is_trimmable, trim_tokens
+from toolchain.models.towers import is_convolutional
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """A model and what turns pictures and words into its inputs."""
+
+    net: nn.Module
+    name: str
+    """Where it came from, for messages."""
+
+    config: dict[str, Any]
+    """The content of an open_clip_config.json that gives this model: model_cfg and preprocess_cfg."""
+
+    tokenizer_files: dict[str, bytes]
+    """Files that its tokenizer is made of; none for open_clip's own."""
+
+    tokenize: Callable[[list[str]], Tensor]
+    """Captions to input_ids [B, T], int64."""
+
+    preprocess: Callable[[Image.Image], Tensor]
+    """open_clip's evaluation transform: a picture to pixel_values [3, H, W]."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The part of the preprocessing that a batch of pictures is prepared for.
+
+        Raises:
+            UsageError: the model's images are not square.
+        """
+        cfg = self.config["preprocess_cfg"]
+        height, width = cfg["size"] if isinstance(cfg["size"], list) else (cfg["size"], cfg["size"])
+        if height != width:
+            raise UsageError(
+                f"{self.name}: its images are {height} x {width} (height x width); clipkd prepares square ones only. "
+                "Choose a model with a square image_size"
+            )
+        return Geometry(height, cfg["interpolation"])
+
+    @property
+    def image_size(self) -> int:
+        return self.geometry.size
+
+    @property
+    def context_length(self) -> int:
+        return int(self.config["model_cfg"]["text_cfg"].get("context_length", 77))
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.config["model_cfg"]["embed_dim"])
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The multiplier of cosine similarities (open_clip's attribute of this name is its logarithm)."""
+        log_logit_scale: Tensor = self.net.logit_scale  # type: ignore[assignment]  # nn.Module types attributes loosely
+        return log_logit_scale.exp().reshape(())  # some models keep it as a vector of one
+
+    def normalise(self, pixels_BCHW: Tensor) -> Tensor:
+        """uint8 images of the model's own size to pixel_values on the same device, as `preprocess` makes them."""
+        cfg = self.config["preprocess_cfg"]
+        scale_311, shift_311 = _statistics(tuple(cfg["mean"]), tuple(cfg["std"]), pixels_BCHW.device)
+        layout = torch.channels_last if self._is_convolutional else torch.contiguous_format
+        return torch.addcmul(shift_311, pixels_BCHW.to(torch.float32, memory_format=layout), scale_311)
+
+    def settle(self) -> None:
+        """Find out now what of the model can be computed for less, which is else found out at the first use.
+
+        Before the net is masked, and before it is in a loader's process, which has no GPU.
+        """
+        _ = self._reads_class_token, self._trims
+
+    def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
+        """[B, D] features, as open_clip's encode_image gives them."""
+        if self._reads_class_token:
+            return encode_class_token(self.net.visual, pixel_values_BCHW)  # type: ignore[arg-type]
+        features_BD: Tensor = self.net.encode_image(pixel_values_BCHW)  # type: ignore[operator]
+        return features_BD
+
+    def ids_of(self, captions: list[str]) -> Tensor:
+        """input_ids [B, L] of captions, without the padding that their features do not depend on."""
+        input_ids_BT = self.tokenize(captions)
+        return trim_tokens(self.net, input_ids_BT) if self._trims else input_ids_BT
+
+    def encode_text(self, input_ids_BL: Tensor) -> Tensor:
+        """[B, D] features of whole or trimmed input_ids, as open_clip's encode_text gives them of whole ones."""
+        if self._trims:
+            return encode_tokens(self.net, input_ids_BL)
+        features_BD: Tensor = self.net.encode_text(input_ids_BL)  # type: ignore[operator]
+        return features_BD
+
+    def tokenizes_like(self, other: "ClipModel") -> bool:
+        """Whether both make the same input_ids of the same captions."""
+        sections = [model.config["model_cfg"].get("text_cfg", {}) for model in (self, other)]
+        keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "context_length")
+        settings = [[section.get(key) for key in keys] for section in sections]
+        return (
+            settings[0] == settings[1]
+            and self.context_length == other.context_length
+            and self.tokenizer_files == other.tokenizer_files
+            and self._trims == other._trims
+        )
+
+    @cached_property
+    def _reads_class_token(self) -> bool:
+        return reads_class_token(self.net.visual)  # type: ignore[arg-type]
+
+    @cached_property
+    def _trims(self) -> bool:
+        return is_trimmable(self.net)
+
+    @cached_property
+    def _is_convolutional(self) -> bool:
+        return is_convolutional(self.net.visual)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=16)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What to multiply a byte by, and then to add, for (byte / 255 - mean) / std."""
+    with torch.inference_mode(False):  # the cache outlives the mode it is filled in
+        mean_311, std_311 = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+        return (1 / (255 * std_311)).float().to(device), (-mean_311 / std_311).float().to(device)

@@ -1,0 +1,104 @@
+"""The two towers of a CLIP model as modules, and facts about their architecture."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import Transformer, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.mobilevit import MobileVitBlock, MobileVitV2Block
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import Tensor, nn
+
+
+def is_vision_transformer(visual: nn.Module) -> bool:
+    """Whether an image tower attends over all its patches, as far as AdamW's betas and epsilon care.
+
+    CLIP (arXiv:2103.00020, table 19) trains ViTs with beta2 0.98 and epsilon 1e-6, ResNets with 0.999 and 1e-8.
+    CLIP-KD's released code decides by whether "vit" is in the model's name.  This decides by what the tower is made of:
+    open_clip's and timm's ViT, EVA, and MobileViT, convolutional though that mostly is, because the paper's MobileViT-S
+    was trained so.  For every model of the paper the two agree.
+    """
+    trunk = getattr(visual, "trunk", visual)
+    if isinstance(trunk, (VisionTransformer, TimmVisionTransformer, VisionTransformerRelPos, Eva)):
+        return True
+    return any(isinstance(module, (MobileVitBlock, MobileVitV2Block)) for module in trunk.modules())
+
+
+def is_convolutional(visual: nn.Module) -> bool:
+    """Whether an image tower convolves beyond cutting its patches, and so runs faster with channels last."""
+    return sum(isinstance(module, nn.Conv2d) for module in visual.modules()) > 1
+
+
+def compile_towers(net: nn.Module) -> None:
+    """torch.compile in place: block by block where a tower is a stack of equal blocks, so that one compilation serves
+    all of them, and as a whole where it is not."""
+    stacks = [module for module in net.modules() if isinstance(module, Transformer)]
+    for stack in stacks:
+        for block in stack.resblocks:
+            block.compile()
+    if not any(isinstance(module, Transformer) for module in net.visual.modules()):  # type: ignore[union-attr]
+        net.visual.compile()  # type: ignore[union-attr]
+
+
+def unit_image_features(net: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:
+    """[B, D] float32 rows of unit norm."""
+    return F.normalize(net.encode_image(pixel_values_BCHW).float(), dim=-1)  # type: ignore[operator]
+
+
+def unit_text_features(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
+    """[B, D] float32 rows of unit norm."""
+    return F.normalize(net.encode_text(input_ids_BT).float(), dim=-1)  # type: ignore[operator]
+
+
+def num_parameters(net: nn.Module) -> tuple[int, int]:
+    """Parameters of the image tower, and of everything else (the text tower and the scale)."""
+    visual: nn.Module = net.visual  # type: ignore[assignment]  # nn.Module types attributes loosely
+    image = sum(parameter.numel() for parameter in visual.parameters())
+    return image, sum(parameter.numel() for parameter in net.parameters()) - image
+
+
+class ImageTower(nn.Module):
+    """pixel_values float32 [B, 3, H, W] to image_features float32 [B, D], unit norm."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.visual = net.visual
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        return F.normalize(self.visual(pixel_values.to(dtype)).float(), dim=-1)  # type: ignore[operator]
+
+
+class TextTower(nn.Module):
+    """input_ids int64 [B, T] to text_features float32 [B, D], unit norm."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.clip = copy.copy(net)  # shares every weight; without the image tower, which must not be copied along
+        self.clip._modules = {name: module for name, module in net._modules.items() if name != "visual"}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_text(input_ids).float(), dim=-1)  # type: ignore[operator]
+
+
+@contextmanager
+def without_attention_fast_path() -> Iterator[None]:
+    """Keep nn.MultiheadAttention on its open-coded path: the fused one can be neither quantized nor exported."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
+    """Random pixel_values of the model's input shape."""
+    size = net.visual.image_size  # type: ignore[union-attr]
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    parameter = next(net.parameters())
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(parameter)

@@ -1,0 +1,174 @@
+"""Save and load int8 checkpoints."""
+
+import copy
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from toolchain.errors import ArtifactError
+from toolchain.filesystem import file_sha256, write_json
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.folding import fold_batch_norms, merge_branches, move_gains
+from toolchain.models.plain_attention import plain_attention
+from toolchain.models.towers import ImageTower, TextTower, example_pixels
+from toolchain.quantization.nncf_backend import decode_json, import_nncf, is_quantizer_key, quantizers_of
+from toolchain.recipe.model_names import WEIGHTS
+
+CONFIG, QUANTIZERS = "nncf.json", "nncf.safetensors"
+
+TOWERS = ("image", "text")
+
+
+def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
+    """The image and text tower that `quantize` left in `folder`, with fake quantization, exactly as they were.
+
+    `source` gives the architecture only; `load_model(folder)` will do.
+
+    Raises:
+        ArtifactError: the folder was not written by `quantize`, or for another architecture.
+    """
+    nncf = import_nncf()
+    for name in (WEIGHTS, QUANTIZERS, CONFIG):
+        if not (folder / name).is_file():
+            raise ArtifactError(
+                f"{folder}: no {name}; expected an int8 checkpoint. Make one with: clipkd quantize {folder.parent}"
+            )
+    net = copy.deepcopy(source.net)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        for name in (WEIGHTS, QUANTIZERS):
+            if file_sha256(folder / name) != config["sha256"][name]:
+                raise ArtifactError(
+                    f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
+                    f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
+                )
+        net.load_state_dict(load_file(folder / WEIGHTS))
+        made = float_towers(net, [name for name in TOWERS if name in config], source.tokenize(["a", "b"]))
+        if set(config.get("moved", ())) != made.moved:
+            raise ArtifactError(
+                f"{folder}: its layer norms keep their gains, as in checkpoints of an older clipkd. Quantize again: "
+                f"clipkd quantize {folder.parent}"
+            )
+        saved = load_file(folder / QUANTIZERS)
+        towers: list[nn.Module] = []
+        for name, tower in (("image", made.image), ("text", made.text)):
+            if name not in config:  # left float
+                towers.append(tower.eval())
+                continue
+            quantized = nncf.torch.load_from_config(tower.eval(), decode_json(config[name]))
+            state = {key: value for key, value in quantized.state_dict().items() if not is_quantizer_key(key)}
+            state |= {key.removeprefix(f"{name}."): v for key, v in saved.items() if key.startswith(f"{name}.")}
+            quantized.load_state_dict(state)
+            towers.append(quantized.eval())
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        SafetensorError,
+        nncf.ValidationError,
+        nncf.InternalError,
+    ) as error:  # state of another architecture, JSON of another version, or a module that is not NNCF's
+        raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
+    return towers[0], towers[1]
+
+
+class _FloatTowers(NamedTuple):
+    """Copies of a student's towers, ready to be quantized."""
+
+    image: ImageTower
+    text: TextTower
+    folded: dict[str, str]
+    """Batch norms and the convolutions that took them in."""
+
+    moved: set[str]
+    """Layer norms, by their names in the student, whose gains and biases linear layers took in."""
+
+    is_merged: bool
+    """Whether the image tower had parallel branches, now merged."""
+
+    @property
+    def is_convolutional(self) -> bool:
+        return bool(self.folded) or self.is_merged
+
+
+def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor | None) -> _FloatTowers:
+    """Gains move only in `towers`: another is to stay as it is.  `input_ids_BT` are those of any texts, for "text"."""
+    net = copy.deepcopy(net).eval().requires_grad_(True)
+    plain_attention(net)
+    image_tower, text_tower, example = ImageTower(net), TextTower(net), example_pixels(net)
+    is_merged = merge_branches(image_tower, example)
+    folded = fold_batch_norms(image_tower, example)
+    moved: set[str] = set()
+    if "image" in towers:
+        moved.update(move_gains(image_tower, example))
+    if "text" in towers:
+        assert input_ids_BT is not None
+        moved_in_text = move_gains(text_tower, input_ids_BT.to(example.device))
+        moved.update(name.removeprefix("clip.") for name in moved_in_text)
+    return _FloatTowers(image_tower, text_tower, folded, moved, is_merged)
+
+
+def save_quantized(
+    image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, student: ClipModel, folder: Path
+) -> None:
+    nncf = import_nncf()
+    save_file(_float_state(image_tower, text_tower, made, student.net), folder / WEIGHTS)
+    towers = {"image": image_tower, "text": text_tower}
+    quantized = {name: tower for name, tower in towers.items() if quantizers_of(tower)}
+    save_file(
+        {
+            f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)  # some are shared
+            for name, tower in quantized.items()
+            for key, value in tower.state_dict().items()
+            if is_quantizer_key(key) or (made.is_merged and name == "image")
+        },
+        folder / QUANTIZERS,
+    )
+    config = {name: nncf.torch.get_config(tower) for name, tower in quantized.items()}
+    config["moved"] = sorted(made.moved)
+    config["sha256"] = {name: file_sha256(folder / name) for name in (WEIGHTS, QUANTIZERS)}
+    write_json(folder / CONFIG, config)
+
+
+def _float_state(
+    image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, net: nn.Module
+) -> dict[str, Tensor]:
+    """The fine-tuned float weights under the original model's names; a merged image tower as it was before.
+
+    A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps; a
+    layer norm whose gain moved as one with a gain of 1 and a bias of 0.
+    """
+    trained = {key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()}
+    folded: dict[str, str] = {}
+    moved = made.moved
+    if made.is_merged:
+        moved = {name for name in moved if not name.startswith("visual.")}
+    else:
+        trained, folded = trained | image_tower.state_dict(), made.folded
+    state = {}
+    for key, value in net.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        if module in folded and leaf != "num_batches_tracked":
+            norm: Any = net.get_submodule(module)
+            bias = trained[f"{folded[module]}.bias"]
+            state[key] = {
+                "weight": torch.ones_like(bias),
+                "bias": bias,
+                "running_mean": torch.zeros_like(bias),
+                "running_var": torch.full_like(bias, 1 - norm.eps),
+            }[leaf]
+        elif module in moved:
+            state[key] = torch.ones_like(value) if leaf == "weight" else torch.zeros_like(value)
+        elif leaf == "bias" and module in folded.values():
+            state[key] = torch.zeros_like(value)  # its value moved into the batch norm
+        else:
+            state[key] = trained.get(key, value)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}

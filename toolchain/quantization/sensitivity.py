@@ -1,0 +1,250 @@
+"""Which layers 8 bits damage, and which go back to float so that a budget of accuracy holds.
+
+A layer is an operator with a quantized weight (a convolution, linear layer or embedding), together with the quantizers
+of what it reads.  One that no such operator reads, as of a residual branch on its way to an addition, belongs to the
+layers whose output it is.  A quantizer is off when all layers it belongs to are in float.
+
+    B samples, N images   D embedding width   K texts: classes or captions   C prompts   P templates   CHW image
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolchain.errors import GateError
+from toolchain.evaluation.eval_set import EvalSet
+from toolchain.evaluation.zero_shot import BLANK, image_ranks
+from toolchain.models.clip_model import ClipModel
+from toolchain.models.towers import without_attention_fast_path
+from toolchain.progress import Progress, no_progress
+from toolchain.quantization.nncf_backend import quantizers_of
+
+EXACT_DB = 150.0
+"""Reported where nothing differs: float32 resolves 24 bits, which is 144 dB."""
+
+MAX_EFFECT_IMAGES = 512
+"""Of the set, evenly spread, that each layer's own effect is measured on."""
+
+MAX_BUDGET_IMAGES = 4096
+"""That the budget is checked on: their pixels are held in memory, 2.5 GB at 224 x 224."""
+
+_CHUNK = 256  # inputs per forward
+
+Quantizers = Mapping[str, tuple[Any, ...]]
+"""Layer to its quantizers, weight first."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs, and how good the features are that two towers make of them."""
+
+    what: str
+    """In words, for the manifest: top-1 on stix."""
+
+    pixel_values_BCHW: Tensor
+    input_ids_CT: Tensor
+    score: Callable[[Tensor, Tensor], float]
+    """Of image features [B, D] and text features [C, D], as a fraction."""
+
+    few: "Probe | None" = None
+    """The same on fewer images, for the effect of each layer; None where these are few."""
+
+
+def headline_probe(model: ClipModel, data: EvalSet) -> Probe:
+    """Top-1 on an evaluation set, as evaluate.py scores it, on at most `MAX_BUDGET_IMAGES` of it."""
+    return replace(_set_probe(model, data, MAX_BUDGET_IMAGES), few=_set_probe(model, data, MAX_EFFECT_IMAGES))
+
+
+def _set_probe(model: ClipModel, data: EvalSet, max_images: int) -> Probe:
+    """Evenly spread images; where each class has one, these classes."""
+    kept = np.linspace(0, len(data) - 1, min(max_images, len(data))).round().astype(np.int64)
+    pictures = data.pictures[kept] if isinstance(data.pictures, np.ndarray) else [data.pictures[i] for i in kept]
+    shown = replace(data, pictures=pictures, image_group_N=data.image_group_N[kept])
+    if data.one_image_per_class:
+        shown = replace(shown, texts=[data.texts[i] for i in kept], text_group_K=data.text_group_K[kept])
+    images = [shown.image(index) for index in range(len(shown))]
+    unreadable_N = np.array([image is None for image in images])
+    templates = shown.templates if shown.has_classes else shown.templates[:1]
+
+    def score(image_features_ND: Tensor, text_features_CD: Tensor) -> float:
+        text_PKD = text_features_CD.view(len(templates), len(shown.texts), -1)
+        text_KD = F.normalize(text_PKD.double().mean(0), dim=-1).float()
+        return float((image_ranks(shown, image_features_ND.numpy(), text_KD.numpy(), unreadable_N) < 1).mean())
+
+    return Probe(
+        f"top-1 on {data.name}" + (f", {len(shown)} images" if len(shown) < len(data) else ""),
+        torch.stack([model.preprocess(image or BLANK) for image in images]),
+        torch.cat([model.tokenize([template.format(text) for text in shown.texts]) for template in templates]),
+        score,
+    )
+
+
+def agreement_probe(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Tensor, choice_B: Tensor) -> Probe:
+    """The share of images for which the towers choose the text that somebody, by `whose` name, chose."""
+
+    def score(image_features_BD: Tensor, text_features_CD: Tensor) -> float:
+        return (image_features_BD @ text_features_CD.T).argmax(-1).eq(choice_B).double().mean().item()
+
+    return Probe(f"agreement with {whose}", pixel_values_BCHW, input_ids_CT, score)
+
+
+def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
+    """The layers of a quantized tower in the order in which they run; none of a float one."""
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+
+    quantizers = dict(quantizers_of(tower, every_place=True))  # the graph may know a shared one by any of its names
+    if not quantizers:
+        return {}
+    with without_attention_fast_path():
+        graph = build_nncf_graph(tower, example)
+    hook_of: dict[str, str] = {}  # node of a quantizer to its name in the hooks
+    for node in graph.get_all_nodes():
+        scales = [p.node_name for p in graph.get_previous_nodes(node) if p.node_name.startswith("__nncf_hooks.")]
+        if scales and (name := scales[0].removeprefix("__nncf_hooks.").rpartition(".")[0]) in quantizers:
+            hook_of[node.node_name] = name
+    assert {quantizers[name] for name in hook_of.values()} == {*quantizers.values()}, "every quantizer is in the graph"
+
+    def nearest(node: Any, step: Callable[[Any], list[Any]], *, through_quantizers: bool) -> list[str]:
+        """The layers reached from a node without passing another."""
+        found, seen, waiting = [], set(), step(node)
+        while waiting:
+            reached = waiting.pop()
+            if reached.node_name in seen or (reached.node_name in hook_of and not through_quantizers):
+                continue
+            seen.add(reached.node_name)
+            if reached.node_name in layers:
+                found.append(reached.node_name)
+            else:
+                waiting += step(reached)
+        return found
+
+    layers: dict[str, list[Any]] = {}
+    activations = []
+    for node in graph.get_all_nodes():
+        if node.node_name not in hook_of:
+            continue
+        read = [p for p in graph.get_previous_nodes(node) if not p.node_name.startswith("__nncf_hooks.")]
+        if all(p.node_type == "nncf_model_const" for p in read):
+            (operator,) = graph.get_next_nodes(node)
+            layers.setdefault(operator.node_name, []).append(quantizers[hook_of[node.node_name]])
+        else:
+            activations.append(node)
+    for node in activations:
+        readers = nearest(node, graph.get_next_nodes, through_quantizers=False)
+        makers = nearest(node, graph.get_previous_nodes, through_quantizers=True)
+        owners = readers or makers or [node.node_name]
+        for owner in owners:
+            layers.setdefault(owner, []).append(quantizers[hook_of[node.node_name]])
+    return {name: tuple(dict.fromkeys(found)) for name, found in layers.items()}
+
+
+def revert_worst(
+    towers: Mapping[str, nn.Module],
+    calibration: Mapping[str, Tensor],
+    probe: Probe,
+    float_score: float,
+    max_drop: float,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Switch the worst layers of fake-quantized "image" and "text" towers to float until `probe` scores at least
+    `float_score - max_drop`; returns what was found and done, for the manifest.
+
+    Worst is the least SQNR of the tower's features on `calibration` with this layer alone in int8, the tower in float
+    being the signal:   SQNR = 10 log10( sum |f|^2 / sum |f - q|^2 )  dB.  Equal ones go in the order of their names.
+
+    Raises:
+        GateError: not even the towers in float, as fine-tuning left them, hold the budget.
+    """
+    layers = {
+        f"{tower}/{name}": (tower, quantizers)
+        for tower, net in towers.items()
+        for name, quantizers in layers_of(net, calibration[tower][:2]).items()
+    }
+    few = probe.few or probe
+    in_float = _features(towers, few, layers, ())
+    few_float = few.score(in_float["image"], in_float["text"])
+    signal = {name: _features_of(net, calibration[name], layers, ()) for name, net in towers.items()}
+    rows = []
+    for done, (layer, (tower, _)) in enumerate(layers.items()):
+        progress("layers", done, len(layers))
+        sqnr_db = _sqnr_db(signal[tower], _features_of(towers[tower], calibration[tower], layers, [layer]))
+        inputs = few.pixel_values_BCHW if tower == "image" else few.input_ids_CT
+        alone = in_float | {tower: _features_of(towers[tower], inputs, layers, [layer])}
+        effect = few_float - few.score(alone["image"], alone["text"])
+        rows.append({"layer": layer, "sqnr_db": round(sqnr_db, 1), "drop": round(effect, 5)})
+    rows.sort(key=lambda row: (row["sqnr_db"], row["layer"]))
+
+    on = list(layers)
+    features = _features(towers, probe, layers, on)
+    drop = float_score - probe.score(features["image"], features["text"])
+    first_drop, reverted = drop, []
+    for row in rows:
+        if drop <= max_drop:
+            break
+        layer = str(row["layer"])
+        tower = layers[layer][0]
+        on.remove(layer)
+        inputs = probe.pixel_values_BCHW if tower == "image" else probe.input_ids_CT
+        features[tower] = _features_of(towers[tower], inputs, layers, on)
+        before, drop = drop, float_score - probe.score(features["image"], features["text"])
+        reverted.append(row | {"drop_before": round(before, 5), "drop_after": round(drop, 5)})
+    if not drop <= max_drop:  # not `>`: NaN must fail
+        raise GateError(
+            f"quantize.max_drop: {probe.what} is {drop:.4f} below the float student's {float_score:.4f} with every "
+            f"layer back in float, allowed is {max_drop:g}: fine-tuning itself costs that much. "
+            "Lower quantize.lr, or calibrate only: --set quantize.method=ptq"
+        )
+    _switch(layers, on)
+    return {
+        "measure": probe.what,
+        "max_drop": max_drop,
+        "float": round(float_score, 5),
+        "drop_before": round(first_drop, 5),
+        "drop": round(drop, 5),
+        "reverted": reverted,
+        "layers": rows,
+    }
+
+
+def score_of(towers: Mapping[str, nn.Module], probe: Probe) -> float:
+    """What the probe says of two towers as they are."""
+    features = _features(towers, probe, {}, ())
+    return probe.score(features["image"], features["text"])
+
+
+_Layers = Mapping[str, tuple[str, tuple[Any, ...]]]
+
+
+def _switch(layers: _Layers, on: Sequence[str]) -> None:
+    """Quantizers of the layers `on` on, all others off."""
+    for _, quantizers in layers.values():
+        for quantizer in quantizers:
+            quantizer.enabled.fill_(0)
+    for layer in on:
+        for quantizer in layers[layer][1]:
+            quantizer.enabled.fill_(1)
+
+
+def _features(towers: Mapping[str, nn.Module], probe: Probe, layers: _Layers, on: Sequence[str]) -> dict[str, Tensor]:
+    inputs = {"image": probe.pixel_values_BCHW, "text": probe.input_ids_CT}
+    return {name: _features_of(tower, inputs[name], layers, on) for name, tower in towers.items()}
+
+
+@torch.no_grad()
+def _features_of(tower: nn.Module, inputs: Tensor, layers: _Layers, on: Sequence[str]) -> Tensor:
+    _switch(layers, on)
+    device = next(tower.parameters()).device
+    with without_attention_fast_path():
+        return torch.cat([tower(chunk.to(device)).cpu() for chunk in torch.split(inputs, _CHUNK)])
+
+
+def _sqnr_db(signal_BD: Tensor, actual_BD: Tensor) -> float:
+    noise = (signal_BD.double() - actual_BD.double()).square().sum().item()
+    signal = signal_BD.double().square().sum().item()
+    return min(EXACT_DB, 10 * math.log10(signal / noise)) if noise else EXACT_DB

@@ -1,0 +1,1 @@
+"""YAML recipes, read into frozen pydantic models."""

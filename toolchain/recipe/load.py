@@ -1,0 +1,158 @@
+"""Find, read, override and anchor recipes."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from toolchain.errors import UsageError
+from toolchain.recipe.evaluate import EvalSetSpec
+from toolchain.recipe.model import TeacherSpec
+from toolchain.recipe.model_names import SHIPPED, anchored, resolved
+from toolchain.recipe.problems import describe_problem
+from toolchain.recipe.recipe import Recipe
+
+
+def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
+    """A recipe by the name of one that ships, or by path, in a recipe relative to that.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    names = shipped_recipes()
+    if name in names:
+        return SHIPPED / f"{name}.yaml"
+    path = Path(name) if recipe_folder is None else resolved(name, recipe_folder)
+    if path.is_file():
+        return path
+    last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
+    near = difflib.get_close_matches(name.rpartition("/")[2], last_parts, 1)
+    hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists those that ship"
+    raise UsageError(f"{name}: no recipe of this name ships and no such file exists; {hint}")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes installed with clipkd, those in a folder with its name: paper/vit_t_16."""
+    paths = [path.relative_to(SHIPPED) for path in (*SHIPPED.glob("*.yaml"), *SHIPPED.glob("*/*.yaml"))]
+    return sorted(path.with_suffix("").as_posix() for path in paths)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and check a recipe; `overrides` are `section.field=value` strings.
+
+    Raises:
+        UsageError: not YAML, or anything in it is unknown or wrong: every problem at once, each with its path.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of sections; got {type(raw).__name__}")
+    for override in overrides or []:
+        _apply(raw, override)
+    return checked(raw, str(path), path.parent)
+
+
+def adopting(model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None) -> Recipe:
+    """A recipe that trains nothing: a model as it is, with what `like` says of evaluating, exporting and quantizing.
+
+    Raises:
+        UsageError: there is no such model, or it has no weights of its own and none are named.
+    """
+    sections = ("data", "quantize", "export", "evaluate", "profile")
+    taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
+    if "export" not in taken:
+        taken["export"] = {"precisions": ["fp32"]}
+    student = {"model": model, **weights} if weights else {"model": model, "init": "weights"}
+    raw = {"name": model.rpartition("/")[2], "student": student, **taken}
+    for override in overrides or []:
+        _apply(raw, override)
+    return checked(raw, f"adopting {model}", Path())
+
+
+def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
+    """A recipe from its sections, whose paths are relative to a folder; `where` is for messages.
+
+    Raises:
+        UsageError: anything in it is unknown or wrong: every problem at once, each with its path.
+    """
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = [describe_problem(problem) for problem in error.errors()]
+        raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
+    changes: dict[str, Any] = {"student": anchored(recipe.student, folder, "student")}
+    if recipe.teacher is not None and recipe.teacher.recipe is not None:
+        changes["teacher"] = _anchored_recipe(recipe.teacher, folder)
+    elif recipe.teacher is not None:
+        changes["teacher"] = anchored(recipe.teacher, folder, "teacher")
+    if recipe.evaluate is not None:
+        sets = tuple(_anchored_set(spec, folder) for spec in recipe.evaluate.sets)
+        changes["evaluate"] = recipe.evaluate.model_copy(update={"sets": sets})
+    if recipe.distill is not None and recipe.distill.teacher_cache is not None:
+        cache = recipe.distill.teacher_cache
+        also = tuple(anchored(spec, folder, "distill.teacher_cache.also") for spec in cache.also)
+        cache = cache.model_copy(update={"also": also})
+        changes["distill"] = recipe.distill.model_copy(update={"teacher_cache": cache})
+    return recipe.model_copy(update=changes)
+
+
+def teacher_recipe(spec: TeacherSpec) -> Recipe:
+    """The recipe that trains a loaded recipe's teacher."""
+    assert spec.recipe is not None
+    return load_recipe(recipe_path(spec.recipe))
+
+
+def _anchored_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
+    """The same recipe by a name that ships or by an absolute path, once it is known to be one that trains a teacher.
+
+    Raises:
+        UsageError: there is no such recipe, it is wrong, or it has a teacher itself.
+    """
+    assert spec.recipe is not None
+    try:
+        path = recipe_path(spec.recipe, recipe_folder).resolve()
+    except UsageError as error:
+        raise UsageError(f"teacher.recipe {error}") from None
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raw = None  # load_recipe says it better
+    if isinstance(raw, dict) and raw.get("teacher") is not None:  # before loading: it may name itself
+        raise UsageError(
+            f"teacher.recipe {spec.recipe}: this recipe has a teacher itself; expected plain contrastive training. "
+            f"To distil from its student, run it and write teacher: {{model: runs/NAME}}"
+        )
+    load_recipe(path)
+    return spec if spec.recipe in shipped_recipes() else spec.model_copy(update={"recipe": str(path)})
+
+
+def _anchored_set(spec: EvalSetSpec, folder: Path) -> EvalSetSpec:
+    """The same set by absolute paths, beside the recipe or else in the current folder."""
+    if isinstance(spec, str):
+        return spec
+    written = {key: getattr(spec, key, None) for key in ("path", "file", "images", "classes", "templates")}
+    return spec.model_copy(
+        update={key: str(resolved(value, folder)) for key, value in written.items() if isinstance(value, str)}
+    )
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UsageError(f"--set {override}: expected section.field=value, as in --set distill.steps=100")
+    section: Any = raw
+    for key in keys[:-1]:
+        section[key] = section = {} if section.get(key) is None else section[key]
+        if not isinstance(section, dict):
+            raise UsageError(f"--set {override}: {key} is not a section")
+    try:
+        section[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {override}: '{text}' is not a YAML value; quote it for the shell") from None

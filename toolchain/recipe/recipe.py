@@ -1,0 +1,98 @@
+"""A recipe: its sections together, and the rules between them."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from toolchain.recipe.data import DataSpec, lacks_captions
+from toolchain.recipe.distill import DistillSpec
+from toolchain.recipe.evaluate import EvaluateSpec
+from toolchain.recipe.export import ExportSpec, ProfileSpec
+from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.quantize import QuantizeSpec
+from toolchain.recipe.section import Section
+
+
+class Recipe(Section):
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    data: Annotated[DataSpec | None, Field(discriminator="kind")] = None
+    """Absent: nothing is trained or calibrated."""
+
+    teacher: TeacherSpec | None = None
+    """Absent: plain contrastive training, as for baselines and teachers."""
+
+    student: ModelSpec
+    baseline: bool = False
+    """Also train the same student, from the same seed and batches, without the teacher."""
+
+    distill: DistillSpec | None = None
+    """Absent: the student's weights are taken as they are (clipkd adopt)."""
+
+    quantize: QuantizeSpec | None = None
+    """Absent: no int8 student."""
+
+    export: ExportSpec = ExportSpec()
+    evaluate: EvaluateSpec | None = None
+    """Absent: train only; accuracy and the report need it."""
+
+    profile: ProfileSpec = ProfileSpec()
+
+    @model_validator(mode="after")
+    def _training_has_what_it_needs(self) -> "Recipe":
+        if self.distill is not None:
+            if self.data is None:
+                raise ValueError("there is no data section to train on")
+            if self.distill.teacher_cache is not None and self.teacher is None:
+                raise ValueError("distill.teacher_cache stores a teacher's features, and there is no teacher")
+            if self.distill.teacher_cache is not None and self.data.views is None:
+                raise ValueError(
+                    "distill.teacher_cache needs data.views, the number of augmentations of each sample to store: "
+                    "epoch e then shows view e mod views. As many as fit the disk; 1 is cheapest"
+                )
+        elif self.teacher is not None or self.baseline:
+            raise ValueError(
+                "teacher and baseline are for training, and there is no distill section; add one or drop them"
+            )
+        elif self.student.is_random and self.student.init != "weights":
+            raise ValueError(
+                "there is no distill section, so that the student's weights are taken as they are, and it names none; "
+                "add distill, or give student one of pretrained, checkpoint, init: weights"
+            )
+        if self.quantize is not None and self.data is None:
+            raise ValueError("quantize calibrates on training data, and there is no data section; add one or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_without_captions_have_their_objectives(self) -> "Recipe":
+        if self.distill is None or self.data is None or not lacks_captions(self.data):
+            return self
+        weights = self.distill.loss_weights.model_dump()
+        wrong = [name for name in ("task", "gd", "icl", "afd") if weights[name]]
+        if self.teacher is None or self.baseline:
+            raise ValueError("data of kind images has no captions: it needs a teacher, and no baseline can be trained")
+        if wrong:
+            raise ValueError(
+                f"data of kind images has no captions, and {', '.join(wrong)} hold a picture and its caption to belong "
+                f"together; set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
+                "crd or cross_kd"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _int8_needs_quantize(self) -> "Recipe":
+        if self.export.is_quantized and self.quantize is None and self.export.auto is None:
+            raise ValueError("export.precisions has int8 but there is no quantize section; add one or drop int8")
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_needs_a_teacher(self) -> "Recipe":
+        if self.baseline and self.teacher is None:
+            raise ValueError("baseline: true asks for the student without its teacher, and there is no teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluating_needs_a_set(self) -> "Recipe":
+        if self.distill is not None and self.distill.evaluate_every and self.evaluate is None:
+            raise ValueError("distill.evaluate_every needs an evaluate section, which names the headline set")
+        return self

@@ -1,0 +1,92 @@
+"""What has changed from one report to another, and what of it is worse than tolerated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from toolchain.report.row import Row
+from toolchain.significance import MIN_PROCESSES, told_apart
+
+_IDENTITY = ("role", "runtime", "pytorch", "precision", "device", "machine", "batch", "headline")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row in both reports."""
+
+    name: str
+    p50_ratio: float | None
+    """New over old; above 1 is slower."""
+
+    is_told_apart: bool
+    """Whether the two latencies differ by more than chance: by their processes (latencies.py), or where a report does
+    not have enough of them, by disjoint 95 % intervals."""
+
+    top1_change: float | None
+    """New minus old; below 0 is worse."""
+
+    worse: list[str]
+    """Where it is beyond what is tolerated, in words."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    changes: list[Change]
+    only_old: list[str]
+    only_new: list[str]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing got worse beyond tolerance; a row that is gone counts as worse."""
+        return not self.only_old and not any(change.worse for change in self.changes)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], *, max_slower: float, max_top1_loss: float) -> Comparison:
+    """Rows matched by role, runtime (of PyTorch also how), precision, device, machine, batch and headline set; the name
+    tells equals apart.
+
+    Slower counts beyond a ratio of 1 + `max_slower` if the two are told apart, or nothing says whether they are; less
+    accurate beyond `max_top1_loss`, a fraction of the images.
+    """
+    before, after = _by_identity(old["rows"]), _by_identity(new["rows"])
+    changes = [_change(before[key], after[key], max_slower, max_top1_loss) for key in after if key in before]
+    return Comparison(
+        changes,
+        [str(row["name"]) for key, row in before.items() if key not in after],
+        [str(row["name"]) for key, row in after.items() if key not in before],
+    )
+
+
+def _by_identity(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row.get(field) for field in _IDENTITY)
+        found[(*key, row["name"]) if key in found else key] = row
+    return found
+
+
+def _change(old: Row, new: Row, max_slower: float, max_top1_loss: float) -> Change:
+    worse = []
+    ratio = None if not old["p50_ms"] or new["p50_ms"] is None else new["p50_ms"] / old["p50_ms"]
+    apart = _told_apart(old, new)
+    if ratio is not None and ratio > 1 + max_slower and apart:
+        worse.append(f"{100 * (ratio - 1):.1f} % slower")
+    if old["p50_ms"] is not None and new["p50_ms"] is None:
+        worse.append("its latency is not known any more")
+    change = None if old["top1"] is None or new["top1"] is None else new["top1"] - old["top1"]
+    if change is not None and change < -max_top1_loss:
+        worse.append(f"{-100 * change:.1f} points of top-1 lost")
+    if old["top1"] is not None and new["top1"] is None:
+        worse.append("its top-1 is not known any more")
+    if old["status"] == "ok" and new["status"] != "ok":
+        worse.append(f"status: {new['status']}")
+    return Change(str(new["name"]), ratio, apart, change, worse)
+
+
+def _told_apart(old: Row, new: Row) -> bool:
+    processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
+    if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer would never count as slower
+        return told_apart(*processes)
+    ends = [row[key] for row in (old, new) for key in ("p50_low_ms", "p50_high_ms")]
+    if None in ends:
+        return True
+    return bool(ends[1] < ends[2] or ends[3] < ends[0])

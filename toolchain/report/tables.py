@@ -1,0 +1,151 @@
+"""The tables of a report: terminal, CSV and Markdown."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolchain.report.findings import findings
+from toolchain.report.row import Row, runtime_name
+from toolchain.report.units import (
+    duration,
+    format_count,
+    format_interval,
+    format_megabytes,
+    format_number,
+    format_percent,
+    format_points,
+    or_dash,
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the printed table: what a person reads, and what it is sorted by (None is always last)."""
+
+    header: str
+    text: Callable[[Row], str]
+    sort_key: Callable[[Row], float | str | None]
+
+
+def terminal_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the printed table."""
+    shown = columns(report["rows"])
+    return [column.header for column in shown], [[column.text(row) for column in shown] for row in report["rows"]]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns of the printed table, with a status only if not all are ok; the one place that speaks percent."""
+    headlines = {row["headline"] for row in rows if row["headline"]}
+    top1 = f"{headlines.pop()} top-1" if len(headlines) == 1 else "top-1"
+
+    def by(key: str) -> Callable[[Row], float | str | None]:
+        return lambda row: row[key]
+
+    def grade(row: Row) -> str:
+        flags = ", ".join(row["flags"] + [f"{row['reverted']} layers in float"] * bool(row["reverted"]))
+        return " ".join(filter(None, [row["grade"] or "", f"({flags})" if flags else ""])) or or_dash(None)
+
+    shown = [
+        Column("name", lambda row: str(row["name"]), by("name")),
+        Column("runtime", lambda row: or_dash(runtime_name(row)), runtime_name),
+        Column("precision", lambda row: or_dash(row["precision"]), by("precision")),
+        Column("p50 ms", lambda row: format_interval(row, "p50", "_ms", format_number), by("p50_ms")),
+        Column("images/s", lambda row: or_dash(row["images_per_s"], format_count), by("images_per_s")),
+        Column("size MB", lambda row: or_dash(row["size_bytes"], format_megabytes), by("size_bytes")),
+        Column(f"{top1} %", lambda row: format_interval(row, "top1", "", format_percent), by("top1")),
+        Column(
+            "drop vs teacher",
+            lambda row: or_dash(row["top1_drop_vs_teacher"], format_points),
+            by("top1_drop_vs_teacher"),
+        ),
+        Column("train time", lambda row: or_dash(row["train_s"], duration), by("train_s")),
+        Column("grade", grade, by("grade")),
+        Column("front", lambda row: "★" if row["pareto"] else "", lambda row: 0.0 if row["pareto"] else 1.0),
+    ]
+    if any(row["status"] != "ok" for row in rows):
+        shown.append(Column("status", lambda row: str(row["status"]), by("status")))
+    return shown
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def render_csv(report: dict[str, Any]) -> str:
+    """The rows with nested fields as dotted columns (`accuracy.stix.top1`) and flags joined by semicolons."""
+    flat_rows = [_flatten(row) for row in report["rows"]]
+    fields = list(dict.fromkeys(field for row in flat_rows for field in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat_rows)
+    return text.getvalue()
+
+
+def _flatten(row: Row, prefix: str = "") -> Row:
+    flat: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = ";".join(map(str, value)) if isinstance(value, list) else value
+    return flat
+
+
+def render_markdown(report: dict[str, Any], *, title: str) -> str:
+    rows: list[Row] = report["rows"]
+    parts = [f"# {title}", "![Accuracy against latency](report.png)"]
+    found = findings(rows)
+    if found:
+        parts.append("\n".join(f"- **{item.title}: {item.value}.** {item.detail}." for item in found))
+    parts.append(_markdown_table(*terminal_rows(report)))
+    parts.append(READING)
+    headers, cells = set_rows(rows)
+    if cells:
+        parts += ["## Every evaluation set", _markdown_table(headers, cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+READING = (
+    "p50 is the median latency of the image tower at the batch size given, inputs resident; square brackets are 95 % "
+    "intervals. Accuracy is measured on the exported model in its own runtime. A star marks the Pareto front of its "
+    "device: nothing else is both faster and more accurate. Grade A was measured with locked clocks, B was stable, C "
+    "is noisy for the reasons named; the front is drawn over A and B where there are any. A row in PyTorch is the "
+    "checkpoint as open_clip runs it, a reference that is never on the front: it is not what ships."
+)
+
+
+def set_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """One line per row and evaluation set: zero-shot accuracy and retrieval."""
+    recalls = ("text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
+    headers = ["name", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "R@5 %", "image to text R@1 %", "R@5 %"]
+    cells = []
+    for row in rows:
+        for set_name, accuracy in row["accuracy"].items():
+            interval = {"top1": accuracy["top1"], "top1_low": accuracy["low"], "top1_high": accuracy["high"]}
+            # of a set of classes, which has one image of each, the texts are the names
+            retrieval = {
+                key.replace("name", "text"): value for key, value in row["retrieval"].get(set_name, {}).items()
+            }
+            cells.append(
+                [
+                    str(row["name"]),
+                    str(set_name),
+                    or_dash(accuracy["n"], format_count),
+                    format_interval(interval, "top1", "", format_percent),
+                    or_dash(accuracy["top5"], format_percent),
+                    *(or_dash(retrieval.get(recall), format_percent) for recall in recalls),
+                ]
+            )
+    return headers, cells
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(headers), line(["---"] * len(headers)), *(line(row) for row in rows)])

@@ -1,0 +1,94 @@
+"""The terminal: progress on stderr, tables on stdout.  Beside `clipkd.py` the only user of rich."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from toolchain.stage import Stage
+stdout, stderr = Console(), Console(stderr=True)
+
+_LINE_EVERY_S = 30.0
+
+
+# The terminal ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TerminalScreen:
+    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, one line per stage anywhere."""
+
+    bar: "Progress"
+    silent: bool = False
+    task: "TaskID | None" = None
+    what: str = ""
+    stage: str = ""
+    first: tuple[float, int] = (0.0, 0)
+    spoken_at: float = 0.0
+
+    def starts(self, stage: str) -> None:
+        self.stage, self.what = stage, ""
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        if self.bar.disable:
+            self._now_and_then(what, done, total, note)
+            return
+        if self.task is None or what != self.what:
+            self._clear()
+            self.what, self.task = what, self.bar.add_task(f"{self.stage}: {what}", total=total, note="")
+        self.bar.update(self.task, completed=done, total=total, note=note)
+
+    def _now_and_then(self, what: str, done: int, total: int, note: str) -> None:
+        """Where there is no terminal to draw on: a line every half minute, with the time left at the rate since."""
+        now = time.monotonic()
+        if what != self.what:
+            self.what, self.first, self.spoken_at = what, (now, done), now
+        if now - self.spoken_at < _LINE_EVERY_S or self.silent:
+            return
+        self.spoken_at = now
+        left_s = (now - self.first[0]) / max(1, done - self.first[1]) * (total - done)
+        left = timedelta(seconds=round(left_s))
+        self.bar.console.print(
+            f"{self.stage}: {what} {done}/{total}  {left} left  {note}", highlight=False, markup=False, soft_wrap=True
+        )
+
+    def say(self, text: str) -> None:
+        """Something the user should know that is neither progress nor an error."""
+        if not self.silent:
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def done(self, name: str, stage: "Stage") -> None:
+        self.line(name, "cached" if stage.cached else f"done in {stage.manifest['took_s']:.0f} s")
+
+    def line(self, name: str, text: str) -> None:
+        self._clear()
+        if not self.silent:
+            self.bar.console.print(f"{name:<40} {text}", highlight=False, markup=False)
+
+    def _clear(self) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
+@contextmanager
+def open_screen() -> "Iterator[TerminalScreen]":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    note, quiet = TextColumn("{task.fields[note]}"), not stderr.is_terminal
+    with Progress(*columns, note, console=stderr, transient=True, disable=quiet) as bar:
+        yield TerminalScreen(bar)
+
+
+def print_table(table: Table) -> None:
+    """A file or a pipe gets whole cells."""
+    (stdout if stdout.is_terminal else Console(width=160)).print(table)
