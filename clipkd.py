@@ -6,7 +6,6 @@ Heavy packages are imported inside the functions that need them, so that help an
 
 import errno
 import importlib.util
-import json
 import shlex
 import shutil
 import signal
@@ -18,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
-from rich.table import Column, Table
 
 
 def _foreign_package() -> str | None:
@@ -38,7 +35,15 @@ def _foreign_package() -> str | None:
 
 try:
     from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
-    from toolchain.terminal import TerminalScreen, open_screen, print_table, stderr, stdout
+    from toolchain.terminal import (
+        TerminalScreen,
+        open_screen,
+        print_json,
+        print_line,
+        print_note,
+        print_table,
+        stdout,
+    )
 except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
@@ -191,10 +196,11 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
     Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
     """
     from toolchain.pipeline.quantize import quantize_checkpoint
+    from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import train_checkpoints
 
-    with _run_directory(_recipe_of(run, overrides), run) as (loaded, screen):
+    with _run_directory(run_recipe(run, overrides), run) as (loaded, screen):
         checkpoints = train_checkpoints(loaded, run, screen, How())
         made = quantize_checkpoint(loaded, run, checkpoints, screen)
     if not made:
@@ -252,6 +258,7 @@ def export(
     from export.pipeline.engines import build_engines
     from export.pipeline.export import export_models
     from export.pipeline.quantize import quantize_or_reject
+    from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import train_checkpoints
 
@@ -271,7 +278,7 @@ def export(
         flags.append("export.auto=null")
     flags += [f"export.batch={batch}"] if batch is not None else []
     flags += ["export.uint8_input=true"] if uint8_input else []
-    recipe = _recipe_of(run, [*flags, *(overrides or [])])
+    recipe = run_recipe(run, [*flags, *(overrides or [])])
     if trt:
         runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))
         spec = recipe.export.model_copy(update={"runtimes": runtimes, "build_engines": build})
@@ -305,6 +312,7 @@ def report(
 
     Example: [bold]clipkd report runs/small runs/large --out runs/compared --external jetson.csv[/]
     """
+    from toolchain.pipeline.run_directory import require_run
     from toolchain.report.compare import compare
     from toolchain.report.external_rows import external_rows
     from toolchain.report.row import read_report
@@ -313,7 +321,7 @@ def report(
 
     _refuse_torchrun()
     for run in runs:
-        _require_run(run)
+        require_run(run)
     if len(runs) > 1 and out is None:
         raise UsageError(f"--out: {len(runs)} runs have one report together; say where to write it: --out DIR")
     folder = runs[0] if out is None else out
@@ -345,19 +353,20 @@ def best(
 
     Example: [bold]clipkd best runs/quickstart --device cpu --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2' --by top1[/]
     """
+    from toolchain.pipeline.run_directory import require_run
     from toolchain.report.choose_model import choose_model, conditions
     from toolchain.report.collect import collect
     from toolchain.report.external_rows import external_rows
 
     wanted = conditions(where)
     for run in runs:
-        _require_run(run)
+        require_run(run)
     rows = collect(runs, [row for path in external or [] for row in external_rows(path)])["rows"]
     choice = choose_model(rows, wanted, by, device)
     if as_json:
         rejected = [{"name": row["name"], "reasons": reasons} for row, reasons in choice.rejected]
         answer = {"best": choice.best, "runner_up": choice.runner_up, "rejected": rejected, "warnings": choice.warnings}
-        stdout.print_json(json.dumps(answer))
+        print_json(answer)
     else:
         _print_choice(choice)
     if choice.best is None:
@@ -386,6 +395,7 @@ def evaluate(
     """
     from export.model_folder import run_of
     from export.pipeline.measure_model import evaluate_models
+    from toolchain.evaluation.table import evaluation_table, unreadable_images
     from toolchain.pipeline.stage_inputs import evaluated
 
     _refuse_torchrun()
@@ -398,9 +408,11 @@ def evaluate(
         screen.starts("evaluate")
         document = evaluate_models(models, spec, screen.progress)
     if as_json:
-        stdout.print_json(json.dumps(document))
+        print_json(document)
         return
-    _print_evaluation(document)
+    print_table(*evaluation_table(document))
+    for line in unreadable_images(document):
+        print_note(line)
 
 
 @app.command()
@@ -491,14 +503,14 @@ def predict(
         raise UsageError(f"--labels '{labels}': no label in it; write --labels 'a cat,a dog'")
     answers = rank_labels(model, images, wanted, top)
     if as_json:
-        stdout.print_json(json.dumps(answers))
+        print_json(answers)
         return
-    table = Table("image", "label", "probability")
-    for answer in answers:
-        for position, ranked in enumerate(answer["labels"]):
-            name = escape(answer["image"]) if position == 0 else ""
-            table.add_row(name, escape(ranked["label"]), f"{100 * ranked['probability']:.1f} %")
-    stdout.print(table)
+    rows = [
+        ["" if position else answer["image"], ranked["label"], f"{100 * ranked['probability']:.1f} %"]
+        for answer in answers
+        for position, ranked in enumerate(answer["labels"])
+    ]
+    print_table(["image", "label", "probability"], rows)
 
 
 @app.command()
@@ -558,10 +570,10 @@ def students(
     write_json(out / "students.json", fit + failed)
     (out / "students.png").write_bytes(render_students(fit))
     if as_json:
-        stdout.print_json(json.dumps(fit + failed))
+        print_json(fit + failed)
     else:
         _print_students(fit, failed)
-        stderr.print(str(out / "students.png"), soft_wrap=True, highlight=False, markup=False)
+        print_note(out / "students.png")
     if len(failed) == len(rows):
         raise ClipkdError(f"no candidate could be measured on {device}: {failed[0]['status']}")
     if not fit:
@@ -595,6 +607,7 @@ def inspect_data(
     Example: [bold]clipkd data inspect "data/cc3m/{00000..00331}.tar" --kind webdataset --sheet cc3m.png[/]
     """
     from toolchain.data.inspection import inspect
+    from toolchain.data.inspection_tables import corrupt_samples, counts, distributions
     from toolchain.data.open import source_spec
 
     spec = source_spec(source, kind)
@@ -602,9 +615,15 @@ def inspect_data(
         screen.starts("inspect")
         document = inspect(spec, sample=sample, sheet=sheet, progress=screen.progress)
     if as_json:
-        stdout.print_json(json.dumps({"source": source, **document}))
+        print_json({"source": source, **document})
         return
-    _print_inspection(document)
+    print_table(["of the source", ""], counts(document), right=[""])
+    if (spread := distributions(document))[1]:
+        print_table(*spread, right=spread[0][1:])
+    if broken := corrupt_samples(document):
+        print_table(["broken", "samples", "the first of them"], broken, right=["samples"])
+    if document["sheet"]:
+        print_line(document["sheet"])
 
 
 @data_app.command("pack")
@@ -630,15 +649,13 @@ def pack_data(
         index = pack(spec, out, samples_per_shard=samples_per_shard, progress=screen.progress)
     for reason, found in index["left_out"].items():
         examples = "\n  ".join(found["examples"])
-        stderr.print(
-            f"left out {found['count']:,}: {reason}\n  {examples}", markup=False, highlight=False, soft_wrap=True
-        )
+        print_note(f"left out {found['count']:,}: {reason}\n  {examples}")
     if as_json:
-        stdout.print_json(json.dumps({"path": str(out), **index}))
+        print_json({"path": str(out), **index})
         return
     shards, samples = len(index["shards"]), index["samples"]
-    stderr.print(f"{samples:,} samples in {shards:,} shard(s), {index['bytes'] / 1e6:,.1f} MB", highlight=False)
-    stdout.print(str(out / INDEX), soft_wrap=True, highlight=False, markup=False)
+    print_note(f"{samples:,} samples in {shards:,} shard(s), {index['bytes'] / 1e6:,.1f} MB")
+    print_line(out / INDEX)
 
 
 devices_app = typer.Typer(
@@ -661,30 +678,22 @@ def list_devices(
     """
     from export.devices.presets import PRESETS
     from export.devices.registry import read_devices
+    from export.devices.table import devices_table, presets_table
 
     if presets:
         if as_json:
-            stdout.print_json(json.dumps({name: asdict(preset) for name, preset in PRESETS.items()}))
+            print_json({name: asdict(preset) for name, preset in PRESETS.items()})
             return
-        table = Table(Column("preset", no_wrap=True), "board", "runtimes", "TensorRT", "precisions", "notes")
-        for name, preset in PRESETS.items():
-            cells = (preset.title, ", ".join(preset.runtimes), preset.tensorrt or "-", ", ".join(preset.precisions))
-            table.add_row(name, *map(escape, (*cells, preset.notes)))
-        print_table(table)
+        print_table(*presets_table(), no_wrap=["preset"])
         return
     from export.devices.doctor import local_devices
 
     known = read_devices()
     here = local_devices()
     if as_json:
-        stdout.print_json(json.dumps({"local": here, "remote": [asdict(device) for device in known.values()]}))
+        print_json({"local": here, "remote": [asdict(device) for device in known.values()]})
         return
-    table = Table("device", "where", "what")
-    for found in here:
-        table.add_row(found["name"], "here", escape(found["what"]))
-    for device in known.values():
-        table.add_row(device.name, escape(device.destination), escape(device.preset or "-"))
-    print_table(table)
+    print_table(*devices_table(here, known.values()))
 
 
 @devices_app.command("add")
@@ -711,12 +720,12 @@ def add_device(
     device = Device(name, destination, port, python, preset, workdir)
     keep(device, replace=replace)
     if preset is not None:
-        stderr.print(PRESETS[preset].notes, highlight=False, markup=False, soft_wrap=True)
-    stderr.print(f"Try it with: clipkd devices test {name}", highlight=False, markup=False, soft_wrap=True)
+        print_note(PRESETS[preset].notes)
+    print_note(f"Try it with: clipkd devices test {name}")
     if as_json:
-        stdout.print_json(json.dumps(asdict(device)))
+        print_json(asdict(device))
     else:
-        stdout.print(str(config_file()), soft_wrap=True, highlight=False, markup=False)
+        print_line(config_file())
 
 
 @devices_app.command("test")
@@ -744,9 +753,9 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 
     forget(name)
     if as_json:
-        stdout.print_json(json.dumps({"removed": name}))
+        print_json({"removed": name})
     else:
-        stdout.print(name, highlight=False, markup=False)
+        print_line(name)
 
 
 @app.command()
@@ -791,12 +800,9 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
     headlines = {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
     if as_json:
-        stdout.print_json(json.dumps(headlines))
+        print_json(headlines)
         return
-    table = Table(Column("recipe", no_wrap=True), "what it does")
-    for name, headline in headlines.items():
-        table.add_row(name, escape(headline))
-    print_table(table)
+    print_table(["recipe", "what it does"], headlines.items(), no_wrap=["recipe"])
 
 
 @recipes_app.command("copy")
@@ -814,7 +820,7 @@ def copy_recipe(
         raise UsageError(f"{file}: exists already; choose another name")
     file.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(recipe_path(name), file)
-    stdout.print(str(file), soft_wrap=True, highlight=False)
+    print_line(file)
 
 
 @app.command()
@@ -831,16 +837,17 @@ def show(
     import yaml
 
     from export.pipeline.plan import stage_paths
+    from toolchain.pipeline.run_directory import stage_state
     from toolchain.recipe.load import load_recipe, recipe_path
 
     loaded = load_recipe(recipe_path(recipe), overrides)
-    stages = [{"stage": path, "state": _state(out / path) if out else "not made"} for path in stage_paths(loaded)]
+    stages = [{"stage": path, "state": stage_state(out / path) if out else "not made"} for path in stage_paths(loaded)]
     if as_json:
-        stdout.print_json(json.dumps({"recipe": loaded.model_dump(mode="json"), "stages": stages}))
+        print_json({"recipe": loaded.model_dump(mode="json"), "stages": stages})
         return
     stdout.print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False, end="")
     for stage in stages:
-        stdout.print(f"# {stage['stage']}: {stage['state']}", markup=False, highlight=False, soft_wrap=True)
+        print_line(f"# {stage['stage']}: {stage['state']}")
 
 
 @app.command()
@@ -861,23 +868,10 @@ def verify(
             raise UsageError(f"{directory}: no clipkd stage in it; expected a run, or a directory with {MANIFEST}")
         checked |= {str(path): open_stage(path).digest for path in stages if not path.name.startswith(".")}
     if as_json:
-        stdout.print_json(json.dumps(checked))
+        print_json(checked)
         return
     for path in checked:
-        stdout.print(f"ok {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _state(path: Path) -> str:
-    from toolchain.filesystem import partial_path
-    from toolchain.stage import open_stage
-
-    if path.exists():
-        open_stage(path)
-        return "made"
-    partial = partial_path(path)
-    if (partial / "failed.json").exists():
-        return "failed"
-    return "interrupted" if partial.exists() else "not made"
+        print_line(f"ok {path}")
 
 
 @contextmanager
@@ -886,25 +880,18 @@ def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Ite
 
     `shared`: several processes may work in it, of which the first holds it.
     """
-    import yaml
     from rich.progress import Progress
 
-    from toolchain.filesystem import replacing
+    from toolchain.pipeline.run_directory import hold_run
     from toolchain.pipeline.stage_inputs import How
-    from toolchain.stage import RESOLVED, run_lock
 
     if not shared:
         _refuse_torchrun()
     if not How().leads:
         yield recipe, TerminalScreen(Progress(disable=True), silent=True)
         return
-    with run_lock(out):
-        said = "".join(f"# {line}\n" for line in [*f"clipkd {shlex.join(sys.argv[1:])}".splitlines(), RESOLVED])
-        resolved = said + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        with replacing(out / "recipe.yaml") as partial:
-            partial.write_text(resolved, encoding="utf-8")
-        with open_screen() as screen:
-            yield recipe, screen
+    with hold_run(recipe, out, f"clipkd {shlex.join(sys.argv[1:])}"), open_screen() as screen:
+        yield recipe, screen
 
 
 def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
@@ -916,26 +903,20 @@ def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
 def _auto_flags(run: Path, runtimes: list[str], precision: str | None, max_drop: float | None) -> list[str]:
     """What --auto says of a run's recipe: what is weighed, fp32 always among it."""
     from export.pipeline.precision_verdicts import REFERENCE, all_precisions
+    from toolchain.pipeline.run_directory import run_recipe
 
-    recorded = _recipe_of(run, None).export.runtimes
+    recorded = run_recipe(run, None).export.runtimes
     runtimes = runtimes or [name for name in recorded if name != "tensorrt"]
     if not runtimes:
         raise UsageError("--auto weighs what runs here, and the recipe has tensorrt alone: add --onnx or --openvino")
     if "tensorrt" in recorded:
-        stderr.print("tensorrt is not weighed: its engines are built and measured on the device", highlight=False)
+        print_note("tensorrt is not weighed: its engines are built and measured on the device")
     precisions = [word.strip() for word in precision.split(",")] if precision is not None else all_precisions()
     return [
         f"export.runtimes=[{', '.join(runtimes)}]",
         f"export.precisions=[{', '.join(dict.fromkeys((REFERENCE, *precisions)))}]",
         f"export.auto={{max_drop: {'null' if max_drop is None else max_drop}}}",
     ]
-
-
-def _recipe_of(run: Path, overrides: list[str] | None) -> "Recipe":
-    from toolchain.recipe.load import load_recipe
-
-    _require_run(run)
-    return load_recipe(run / "recipe.yaml", overrides)
 
 
 def _refuse_torchrun() -> None:
@@ -945,25 +926,17 @@ def _refuse_torchrun() -> None:
         raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
 
 
-def _require_run(run: Path) -> None:
-    if not (run / "recipe.yaml").is_file():
-        problem = "no recipe.yaml in it; not a clipkd run" if run.is_dir() else "no such run directory"
-        raise UsageError(f"{run}: {problem}. Make one with: clipkd run glyphs --out {run}")
-
-
 def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
     if as_json:
-        stdout.print_json(
-            json.dumps({name: {"path": str(s.path), **s.manifest["summary"]} for name, s in stages.items()})
-        )
+        print_json({name: {"path": str(stage.path), **stage.manifest["summary"]} for name, stage in stages.items()})
         return
     for stage in stages.values():
-        stdout.print(str(stage.path), soft_wrap=True, highlight=False, markup=False)
+        print_line(stage.path)
 
 
 def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
-        stdout.print_json(json.dumps(document))
+        print_json(document)
         return
     from toolchain.report.tables import terminal_rows
 
@@ -971,70 +944,42 @@ def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
     if len({row["runtime"] for row in document["rows"]}) == 1:  # then the names, which end in the precision, say it all
         kept = [index for index, header in enumerate(headers) if header not in ("runtime", "precision")]
         headers, rows = [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
-    table = Table(*(Column(header, overflow="fold") for header in headers))
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    print_table(table)
-    stderr.print(f"{out / 'report.html'}", soft_wrap=True, highlight=False, markup=False)
+    print_table(headers, rows)
+    print_note(f"{out / 'report.html'}")
 
 
 def _print_comparison(compared: "Comparison", as_json: bool) -> None:
+    from toolchain.report.compare import comparison_table
+
     if as_json:
-        stdout.print_json(json.dumps(asdict(compared) | {"holds": compared.holds}))
-        return
-    table = Table("name", "p50 new / old", "top-1 change", "worse")
-    for change in compared.changes:
-        ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
-        if change.p50_ratio is not None and not change.is_told_apart:
-            ratio += " (may be chance)"
-        points = "-" if change.top1_change is None else f"{100 * change.top1_change:+.1f} pp"
-        table.add_row(escape(change.name), ratio, points, escape("; ".join(change.worse)))
-    for name in compared.only_old:
-        table.add_row(escape(name), "-", "-", "gone")
-    for name in compared.only_new:
-        table.add_row(escape(name), "-", "-", "(new)")
-    print_table(table)
+        print_json(asdict(compared) | {"holds": compared.holds})
+    else:
+        print_table(*comparison_table(compared))
 
 
 def _print_choice(choice: "Choice") -> None:
-    for title, row in (("best", choice.best), ("runner-up", choice.runner_up)):
-        if row is not None:
-            facts = [f"top-1 {100 * row['top1']:.1f} %"] if row["top1"] is not None else []
-            facts += [f"p50 {row['p50_ms']:.3g} ms"] if row["p50_ms"] is not None else []
-            facts += [f"{row['size_bytes'] / 1e6:.3g} MB"] if row["size_bytes"] else []
-            place = f"{row['run']}/exported/{row['model']}" if row["run"] else str(row["source"])
-            stdout.print(
-                f"{title}: {row['name']} ({', '.join(facts)})  {place}", soft_wrap=True, highlight=False, markup=False
-            )
+    from toolchain.report.choose_model import choice_lines
+
+    for line in choice_lines(choice):
+        print_line(line)
     for warning in choice.warnings:
-        stderr.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        print_note(f"warning: {warning}")
     if choice.rejected:
-        table = Table("rejected", "why")
-        for row, reasons in choice.rejected:
-            table.add_row(escape(str(row["name"])), escape("; ".join(reasons)))
-        print_table(table)
+        print_table(["rejected", "why"], ([str(row["name"]), "; ".join(why)] for row, why in choice.rejected))
 
 
 def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
+    from export.pipeline.choices_table import choices_table
+
     if as_json:
-        stdout.print_json(json.dumps(document))
+        print_json(document)
         return
-    table = Table(
-        "runtime", "precision", "verdict", "top-1 drop, pp", "p50 ms", "grade", Column("why", overflow="fold")
-    )
     for runtime, found in document["runtimes"].items():
         shipped = f"{found['precision']}  {run / found['model']}" if found["model"] else "nothing to ship"
-        stdout.print(f"{runtime}: {shipped}", soft_wrap=True, highlight=False, markup=False)
-        for row in found["candidates"]:
-            drop, p50_ms = row["top1_drop_vs_fp32"], row["p50_ms"]
-            around = [100 * row[f"top1_drop_vs_fp32_{end}"] for end in ("low", "high")] if drop is not None else []
-            lost = "-" if drop is None else f"{100 * drop:.2f} [{around[0]:.2f}, {around[1]:.2f}]"
-            took = "-" if p50_ms is None else f"{p50_ms:.4g} [{row['p50_low_ms']:.4g}, {row['p50_high_ms']:.4g}]"
-            grade = " ".join(filter(None, [row["grade"] or "-", ", ".join(row["flags"])]))
-            table.add_row(runtime, row["precision"], row["verdict"], lost, took, grade, escape(row["reason"]))
+        print_line(f"{runtime}: {shipped}")
         for warning in found["warnings"]:
-            stderr.print(f"warning: {runtime}: {warning}", soft_wrap=True, highlight=False, markup=False)
-    print_table(table)
+            print_note(f"warning: {runtime}: {warning}")
+    print_table(*choices_table(document))
 
 
 def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
@@ -1045,146 +990,44 @@ def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
         raise GateError(f"{run / 'auto.json'}: nothing to ship for {', '.join(without)}, not even fp32; it says why")
 
 
-def _print_evaluation(document: dict[str, Any]) -> None:
-    headers = ["model", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "drop from the first, pp", "p"]
-    table = Table(*(Column(header, overflow="fold") for header in headers))
-    for scored in document["models"]:
-        for name, scores in scored["sets"].items():
-            recalls = [value for key, value in scores.get("retrieval", {}).items() if key.endswith("_to_image_r1")]
-            lost = scored.get("against_first", {}).get(name)
-            cells = [
-                f"{100 * scores['top1']:.1f} [{100 * scores['top1_low']:.1f}, {100 * scores['top1_high']:.1f}]",
-                f"{100 * scores['top5']:.1f}",
-                f"{100 * recalls[0]:.1f}" if recalls else "-",
-                f"{100 * lost['drop']:.1f} [{100 * lost['low']:.1f}, {100 * lost['high']:.1f}]" if lost else "-",
-                f"{lost['p']:.2g}" if lost else "-",
-            ]
-            table.add_row(escape(scored["model"]), escape(name), f"{scores['n']:,}", *cells)
-    print_table(table)
-    for name, scores in document["models"][0]["sets"].items():  # of every model the same pictures
-        if "unreadable" in scores:
-            first = ", ".join(scores["unreadable"]["first"])
-            said = f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: {first}"
-            stderr.print(said, highlight=False, markup=False, soft_wrap=True)
-
-
 def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        stdout.print_json(json.dumps(rows))
+        print_json(rows)
         return
     from export.profiling.table import table
 
     headers, cells = table(rows)
-    shown = Table(*(Column(header, overflow="fold", no_wrap=header.startswith("p50")) for header in headers))
-    for row in cells:
-        shown.add_row(*map(escape, row))
-    print_table(shown)
+    print_table(headers, cells, no_wrap=[header for header in headers if header.startswith("p50")])
     to_lock = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
     if to_lock:
-        said = "\n".join(("Clocks float, so no grade is A. What would lock them, which clipkd never does:", *to_lock))
-        stderr.print(said, soft_wrap=True, highlight=False, markup=False)
+        print_note("Clocks float, so no grade is A. What would lock them, which clipkd never does:")
+        for command in to_lock:
+            print_note(command)
 
 
 def _print_capabilities(document: dict[str, Any], as_json: bool) -> None:
+    from export.devices.table import capabilities_table, machine_lines
+
     if as_json:
-        stdout.print_json(json.dumps(document))
+        print_json(document)
         return
-    table = Table("", Column("capability", no_wrap=True), "where", "status", Column("detail", overflow="fold"))
-    for row in document["rows"]:
-        mend = f"\n-> {row['mend']}" if row["mend"] else ""
-        needed = "needed" if row["needed"] else ""
-        table.add_row(needed, row["capability"], escape(row["where"]), row["status"], escape(row["detail"] + mend))
-    print_table(table)
-    machine = document.get("machine")
-    if machine is not None:
-        quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
-        limit = machine["memory_limit_bytes"]
-        memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" + (f", limit {limit / 1e9:.1f} GB" if limit else "")
-        lines = [
-            f"{machine['name']}{quota}; {' '.join(machine['isa'])}; governor {machine['governor'] or 'unknown'}",
-            f"memory {memory}; free: {machine['disk_free_bytes'] / 1e9:.1f} GB here, "
-            f"{machine['home_free_bytes'] / 1e9:.1f} GB at home; {machine['os']}; Python {machine['python']}",
-        ]
-        stdout.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _print_inspection(document: dict[str, Any]) -> None:
-    """What was counted, how what was measured is spread, and what is broken, in three tables."""
-    counted = Table(Column("of the source"), Column("", justify="right"))
-    sampled = document["sampled"]
-    counted.add_row("samples", f"{document['samples']:,}")
-    if sampled is not None:
-        counted.add_row("  of these read, chosen by chance; what follows is of them", f"{sampled:,}")
-    counted.add_row("good", f"{document['good']:,}")
-    for kind, number in document["formats"].items():
-        counted.add_row(f"  {kind}", f"{number:,}")
-    counted.add_row("captions", f"{document['captions']:,}")
-    if document["captions_cut"] is not None:
-        counted.add_row("  longer than CLIP reads (77 tokens)", f"{document['captions_cut']:,}")
-    counted.add_row("pictures that occurred before", f"{document['same_pictures']['count']:,}")
-    counted.add_row("captions that occurred before", f"{document['same_captions']['count']:,}")
-    counted.add_row("bytes of pictures", f"{document['picture_bytes'].get('sum', 0):,}")
-    print_table(counted)
-    measured = {
-        "width, px": document["width"],
-        "height, px": document["height"],
-        "bytes": {share: value for share, value in document["picture_bytes"].items() if share != "sum"},
-        "captions a sample": document["captions_per_sample"],
-        f"caption, {document['caption_length']['unit']}": {
-            share: value for share, value in document["caption_length"].items() if share != "unit"
-        },
-    }
-    if document["good"]:
-        shares = [f"{100 * float(share):g} %" for share in document["width"]]
-        spread = Table("share of all at most", *(Column(share, justify="right") for share in shares))
-        for name, found in measured.items():
-            spread.add_row(name, *(f"{value:,}" for value in found.values()))
-        print_table(spread)
-    if document["broken"]:
-        broken = Table("broken", Column("samples", justify="right"), "the first of them")
-        for reason, damage in document["broken"].items():
-            broken.add_row(reason, f"{damage['count']:,}", escape("\n".join(damage["examples"])))
-        print_table(broken)
-    if document["sheet"]:
-        stdout.print(document["sheet"], soft_wrap=True, highlight=False, markup=False)
+    print_table(*capabilities_table(document), no_wrap=["capability"])
+    if document.get("machine") is not None:
+        for line in machine_lines(document["machine"]):
+            print_line(line)
 
 
 def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
-    numbers = ("p50 ms", "95 %", "params M", "GMACs", "MB", "top-1 %")
-    headers = [Column("student", no_wrap=True), Column("")]
-    headers += [Column(name, justify="right", no_wrap=True) for name in numbers]
-    table = Table(*headers, Column("grade", overflow="fold"), padding=(0, 0, 0, 1))  # fits into 100 columns
-    sources = list(dict.fromkeys(row["source"] for row in fit if row["source"]))
-    for row in fit:
-        top1 = "" if row["published_fp32_top1"] is None else f"{100 * row['published_fp32_top1']:.1f}"
-        if top1:
-            top1 = f"{top1 if row['precision'] == 'fp32' else f'({top1})'} [{sources.index(row['source']) + 1}]"
-        shown = {
-            "params_image": f"{row['params_image'] / 1e6:.2f}",
-            "gmacs": f"{row['gmacs']:.2f}",
-            "published_fp32_top1": top1,
-        }
-        worth = {field: text + (" ★" if field in row["front"] else "  ") for field, text in shown.items()}
-        cells = [f"{row['p50_ms']:.3g}", f"{row['p50_low_ms']:.3g}-{row['p50_high_ms']:.3g}"]
-        cells += [worth["params_image"], worth["gmacs"], f"{row['size_bytes'] / 1e6:.3g}", worth["published_fp32_top1"]]
-        table.add_row(
-            escape(row["name"]), row["precision"], *map(escape, cells), " ".join([row["grade"], *row["flags"]])
-        )
+    from export.students.table import students_table
+
     if fit:
-        print_table(table)
-        lines = [
-            f"on {fit[0]['device']}, {fit[0]['runtime']}, {fit[0]['threads']} thread(s), batch 1, image towers alone",
-            "★ no row of the same precision has as much of it in as little time",
-        ]
-        if sources:
-            lines.append(
-                "top-1: ImageNet zero-shot, as published for the float model; in brackets: it is not this row's own"
-            )
-        lines += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
-        stdout.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        headers, rows, notes = students_table(fit)
+        wide = ("student", *headers[2:-1])
+        print_table(headers, rows, right=headers[2:-1], no_wrap=wide, dense=True)  # fits into 100 columns
+        for note in notes:
+            print_line(note)
     for row in failed:
-        problem = f"{row['name']} {row['precision']} could not be measured: {row['status']}"
-        stderr.print(problem, soft_wrap=True, highlight=False, markup=False)
+        print_note(f"{row['name']} {row['precision']} could not be measured: {row['status']}")
 
 
 def main() -> NoReturn:
@@ -1210,7 +1053,7 @@ def main() -> NoReturn:
 
 
 def _exit(error: ClipkdError) -> NoReturn:
-    stderr.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+    print_note(f"error: {error}")
     sys.exit(error.exit_code)
 
 

@@ -1,25 +1,25 @@
 """The terminal: progress on stderr, tables on stdout.  Beside `clipkd.py` the only user of rich."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from toolchain.stage import Stage
+
 stdout, stderr = Console(), Console(stderr=True)
 
 _LINE_EVERY_S = 30.0
-
-
-# The terminal ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -89,6 +89,44 @@ def open_screen() -> "Iterator[TerminalScreen]":
         yield TerminalScreen(bar)
 
 
-def print_table(table: Table) -> None:
-    """A file or a pipe gets whole cells."""
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    stdout.print_json(json.dumps(document))
+
+
+def print_line(text: object) -> None:
+    """Print a line of the result on stdout, as it is."""
+    stdout.print(str(text), soft_wrap=True, highlight=False, markup=False)
+
+
+def print_note(text: object) -> None:
+    """Print a line that is not the result on stderr, as it is."""
+    stderr.print(str(text), soft_wrap=True, highlight=False, markup=False)
+
+
+def print_table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[str] = (),
+    no_wrap: Collection[str] = (),
+    dense: bool = False,
+) -> None:
+    """Print a table on stdout; a file or a pipe gets whole cells.
+
+    Columns whose header is in `right` are aligned to the right, those in `no_wrap` are never broken over lines.  A
+    dense table has no space left of its cells.
+    """
+    columns = [
+        Column(
+            escape(header),
+            justify="right" if header in right else "left",
+            no_wrap=header in no_wrap,
+            overflow="fold",
+        )
+        for header in headers
+    ]
+    table = Table(*columns, padding=(0, 0, 0, 1) if dense else (0, 1))
+    for row in rows:
+        table.add_row(*map(escape, row))
     (stdout if stdout.is_terminal else Console(width=160)).print(table)

@@ -171,3 +171,17 @@ def _warnings(fit: Sequence[Row], by: str) -> list[str]:
         if low is not None and high is not None and low <= high:
             said.append(f"its 95 % interval of top-1 overlaps that of the runner-up, {fit[1]['name']}")
     return said
+
+
+def choice_lines(choice: Choice) -> list[str]:
+    """Return a line for the best model and one for the runner-up, with what they measure and where they are."""
+    lines = []
+    for title, row in (("best", choice.best), ("runner-up", choice.runner_up)):
+        if row is None:
+            continue
+        facts = [f"top-1 {100 * row['top1']:.1f} %"] if row["top1"] is not None else []
+        facts += [f"p50 {row['p50_ms']:.3g} ms"] if row["p50_ms"] is not None else []
+        facts += [f"{row['size_bytes'] / 1e6:.3g} MB"] if row["size_bytes"] else []
+        place = f"{row['run']}/exported/{row['model']}" if row["run"] else str(row["source"])
+        lines.append(f"{title}: {row['name']} ({', '.join(facts)})  {place}")
+    return lines

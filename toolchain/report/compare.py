@@ -90,3 +90,17 @@ def _told_apart(old: Row, new: Row) -> bool:
     if None in ends:
         return True
     return bool(ends[1] < ends[2] or ends[3] < ends[0])
+
+
+def comparison_table(compared: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: how each model changed, then those that are gone, then the new ones."""
+    rows = []
+    for change in compared.changes:
+        ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
+        if change.p50_ratio is not None and not change.is_told_apart:
+            ratio += " (may be chance)"
+        points = "-" if change.top1_change is None else f"{100 * change.top1_change:+.1f} pp"
+        rows.append([change.name, ratio, points, "; ".join(change.worse)])
+    rows += [[name, "-", "-", "gone"] for name in compared.only_old]
+    rows += [[name, "-", "-", "(new)"] for name in compared.only_new]
+    return ["name", "p50 new / old", "top-1 change", "worse"], rows

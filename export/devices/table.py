@@ -1,0 +1,57 @@
+"""The tables that `clipkd doctor` and `clipkd devices` print."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from export.devices.presets import PRESETS
+from export.devices.registry import Device
+
+
+def capabilities_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: a row for each capability, with the line that fixes what is missing."""
+    rows = [
+        [
+            "needed" if row["needed"] else "",
+            row["capability"],
+            row["where"],
+            row["status"],
+            row["detail"] + (f"\n-> {row['mend']}" if row["mend"] else ""),
+        ]
+        for row in document["rows"]
+    ]
+    return ["", "capability", "where", "status", "detail"], rows
+
+
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """Return two lines that describe a machine: processor, then memory, disk and system."""
+    quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
+    limit = machine["memory_limit_bytes"]
+    memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" + (f", limit {limit / 1e9:.1f} GB" if limit else "")
+    return [
+        f"{machine['name']}{quota}; {' '.join(machine['isa'])}; governor {machine['governor'] or 'unknown'}",
+        f"memory {memory}; free: {machine['disk_free_bytes'] / 1e9:.1f} GB here, "
+        f"{machine['home_free_bytes'] / 1e9:.1f} GB at home; {machine['os']}; Python {machine['python']}",
+    ]
+
+
+def presets_table() -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: what each known board supports."""
+    rows = [
+        [
+            name,
+            preset.title,
+            ", ".join(preset.runtimes),
+            preset.tensorrt or "-",
+            ", ".join(preset.precisions),
+            preset.notes,
+        ]
+        for name, preset in PRESETS.items()
+    ]
+    return ["preset", "board", "runtimes", "TensorRT", "precisions", "notes"], rows
+
+
+def devices_table(local: Iterable[Mapping[str, str]], remote: Iterable[Device]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: the devices of this machine, then those reached by ssh."""
+    rows = [[found["name"], "here", found["what"]] for found in local]
+    rows += [[device.name, device.destination, device.preset or "-"] for device in remote]
+    return ["device", "where", "what"], rows

@@ -1,0 +1,37 @@
+"""The table that `clipkd evaluate` prints."""
+
+from typing import Any
+
+HEADERS = ["model", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "drop from the first, pp", "p"]
+
+
+def evaluation_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows: a row for each model and set; each model is compared with the first."""
+    rows = []
+    for scored in document["models"]:
+        for name, scores in scored["sets"].items():
+            recalls = [value for key, value in scores.get("retrieval", {}).items() if key.endswith("_to_image_r1")]
+            lost = scored.get("against_first", {}).get(name)
+            rows.append(
+                [
+                    scored["model"],
+                    name,
+                    f"{scores['n']:,}",
+                    f"{100 * scores['top1']:.1f} [{100 * scores['top1_low']:.1f}, {100 * scores['top1_high']:.1f}]",
+                    f"{100 * scores['top5']:.1f}",
+                    f"{100 * recalls[0]:.1f}" if recalls else "-",
+                    f"{100 * lost['drop']:.1f} [{100 * lost['low']:.1f}, {100 * lost['high']:.1f}]" if lost else "-",
+                    f"{lost['p']:.2g}" if lost else "-",
+                ]
+            )
+    return HEADERS, rows
+
+
+def unreadable_images(document: dict[str, Any]) -> list[str]:
+    """Return a line for each set that has unreadable images; every model was shown the same ones."""
+    return [
+        f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: "
+        + ", ".join(scores["unreadable"]["first"])
+        for name, scores in document["models"][0]["sets"].items()
+        if "unreadable" in scores
+    ]

@@ -1,0 +1,63 @@
+"""A run directory: whether one is there, the recipe it was made from, and who holds it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from toolchain.errors import UsageError
+from toolchain.filesystem import partial_path, replacing
+from toolchain.recipe.load import load_recipe
+from toolchain.recipe.recipe import Recipe
+from toolchain.stage import RESOLVED, open_stage, run_lock
+
+
+@contextmanager
+def hold_run(recipe: Recipe, run: Path, command: str) -> Iterator[None]:
+    """Hold a run directory, made where it is not there, and write its resolved recipe under the command in a comment.
+
+    Raises:
+        ArtifactError: the directory is not a run, or another process holds it.
+    """
+    with run_lock(run):
+        header = "".join(f"# {line}\n" for line in [*command.splitlines(), RESOLVED])
+        with replacing(run / "recipe.yaml") as partial:
+            partial.write_text(header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "utf-8")
+        yield
+
+
+def require_run(run: Path) -> None:
+    """Refuse a directory that is not a run.
+
+    Raises:
+        UsageError: it has no recipe.yaml, or is not there.
+    """
+    if not (run / "recipe.yaml").is_file():
+        problem = "no recipe.yaml in it; not a clipkd run" if run.is_dir() else "no such run directory"
+        raise UsageError(f"{run}: {problem}. Make one with: clipkd run glyphs --out {run}")
+
+
+def run_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
+    """Return the recipe that a run was made from, with overrides applied.
+
+    Raises:
+        UsageError: the directory is not a run, or an override is wrong.
+    """
+    require_run(run)
+    return load_recipe(run / "recipe.yaml", overrides)
+
+
+def stage_state(path: Path) -> str:
+    """Return made, failed, interrupted or not made.
+
+    Raises:
+        ArtifactError: the stage was made and is damaged.
+    """
+    if path.exists():
+        open_stage(path)
+        return "made"
+    partial = partial_path(path)
+    if (partial / "failed.json").exists():
+        return "failed"
+    return "interrupted" if partial.exists() else "not made"
