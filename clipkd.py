@@ -38,20 +38,17 @@ try:
     from toolchain.terminal import (
         TerminalScreen,
         open_screen,
-        print_json,
         print_line,
         print_note,
-        print_table,
-        stdout,
+        print_result,
     )
+    from toolchain.text_table import Note, TextTable
 except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
 
 if TYPE_CHECKING:
     from toolchain.recipe.recipe import Recipe
-    from toolchain.report.choose_model import Choice
-    from toolchain.report.compare import Comparison
     from toolchain.stage import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -313,7 +310,7 @@ def report(
     Example: [bold]clipkd report runs/small runs/large --out runs/compared --external jetson.csv[/]
     """
     from toolchain.pipeline.run_directory import require_run
-    from toolchain.report.compare import compare
+    from toolchain.report.compare import compare, comparison_table
     from toolchain.report.external_rows import external_rows
     from toolchain.report.row import read_report
     from toolchain.report.write import write_report
@@ -333,7 +330,7 @@ def report(
         _print_report(document, folder, as_json)
         return
     compared = compare(older, document, max_slower=max_slower, max_top1_loss=max_top1_loss)
-    _print_comparison(compared, as_json)
+    print_result(asdict(compared) | {"holds": compared.holds}, as_json, comparison_table(compared))
     if not compared.holds:
         raise GateError(f"{folder}: worse than {against} beyond what is tolerated; see the table")
 
@@ -354,7 +351,7 @@ def best(
     Example: [bold]clipkd best runs/quickstart --device cpu --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2' --by top1[/]
     """
     from toolchain.pipeline.run_directory import require_run
-    from toolchain.report.choose_model import choose_model, conditions
+    from toolchain.report.choose_model import choice_lines, choose_model, conditions, rejected_table
     from toolchain.report.collect import collect
     from toolchain.report.external_rows import external_rows
 
@@ -363,12 +360,11 @@ def best(
         require_run(run)
     rows = collect(runs, [row for path in external or [] for row in external_rows(path)])["rows"]
     choice = choose_model(rows, wanted, by, device)
-    if as_json:
-        rejected = [{"name": row["name"], "reasons": reasons} for row, reasons in choice.rejected]
-        answer = {"best": choice.best, "runner_up": choice.runner_up, "rejected": rejected, "warnings": choice.warnings}
-        print_json(answer)
-    else:
-        _print_choice(choice)
+    rejected = [{"name": row["name"], "reasons": reasons} for row, reasons in choice.rejected]
+    answer = {"best": choice.best, "runner_up": choice.runner_up, "rejected": rejected, "warnings": choice.warnings}
+    warnings = [Note(f"warning: {warning}") for warning in choice.warnings]
+    tables = [rejected_table(choice)] if rejected else []
+    print_result(answer, as_json, *choice_lines(choice), *warnings, *tables)
     if choice.best is None:
         raise GateError(
             f"no model meets: {', '.join(map(str, wanted)) or 'what was asked'}; relax a condition, or see the reasons"
@@ -407,12 +403,7 @@ def evaluate(
     with open_screen() as screen:
         screen.starts("evaluate")
         document = evaluate_models(models, spec, screen.progress)
-    if as_json:
-        print_json(document)
-        return
-    print_table(*evaluation_table(document))
-    for line in unreadable_images(document):
-        print_note(line)
+    print_result(document, as_json, evaluation_table(document), *unreadable_images(document))
 
 
 @app.command()
@@ -470,6 +461,7 @@ def profile(
     """
     from export.pipeline.profile_models import profile_models
     from export.profiling.protocol import QUICK, STANDARD, Effort
+    from export.profiling.table import clocks_note, profiles_table
 
     _refuse_torchrun()
     own = {key: value for key, value in (("processes", processes), ("seconds", seconds)) if value is not None}
@@ -479,7 +471,7 @@ def profile(
     with open_screen() as screen:
         rows, errors = profile_models(models, device, effort, scored=scored, out=out, screen=screen)
     if len(models) > 1 or not errors:
-        _print_profiles(rows, as_json)
+        print_result(rows, as_json, profiles_table(rows), *clocks_note(rows))
     if errors:
         raise errors[0] if len(models) == 1 else type(errors[0])("\n".join(map(str, errors)))
 
@@ -502,15 +494,12 @@ def predict(
     if wanted == []:
         raise UsageError(f"--labels '{labels}': no label in it; write --labels 'a cat,a dog'")
     answers = rank_labels(model, images, wanted, top)
-    if as_json:
-        print_json(answers)
-        return
     rows = [
         ["" if position else answer["image"], ranked["label"], f"{100 * ranked['probability']:.1f} %"]
         for answer in answers
         for position, ranked in enumerate(answer["labels"])
     ]
-    print_table(["image", "label", "probability"], rows)
+    print_result(answers, as_json, TextTable(["image", "label", "probability"], rows))
 
 
 @app.command()
@@ -544,6 +533,7 @@ def students(
     from export.students.candidates import candidates
     from export.students.chart import render_students
     from export.students.measure import PRECISIONS, RUNTIMES, measure_students
+    from export.students.table import students_table
     from toolchain.filesystem import write_json
 
     _refuse_torchrun()
@@ -569,11 +559,10 @@ def students(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "students.json", fit + failed)
     (out / "students.png").write_bytes(render_students(fit))
-    if as_json:
-        print_json(fit + failed)
-    else:
-        _print_students(fit, failed)
-        print_note(out / "students.png")
+    table, lines = students_table(fit) if fit else (None, [])
+    problems = [Note(f"{row['name']} {row['precision']} could not be measured: {row['status']}") for row in failed]
+    tables = [table] if table else []
+    print_result(fit + failed, as_json, *tables, *lines, *problems, Note(str(out / "students.png")))
     if len(failed) == len(rows):
         raise ClipkdError(f"no candidate could be measured on {device}: {failed[0]['status']}")
     if not fit:
@@ -607,23 +596,15 @@ def inspect_data(
     Example: [bold]clipkd data inspect "data/cc3m/{00000..00331}.tar" --kind webdataset --sheet cc3m.png[/]
     """
     from toolchain.data.inspection import inspect
-    from toolchain.data.inspection_tables import corrupt_samples, counts, distributions
+    from toolchain.data.inspection_tables import inspection_tables
     from toolchain.data.open import source_spec
 
     spec = source_spec(source, kind)
     with open_screen() as screen:
         screen.starts("inspect")
         document = inspect(spec, sample=sample, sheet=sheet, progress=screen.progress)
-    if as_json:
-        print_json({"source": source, **document})
-        return
-    print_table(["of the source", ""], counts(document), right=[""])
-    if (spread := distributions(document))[1]:
-        print_table(*spread, right=spread[0][1:])
-    if broken := corrupt_samples(document):
-        print_table(["broken", "samples", "the first of them"], broken, right=["samples"])
-    if document["sheet"]:
-        print_line(document["sheet"])
+    sheets = [document["sheet"]] if document["sheet"] else []
+    print_result({"source": source, **document}, as_json, *inspection_tables(document), *sheets)
 
 
 @data_app.command("pack")
@@ -650,12 +631,8 @@ def pack_data(
     for reason, found in index["left_out"].items():
         examples = "\n  ".join(found["examples"])
         print_note(f"left out {found['count']:,}: {reason}\n  {examples}")
-    if as_json:
-        print_json({"path": str(out), **index})
-        return
-    shards, samples = len(index["shards"]), index["samples"]
-    print_note(f"{samples:,} samples in {shards:,} shard(s), {index['bytes'] / 1e6:,.1f} MB")
-    print_line(out / INDEX)
+    size = f"{index['samples']:,} samples in {len(index['shards']):,} shard(s), {index['bytes'] / 1e6:,.1f} MB"
+    print_result({"path": str(out), **index}, as_json, Note(size), out / INDEX)
 
 
 devices_app = typer.Typer(
@@ -681,19 +658,14 @@ def list_devices(
     from export.devices.table import devices_table, presets_table
 
     if presets:
-        if as_json:
-            print_json({name: asdict(preset) for name, preset in PRESETS.items()})
-            return
-        print_table(*presets_table(), no_wrap=["preset"])
+        print_result({name: asdict(preset) for name, preset in PRESETS.items()}, as_json, presets_table())
         return
     from export.devices.doctor import local_devices
 
     known = read_devices()
     here = local_devices()
-    if as_json:
-        print_json({"local": here, "remote": [asdict(device) for device in known.values()]})
-        return
-    print_table(*devices_table(here, known.values()))
+    document = {"local": here, "remote": [asdict(device) for device in known.values()]}
+    print_result(document, as_json, devices_table(here, known.values()))
 
 
 @devices_app.command("add")
@@ -722,10 +694,7 @@ def add_device(
     if preset is not None:
         print_note(PRESETS[preset].notes)
     print_note(f"Try it with: clipkd devices test {name}")
-    if as_json:
-        print_json(asdict(device))
-    else:
-        print_line(config_file())
+    print_result(asdict(device), as_json, config_file())
 
 
 @devices_app.command("test")
@@ -736,9 +705,10 @@ def try_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
     """
     from export.devices.doctor import examine, problem
     from export.devices.registry import find_device
+    from export.devices.table import capabilities_table, machine_lines
 
     document = examine(find_device(name))
-    _print_capabilities(document, as_json)
+    print_result(document, as_json, capabilities_table(document), *machine_lines(document.get("machine")))
     if lacking := problem(document["rows"]):
         raise lacking
 
@@ -752,10 +722,7 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
     from export.devices.registry import remove_device as forget
 
     forget(name)
-    if as_json:
-        print_json({"removed": name})
-    else:
-        print_line(name)
+    print_result({"removed": name}, as_json, name)
 
 
 @app.command()
@@ -771,13 +738,14 @@ def doctor(
     Example: [bold]clipkd doctor glyphs --device orin[/]
     """
     from export.devices.doctor import device_named, diagnose, problem
+    from export.devices.table import capabilities_table, machine_lines
 
     loaded = None if recipe is None else _recipe(recipe, None)
     where = None if device is None else device_named(device)
     with open_screen() as screen:
         screen.starts("doctor")
         document = diagnose(loaded, where, progress=screen.progress)
-    _print_capabilities(document, as_json)
+    print_result(document, as_json, capabilities_table(document), *machine_lines(document.get("machine")))
     if lacking := problem(document["rows"]):
         raise lacking
 
@@ -799,10 +767,8 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
 
     described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
     headlines = {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
-    if as_json:
-        print_json(headlines)
-        return
-    print_table(["recipe", "what it does"], headlines.items(), no_wrap=["recipe"])
+    table = TextTable(["recipe", "what it does"], list(headlines.items()), no_wrap=["recipe"])
+    print_result(headlines, as_json, table)
 
 
 @recipes_app.command("copy")
@@ -842,12 +808,11 @@ def show(
 
     loaded = load_recipe(recipe_path(recipe), overrides)
     stages = [{"stage": path, "state": stage_state(out / path) if out else "not made"} for path in stage_paths(loaded)]
-    if as_json:
-        print_json({"recipe": loaded.model_dump(mode="json"), "stages": stages})
-        return
-    stdout.print(yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False, end="")
-    for stage in stages:
-        print_line(f"# {stage['stage']}: {stage['state']}")
+    resolved = loaded.model_dump(mode="json")
+    lines = [f"# {stage['stage']}: {stage['state']}" for stage in stages]
+    print_result(
+        {"recipe": resolved, "stages": stages}, as_json, yaml.safe_dump(resolved, sort_keys=False).rstrip("\n"), *lines
+    )
 
 
 @app.command()
@@ -867,11 +832,7 @@ def verify(
         if not stages:
             raise UsageError(f"{directory}: no clipkd stage in it; expected a run, or a directory with {MANIFEST}")
         checked |= {str(path): open_stage(path).digest for path in stages if not path.name.startswith(".")}
-    if as_json:
-        print_json(checked)
-        return
-    for path in checked:
-        print_line(f"ok {path}")
+    print_result(checked, as_json, *(f"ok {path}" for path in checked))
 
 
 @contextmanager
@@ -927,59 +888,25 @@ def _refuse_torchrun() -> None:
 
 
 def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
-    if as_json:
-        print_json({name: {"path": str(stage.path), **stage.manifest["summary"]} for name, stage in stages.items()})
-        return
-    for stage in stages.values():
-        print_line(stage.path)
+    document = {name: {"path": str(stage.path), **stage.manifest["summary"]} for name, stage in stages.items()}
+    print_result(document, as_json, *(stage.path for stage in stages.values()))
 
 
 def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
-    if as_json:
-        print_json(document)
-        return
-    from toolchain.report.tables import terminal_rows
+    from toolchain.report.tables import terminal_table
 
-    headers, rows = terminal_rows(document)
-    if len({row["runtime"] for row in document["rows"]}) == 1:  # then the names, which end in the precision, say it all
-        kept = [index for index, header in enumerate(headers) if header not in ("runtime", "precision")]
-        headers, rows = [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
-    print_table(headers, rows)
-    print_note(f"{out / 'report.html'}")
-
-
-def _print_comparison(compared: "Comparison", as_json: bool) -> None:
-    from toolchain.report.compare import comparison_table
-
-    if as_json:
-        print_json(asdict(compared) | {"holds": compared.holds})
-    else:
-        print_table(*comparison_table(compared))
-
-
-def _print_choice(choice: "Choice") -> None:
-    from toolchain.report.choose_model import choice_lines
-
-    for line in choice_lines(choice):
-        print_line(line)
-    for warning in choice.warnings:
-        print_note(f"warning: {warning}")
-    if choice.rejected:
-        print_table(["rejected", "why"], ([str(row["name"]), "; ".join(why)] for row, why in choice.rejected))
+    print_result(document, as_json, terminal_table(document), Note(str(out / "report.html")))
 
 
 def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
     from export.pipeline.choices_table import choices_table
 
-    if as_json:
-        print_json(document)
-        return
-    for runtime, found in document["runtimes"].items():
+    for runtime, found in document["runtimes"].items() if not as_json else ():
         shipped = f"{found['precision']}  {run / found['model']}" if found["model"] else "nothing to ship"
         print_line(f"{runtime}: {shipped}")
         for warning in found["warnings"]:
             print_note(f"warning: {runtime}: {warning}")
-    print_table(*choices_table(document))
+    print_result(document, as_json, choices_table(document))
 
 
 def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
@@ -988,46 +915,6 @@ def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
     without = [runtime for runtime, found in runtimes if found["model"] is None]
     if without:
         raise GateError(f"{run / 'auto.json'}: nothing to ship for {', '.join(without)}, not even fp32; it says why")
-
-
-def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print_json(rows)
-        return
-    from export.profiling.table import table
-
-    headers, cells = table(rows)
-    print_table(headers, cells, no_wrap=[header for header in headers if header.startswith("p50")])
-    to_lock = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
-    if to_lock:
-        print_note("Clocks float, so no grade is A. What would lock them, which clipkd never does:")
-        for command in to_lock:
-            print_note(command)
-
-
-def _print_capabilities(document: dict[str, Any], as_json: bool) -> None:
-    from export.devices.table import capabilities_table, machine_lines
-
-    if as_json:
-        print_json(document)
-        return
-    print_table(*capabilities_table(document), no_wrap=["capability"])
-    if document.get("machine") is not None:
-        for line in machine_lines(document["machine"]):
-            print_line(line)
-
-
-def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
-    from export.students.table import students_table
-
-    if fit:
-        headers, rows, notes = students_table(fit)
-        wide = ("student", *headers[2:-1])
-        print_table(headers, rows, right=headers[2:-1], no_wrap=wide, dense=True)  # fits into 100 columns
-        for note in notes:
-            print_line(note)
-    for row in failed:
-        print_note(f"{row['name']} {row['precision']} could not be measured: {row['status']}")
 
 
 def main() -> NoReturn:

@@ -20,6 +20,7 @@ MODULES = [
 # A module or package imports only what stands above it here.
 IMPORT_ORDER = (
     "toolchain.errors",
+    "toolchain.text_table",
     "toolchain.significance",
     "toolchain.provenance",
     "toolchain.filesystem",

@@ -19,7 +19,7 @@ from export.devices import describe as describe_module
 from export.profiling import protocol as profile_module
 from export.profiling.protocol import QUICK, STANDARD, Effort, profile_together
 from export.profiling.summary import MIN_SAMPLES_P99
-from export.profiling.table import table
+from export.profiling.table import profiles_table
 from toolchain.errors import MissingDependency
 from toolchain.report.collect import collect
 from toolchain.stage import RESOLVED, StageSpec, open_stage, run_stage
@@ -297,7 +297,7 @@ def test_the_table_has_what_the_protocol_promises() -> None:
     results = {tower: test_profile.documents([1.0, 1.25, 2.0], n=40) for tower in ("image", "text")}
     files = {"image": Path(__file__), "text": Path(__file__)}
     found = profile_module._profile_of(files, results, machine, 2, "cpu", [], "0").document
-    headers, (shown, failed) = table(
+    headers, (shown, failed), *_ = profiles_table(
         [{"model": "m", "status": "ok", **found}, {"model": "n", "status": "it crashed\nfor this reason"}]
     )
     assert dict(zip(headers, shown, strict=True)) == {
@@ -315,9 +315,9 @@ def test_the_table_has_what_the_protocol_promises() -> None:
     }
     assert failed == ["n", *["-"] * 9, "it crashed"]
     twins = [{"model": f"{run}/m", "status": f"{run}/m/image.onnx: {'why ' * 30}\nmore"} for run in ("a", "b")]
-    assert [row[0] for row in table(twins)[1]] == ["a/m", "b/m"], "as much as tells them apart"
-    assert {row[-1] for row in table(twins)[1]} == {f"image.onnx: {'why ' * 22}…"}
-    assert "status" not in table([{"model": "m", "status": "ok", **found}])[0]
+    assert [row[0] for row in profiles_table(twins)[1]] == ["a/m", "b/m"], "as much as tells them apart"
+    assert {row[-1] for row in profiles_table(twins)[1]} == {f"image.onnx: {'why ' * 22}…"}
+    assert "status" not in profiles_table([{"model": "m", "status": "ok", **found}])[0]
 
 
 @pytest.mark.parametrize(("calls", "said"), [(("a", "a"), "1.10"), (("a", "b"), "1.10 (may be chance)")])
@@ -335,7 +335,7 @@ def test_models_that_took_turns_are_held_against_each_other_turn_by_turn(calls: 
         ).document
         for call, slower in zip(calls, (1.0, 1.1), strict=True)
     ]
-    headers, (_, second) = table(rows)
+    headers, (_, second), *_ = profiles_table(rows)
     assert second[headers.index("p50 to\nthe first")] == said
 
 

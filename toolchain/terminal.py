@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from toolchain.text_table import Note, TextTable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -89,9 +91,19 @@ def open_screen() -> "Iterator[TerminalScreen]":
         yield TerminalScreen(bar)
 
 
-def print_json(document: Any) -> None:
-    """Print one JSON document on stdout."""
-    stdout.print_json(json.dumps(document))
+def print_result(document: Any, as_json: bool, *shown: TextTable | Note | object) -> None:
+    """Print a command's result: as one JSON document, or what a person reads, tables and lines in order."""
+    if as_json:
+        stdout.print_json(json.dumps(document))
+        return
+    for part in shown:
+        match part:
+            case TextTable():
+                print_table(part)
+            case Note():
+                print_note(part.text)
+            case _:
+                print_line(part)
 
 
 def print_line(text: object) -> None:
@@ -104,29 +116,18 @@ def print_note(text: object) -> None:
     stderr.print(str(text), soft_wrap=True, highlight=False, markup=False)
 
 
-def print_table(
-    headers: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    right: Collection[str] = (),
-    no_wrap: Collection[str] = (),
-    dense: bool = False,
-) -> None:
-    """Print a table on stdout; a file or a pipe gets whole cells.
-
-    Columns whose header is in `right` are aligned to the right, those in `no_wrap` are never broken over lines.  A
-    dense table has no space left of its cells.
-    """
+def print_table(table: TextTable) -> None:
+    """Print a table on stdout; a file or a pipe gets whole cells."""
     columns = [
         Column(
             escape(header),
-            justify="right" if header in right else "left",
-            no_wrap=header in no_wrap,
+            justify="right" if header in table.right else "left",
+            no_wrap=header in table.no_wrap,
             overflow="fold",
         )
-        for header in headers
+        for header in table.headers
     ]
-    table = Table(*columns, padding=(0, 0, 0, 1) if dense else (0, 1))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    (stdout if stdout.is_terminal else Console(width=160)).print(table)
+    drawn = Table(*columns, padding=(0, 0, 0, 1) if table.dense else (0, 1))
+    for row in table.rows:
+        drawn.add_row(*map(escape, row))
+    (stdout if stdout.is_terminal else Console(width=160)).print(drawn)

@@ -5,10 +5,11 @@ from typing import Any
 
 from export.devices.presets import PRESETS
 from export.devices.registry import Device
+from toolchain.text_table import TextTable
 
 
-def capabilities_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: a row for each capability, with the line that fixes what is missing."""
+def capabilities_table(document: Mapping[str, Any]) -> TextTable:
+    """Return a row for each capability, with the line that fixes what is missing."""
     rows = [
         [
             "needed" if row["needed"] else "",
@@ -19,11 +20,13 @@ def capabilities_table(document: Mapping[str, Any]) -> tuple[list[str], list[lis
         ]
         for row in document["rows"]
     ]
-    return ["", "capability", "where", "status", "detail"], rows
+    return TextTable(["", "capability", "where", "status", "detail"], rows, no_wrap=["capability"])
 
 
-def machine_lines(machine: Mapping[str, Any]) -> list[str]:
-    """Return two lines that describe a machine: processor, then memory, disk and system."""
+def machine_lines(machine: Mapping[str, Any] | None) -> list[str]:
+    """Return two lines that describe a machine: processor, then memory, disk and system; none for no machine."""
+    if machine is None:
+        return []
     quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
     limit = machine["memory_limit_bytes"]
     memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" + (f", limit {limit / 1e9:.1f} GB" if limit else "")
@@ -34,8 +37,8 @@ def machine_lines(machine: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def presets_table() -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: what each known board supports."""
+def presets_table() -> TextTable:
+    """Return what each known board supports."""
     rows = [
         [
             name,
@@ -47,11 +50,11 @@ def presets_table() -> tuple[list[str], list[list[str]]]:
         ]
         for name, preset in PRESETS.items()
     ]
-    return ["preset", "board", "runtimes", "TensorRT", "precisions", "notes"], rows
+    return TextTable(["preset", "board", "runtimes", "TensorRT", "precisions", "notes"], rows, no_wrap=["preset"])
 
 
-def devices_table(local: Iterable[Mapping[str, str]], remote: Iterable[Device]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: the devices of this machine, then those reached by ssh."""
+def devices_table(local: Iterable[Mapping[str, str]], remote: Iterable[Device]) -> TextTable:
+    """Return the devices of this machine, then those reached by ssh."""
     rows = [[found["name"], "here", found["what"]] for found in local]
     rows += [[device.name, device.destination, device.preset or "-"] for device in remote]
-    return ["device", "where", "what"], rows
+    return TextTable(["device", "where", "what"], rows)

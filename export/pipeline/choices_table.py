@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from toolchain.text_table import TextTable
+
 HEADERS = ["runtime", "precision", "verdict", "top-1 drop, pp", "p50 ms", "grade", "why"]
 
 
-def choices_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows of auto.json: a row for each candidate."""
+def choices_table(document: Mapping[str, Any]) -> TextTable:
+    """Return a row for each candidate of auto.json."""
     rows = []
     for runtime, found in document["runtimes"].items():
         for row in found["candidates"]:
@@ -17,4 +19,4 @@ def choices_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
             took = "-" if p50_ms is None else f"{p50_ms:.4g} [{row['p50_low_ms']:.4g}, {row['p50_high_ms']:.4g}]"
             grade = " ".join(filter(None, [row["grade"] or "-", ", ".join(row["flags"])]))
             rows.append([runtime, row["precision"], row["verdict"], lost, took, grade, row["reason"]])
-    return HEADERS, rows
+    return TextTable(HEADERS, rows)

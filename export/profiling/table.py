@@ -8,12 +8,13 @@ from typing import Any
 
 from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99
 from toolchain.significance import told_apart
+from toolchain.text_table import Note, TextTable
 
 _REASON_CHARACTERS = 100  # in the table; the whole of it is the error's
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the printed table of rows with `model` and `status`, and a profile where that is `ok`.
+def profiles_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the printed table of rows with `model` and `status`, and a profile where that is `ok`.
 
     Times are milliseconds to three digits; a percentile of too few samples says how few.
     """
@@ -32,9 +33,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
         for row in rows
     ]
     status = [[] if all_ok else [_reason(row)] for row in rows]
-    return headers + ([] if all_ok else ["status"]), [
-        [name, *measured, *said] for name, measured, said in zip(names, cells, status, strict=True)
-    ]
+    return TextTable(
+        headers + ([] if all_ok else ["status"]),
+        [[name, *measured, *said] for name, measured, said in zip(names, cells, status, strict=True)],
+        no_wrap=["p50 ms [95 %]", "p50 to\nthe first"],
+    )
+
+
+def clocks_note(rows: Sequence[Mapping[str, Any]]) -> list[Note]:
+    """Return the commands that would lock the clocks that float, if any do."""
+    commands = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
+    said = "Clocks float, so no grade is A. What would lock them, which clipkd never does:"
+    return [Note("\n".join((said, *commands)))] if commands else []
 
 
 def _reason(row: Mapping[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from toolchain.text_table import TextTable
+
 _NUMBERS = ("p50 ms", "95 %", "params M", "GMACs", "MB", "top-1 %")
 
 
-def students_table(fit: list[dict[str, Any]]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return headers, a row for each student, and the lines that explain them; a star marks a place on a front."""
+def students_table(fit: list[dict[str, Any]]) -> tuple[TextTable, list[str]]:
+    """Return a row for each student, and the lines that explain them; a star marks a place on a front."""
     sources = list(dict.fromkeys(row["source"] for row in fit if row["source"]))
     rows = []
     for row in fit:
@@ -40,5 +42,6 @@ def students_table(fit: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
         notes.append(
             "top-1: ImageNet zero-shot, as published for the float model; in brackets: it is not this row's own"
         )
+    headers = ["student", "", *_NUMBERS, "grade"]
     notes += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
-    return ["student", "", *_NUMBERS, "grade"], rows, notes
+    return TextTable(headers, rows, right=_NUMBERS, no_wrap=["student", *_NUMBERS], dense=True), notes

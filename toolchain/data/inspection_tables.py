@@ -2,11 +2,20 @@
 
 from typing import Any
 
-Rows = list[list[str]]
+from toolchain.text_table import TextTable
 
 
-def counts(document: dict[str, Any]) -> Rows:
-    """Return two columns: what was counted, and how many."""
+def inspection_tables(document: dict[str, Any]) -> list[TextTable]:
+    """Return a table of counts and, where there is something to show, of distributions and of corrupt samples."""
+    tables = [_counts(document)]
+    if document["good"]:
+        tables.append(_distributions(document))
+    if document["broken"]:
+        tables.append(_corrupt_samples(document))
+    return tables
+
+
+def _counts(document: dict[str, Any]) -> TextTable:
     rows = [("samples", document["samples"])]
     if document["sampled"] is not None:
         rows.append(("  of these read, chosen by chance; what follows is of them", document["sampled"]))
@@ -20,13 +29,11 @@ def counts(document: dict[str, Any]) -> Rows:
         ("captions that occurred before", document["same_captions"]["count"]),
         ("bytes of pictures", document["picture_bytes"].get("sum", 0)),
     ]
-    return [[name, f"{number:,}"] for name, number in rows]
+    return TextTable(["of the source", ""], [[name, f"{number:,}"] for name, number in rows], right=[""])
 
 
-def distributions(document: dict[str, Any]) -> tuple[list[str], Rows]:
-    """Return headers and rows: the quantiles of sizes, caption counts and caption lengths; no rows without a sample."""
-    if not document["good"]:
-        return [], []
+def _distributions(document: dict[str, Any]) -> TextTable:
+    """Return the quantiles of image sizes, caption counts and caption lengths."""
     lengths = document["caption_length"]
     measured = {
         "width, px": document["width"],
@@ -37,11 +44,11 @@ def distributions(document: dict[str, Any]) -> tuple[list[str], Rows]:
     }
     shares = [f"{100 * float(share):g} %" for share in document["width"]]
     rows = [[name, *(f"{value:,}" for value in found.values())] for name, found in measured.items()]
-    return ["share of all at most", *shares], rows
+    return TextTable(["share of all at most", *shares], rows, right=shares)
 
 
-def corrupt_samples(document: dict[str, Any]) -> Rows:
-    """Return a row for each reason: the reason, the number of samples, the first of them."""
-    return [
+def _corrupt_samples(document: dict[str, Any]) -> TextTable:
+    rows = [
         [reason, f"{damage['count']:,}", "\n".join(damage["examples"])] for reason, damage in document["broken"].items()
     ]
+    return TextTable(["broken", "samples", "the first of them"], rows, right=["samples"])

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from toolchain.text_table import Note, TextTable
+
 HEADERS = ["model", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "drop from the first, pp", "p"]
 
 
-def evaluation_table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: a row for each model and set; each model is compared with the first."""
+def evaluation_table(document: dict[str, Any]) -> TextTable:
+    """Return a row for each model and set; each model is compared with the first."""
     rows = []
     for scored in document["models"]:
         for name, scores in scored["sets"].items():
@@ -24,14 +26,16 @@ def evaluation_table(document: dict[str, Any]) -> tuple[list[str], list[list[str
                     f"{lost['p']:.2g}" if lost else "-",
                 ]
             )
-    return HEADERS, rows
+    return TextTable(HEADERS, rows)
 
 
-def unreadable_images(document: dict[str, Any]) -> list[str]:
-    """Return a line for each set that has unreadable images; every model was shown the same ones."""
+def unreadable_images(document: dict[str, Any]) -> list[Note]:
+    """Return a note for each set that has unreadable images; every model was shown the same ones."""
     return [
-        f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: "
-        + ", ".join(scores["unreadable"]["first"])
+        Note(
+            f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: "
+            + ", ".join(scores["unreadable"]["first"])
+        )
         for name, scores in document["models"][0]["sets"].items()
         if "unreadable" in scores
     ]

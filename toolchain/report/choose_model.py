@@ -14,6 +14,7 @@ from typing import Any
 
 from toolchain.errors import UsageError
 from toolchain.report.row import Row
+from toolchain.text_table import TextTable
 
 NUMBERS = {
     **dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "size_bytes", "train_s"), -1),
@@ -171,6 +172,12 @@ def _warnings(fit: Sequence[Row], by: str) -> list[str]:
         if low is not None and high is not None and low <= high:
             said.append(f"its 95 % interval of top-1 overlaps that of the runner-up, {fit[1]['name']}")
     return said
+
+
+def rejected_table(choice: Choice) -> TextTable:
+    """Return why each of the other models was not chosen."""
+    rows = [[str(row["name"]), "; ".join(reasons)] for row, reasons in choice.rejected]
+    return TextTable(["rejected", "why"], rows)
 
 
 def choice_lines(choice: Choice) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from toolchain.report.row import Row
 from toolchain.significance import MIN_PROCESSES, told_apart
+from toolchain.text_table import TextTable
 
 _IDENTITY = ("role", "runtime", "pytorch", "precision", "device", "machine", "batch", "headline")
 
@@ -92,8 +93,8 @@ def _told_apart(old: Row, new: Row) -> bool:
     return bool(ends[1] < ends[2] or ends[3] < ends[0])
 
 
-def comparison_table(compared: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: how each model changed, then those that are gone, then the new ones."""
+def comparison_table(compared: Comparison) -> TextTable:
+    """Return how each model changed, then those that are gone, then the new ones."""
     rows = []
     for change in compared.changes:
         ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
@@ -103,4 +104,4 @@ def comparison_table(compared: Comparison) -> tuple[list[str], list[list[str]]]:
         rows.append([change.name, ratio, points, "; ".join(change.worse)])
     rows += [[name, "-", "-", "gone"] for name in compared.only_old]
     rows += [[name, "-", "-", "(new)"] for name in compared.only_new]
-    return ["name", "p50 new / old", "top-1 change", "worse"], rows
+    return TextTable(["name", "p50 new / old", "top-1 change", "worse"], rows)

@@ -18,6 +18,7 @@ from toolchain.report.units import (
     format_points,
     or_dash,
 )
+from toolchain.text_table import TextTable
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ def terminal_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the printed table."""
     shown = columns(report["rows"])
     return [column.header for column in shown], [[column.text(row) for column in shown] for row in report["rows"]]
+
+
+def terminal_table(report: dict[str, Any]) -> TextTable:
+    """Return the table that the terminal shows, without runtime and precision where the names say both."""
+    headers, rows = terminal_rows(report)
+    if len({row["runtime"] for row in report["rows"]}) == 1:  # the names end in the precision
+        kept = [index for index, header in enumerate(headers) if header not in ("runtime", "precision")]
+        headers, rows = [headers[index] for index in kept], [[row[index] for index in kept] for row in rows]
+    return TextTable(headers, rows)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
