@@ -20,44 +20,44 @@ PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture
 BEGIN, END = "<!-- import order: written by benchmarks/architecture.py -->", "<!-- end of import order -->"
 INK, QUIET, ARROW = "#1a1d21", "#5c636b", "#b34700"
 LANES = {  # name: (bottom, top, colour)
-    "toolchain/: the training machine": (2.35, 5.05, "#f3f6fb"),
-    "export/: what leaves it": (-0.65, 2.05, "#f4f8f2"),
+    "toolchain/: the training machine": (2.55, 5.55, "#f3f6fb"),
+    "export/: what leaves it": (-0.75, 2.25, "#f4f8f2"),
 }
-BOXES = {  # package: (x, y), in what is drawn as a grid of about 2 by 1
-    "recipe": (0.0, 3.7),
-    "data": (2.1, 4.4),
-    "models": (2.1, 3.0),
-    "distillation": (4.2, 3.7),
-    "quantization": (6.3, 3.7),
-    "evaluation": (8.4, 3.7),
-    "report": (10.5, 3.7),
-    "students": (2.1, 1.4),
-    "graphs": (5.25, 1.4),
-    "proof": (7.35, 1.4),
-    "profiling": (9.45, 1.4),
-    "runtime": (7.35, 0.0),
-    "devices": (9.45, 0.0),
-    "device_programs": (11.55, 0.0),
+BOXES = {  # package: the middle of its box
+    "recipe": (0.0, 4.0),
+    "data": (2.6, 4.7),
+    "models": (2.6, 3.3),
+    "distillation": (5.0, 4.0),
+    "quantization": (7.4, 4.0),
+    "evaluation": (9.5, 4.0),
+    "report": (12.9, 4.0),
+    "students": (2.6, 1.5),
+    "graphs": (6.2, 1.5),
+    "runtime": (9.5, 1.5),
+    "proof": (11.8, 1.5),
+    "profiling": (14.15, 1.5),
+    "devices": (14.15, -0.1),
+    "device_programs": (11.3, -0.1),
 }
-FLOWS = [  # from, to, the value
-    ("recipe", "data", "DataSpec"),
-    ("recipe", "models", "ModelSpec"),
-    ("data", "distillation", "TrainingData"),
-    ("models", "distillation", "ClipModel"),
-    ("distillation", "quantization", "checkpoint"),
-    ("distillation", "graphs", "checkpoint"),
-    ("quantization", "graphs", "int8\ncheckpoint"),
-    ("graphs", "proof", "exported\nmodel"),
-    ("runtime", "proof", "Encoders"),
-    ("runtime", "evaluation", "Encoders"),
-    ("proof", "profiling", "parity.json"),
-    ("devices", "profiling", "runner's\ndocument"),
-    ("device_programs", "devices", "programs"),
-    ("evaluation", "report", "evaluation.json"),
-    ("profiling", "report", "profile.json"),
-    ("models", "students", "untrained\nClipModel"),
+FLOWS = [  # from, to, the value, and where its name stands beside the middle of the arrow
+    ("recipe", "data", "DataSpec", (-0.35, 0.2)),
+    ("recipe", "models", "ModelSpec", (-0.35, -0.2)),
+    ("data", "distillation", "TrainingData", (0.45, 0.2)),
+    ("models", "distillation", "ClipModel", (0.4, -0.2)),
+    ("distillation", "quantization", "checkpoint", (0, 0.16)),
+    ("distillation", "graphs", "checkpoint", (-0.6, 0)),
+    ("quantization", "graphs", "int8 checkpoint", (0.85, 0)),
+    ("graphs", "runtime", "exported model", (0, 0.16)),
+    ("runtime", "proof", "Encoders", (0, 0.16)),
+    ("runtime", "evaluation", "Encoders", (0.5, 0)),
+    ("proof", "profiling", "parity.json", (0, 0.16)),
+    ("devices", "profiling", "runner's\ndocument", (-0.55, 0)),
+    ("device_programs", "devices", "programs", (0, 0.16)),
+    ("evaluation", "report", "evaluation.json", (0, 0.16)),
+    ("profiling", "report", "profile.json", (0.7, 0.1)),
+    ("models", "students", "untrained\nClipModel", (0.6, 0)),
 ]
-WIDTH, HEIGHT = 1.5, 0.56
+WIDTH, HEIGHT = 1.6, 0.56
 
 
 def main() -> None:
@@ -81,35 +81,36 @@ def purpose(name: str) -> str:
 
 
 def draw() -> Figure:
-    figure = Figure(figsize=(13.2, 6.6), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13.6, 5.6), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlim=(-1.1, 12.65), ylim=(-0.75, 5.15))
+    axes.set(xlim=(-1.1, 15.4), ylim=(-0.85, 5.65))
     axes.axis("off")
     for title, (bottom, top, colour) in LANES.items():
         style = "round,pad=0,rounding_size=0.12"
-        axes.add_patch(FancyBboxPatch((-1.0, bottom), 13.5, top - bottom, boxstyle=style, fc=colour, ec="none"))
+        axes.add_patch(FancyBboxPatch((-1.0, bottom), 16.3, top - bottom, boxstyle=style, fc=colour, ec="none"))
         axes.text(-0.85, top - 0.12, title, va="top", color=QUIET, fontsize=11)
-        axes.text(12.35, top - 0.12, "pipeline/ makes each a stage", va="top", ha="right", color=QUIET, fontsize=11)
+        axes.text(-0.85, bottom + 0.12, "pipeline/ makes each a stage", color=QUIET, fontsize=9)
     for name, (x, y) in BOXES.items():
         corner, style = (x - WIDTH / 2, y - HEIGHT / 2), "round,pad=0,rounding_size=0.08"
         axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, fc="white", ec=INK, lw=1.1, zorder=3))
         axes.text(x, y, name, ha="center", va="center", color=INK, fontsize=10.5, zorder=4)
-    for start, end, value in FLOWS:
-        draw_flow(axes, BOXES[start], BOXES[end], value)
+    for start, end, value, beside in FLOWS:
+        draw_flow(axes, BOXES[start], BOXES[end])
+        (x0, y0), (x1, y1) = BOXES[start], BOXES[end]
+        middle = ((x0 + x1) / 2 + beside[0], (y0 + y1) / 2 + beside[1])
+        axes.text(*middle, value, ha="center", va="center", color=ARROW, fontsize=8, zorder=5)
     return figure
 
 
-def draw_flow(axes: Axes, start: tuple[float, float], end: tuple[float, float], value: str) -> None:
-    """Draw an arrow from the border of one box to that of another, its value beside its middle."""
+def draw_flow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow from the border of one box to that of another."""
     dx, dy = end[0] - start[0], end[1] - start[1]
-    reach = min((WIDTH / 2 + 0.04) / abs(dx) if dx else 1, (HEIGHT / 2 + 0.04) / abs(dy) if dy else 1)
+    across = (WIDTH / 2 + 0.05) / abs(dx) if dx else 1
+    along = (HEIGHT / 2 + 0.05) / abs(dy) if dy else 1
+    reach = min(across, along)
     tail, head = (start[0] + reach * dx, start[1] + reach * dy), (end[0] - reach * dx, end[1] - reach * dy)
-    axes.annotate(
-        "", head, tail, arrowprops={"arrowstyle": "-|>", "color": ARROW, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
-    )
-    middle = ((tail[0] + head[0]) / 2, (tail[1] + head[1]) / 2)
-    box = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.8}
-    axes.text(*middle, value, ha="center", va="center", color=ARROW, fontsize=7.6, bbox=box, zorder=5)
+    style = {"arrowstyle": "-|>", "color": ARROW, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", head, tail, arrowprops=style)
 
 
 if __name__ == "__main__":

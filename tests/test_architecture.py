@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -300,3 +301,10 @@ def test_torch_is_really_absent(failed_without_torch: dict[str, str]) -> None:
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_no_torch_on_the_device(failed_without_torch: dict[str, str], module: str) -> None:
     assert module not in failed_without_torch, failed_without_torch[module]
+
+
+def test_the_page_of_the_architecture_shows_this_order() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^\| \d+ \| `([a-z_.]+)` \|", page, re.MULTILINE)) == IMPORT_ORDER
+    for path in re.findall(r"`((?:toolchain|export|tests|benchmarks)/[a-z_/0-9]+\.py)`", page):
+        assert (REPOSITORY / path).is_file(), path
