@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from toolchain.recipe.recipe import Recipe
     from toolchain.report.choose_model import Choice
     from toolchain.report.compare import Comparison
+    from toolchain.report.row import Report
     from toolchain.stage import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -100,7 +101,7 @@ def run(
         measured |= measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
         if not exported:
             _require_choices(chosen, out)  # there is nothing to report
-        document = report_run(out, measured, screen)  # the table, and the front
+        document = report_run(out, screen)  # the table, and the front
     _print_report(document, out, as_json)
     _require_choices(chosen, out)
 
@@ -961,7 +962,7 @@ def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
         stdout.print(str(stage.path), soft_wrap=True, highlight=False, markup=False)
 
 
-def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
+def _print_report(document: "Report", out: Path, as_json: bool) -> None:
     if as_json:
         stdout.print_json(json.dumps(document))
         return

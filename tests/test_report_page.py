@@ -13,7 +13,8 @@ from test_report import MODELS, add_openvino, add_reference, edit, make_run, wri
 
 from toolchain.errors import ArtifactError
 from toolchain.report.collect import collect
-from toolchain.report.page import read_curve, render_page
+from toolchain.report.curves import read_curve
+from toolchain.report.page import render_page
 from toolchain.report.write import write_report
 
 CHROMIUM = shutil.which("chromium")
