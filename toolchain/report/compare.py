@@ -19,7 +19,7 @@ class Change:
     """New over old; above 1 is slower."""
 
     is_told_apart: bool
-    """Whether the two latencies differ by more than chance: by their processes (latencies.py), or where a report does
+    """True if the latencies differ by more than chance: by their processes (significance.py), or where a report does
     not have enough of them, by disjoint 95 % intervals."""
 
     top1_change: float | None
@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing got worse beyond tolerance; a row that is gone counts as worse."""
+        """Return True if nothing got worse beyond tolerance; a row that is gone counts as worse."""
         return not self.only_old and not any(change.worse for change in self.changes)
 
 

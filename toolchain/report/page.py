@@ -38,7 +38,7 @@ _SYMBOLS = {
 
 
 class Point(TypedDict):
-    """A point of a front, as the script draws it; it also has the fields of FILTERS."""
+    """A point of a front, as the script draws it; it has every field of FILTERS."""
 
     name: str
     device: str
@@ -58,7 +58,7 @@ class Point(TypedDict):
 
 
 class Front(TypedDict):
-    """What the script needs to draw one front."""
+    """One front, as the script draws it."""
 
     headline: str | None
     limits_ms: tuple[float, float]
@@ -91,7 +91,7 @@ class StageCurve(Curve):
 
 
 class PageData(TypedDict):
-    """What the script draws."""
+    """Everything that the script draws."""
 
     fronts: list[Front]
     histograms: list[Histogram]

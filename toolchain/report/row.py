@@ -125,7 +125,7 @@ LESS, MORE = -1, 1
 
 @dataclass(frozen=True)
 class Field:
-    """What is known of a field of a row, beside its name and its type."""
+    """A field of a row: everything that is known of it beside its name and its type."""
 
     kind: Number | Word | None = None
     """None: a list, a mapping or a truth value, which neither a condition nor a table from elsewhere can have."""
@@ -134,16 +134,16 @@ class Field:
     """Returns its value of a measured model; None: `collect` finds it by comparing rows."""
 
     better: int | None = None
-    """Of a number, whether LESS or MORE of it is better; with neither, `best` cannot compare by it."""
+    """LESS or MORE of this number is better; None: `best` does not compare by it."""
 
     where: bool = False
-    """Of a word, whether a condition of `best --where` may name it; numbers may be named if they have `better`."""
+    """True if a condition of `best --where` may name this word; it may name every number that has `better`."""
 
     external: bool = False
-    """Whether a row from elsewhere may give it."""
+    """True if a table of rows from elsewhere may give it."""
 
     identity: bool = False
-    """Whether it says what was measured where: rows of two reports are the same model's if all of these agree."""
+    """True if it tells what was measured where: rows of two reports are compared if all of these agree."""
 
     empty: Any = None
     """Its value where it is unknown."""
