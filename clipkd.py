@@ -49,6 +49,7 @@ except ImportError:  # somebody else's toolchain, which `main` would refuse
 
 if TYPE_CHECKING:
     from toolchain.recipe.recipe import Recipe
+    from toolchain.report.row import Report
     from toolchain.stage import Stage
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -102,7 +103,7 @@ def run(
         measured |= measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
         if not exported:
             _require_choices(chosen, out)  # there is nothing to report
-        document = report_run(out, measured, screen)  # the table, and the front
+        document = report_run(out, screen)  # the table, and the front
     _print_report(document, out, as_json)
     _require_choices(chosen, out)
 
@@ -892,7 +893,7 @@ def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
     print_result(document, as_json, *(stage.path for stage in stages.values()))
 
 
-def _print_report(document: dict[str, Any], out: Path, as_json: bool) -> None:
+def _print_report(document: "Report", out: Path, as_json: bool) -> None:
     from toolchain.report.tables import terminal_table
 
     print_result(document, as_json, terminal_table(document), Note(str(out / "report.html")))

@@ -14,12 +14,12 @@ from test_report import edit, make_run
 from toolchain.errors import UsageError
 from toolchain.report.choose_model import NUMBERS, choose_model, conditions
 from toolchain.report.collect import collect
-from toolchain.report.row import Row
+from toolchain.report.row import ReportRow
 
 Clipkd = Callable[..., Ended]
 
 
-def row(name: str, **fields: Any) -> Row:
+def row(name: str, **fields: Any) -> ReportRow:
     empty = dict.fromkeys(
         (*NUMBERS, "top1_high", "model", "role", "runtime", "pytorch", "precision", "machine", "headline", "run")
     )

@@ -1,7 +1,6 @@
 """The command line: exit codes, whole messages, what goes to stdout, and how little is loaded to help."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -10,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 import yaml
 from conftest import REPOSITORY, Ended
+from test_report import edit, make_run
 
 import clipkd as command
 from export.pipeline import export as deployment_stages
@@ -25,6 +24,8 @@ from export.pipeline import report as report_module
 from toolchain.errors import ClipkdError
 from toolchain.pipeline import train as training_stages
 from toolchain.recipe.load import load_recipe, shipped_recipes
+from toolchain.report.collect import collect
+from toolchain.report.row import COUNT, FIELDS, Field
 from toolchain.stage import Stage, StageSpec, run_stage
 
 Clipkd = Callable[..., Ended]
@@ -474,42 +475,176 @@ def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.Mon
     assert clipkd("distill", "glyphs", "--out", tmp_path / "run").out == f"{tmp_path / 'student'}\n"
 
 
-def test_a_report_older_than_a_measurement_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a kill between measuring and reporting: every stage is cached, but the report is of older ones."""
-    depends: dict[str, Any] = {"kind": "x", "version": 1, "fields": {}, "fingerprints": {}, "inputs": {}}
-    run_stage(StageSpec(tmp_path / "measured", **depends), lambda folder: {})
-    measured = {"student": run_stage(StageSpec(tmp_path / "measured", **depends), lambda folder: {})}
-    assert measured["student"].cached
-    written: list[Path] = []
-
-    def write_report(runs: list[Path], run: Path) -> dict[str, Any]:
-        written.append(run)
-        for suffix in ("json", "csv", "md", "png", "svg", "html"):
-            (run / f"report.{suffix}").write_text('{"rows": []}')
-        return {"rows": []}
-
-    monkeypatch.setattr("toolchain.report.write.write_report", write_report)
-    screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
-    for _ in range(2):
-        assert report_module.report_run(tmp_path, measured, screen) == {"rows": []}  # type: ignore[arg-type]
-    assert written == [tmp_path], "written once, then reused"
-    manifest = measured["student"].path / "manifest.json"
-    newer = (tmp_path / "report.json").stat().st_mtime + 1
-    os.utime(manifest, (newer, newer))
-    report_module.report_run(tmp_path, measured, screen)  # type: ignore[arg-type]
-    assert written == [tmp_path, tmp_path]
+# The report of a run.
 
 
-def test_a_run_of_kits_alone_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing says when what it reports was made, so that what is there already may be older."""
-    written = []
+def reported_run(run: Path) -> Path:
+    """A run of stages with manifests as they are: trained, exported, measured."""
+    make_run(run)
+
+    def again(path: Path) -> None:
+        def copy(folder: Path) -> dict[str, Any]:
+            shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+            summary: dict[str, Any] = json.loads((kept / "manifest.json").read_text())["summary"]
+            return summary
+
+        kept = path.rename(path.with_name(f".{path.name}.kept"))
+        run_stage(StageSpec(path, kind="x", version=1), copy)
+        shutil.rmtree(kept)
+
+    for manifest in sorted(run.rglob("manifest.json")):
+        again(manifest.parent)
+    return run
+
+
+class Lines:
+    """A screen that keeps how stages ended."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def starts(self, stage: str) -> None: ...
+
+    def line(self, name: str, text: str) -> None:
+        assert name == "report"
+        self.lines.append(text)
+
+
+def reported(run: Path) -> str:
+    """How `clipkd run` ends with a run's report; that what is there afterwards is of what the run has."""
+    screen = Lines()
+    document = report_module.report_run(run, screen)  # type: ignore[arg-type]
+    (ended,) = screen.lines
+    assert document == json.loads((run / "report.json").read_text())
+    assert {path.suffix[1:] for path in run.glob("report.*")} == {"json", "csv", "md", "png", "svg", "html"}
+    return ended
+
+
+@pytest.fixture(scope="module")
+def reported_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = reported_run(tmp_path_factory.mktemp("reported") / "run")
+    assert reported(run) == "written"
+    return run
+
+
+def test_a_second_report_and_that_of_a_copied_run_are_cached(reported_once: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in reported_once.glob("report.*")}
+    assert reported(reported_once) == "cached"
+    copied = shutil.copytree(reported_once, tmp_path / "copied", copy_function=shutil.copyfile)  # its files are newer
+    (copied / "recipe.yaml").write_text("# clipkd run elsewhere\n" + (copied / "recipe.yaml").read_text())
+    assert reported(copied) == "cached", "neither times nor the command that was run decide it"
+    assert {path.name: path.read_bytes() for path in copied.glob("report.*")} == before
+
+
+def change_measurement(run: Path) -> None:
+    def work(folder: Path) -> dict[str, Any]:
+        shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        edit(folder / "profile.json", images_per_s=1.0)
+        return {}
+
+    path = run / "measured" / "student-onnxruntime-int8" / "cpu"
+    kept = shutil.copytree(path, run / "kept")
+    run_stage(StageSpec(path, kind="x", version=2), work)
+    shutil.rmtree(kept)
+
+
+def measure_on_another_device(run: Path) -> None:
+    cpu = run / "measured" / "student-onnxruntime-int8" / "cpu"
+    shutil.copytree(cpu, cpu.with_name("orin"))
+
+
+def export_a_kit(run: Path) -> None:
+    """Of a kit nothing is measured here: its row says so."""
+    summary = {"role": "student", "runtime": "tensorrt", "precision": "int8"}
+    run_stage(StageSpec(run / "exported" / "student-tensorrt-int8", kind="export", version=1), lambda folder: summary)
+
+
+def train_again(run: Path) -> None:
+    """The same bytes as before, in another time: digests are as they were."""
+    edit(run / "student" / "manifest.json", summary={"train_s": 1.0})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(change_measurement, measure_on_another_device, export_a_kit, train_again),
+        lambda run: shutil.rmtree(run / "exported" / "teacher-onnxruntime-fp32"),
+        lambda run: (run / "recipe.yaml").write_text("name: other\n"),
+        lambda run: (run / "report.html").unlink(),
+        lambda run: (run / "report.csv").write_text("mine"),
+        lambda run: edit(run / "report.json", rows=[]),
+        lambda run: (run / ".report.json").unlink(),
+        lambda run: (run / ".report.json").write_text("torn"),
+    ],
+    ids=[
+        *("measurement", "device", "kit", "training time", "export", "recipe"),
+        *("deleted file", "edited file", "edited json", "no record", "torn record"),
+    ],
+)
+def test_a_report_of_something_else_is_written_again(
+    reported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]
+) -> None:
+    """As after a kill between measuring and reporting, too: every stage is cached, but the report is of older ones."""
+    monkeypatch.setattr("toolchain.report.chart.render_picture", lambda report, form: b"drawn")
+    run = shutil.copytree(reported_once, tmp_path / "run")
+    change(run)
+    assert reported(run) == "written"
+    assert json.loads((run / "report.json").read_text()) == collect([run])
+    assert reported(run) == "cached"
+
+
+def test_a_new_field_is_in_the_report_of_a_finished_run(
+    reported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(reported_once, tmp_path / "run")
+    monkeypatch.setitem(FIELDS, "opset", Field(COUNT, lambda of: of.summary.get("opset")))
+    assert reported(run) == "written"
+    assert {row["opset"] for row in json.loads((run / "report.json").read_text())["rows"]} == {20}
+    monkeypatch.undo()
+    assert reported(run) == "written"
+
+
+def test_the_report_command_leaves_a_report_that_is_up_to_date(
+    clipkd: Clipkd, reported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolchain.report.chart.render_picture", lambda report, form: b"drawn")
+    run = shutil.copytree(reported_once, tmp_path / "run")
+    (run / "recipe.yaml").write_text("# resolved by clipkd:\nname: glyphs\n")
+    assert clipkd("report", run).code == 0
+    assert reported(run) == "cached"
+    (tmp_path / "rows.csv").write_text("name,device,p50_ms,top1\nrival,cpu,1.0,0.5\n")
+    assert clipkd("report", run, "--external", tmp_path / "rows.csv").code == 0
+    assert reported(run) == "written", "the rows from elsewhere are not the run's"
+    assert clipkd("report", run, "--out", tmp_path / "apart").code == 0
+    assert not (tmp_path / "apart" / ".report.json").exists()
+    assert reported(run) == "cached"
+
+
+def test_a_report_that_is_up_to_date_loads_nothing_heavy(reported_once: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'matplotlib', 'plotly'): sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from export.pipeline.report import report_run\n"
+        "class Screen:\n"
+        "    starts = staticmethod(lambda name: None)\n"
+        "    line = staticmethod(lambda name, text: sys.stdout.write(text))\n"
+        "report_run(Path(sys.argv[1]), Screen)"
+    )
+    ended = python("-c", code, reported_once)
+    assert (ended.returncode, ended.stdout) == (0, "cached"), ended.stderr
+
+
+def test_a_run_of_kits_alone_is_reported(tmp_path: Path) -> None:
+    """What is there already without a record of what it is of may be older."""
+    run = tmp_path / "run"
+    export_a_kit(run)
     for suffix in ("json", "csv", "md", "png", "svg", "html"):
-        (tmp_path / f"report.{suffix}").write_text('{"rows": [1]}')
-    monkeypatch.setattr("toolchain.report.write.write_report", lambda runs, run: written.append(run) or {"rows": []})
-    screen = SimpleNamespace(starts=lambda name: None, line=lambda name, text: None)
-    for _ in range(2):
-        assert report_module.report_run(tmp_path, {}, screen) == {"rows": []}  # type: ignore[arg-type]
-    assert written == [tmp_path, tmp_path]
+        (run / f"report.{suffix}").write_text('{"schema": 1, "rows": [1]}')
+    assert reported(run) == "written"
+    (row,) = json.loads((run / "report.json").read_text())["rows"]
+    assert (row["runtime"], row["status"]) == ("tensorrt", "not measured")
+    assert reported(run) == "cached"
 
 
 def test_adopting_makes_a_run_that_the_other_commands_know(clipkd: Clipkd, tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image
 
 from toolchain.errors import ArtifactError
 from toolchain.report.chart import latency_axis, render_picture
-from toolchain.report.collect import collect, machine_name
+from toolchain.report.collect import collect
 from toolchain.report.findings import findings
+from toolchain.report.measured import machine_name
 from toolchain.report.pareto import pareto_front
+from toolchain.report.row import FIELDS, Number, ReportRow, Word, complete_row
 from toolchain.report.tables import render_csv, render_markdown, terminal_rows
 from toolchain.report.units import duration
 from toolchain.report.write import write_report
@@ -185,8 +188,30 @@ def test_every_row_has_every_field_of_the_contract(run):
     assert len(report["rows"]) == 5
     for row in report["rows"]:
         assert row.keys() >= DESIGN_FIELDS
-        assert row.keys() == report["rows"][0].keys()
+        assert list(row) == list(FIELDS) == list(ReportRow.__annotations__)
     json.dumps(report, allow_nan=False)
+
+
+def test_an_unknown_row_has_values_of_its_own():
+    first, second = complete_row({}), complete_row({"name": "rival"})
+    assert list(first) == list(second) == list(FIELDS)
+    first["flags"].append("noisy")
+    assert (second["name"], second["flags"], second["status"], second["p50_ms"]) == ("rival", [], "ok", None)
+
+
+def test_a_field_can_be_compared_by_best_only_as_what_it_is():
+    for name, field in FIELDS.items():
+        assert field.better is None or isinstance(field.kind, Number), name
+        assert not field.where or isinstance(field.kind, Word), name
+        assert not field.external or field.kind is not None, name
+
+
+def test_every_field_is_documented_and_nothing_else():
+    text = (REPOSITORY / "docs" / "report.md").read_text()
+    section = text.split("## report.json")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert sorted(documented) == sorted(FIELDS)
 
 
 def test_rows_say_what_the_files_say(run):
@@ -510,11 +535,13 @@ def test_markdown_tables_are_rectangular_whatever_names_hold(run):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
-def test_write_report_leaves_five_files_and_nothing_else(run):
+def test_write_report_leaves_six_files_their_record_and_nothing_else(run):
     before = {path.name for path in run.iterdir()}
     report = write_report([run], run)
     written = {path.name for path in run.iterdir()} - before
-    assert written == {"report.json", "report.csv", "report.md", "report.png", "report.svg", "report.html"}
+    files = {"report.json", "report.csv", "report.md", "report.png", "report.svg", "report.html"}
+    assert written == files | {".report.json"}
+    assert set(json.loads((run / ".report.json").read_text())["files"]) == files
     assert json.loads((run / "report.json").read_text()) == report == collect([run])
     again = {name: (run / name).read_bytes() for name in written}
     write_report([run], run)

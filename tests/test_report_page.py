@@ -13,7 +13,9 @@ from test_report import MODELS, add_openvino, add_reference, edit, make_run, wri
 
 from toolchain.errors import ArtifactError
 from toolchain.report.collect import collect
-from toolchain.report.page import read_curve, render_page
+from toolchain.report.curves import read_curve
+from toolchain.report.html_tables import FILTERS
+from toolchain.report.page import Point, render_page
 from toolchain.report.write import write_report
 
 CHROMIUM = shutil.which("chromium")
@@ -117,6 +119,10 @@ def test_the_script_gets_the_numbers_of_the_report(run):
     assert front["line"] == sorted([row["p50_ms"], 100 * row["top1"]] for row in report["rows"] if row["pareto"])
     assert [curve["stage"] for curve in data["curves"]] == ["student", "baseline"]
     assert list(data["curves"][0]["terms"]) == ["task", "crd", "fd", "icl"]
+
+
+def test_points_can_be_filtered_as_rows_are():
+    assert set(FILTERS) <= set(Point.__annotations__)
 
 
 def test_eight_pictures_are_shown_those_first_on_which_models_part(run):

@@ -2,12 +2,12 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolchain.report.pareto import front_groups, group_title
-from toolchain.report.row import ROLE_COLORS, TRUSTED_GRADES, Row
+from toolchain.report.pareto import front_groups, group_title, point
+from toolchain.report.row import ROLE_COLORS, TRUSTED_GRADES, Report, ReportRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +22,8 @@ _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
 _LABEL_DARKNESS = 0.62  # of a role's colour: at least 4.5 : 1 against white for every one of them
 
 
-def render_picture(report: dict[str, Any], form: Literal["png", "svg"]) -> bytes:
-    """p50 (log) against top-1 with both intervals, one panel per device, the front drawn through its points."""
+def render_picture(report: Report, form: Literal["png", "svg"]) -> bytes:
+    """Draw p50 (log) against top-1 with both intervals, one panel per device, the front drawn through its points."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,8 +46,8 @@ def render_picture(report: dict[str, Any], form: Literal["png", "svg"]) -> bytes
     return content.getvalue()
 
 
-def latency_axis(rows: Sequence[Row]) -> tuple[tuple[float, float], list[float]]:
-    """Limits in ms that leave room around the intervals, and round ticks on a logarithmic axis."""
+def latency_axis(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], list[float]]:
+    """Return limits in ms that leave room around the intervals, and round ticks on a logarithmic axis."""
     ends = [row[key] for row in rows for key in ("p50_ms", "p50_low_ms", "p50_high_ms") if row[key] is not None]
     low, high = math.log10(min(ends)), math.log10(max(ends))
     room = max(0.18 * (high - low), 0.1)
@@ -65,20 +65,21 @@ def latency_axis(rows: Sequence[Row]) -> tuple[tuple[float, float], list[float]]
     return (10**low, 10**high), ticks
 
 
-def accuracy_axis(rows: Sequence[Row]) -> tuple[float, float]:
-    """Limits in percent that leave room around the intervals."""
-    ends = [100 * row[key] for row in rows for key in ("top1", "top1_low", "top1_high") if row[key] is not None]
+def accuracy_axis(rows: Sequence[ReportRow]) -> tuple[float, float]:
+    """Return limits in percent that leave room around the intervals."""
+    known = (end for row in rows for end in (row["top1"], row["top1_low"], row["top1_high"]) if end is not None)
+    ends = [100 * end for end in known]
     room = max(0.14 * (max(ends) - min(ends)), 1.0)
     return max(min(ends) - room, -1.0), min(max(ends) + room, 101.0)
 
 
-def front_line(rows: Sequence[Row]) -> list[tuple[float, float]]:
-    """The front's points (ms, percent) from fast to slow."""
-    return sorted((float(row["p50_ms"]), 100 * float(row["top1"])) for row in rows if row["pareto"])
+def front_line(rows: Sequence[ReportRow]) -> list[tuple[float, float]]:
+    """Return the front's points (ms, percent) from fast to slow."""
+    return sorted((p50_ms, 100 * top1) for p50_ms, top1 in (point(row) for row in rows if row["pareto"]))
 
 
-def lay_out_axes(axes: "Axes", rows: Sequence[Row]) -> None:
-    """A logarithmic axis of the rows' latencies, a quiet grid, and no frame."""
+def lay_out_axes(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Set a logarithmic axis of the rows' latencies, a quiet grid, and no frame."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     limits, ticks = latency_axis(rows)
@@ -94,7 +95,7 @@ def lay_out_axes(axes: "Axes", rows: Sequence[Row]) -> None:
     axes.tick_params(colors=_QUIET, labelsize=9)
 
 
-def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
+def _draw_panel(axes: "Axes", group: Sequence[ReportRow]) -> None:
     lay_out_axes(axes, group)
     axes.set_ylim(*accuracy_axis(group))
     headline = group[0]["headline"]
@@ -107,32 +108,36 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
     line = front_line(group)  # empty where there are references alone
     axes.plot(*zip(*line, strict=True), color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
     for row in group:
-        color = ROLE_COLORS.get(row["role"], _INK)
-        p50_ms, top1 = row["p50_ms"], 100 * row["top1"]
-        for key, unit, factor, draw in (("p50", "_ms", 1, axes.hlines), ("top1", "", 100, axes.vlines)):
-            ends = [row[f"{key}_low{unit}"], row[f"{key}_high{unit}"]]
-            if None not in ends:
-                across = top1 if key == "p50" else p50_ms
-                draw(across, factor * ends[0], factor * ends[1], color=color, linewidth=1.4, zorder=3)
-        trusted = row["grade"] in TRUSTED_GRADES
-        axes.plot(
-            p50_ms,
-            top1,
-            marker=_REFERENCE_MARKER if row["pytorch"] else _MARKERS.get(row["precision"], "o"),
-            markersize=8,
-            markerfacecolor=color if trusted else "white",
-            markeredgecolor=color,
-            markeredgewidth=1.6,
-            zorder=4,
-        )
+        _draw_point(axes, row)
     key = "dashed: Pareto front    lines: 95 % intervals    hollow: grade C"
     if any(row["pytorch"] for row in group):
         key += "    cross: PyTorch, for reference"
     axes.text(1, -0.16, key, transform=axes.transAxes, ha="right", va="top", color=_QUIET, fontsize=8)
 
 
-def _place_labels(axes: "Axes", group: Sequence[Row]) -> None:
-    """Writes every name where it covers least: no marker, interval, front or other name if there is such a place."""
+def _draw_point(axes: "Axes", row: ReportRow) -> None:
+    """Draw a row's marker and both of its intervals, in the colour of its role."""
+    p50_ms, top1 = point(row)
+    color = ROLE_COLORS.get(str(row["role"]), _INK)
+    trusted = row["grade"] in TRUSTED_GRADES
+    if row["p50_low_ms"] is not None and row["p50_high_ms"] is not None:
+        axes.hlines(100 * top1, row["p50_low_ms"], row["p50_high_ms"], color=color, linewidth=1.4, zorder=3)
+    if row["top1_low"] is not None and row["top1_high"] is not None:
+        axes.vlines(p50_ms, 100 * row["top1_low"], 100 * row["top1_high"], color=color, linewidth=1.4, zorder=3)
+    axes.plot(
+        p50_ms,
+        100 * top1,
+        marker=_REFERENCE_MARKER if row["pytorch"] else _MARKERS.get(str(row["precision"]), "o"),
+        markersize=8,
+        markerfacecolor=color if trusted else "white",
+        markeredgecolor=color,
+        markeredgewidth=1.6,
+        zorder=4,
+    )
+
+
+def _place_labels(axes: "Axes", group: Sequence[ReportRow]) -> None:
+    """Write every name where it covers least: no marker, interval, front or other name if there is such a place."""
     from matplotlib.transforms import Bbox
 
     def pixels(p50_ms: float, top1: float) -> tuple[float, float]:
@@ -145,14 +150,13 @@ def _place_labels(axes: "Axes", group: Sequence[Row]) -> None:
 
     taken: list[Bbox] = []
     for row in group:
-        center = pixels(row["p50_ms"], row["top1"])
+        p50_ms, top1 = point(row)
+        center = pixels(p50_ms, top1)
         taken.append(box(center, center, 12))
         if row["p50_low_ms"] is not None and row["p50_high_ms"] is not None:
-            ends = [pixels(row[key], row["top1"]) for key in ("p50_low_ms", "p50_high_ms")]
-            taken.append(box(ends[0], ends[1], 3))
+            taken.append(box(pixels(row["p50_low_ms"], top1), pixels(row["p50_high_ms"], top1), 3))
         if row["top1_low"] is not None and row["top1_high"] is not None:
-            ends = [pixels(row["p50_ms"], row[key]) for key in ("top1_low", "top1_high")]
-            taken.append(box(ends[0], ends[1], 3))
+            taken.append(box(pixels(p50_ms, row["top1_low"]), pixels(p50_ms, row["top1_high"]), 3))
     line = [pixels(p50_ms, percent / 100) for p50_ms, percent in front_line(group)]
     for (x0, y0), (x1, y1) in pairwise(line):
         steps = max(2, int(math.hypot(x1 - x0, y1 - y0) / 12))
@@ -174,14 +178,15 @@ _DIRECTIONS = ((1, -1), (-1, 1), (1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, 
 _SIDES = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
 
 
-def _label(axes: "Axes", row: Row, direction: tuple[int, int], distance: int) -> "Annotation":
+def _label(axes: "Axes", row: ReportRow, direction: tuple[int, int], distance: int) -> "Annotation":
     from matplotlib.colors import to_rgb
 
     near = distance < 15
-    red, green, blue = (_LABEL_DARKNESS * channel for channel in to_rgb(ROLE_COLORS.get(row["role"], _INK)))
+    p50_ms, top1 = point(row)
+    red, green, blue = (_LABEL_DARKNESS * channel for channel in to_rgb(ROLE_COLORS.get(str(row["role"]), _INK)))
     return axes.annotate(
         row["name"],
-        (row["p50_ms"], 100 * row["top1"]),
+        (p50_ms, 100 * top1),
         (direction[0] * distance, direction[1] * distance),
         textcoords="offset points",
         ha=_SIDES[direction[0]][0],
@@ -194,7 +199,7 @@ def _label(axes: "Axes", row: Row, direction: tuple[int, int], distance: int) ->
 
 
 def _covered(extent: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
-    """Pixels of a label that lie on something, and, counted double, outside of the panel."""
+    """Return the pixels of a label that lie on something, and, counted double, outside of the panel."""
     from matplotlib.transforms import Bbox
 
     def area(box: Bbox | None) -> float:

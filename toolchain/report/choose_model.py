@@ -1,4 +1,4 @@
-"""Which model to ship: the best row of a report that meets conditions, and why not each of the others.
+"""Choose the model to ship: the best row of a report that meets conditions, and why not each of the others.
 
 Conditions: comparisons of a field of report.json with a number or a word, joined by commas, all of which must hold:
 
@@ -8,23 +8,19 @@ Conditions: comparisons of a field of report.json with a number or a word, joine
 import difflib
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from toolchain.errors import UsageError
-from toolchain.report.row import Row
+from toolchain.report.row import FIELDS, ReportRow
 from toolchain.text_table import TextTable
 
-NUMBERS = {
-    **dict.fromkeys(("p50_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms", "size_bytes", "train_s"), -1),
-    **dict.fromkeys(("peak_memory_bytes", "params_image", "params_text", "batch", "threads"), -1),
-    **dict.fromkeys(("top1_drop_vs_teacher", "top1_drop_vs_fp32"), -1),
-    **dict.fromkeys(("images_per_s", "top1", "top1_low", "num_eval_images"), 1),
-}
-"""Fields with a number, and whether more (1) or less (-1) is better."""
+NUMBERS = {name: field.better for name, field in FIELDS.items() if field.better is not None}
+"""Fields with a number that can be compared, and whether more (1) or less (-1) is better."""
 
-WORDS = ("name", "model", "role", "runtime", "precision", "machine", "headline", "grade")
+WORDS = tuple(name for name, field in FIELDS.items() if field.where)
+"""Fields with a word that a condition may name."""
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -50,8 +46,8 @@ class Condition:
     def __str__(self) -> str:
         return f"{self.field}{self.comparison}{self.value if isinstance(self.value, str) else f'{self.value:g}'}"
 
-    def unmet_by(self, row: Row) -> str | None:
-        """Why a row does not meet it, or None if it does; what is not known does not."""
+    def unmet_by(self, row: Mapping[str, Any]) -> str | None:
+        """Return why a row does not meet it, or None if it does; what is not known does not."""
         found = row.get(self.field)
         if found is None:
             return f"{self.field} is not known"
@@ -68,24 +64,24 @@ class Condition:
 class Choice:
     """The answer."""
 
-    best: Row | None
-    runner_up: Row | None
-    rejected: list[tuple[Row, list[str]]]
+    best: ReportRow | None
+    runner_up: ReportRow | None
+    rejected: list[tuple[ReportRow, list[str]]]
     """Every other row of the device, each with its reasons."""
 
     warnings: list[str]
 
 
 def conditions(text: str) -> list[Condition]:
-    """What `--where` says.
+    """Return the conditions of `--where`.
 
     Raises: UsageError for a field that does not exist, a comparison that makes no sense, or anything else.
     """
     return [_condition(part) for part in text.split(",") if part.strip()]
 
 
-def choose_model(rows: Sequence[Row], where: Sequence[Condition], by: str, device: str | None) -> Choice:
-    """The best row `by` a field among those that meet every condition; among equals the fastest.
+def choose_model(rows: Sequence[ReportRow], where: Sequence[Condition], by: str, device: str | None) -> Choice:
+    """Return the best row `by` a field among those that meet every condition; among equals the fastest.
 
     Raises: UsageError if no row is of the device, or the rows are of several and none was named.
     """
@@ -137,7 +133,7 @@ def _direction(field: str, others: Sequence[str] = ()) -> int:
     return NUMBERS[field]
 
 
-def _reasons(row: Row, where: Sequence[Condition], by: str) -> list[str]:
+def _reasons(row: Mapping[str, Any], where: Sequence[Condition], by: str) -> list[str]:
     reasons = [] if row["status"] == "ok" else [f"status: {row['status']}"]
     if row["pytorch"] is not None:
         reasons.append("a reference: the checkpoint in PyTorch, which is no model that ships")
@@ -147,18 +143,18 @@ def _reasons(row: Row, where: Sequence[Condition], by: str) -> list[str]:
     return reasons
 
 
-def _order(row: Row, by: str) -> tuple[float, float, str]:
+def _order(row: Mapping[str, Any], by: str) -> tuple[float, float, str]:
     speed = float("inf") if row["p50_ms"] is None else row["p50_ms"]
     return -_direction(by) * row[by], speed, str(row["name"])
 
 
-def _behind(row: Row, best: Row, by: str) -> str:
+def _behind(row: Mapping[str, Any], best: Mapping[str, Any], by: str) -> str:
     if row[by] == best[by]:
         return f"{by} is the same, but {best['name']} is faster"
     return f"{by} is {row[by]:.4g}, that of {best['name']} {best[by]:.4g}"
 
 
-def _warnings(fit: Sequence[Row], by: str) -> list[str]:
+def _warnings(fit: Sequence[ReportRow], by: str) -> list[str]:
     if not fit:
         return []
     best, said = fit[0], []

@@ -1,6 +1,6 @@
-"""Collect the rows of a report from the measurements in runs."""
+"""Collect the rows of a report from the measurements in runs, and compare them with each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,189 +8,68 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.errors import ArtifactError
+from toolchain.report.measured import measured_models
 from toolchain.report.pareto import front_groups, mark_front
-from toolchain.report.row import PRECISIONS, ROLES, SCHEMA, Row, empty_row, read_json, runtime_name
+from toolchain.report.row import (
+    PRECISIONS,
+    ROLES,
+    SCHEMA,
+    Report,
+    ReportRow,
+    complete_row,
+    measured_folder,
+    read_row,
+    runtime_name,
+)
 from toolchain.significance import paired_drop
-from toolchain.stage import MANIFEST, REFERENCE
+
+RightAnswers = NDArray[np.bool_] | None
+"""[N] which images of the headline set a model got right; None where that was not kept."""
 
 
-def collect(runs: Sequence[Path], external: Sequence[Row] = ()) -> dict[str, Any]:
-    """The content of report.json: what `exported/`, `measured/` and the training stages' manifests of runs say, and
-    rows measured elsewhere (external_rows.py).
+def collect(runs: Sequence[Path], external: Sequence[Mapping[str, Any]] = ()) -> Report:
+    """Return the content of report.json: what `exported/`, `measured/` and the training stages' manifests of runs say,
+    and rows measured elsewhere (external_rows.py).
 
     A checkpoint that was measured in PyTorch has a row too, whose `pytorch` says how it was run: a reference.
 
     Raises: ArtifactError if nothing was exported, or for a file that is not what its name says.
     """
-    rows = [row for run in runs for row in _rows_of(run)] + [empty_row() | row for row in external]
+    rows = [read_row(found) for run in runs for found in measured_models(run)]
+    rows += [complete_row(row) for row in external]
     rows.sort(key=_reading_order)
     for row, name in zip(rows, _unique_names(rows), strict=True):
         row["name"] = row["name"] or name
-    right = {id(row): _right_answers(row) for row in rows}
-    for row in rows:
-        for against, role, precision in (("teacher", "teacher", None), ("fp32", row["role"], "fp32")):
-            reference = _reference(rows, row, role=role, precision=precision)
-            row |= _drop(row, reference, right, against)
+    rows = [complete_row({**row, **drops}) for row, drops in zip(rows, _drops(rows), strict=True)]
     for group in front_groups(rows).values():
         mark_front(group)
     return {"schema": SCHEMA, "rows": rows}
 
 
-def _rows_of(run: Path) -> list[Row]:
-    manifests = sorted(path for path in run.glob("exported/*/manifest.json") if not path.parent.name.startswith("."))
-    if not manifests:
-        raise ArtifactError(
-            f"{run}: no exported/*/manifest.json, nothing to report. Export a model first:\n"
-            f"  clipkd export {run} --onnx --precision fp32"
-        )
-    rows: list[Row] = []
-    for manifest in manifests:
-        content = read_json(manifest)
-        measured = run / "measured" / manifest.parent.name
-        devices = sorted(path for path in measured.glob("*") if path.is_dir() and not path.name.startswith("."))
-        for device in devices or (None,):
-            rows.append(_row(run, manifest, content.get("summary", {}), device))
-            if device is not None and _is_of_another(device, "model", content.get("digest")):
-                rows[-1]["status"] = "measured before it was exported again"
-    for manifest in sorted(run.glob("measured/*/[!.]*/manifest.json")):
-        content = read_json(manifest)
-        if content.get("kind") == REFERENCE:
-            rows.append(_row(run, manifest, content.get("summary", {}), manifest.parent))
-            checkpoint = run / str(rows[-1]["role"]) / MANIFEST
-            digest = read_json(checkpoint).get("digest") if checkpoint.exists() else None
-            if _is_of_another(manifest.parent, "checkpoint", digest):
-                rows[-1]["status"] = "measured before it was trained again"
-    return rows
+# --- order and names -------------------------------------------------------------------------------------------------
 
 
-def _is_of_another(measured: Path, what: str, digest: str | None) -> bool:
-    """Whether a measurement is known to be of something else than what is there now."""
-    manifest = measured / MANIFEST
-    recorded = (read_json(manifest).get("inputs") or {}).get(what) if manifest.exists() else None
-    return recorded is not None and digest is not None and recorded != digest
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _row(run: Path, manifest: Path, summary: Row, measured: Path | None) -> Row:
-    parity, evaluation, profile = (
-        read_json(measured / name) if measured is not None and (measured / name).exists() else {}
-        for name in ("parity.json", "evaluation.json", "profile.json")
-    )
-    role, precision = summary.get("role"), summary.get("precision")
-    image, text = profile.get("image") or {}, profile.get("text") or {}
-    sets = evaluation.get("sets") or {}
-    headline = evaluation.get("headline")
-    scores = sets.get(headline) or {}
-    return empty_row() | {
-        "run": run.as_posix(),
-        "model": manifest.relative_to(run).parts[1],
-        "role": role,
-        "runtime": summary.get("runtime"),
-        "pytorch": summary.get("pytorch"),
-        "precision": precision,
-        "device": profile.get("device") or (measured.name if measured is not None else None),
-        "machine": machine_name(profile.get("machine")),
-        "batch": profile.get("batch"),
-        "fixed_batch": summary.get("batch"),
-        "threads": profile.get("threads"),
-        **{key: image.get(key) for key in ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms")},
-        "p50_by_process_ms": image.get("p50_by_process_ms") or [],
-        "text_p50_ms": text.get("p50_ms"),
-        "e2e_p50_ms": profile.get("e2e_p50_ms"),
-        "images_per_s": profile.get("images_per_s"),
-        "headline": headline,
-        **{key: scores.get(key) for key in ("top1", "top1_low", "top1_high")},
-        "num_eval_images": scores.get("n"),
-        "accuracy": {
-            name: {
-                "top1": values.get("top1"),
-                "low": values.get("top1_low"),
-                "high": values.get("top1_high"),
-                "n": values.get("n"),
-                "top5": values.get("top5"),
-            }
-            for name, values in sets.items()
-        },
-        "retrieval": {name: values.get("retrieval") or {} for name, values in sets.items()},
-        "min_cosine": {tower: (parity.get(tower) or {}).get("min_cosine") for tower in ("image", "text")},
-        "params_image": summary.get("params_image"),
-        "params_text": summary.get("params_text"),
-        "size_bytes": profile.get("size_bytes") or summary.get("size_bytes"),
-        "peak_memory_bytes": profile.get("peak_memory_bytes"),
-        "train_s": _train_s(run, role, precision),
-        "reverted": _reverted(run, role, precision),
-        "grade": profile.get("grade"),
-        "flags": list(profile.get("flags") or []),
-        "status": _status(measured, parity, evaluation, profile),
-        "source": manifest.relative_to(run).as_posix(),
-    }
-
-
-def _status(measured: Path | None, parity: Row, evaluation: Row, profile: Row) -> str:
-    """`ok`, or why the row has gaps."""
-    if measured is None:
-        return "not measured"
-    found = {"parity.json": parity, "evaluation.json": evaluation, "profile.json": profile}
-    missing = [name for name, content in found.items() if not content]
-    return f"no {', '.join(missing)}" if missing else "ok"
-
-
-def _train_s(run: Path, role: str | None, precision: str | None) -> float | None:
-    """The training time of the checkpoint a model was exported from: fine-tuned in its precision, or as distilled."""
-    for stage in (_quantized_stage(role, precision), f"{role}"):
-        manifest = run / stage / "manifest.json"
-        if manifest.exists():
-            train_s: float | None = (read_json(manifest).get("summary") or {}).get("train_s")
-            return train_s
-    return None
-
-
-def _reverted(run: Path, role: str | None, precision: str | None) -> int | None:
-    """How many layers of a quantized model went back to float for its accuracy; None where none was to."""
-    manifest = run / _quantized_stage(role, precision) / "manifest.json"
-    summary = read_json(manifest).get("summary") or {} if manifest.exists() else {}
-    found = summary.get("sensitivity")
-    return None if found is None else len(found["reverted"])
-
-
-def _quantized_stage(role: str | None, precision: str | None) -> str:
-    """The checkpoint of int8, int8-fp16 and int8-bf16 is one and the same."""
-    return f"{role}-{'int8' if precision and precision.startswith('int8') else precision}"
-
-
-def machine_name(machine: Any) -> str | None:
-    """A machine in words that stay the same from one measurement to the next (load and temperature do not)."""
-    if not isinstance(machine, dict):
-        return None if machine is None else str(machine)
-    if machine.get("name"):
-        return str(machine["name"])
-    parts = [str(machine["cpu"])] if machine.get("cpu") else []
-    if machine.get("cores"):
-        parts.append(f"{machine['cores']} cores")
-    return ", ".join(parts) or None
-
-
-def _reading_order(row: Row) -> tuple[Any, ...]:
+def _reading_order(row: ReportRow) -> tuple[Any, ...]:
     def place(value: Any, order: tuple[str, ...]) -> int:
         return order.index(value) if value in order else len(order)
 
     where = (row["device"] is None, row["device"] or "", row["machine"] or "")
     what = (place(row["role"], ROLES), place(row["precision"], PRECISIONS), row["runtime"] or "", row["model"] or "")
-    return *where, *what, row["run"] or "", row["name"] or ""
+    return *where, *what, row["run"] or "", row["name"]
 
 
-def _unique_names(rows: Sequence[Row]) -> list[str]:
-    """Role and precision, and of those that share them as much more as it takes to tell them apart."""
-    details = {
-        "run": [Path(row["run"]).name if row["run"] else None for row in rows],
-        "runtime": [runtime_name(row) for row in rows],
-        **{key: [row[key] for row in rows] for key in ("device", "machine", "model")},
-    }
-    names = [row["name"] or (f"{row['role']} {row['precision']}" if row["role"] else row["model"]) for row in rows]
-    for values in details.values():
-        alike: dict[str, set[Any]] = {}
+def _unique_names(rows: Sequence[ReportRow]) -> list[str]:
+    """Return role and precision, and of those that share them as much more as it takes to tell them apart."""
+    names = [row["name"] or (f"{row['role']} {row['precision']}" if row["role"] else str(row["model"])) for row in rows]
+    details = (
+        [Path(row["run"]).name if row["run"] else None for row in rows],
+        [runtime_name(row) for row in rows],
+        [row["device"] for row in rows],
+        [row["machine"] for row in rows],
+        [row["model"] for row in rows],
+    )
+    for values in details:
+        alike: dict[str, set[str | None]] = {}
         for name, value in zip(names, values, strict=True):
             alike.setdefault(name, set()).add(value)
         names = [
@@ -200,8 +79,24 @@ def _unique_names(rows: Sequence[Row]) -> list[str]:
     return names
 
 
-def _reference(rows: Sequence[Row], row: Row, *, role: str | None, precision: str | None) -> Row | None:
-    """The row of the same run to compare with on the same images: fp32, then the same runtime, then device."""
+# --- accuracy against another row ------------------------------------------------------------------------------------
+
+
+def _drops(rows: Sequence[ReportRow]) -> list[dict[str, float]]:
+    """Return for each row the fields that compare it with the teacher, and with fp32 of its own role."""
+    right = {id(row): _right_answers(row) for row in rows}
+    found = []
+    for row in rows:
+        teacher = _reference(rows, row, role="teacher", precision=None)
+        fp32 = _reference(rows, row, role=row["role"], precision="fp32")
+        found.append(_drop(row, teacher, right, "teacher") | _drop(row, fp32, right, "fp32"))
+    return found
+
+
+def _reference(
+    rows: Sequence[ReportRow], row: ReportRow, *, role: str | None, precision: str | None
+) -> ReportRow | None:
+    """Return the row of the same run to compare with on the same images: fp32, then the same runtime, then device."""
     candidates = [
         other
         for other in rows
@@ -213,18 +108,23 @@ def _reference(rows: Sequence[Row], row: Row, *, role: str | None, precision: st
         and (other["headline"], other["num_eval_images"]) == (row["headline"], row["num_eval_images"])
     ]
 
-    def closeness(other: Row) -> tuple[bool, ...]:
-        same = ("runtime", "device", "machine", "batch")
-        return other["precision"] == "fp32", *(other[key] == row[key] for key in same)
+    def closeness(other: ReportRow) -> tuple[bool, ...]:
+        return (
+            other["precision"] == "fp32",
+            other["runtime"] == row["runtime"],
+            other["device"] == row["device"],
+            other["machine"] == row["machine"],
+            other["batch"] == row["batch"],
+        )
 
     return max(candidates, key=closeness, default=None)
 
 
-def _right_answers(row: Row) -> NDArray[np.bool_] | None:
-    """[N] which images of the headline set a row's model got right; None where that was not kept."""
-    if row["run"] is None or row["headline"] is None:
+def _right_answers(row: ReportRow) -> RightAnswers:
+    folder = measured_folder(row)
+    if folder is None or row["headline"] is None:
         return None
-    samples = Path(row["run"]) / "measured" / row["model"] / str(row["device"]) / "samples.npz"
+    samples = folder / "samples.npz"
     if not samples.exists():
         return None
     try:
@@ -235,11 +135,13 @@ def _right_answers(row: Row) -> NDArray[np.bool_] | None:
     return None if rank_N is None or len(rank_N) != row["num_eval_images"] else rank_N < 1
 
 
-def _drop(row: Row, reference: Row | None, right: dict[int, NDArray[np.bool_] | None], against: str) -> Row:
-    """Fields of what top-1 loses to a reference on the same images, where the answers were kept with a paired test."""
-    key = f"top1_drop_vs_{against}"
-    if reference is None or row["top1"] is None:
+def _drop(
+    row: ReportRow, reference: ReportRow | None, right: Mapping[int, RightAnswers], against: str
+) -> dict[str, float]:
+    """Return what top-1 loses to a reference on the same images, with a paired test if the answers were kept."""
+    if reference is None or reference["top1"] is None or row["top1"] is None:
         return {}
+    key = f"top1_drop_vs_{against}"
     first, second = right[id(reference)], right[id(row)]
     if first is None or second is None or row is reference:
         return {key: float(reference["top1"] - row["top1"])}

@@ -1,13 +1,14 @@
-"""What has changed from one report to another, and what of it is worse than tolerated."""
+"""Compare a report with an older one: what has changed, and what of it is worse than tolerated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.report.row import Row
+from toolchain.report.row import FIELDS, Report, ReportRow
 from toolchain.significance import MIN_PROCESSES, told_apart
 from toolchain.text_table import TextTable
 
-_IDENTITY = ("role", "runtime", "pytorch", "precision", "device", "machine", "batch", "headline")
+_IDENTITY = tuple(name for name, field in FIELDS.items() if field.identity)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Change:
     """New over old; above 1 is slower."""
 
     is_told_apart: bool
-    """Whether the two latencies differ by more than chance: by their processes (latencies.py), or where a report does
+    """True if the latencies differ by more than chance: by their processes (significance.py), or where a report does
     not have enough of them, by disjoint 95 % intervals."""
 
     top1_change: float | None
@@ -37,13 +38,14 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing got worse beyond tolerance; a row that is gone counts as worse."""
+        """Return True if nothing got worse beyond tolerance; a row that is gone counts as worse."""
         return not self.only_old and not any(change.worse for change in self.changes)
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], *, max_slower: float, max_top1_loss: float) -> Comparison:
-    """Rows matched by role, runtime (of PyTorch also how), precision, device, machine, batch and headline set; the name
-    tells equals apart.
+def compare(old: Report, new: Report, *, max_slower: float, max_top1_loss: float) -> Comparison:
+    """Return what changed in the rows that both reports have, and which rows only one of them has.
+
+    Rows match if their `identity` fields agree (row.py); the name tells equals apart.
 
     Slower counts beyond a ratio of 1 + `max_slower` if the two are told apart, or nothing says whether they are; less
     accurate beyond `max_top1_loss`, a fraction of the images.
@@ -57,15 +59,15 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, max_slower: float, max_
     )
 
 
-def _by_identity(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    found: dict[tuple[Any, ...], Row] = {}
+def _by_identity(rows: Sequence[ReportRow]) -> dict[tuple[Any, ...], ReportRow]:
+    found: dict[tuple[Any, ...], ReportRow] = {}
     for row in rows:
         key = tuple(row.get(field) for field in _IDENTITY)
         found[(*key, row["name"]) if key in found else key] = row
     return found
 
 
-def _change(old: Row, new: Row, max_slower: float, max_top1_loss: float) -> Change:
+def _change(old: ReportRow, new: ReportRow, max_slower: float, max_top1_loss: float) -> Change:
     worse = []
     ratio = None if not old["p50_ms"] or new["p50_ms"] is None else new["p50_ms"] / old["p50_ms"]
     apart = _told_apart(old, new)
@@ -83,14 +85,15 @@ def _change(old: Row, new: Row, max_slower: float, max_top1_loss: float) -> Chan
     return Change(str(new["name"]), ratio, apart, change, worse)
 
 
-def _told_apart(old: Row, new: Row) -> bool:
+def _told_apart(old: ReportRow, new: ReportRow) -> bool:
     processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
     if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer would never count as slower
         return told_apart(*processes)
-    ends = [row[key] for row in (old, new) for key in ("p50_low_ms", "p50_high_ms")]
-    if None in ends:
+    old_low, old_high = old["p50_low_ms"], old["p50_high_ms"]
+    new_low, new_high = new["p50_low_ms"], new["p50_high_ms"]
+    if old_low is None or old_high is None or new_low is None or new_high is None:
         return True
-    return bool(ends[1] < ends[2] or ends[3] < ends[0])
+    return old_high < new_low or new_high < old_low
 
 
 def comparison_table(compared: Comparison) -> TextTable:

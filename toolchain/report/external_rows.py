@@ -16,49 +16,49 @@ from typing import Any
 import numpy as np
 
 from toolchain.errors import UsageError
-from toolchain.report.row import PRECISIONS, ROLES, Row
+from toolchain.report.row import FIELDS, Number, Word
 
-_TEXTS = ("name", "role", "runtime", "precision", "device", "machine", "headline", "grade")
-_COUNTS = ("batch", "threads", "num_eval_images", "params_image", "params_text", "size_bytes", "peak_memory_bytes")
-_FRACTIONS = ("top1", "top1_low", "top1_high")
-_DROPS = ("top1_drop_vs_teacher", "top1_drop_vs_fp32")
-_TIMES = ("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "text_p50_ms", "e2e_p50_ms")
-_NUMBERS = (*_COUNTS, *_FRACTIONS, *_DROPS, *_TIMES, "images_per_s", "train_s")
-_FIELDS = (*_TEXTS, *_NUMBERS, "trtexec")
+ExternalRow = dict[str, Any]
+"""Those fields of a ReportRow that its table gives."""
+
+_WORDS = {name: field.kind for name, field in FIELDS.items() if field.external and isinstance(field.kind, Word)}
+_NUMBERS = {name: field.kind for name, field in FIELDS.items() if field.external and isinstance(field.kind, Number)}
+_KNOWN = (*_WORDS, *_NUMBERS, "trtexec")
 _MIN_SAMPLES = {"p50_ms": 1, "p90_ms": 64, "p99_ms": 662}  # as export/profiling/protocol.py has them
 
 
-def external_rows(path: Path) -> list[Row]:
-    """The rows of a table.
+def external_rows(path: Path) -> list[ExternalRow]:
+    """Return the rows of a table.
 
     Raises: UsageError for anything in it that is not understood, naming the row and the field.
     """
-    rows = []
-    for number, raw in enumerate(_raw_rows(path), 1):
-        where = f"{path}: row {number}"
-        given = {key: value for key, value in raw.items() if value not in (None, "")}
-        for key in given:
-            if key not in _FIELDS:
-                near = difflib.get_close_matches(str(key), _FIELDS, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(_FIELDS)}"
-                raise UsageError(f"{where}: unknown field {key!r}; {hint}")
-        for key in ("name", "device"):
-            if key not in given:
-                raise UsageError(f"{where}: no {key}; a row needs name and device")
-        row: Row = {key: str(given[key]) for key in _TEXTS if key in given}
-        row |= {key: _number(where, key, given[key]) for key in _NUMBERS if key in given}
-        row["role"] = row.get("role", "external")
-        for key, known in (("role", ROLES), ("precision", PRECISIONS), ("grade", ("A", "B", "C"))):
-            if row.get(key) not in (None, *known):
-                raise UsageError(f"{where}: {key} {row[key]!r}; expected one of {', '.join(known)}")
-        if "trtexec" in given:
-            row |= {"runtime": "tensorrt"} | _trtexec_times(path.parent / str(given["trtexec"]), where) | row
-        row["source"] = path.name
-        row["batch"] = row.get("batch", 1)
-        rows.append(row)
+    rows = [_checked_row(path, f"{path}: row {number}", raw) for number, raw in enumerate(_raw_rows(path), 1)]
     if not rows:
         raise UsageError(f"{path}: no row in it; expected a CSV header and rows, or a JSON list of objects")
     return rows
+
+
+def _checked_row(path: Path, where: str, raw: dict[str, Any]) -> ExternalRow:
+    given = {key: value for key, value in raw.items() if value not in (None, "")}
+    for key in given:
+        if key not in _KNOWN:
+            near = difflib.get_close_matches(str(key), _KNOWN, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(_KNOWN)}"
+            raise UsageError(f"{where}: unknown field {key!r}; {hint}")
+    for key in ("name", "device"):
+        if key not in given:
+            raise UsageError(f"{where}: no {key}; a row needs name and device")
+    row: ExternalRow = {key: str(given[key]) for key in _WORDS if key in given}
+    row |= {key: _number(where, key, given[key], kind) for key, kind in _NUMBERS.items() if key in given}
+    row["role"] = row.get("role", "external")
+    for key, word in _WORDS.items():
+        if word.among and row.get(key) not in (None, *word.among):
+            raise UsageError(f"{where}: {key} {row[key]!r}; expected one of {', '.join(word.among)}")
+    if "trtexec" in given:
+        row |= {"runtime": "tensorrt"} | _trtexec_times(path.parent / str(given["trtexec"]), where) | row
+    row["source"] = path.name
+    row["batch"] = row.get("batch", 1)
+    return row
 
 
 def _raw_rows(path: Path) -> list[dict[str, Any]]:
@@ -82,21 +82,20 @@ def _raw_rows(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: not CSV: {error}") from None
 
 
-def _number(where: str, key: str, value: Any) -> float | int:
+def _number(where: str, key: str, value: Any, kind: Number) -> float | int:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    is_fraction = key in _FRACTIONS or key in _DROPS
-    least = -1.0 if key in _DROPS else 0.0
-    if not least <= number < float("inf") or isinstance(value, bool):  # NaN is not within
-        raise UsageError(f"{where}: {key} {value!r}; expected a number from {least:g}")
-    if is_fraction and number > 1:
-        raise UsageError(f"{where}: {key} {value!r}; expected a fraction from {least:g} to 1, and not percent")
-    return int(number) if key in _COUNTS else number
+    if not kind.least <= number < float("inf") or isinstance(value, bool):  # NaN is not within
+        raise UsageError(f"{where}: {key} {value!r}; expected a number from {kind.least:g}")
+    if number > kind.most:
+        limits = f"{kind.least:g} to {kind.most:g}"
+        raise UsageError(f"{where}: {key} {value!r}; expected a fraction from {limits}, and not percent")
+    return int(number) if kind.is_whole else number
 
 
-def _trtexec_times(path: Path, where: str) -> Row:
+def _trtexec_times(path: Path, where: str) -> dict[str, float]:
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))
         times_ms = np.array([float(run["computeMs"]) for run in runs])

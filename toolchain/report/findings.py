@@ -1,10 +1,11 @@
 """The findings of a report: what distillation, compression and quantization bought and cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from toolchain.report.pareto import front_groups
-from toolchain.report.row import RUNTIMES, Row
+from toolchain.report.pareto import front_groups, point
+from toolchain.report.row import RUNTIMES, ReportRow
 from toolchain.report.units import duration, format_megabytes, format_number, format_percent, or_dash
 
 
@@ -17,9 +18,11 @@ class Finding:
     detail: str
 
 
-def findings(rows: Sequence[Row]) -> list[Finding]:
-    """What distillation, the smaller model and quantization bought and cost, as far as the rows of one run can tell; of
-    several the last that has a student."""
+def findings(rows: Sequence[ReportRow]) -> list[Finding]:
+    """Return what distillation, the smaller model and quantization bought and cost, as far as the rows of one run tell.
+
+    Of several runs it is the last that has a student.
+    """
     for comparable in front_groups(rows).values():
         runs = [row["run"] for row in comparable if row["role"] == "student" and row["run"] is not None]
         group = [row for row in comparable if row["run"] in runs[-1:]]  # one run's: others have weights of their own
@@ -44,58 +47,64 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     return []
 
 
-def _distillation(baseline: Row, student: Row) -> Finding:
+def _distillation(baseline: ReportRow, student: ReportRow) -> Finding:
+    (_, old_top1), (_, top1) = point(baseline), point(student)
     times = f"{or_dash(student['train_s'], duration)} of training instead of {or_dash(baseline['train_s'], duration)}"
     return Finding(
         "Distillation",
-        f"{100 * (student['top1'] - baseline['top1']):+.1f} points",
-        f"{format_percent(student['top1'])} % top-1 instead of {format_percent(baseline['top1'])} %"
+        f"{100 * (top1 - old_top1):+.1f} points",
+        f"{format_percent(top1)} % top-1 instead of {format_percent(old_top1)} %"
         f"{_overlap(baseline, student, 'top1', '')}, for {times}",
     )
 
 
-def _compression(teacher: Row, student: Row) -> Finding:
-    return Finding(
-        "Student against teacher",
-        _speed(teacher, student),
-        f"{format_number(student['p50_ms'])} ms instead of {format_number(teacher['p50_ms'])} ms"
-        f"{_overlap(teacher, student, 'p50', '_ms')}{_smaller(teacher, student)}, "
-        f"{format_percent(student['top1'])} % top-1 instead of {format_percent(teacher['top1'])} %",
-    )
+def _compression(teacher: ReportRow, student: ReportRow) -> Finding:
+    detail = f"{_latencies(teacher, student)}{_smaller(teacher, student)}, {_accuracies(teacher, student)}"
+    return Finding("Student against teacher", _speed(teacher, student), detail)
 
 
-def _deployment(eager: Row, exported: Row) -> Finding:
+def _deployment(eager: ReportRow, exported: ReportRow) -> Finding:
     return Finding(
-        f"{RUNTIMES.get(exported['runtime'], exported['runtime'])} against PyTorch eager",
+        f"{_runtime(exported)} against PyTorch eager",
         _speed(eager, exported),
-        f"{format_number(exported['p50_ms'])} ms instead of {format_number(eager['p50_ms'])} ms"
-        f"{_overlap(eager, exported, 'p50', '_ms')}, both in fp32, with the same weights",
+        f"{_latencies(eager, exported)}, both in fp32, with the same weights",
     )
 
 
-def _quantization(fp32: Row, int8: Row) -> Finding:
-    return Finding(
-        f"int8 against fp32, {RUNTIMES.get(int8['runtime'], int8['runtime'])}",
-        _speed(fp32, int8),
-        f"{format_number(int8['p50_ms'])} ms instead of {format_number(fp32['p50_ms'])} ms"
-        f"{_overlap(fp32, int8, 'p50', '_ms')}{_smaller(fp32, int8)}, "
-        f"{format_percent(int8['top1'])} % top-1 instead of {format_percent(fp32['top1'])} %",
-    )
+def _quantization(fp32: ReportRow, int8: ReportRow) -> Finding:
+    detail = f"{_latencies(fp32, int8)}{_smaller(fp32, int8)}, {_accuracies(fp32, int8)}"
+    return Finding(f"int8 against fp32, {_runtime(int8)}", _speed(fp32, int8), detail)
 
 
-def _speed(before: Row, after: Row) -> str:
-    ratio = before["p50_ms"] / after["p50_ms"]
+def _runtime(row: ReportRow) -> str:
+    return RUNTIMES.get(str(row["runtime"]), str(row["runtime"]))
+
+
+def _latencies(before: ReportRow, after: ReportRow) -> str:
+    (old_ms, _), (new_ms, _) = point(before), point(after)
+    overlap = _overlap(before, after, "p50", "_ms")
+    return f"{format_number(new_ms)} ms instead of {format_number(old_ms)} ms{overlap}"
+
+
+def _accuracies(before: ReportRow, after: ReportRow) -> str:
+    (_, old_top1), (_, new_top1) = point(before), point(after)
+    return f"{format_percent(new_top1)} % top-1 instead of {format_percent(old_top1)} %"
+
+
+def _speed(before: ReportRow, after: ReportRow) -> str:
+    (old_ms, _), (new_ms, _) = point(before), point(after)
+    ratio = old_ms / new_ms
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
-def _smaller(before: Row, after: Row) -> str:
+def _smaller(before: ReportRow, after: ReportRow) -> str:
     if not before["size_bytes"] or not after["size_bytes"]:
         return ""
     return f", {format_megabytes(after['size_bytes'])} MB instead of {format_megabytes(before['size_bytes'])} MB"
 
 
-def _overlap(first: Row, second: Row, key: str, unit: str) -> str:
-    """Says so where two intervals do not tell two rows apart."""
+def _overlap(first: Mapping[str, Any], second: Mapping[str, Any], key: str, unit: str) -> str:
+    """Say so where two intervals do not tell two rows apart."""
     limits = [row[f"{key}_{end}{unit}"] for row in (first, second) for end in ("low", "high")]
     if None in limits:
         return ""

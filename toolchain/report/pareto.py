@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from toolchain.report.row import TRUSTED_GRADES, Row
+from toolchain.report.row import TRUSTED_GRADES, ReportRow
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which (cost, value) points are on the front: no other costs at most as much and is worth at least as much, one
-    of the two strictly.  Equal points stand or fall together; a point with NaN is never on the front.
+    """Return which (cost, value) points are on the front: no other costs at most as much and is worth at least as
+    much, one of the two strictly.  Equal points stand or fall together; a point with NaN is never on the front.
     """
     order = sorted(
         (index for index, point in enumerate(points) if not any(math.isnan(number) for number in point)),
@@ -23,9 +23,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return on_front
 
 
-def front_groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows with a latency and an accuracy, by what makes two of them comparable: one front each."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def front_groups(rows: Sequence[ReportRow]) -> dict[tuple[Any, ...], list[ReportRow]]:
+    """Return the rows with a latency and an accuracy, by what makes two of them comparable: one front each."""
+    groups: dict[tuple[Any, ...], list[ReportRow]] = {}
     for row in rows:
         if row["status"] == "ok" and row["p50_ms"] is not None and row["top1"] is not None:
             key = (row["device"], row["machine"], row["batch"], row["headline"])
@@ -33,14 +33,21 @@ def front_groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return groups
 
 
-def group_title(rows: Sequence[Row]) -> str:
-    """What the rows of one front have in common, for a heading."""
+def point(row: ReportRow) -> tuple[float, float]:
+    """Return latency in ms and accuracy as a fraction of a row of a front, which has both."""
+    assert row["p50_ms"] is not None
+    assert row["top1"] is not None
+    return float(row["p50_ms"]), float(row["top1"])
+
+
+def group_title(rows: Sequence[ReportRow]) -> str:
+    """Return what the rows of one front have in common, for a heading."""
     first = rows[0]
     return ", ".join(str(part) for part in (first["device"], first["machine"], f"batch {first['batch']}") if part)
 
 
-def mark_front(group: Sequence[Row]) -> None:
-    """Sets `pareto` over grades A and B; where there is nothing better, over all, which are then flagged as noisy.
+def mark_front(group: Sequence[ReportRow]) -> None:
+    """Set `pareto` over grades A and B; where there is nothing better, over all, which are then flagged as noisy.
 
     The front is what there is to choose from: a checkpoint measured in PyTorch is drawn beside it, but does not ship,
     so that it neither stands on the front nor keeps anything off it.
@@ -51,6 +58,5 @@ def mark_front(group: Sequence[Row]) -> None:
         ranked = shipped
         for row in ranked:
             row["flags"].append("noisy")
-    points = [(float(row["p50_ms"]), float(row["top1"])) for row in ranked]
-    for row, on_front in zip(ranked, pareto_front(points), strict=True):
+    for row, on_front in zip(ranked, pareto_front([point(row) for row in ranked]), strict=True):
         row["pareto"] = on_front

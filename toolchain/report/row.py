@@ -1,16 +1,22 @@
-"""A row of report.json: its fields, roles and names."""
+"""The rows of report.json: a type of their fields, and a table from which everything else about a field follows.
 
-import json
+To add a field, add it to `ReportRow` and to `FIELDS`, in the same place; a Column in tables.py prints it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypedDict, cast
 
 from toolchain.errors import ArtifactError, UsageError
-
-Row: TypeAlias = dict[str, Any]
+from toolchain.report.measured import Measured, machine_name, read_json
 
 SCHEMA = 1
 ROLES = ("teacher", "baseline", "student", "adopted", "external")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-fp16", "int8-bf16")
+GRADES = ("A", "B", "C")
 TRUSTED_GRADES = ("A", "B")
 
 # Wong, "Points of view: Color blindness", Nature Methods 8 (2011); grey is the one to beat
@@ -23,8 +29,221 @@ ROLE_COLORS = {
 }
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A report.json, or the one in a folder.
+class SetAccuracy(TypedDict):
+    """Zero-shot accuracy on one evaluation set, as fractions."""
+
+    top1: float | None
+    low: float | None
+    high: float | None
+    n: int | None
+    top5: float | None
+
+
+class ReportRow(TypedDict):
+    """A row of report.json: one model on one device.  docs/report.md says what each field means."""
+
+    name: str
+    run: str | None
+    model: str | None
+    role: str | None
+    runtime: str | None
+    pytorch: str | None
+    precision: str | None
+    device: str | None
+    machine: str | None
+    batch: int | None
+    threads: int | None
+    fixed_batch: int | None
+    p50_ms: float | None
+    p50_low_ms: float | None
+    p50_high_ms: float | None
+    p90_ms: float | None
+    p99_ms: float | None
+    p50_by_process_ms: list[float]
+    text_p50_ms: float | None
+    e2e_p50_ms: float | None
+    images_per_s: float | None
+    headline: str | None
+    top1: float | None
+    top1_low: float | None
+    top1_high: float | None
+    num_eval_images: int | None
+    top1_drop_vs_teacher: float | None
+    top1_drop_vs_teacher_low: float | None
+    top1_drop_vs_teacher_high: float | None
+    top1_drop_vs_teacher_p: float | None
+    top1_drop_vs_fp32: float | None
+    top1_drop_vs_fp32_low: float | None
+    top1_drop_vs_fp32_high: float | None
+    top1_drop_vs_fp32_p: float | None
+    accuracy: dict[str, SetAccuracy]
+    retrieval: dict[str, dict[str, float]]
+    min_cosine: dict[str, float | None] | None
+    params_image: int | None
+    params_text: int | None
+    size_bytes: int | None
+    peak_memory_bytes: int | None
+    train_s: float | None
+    reverted: int | None
+    grade: str | None
+    flags: list[str]
+    status: str
+    pareto: bool
+    source: str | None
+
+
+class Report(TypedDict):
+    """The content of report.json."""
+
+    schema: int
+    rows: list[ReportRow]
+
+
+# --- the table of fields ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number, and the range that a table from elsewhere must keep to."""
+
+    least: float = 0.0
+    most: float = math.inf
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
+class Word:
+    """A text, and the only ones that a table from elsewhere may have; empty if it may have any."""
+
+    among: tuple[str, ...] = ()
+
+
+MEASURE, COUNT, FRACTION, DROP = Number(), Number(is_whole=True), Number(most=1.0), Number(least=-1.0, most=1.0)
+WORD = Word()
+LESS, MORE = -1, 1
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a row: everything that is known of it beside its name and its type."""
+
+    kind: Number | Word | None = None
+    """None: a list, a mapping or a truth value, which neither a condition nor a table from elsewhere can have."""
+
+    read: Callable[[Measured], Any] | None = None
+    """Returns its value of a measured model; None: `collect` finds it by comparing rows."""
+
+    better: int | None = None
+    """LESS or MORE of this number is better; None: `best` does not compare by it."""
+
+    where: bool = False
+    """True if a condition of `best --where` may name this word; it may name every number that has `better`."""
+
+    external: bool = False
+    """True if a table of rows from elsewhere may give it."""
+
+    identity: bool = False
+    """True if it tells what was measured where: rows of two reports are compared if all of these agree."""
+
+    empty: Any = None
+    """Its value where it is unknown."""
+
+
+def _accuracy(of: Measured) -> dict[str, SetAccuracy]:
+    return {
+        name: {
+            "top1": scores.get("top1"),
+            "low": scores.get("top1_low"),
+            "high": scores.get("top1_high"),
+            "n": scores.get("n"),
+            "top5": scores.get("top5"),
+        }
+        for name, scores in of.sets.items()
+    }
+
+
+def _reverted(of: Measured) -> int | None:
+    found = of.checkpoint.get("sensitivity")
+    return None if found is None else len(found["reverted"])
+
+
+# In the order of report.json and report.csv; `of` is what was measured.
+FIELDS: dict[str, Field] = {
+    "name": Field(WORD, where=True, external=True, empty=""),
+    "run": Field(WORD, lambda of: of.run.as_posix()),
+    "model": Field(WORD, lambda of: of.manifest.relative_to(of.run).parts[1], where=True),
+    "role": Field(Word(ROLES), lambda of: of.summary.get("role"), where=True, external=True, identity=True),
+    "runtime": Field(WORD, lambda of: of.summary.get("runtime"), where=True, external=True, identity=True),
+    "pytorch": Field(WORD, lambda of: of.summary.get("pytorch"), identity=True),
+    "precision": Field(
+        Word(PRECISIONS), lambda of: of.summary.get("precision"), where=True, external=True, identity=True
+    ),
+    "device": Field(
+        WORD, lambda of: of.profile.get("device") or (of.folder and of.folder.name), external=True, identity=True
+    ),
+    "machine": Field(
+        WORD, lambda of: machine_name(of.profile.get("machine")), where=True, external=True, identity=True
+    ),
+    "batch": Field(COUNT, lambda of: of.profile.get("batch"), LESS, external=True, identity=True),
+    "threads": Field(COUNT, lambda of: of.profile.get("threads"), LESS, external=True),
+    "fixed_batch": Field(COUNT, lambda of: of.summary.get("batch")),
+    "p50_ms": Field(MEASURE, lambda of: of.image.get("p50_ms"), LESS, external=True),
+    "p50_low_ms": Field(MEASURE, lambda of: of.image.get("p50_low_ms"), external=True),
+    "p50_high_ms": Field(MEASURE, lambda of: of.image.get("p50_high_ms"), external=True),
+    "p90_ms": Field(MEASURE, lambda of: of.image.get("p90_ms"), LESS, external=True),
+    "p99_ms": Field(MEASURE, lambda of: of.image.get("p99_ms"), LESS, external=True),
+    "p50_by_process_ms": Field(None, lambda of: of.image.get("p50_by_process_ms") or [], empty=[]),
+    "text_p50_ms": Field(MEASURE, lambda of: of.text.get("p50_ms"), LESS, external=True),
+    "e2e_p50_ms": Field(MEASURE, lambda of: of.profile.get("e2e_p50_ms"), LESS, external=True),
+    "images_per_s": Field(MEASURE, lambda of: of.profile.get("images_per_s"), MORE, external=True),
+    "headline": Field(WORD, lambda of: of.evaluation.get("headline"), where=True, external=True, identity=True),
+    "top1": Field(FRACTION, lambda of: of.scores.get("top1"), MORE, external=True),
+    "top1_low": Field(FRACTION, lambda of: of.scores.get("top1_low"), MORE, external=True),
+    "top1_high": Field(FRACTION, lambda of: of.scores.get("top1_high"), external=True),
+    "num_eval_images": Field(COUNT, lambda of: of.scores.get("n"), MORE, external=True),
+    "top1_drop_vs_teacher": Field(DROP, better=LESS, external=True),
+    "top1_drop_vs_teacher_low": Field(DROP),
+    "top1_drop_vs_teacher_high": Field(DROP),
+    "top1_drop_vs_teacher_p": Field(FRACTION),
+    "top1_drop_vs_fp32": Field(DROP, better=LESS, external=True),
+    "top1_drop_vs_fp32_low": Field(DROP),
+    "top1_drop_vs_fp32_high": Field(DROP),
+    "top1_drop_vs_fp32_p": Field(FRACTION),
+    "accuracy": Field(None, _accuracy, empty={}),
+    "retrieval": Field(
+        None, lambda of: {name: scores.get("retrieval") or {} for name, scores in of.sets.items()}, empty={}
+    ),
+    "min_cosine": Field(
+        None, lambda of: {tower: (of.parity.get(tower) or {}).get("min_cosine") for tower in ("image", "text")}
+    ),
+    "params_image": Field(COUNT, lambda of: of.summary.get("params_image"), LESS, external=True),
+    "params_text": Field(COUNT, lambda of: of.summary.get("params_text"), LESS, external=True),
+    "size_bytes": Field(
+        COUNT, lambda of: of.profile.get("size_bytes") or of.summary.get("size_bytes"), LESS, external=True
+    ),
+    "peak_memory_bytes": Field(COUNT, lambda of: of.profile.get("peak_memory_bytes"), LESS, external=True),
+    "train_s": Field(MEASURE, lambda of: of.checkpoint.get("train_s"), LESS, external=True),
+    "reverted": Field(COUNT, _reverted),
+    "grade": Field(Word(GRADES), lambda of: of.profile.get("grade"), where=True, external=True),
+    "flags": Field(None, lambda of: list(of.profile.get("flags") or []), empty=[]),
+    "status": Field(WORD, lambda of: of.status, empty="ok"),
+    "pareto": Field(None, empty=False),
+    "source": Field(WORD, lambda of: of.manifest.relative_to(of.run).as_posix()),
+}
+
+
+def read_row(measured: Measured) -> ReportRow:
+    """Return the row of a measured model, without what only comparing rows tells."""
+    return complete_row({name: field.read(measured) for name, field in FIELDS.items() if field.read is not None})
+
+
+def complete_row(known: Mapping[str, Any]) -> ReportRow:
+    """Return a row of the fields that are known, with every other one unknown."""
+    return cast(ReportRow, {name: copy(field.empty) for name, field in FIELDS.items()} | dict(known))
+
+
+def read_report(path: Path) -> Report:
+    """Return a report.json, or the one in a folder.
 
     Raises: UsageError if there is none; ArtifactError if it is not one that this clipkd reads.
     """
@@ -34,37 +253,15 @@ def read_report(path: Path) -> dict[str, Any]:
     report = read_json(file)
     if report.get("schema") != SCHEMA or not isinstance(report.get("rows"), list):
         raise ArtifactError(f"{file}: expected a report of schema {SCHEMA}, got schema {report.get('schema')!r}")
-    return report
+    return cast(Report, report)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; NaN and infinities, which JSON does not have, are read as null."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON: {error}. Delete its folder and run the same command again") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def measured_folder(row: ReportRow) -> Path | None:
+    """Return the directory of a row's measurements; None for a row from elsewhere."""
+    return None if row["run"] is None else Path(row["run"]) / "measured" / str(row["model"]) / str(row["device"])
 
 
-def empty_row() -> Row:
-    """Every field that a row has, unknown."""
-    unknown = (
-        *("name", "run", "model", "role", "runtime", "pytorch", "precision", "device", "machine", "batch", "threads"),
-        "fixed_batch",
-        *("p50_ms", "p50_low_ms", "p50_high_ms", "p90_ms", "p99_ms", "p50_by_process_ms"),
-        *("text_p50_ms", "e2e_p50_ms", "images_per_s"),
-        *("headline", "top1", "top1_low", "top1_high", "num_eval_images"),
-        *(f"top1_drop_vs_{other}{part}" for other in ("teacher", "fp32") for part in ("", "_low", "_high", "_p")),
-        *("accuracy", "retrieval", "min_cosine", "params_image", "params_text", "size_bytes", "peak_memory_bytes"),
-        *("train_s", "reverted", "grade", "flags", "status", "pareto", "source"),
-    )
-    empty: Row = {"accuracy": {}, "retrieval": {}, "flags": [], "p50_by_process_ms": []}
-    return dict.fromkeys(unknown) | empty | {"status": "ok", "pareto": False}
-
-
-def runtime_name(row: Row) -> str | None:
+def runtime_name(row: ReportRow) -> str | None:
     """The runtime, and of PyTorch how it ran: `pytorch eager`.  Reports written before had no such field."""
     return " ".join(filter(None, (row["runtime"], row.get("pytorch")))) or None
 

@@ -2,12 +2,12 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from toolchain.report.findings import findings
-from toolchain.report.row import Row, runtime_name
+from toolchain.report.row import Report, ReportRow, runtime_name
 from toolchain.report.units import (
     duration,
     format_count,
@@ -26,17 +26,17 @@ class Column:
     """One column of the printed table: what a person reads, and what it is sorted by (None is always last)."""
 
     header: str
-    text: Callable[[Row], str]
-    sort_key: Callable[[Row], float | str | None]
+    text: Callable[[ReportRow], str]
+    sort_key: Callable[[ReportRow], float | str | None]
 
 
-def terminal_rows(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of the printed table."""
+def terminal_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return headers and cells of the printed table."""
     shown = columns(report["rows"])
     return [column.header for column in shown], [[column.text(row) for column in shown] for row in report["rows"]]
 
 
-def terminal_table(report: dict[str, Any]) -> TextTable:
+def terminal_table(report: Report) -> TextTable:
     """Return the table that the terminal shows, without runtime and precision where the names say both."""
     headers, rows = terminal_rows(report)
     if len({row["runtime"] for row in report["rows"]}) == 1:  # the names end in the precision
@@ -48,45 +48,45 @@ def terminal_table(report: dict[str, Any]) -> TextTable:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of the printed table, with a status only if not all are ok; the one place that speaks percent."""
+def columns(rows: Sequence[ReportRow]) -> list[Column]:
+    """Return the columns of the printed table, with a status only if not all are ok.
+
+    This is the one place where fractions are printed as percent.
+    """
     headlines = {row["headline"] for row in rows if row["headline"]}
     top1 = f"{headlines.pop()} top-1" if len(headlines) == 1 else "top-1"
 
-    def by(key: str) -> Callable[[Row], float | str | None]:
-        return lambda row: row[key]
-
-    def grade(row: Row) -> str:
+    def grade(row: ReportRow) -> str:
         flags = ", ".join(row["flags"] + [f"{row['reverted']} layers in float"] * bool(row["reverted"]))
         return " ".join(filter(None, [row["grade"] or "", f"({flags})" if flags else ""])) or or_dash(None)
 
     shown = [
-        Column("name", lambda row: str(row["name"]), by("name")),
+        Column("name", lambda row: str(row["name"]), lambda row: row["name"]),
         Column("runtime", lambda row: or_dash(runtime_name(row)), runtime_name),
-        Column("precision", lambda row: or_dash(row["precision"]), by("precision")),
-        Column("p50 ms", lambda row: format_interval(row, "p50", "_ms", format_number), by("p50_ms")),
-        Column("images/s", lambda row: or_dash(row["images_per_s"], format_count), by("images_per_s")),
-        Column("size MB", lambda row: or_dash(row["size_bytes"], format_megabytes), by("size_bytes")),
-        Column(f"{top1} %", lambda row: format_interval(row, "top1", "", format_percent), by("top1")),
+        Column("precision", lambda row: or_dash(row["precision"]), lambda row: row["precision"]),
+        Column("p50 ms", lambda row: format_interval(row, "p50", "_ms", format_number), lambda row: row["p50_ms"]),
+        Column("images/s", lambda row: or_dash(row["images_per_s"], format_count), lambda row: row["images_per_s"]),
+        Column("size MB", lambda row: or_dash(row["size_bytes"], format_megabytes), lambda row: row["size_bytes"]),
+        Column(f"{top1} %", lambda row: format_interval(row, "top1", "", format_percent), lambda row: row["top1"]),
         Column(
             "drop vs teacher",
             lambda row: or_dash(row["top1_drop_vs_teacher"], format_points),
-            by("top1_drop_vs_teacher"),
+            lambda row: row["top1_drop_vs_teacher"],
         ),
-        Column("train time", lambda row: or_dash(row["train_s"], duration), by("train_s")),
-        Column("grade", grade, by("grade")),
+        Column("train time", lambda row: or_dash(row["train_s"], duration), lambda row: row["train_s"]),
+        Column("grade", grade, lambda row: row["grade"]),
         Column("front", lambda row: "★" if row["pareto"] else "", lambda row: 0.0 if row["pareto"] else 1.0),
     ]
     if any(row["status"] != "ok" for row in rows):
-        shown.append(Column("status", lambda row: str(row["status"]), by("status")))
+        shown.append(Column("status", lambda row: str(row["status"]), lambda row: row["status"]))
     return shown
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def render_csv(report: dict[str, Any]) -> str:
-    """The rows with nested fields as dotted columns (`accuracy.stix.top1`) and flags joined by semicolons."""
+def render_csv(report: Report) -> str:
+    """Return the rows as CSV, nested fields as dotted columns (`accuracy.stix.top1`), flags joined by semicolons."""
     flat_rows = [_flatten(row) for row in report["rows"]]
     fields = list(dict.fromkeys(field for row in flat_rows for field in row))
     text = io.StringIO()
@@ -96,8 +96,8 @@ def render_csv(report: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def _flatten(row: Row, prefix: str = "") -> Row:
-    flat: Row = {}
+def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
@@ -106,8 +106,9 @@ def _flatten(row: Row, prefix: str = "") -> Row:
     return flat
 
 
-def render_markdown(report: dict[str, Any], *, title: str) -> str:
-    rows: list[Row] = report["rows"]
+def render_markdown(report: Report, *, title: str) -> str:
+    """Return findings and tables as Markdown."""
+    rows = report["rows"]
     parts = [f"# {title}", "![Accuracy against latency](report.png)"]
     found = findings(rows)
     if found:
@@ -129,8 +130,8 @@ READING = (
 )
 
 
-def set_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """One line per row and evaluation set: zero-shot accuracy and retrieval."""
+def set_rows(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
+    """Return one line per row and evaluation set: zero-shot accuracy and retrieval."""
     recalls = ("text_to_image_r1", "text_to_image_r5", "image_to_text_r1", "image_to_text_r5")
     headers = ["name", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "R@5 %", "image to text R@1 %", "R@5 %"]
     cells = []

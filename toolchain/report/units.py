@@ -1,16 +1,14 @@
 """Format numbers for people: intervals, percent, megabytes, durations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from toolchain.report.row import Row
 
 
 def or_dash(value: Any, text: Callable[[Any], str] = str) -> str:
     return "-" if value is None else text(value)
 
 
-def format_interval(row: Row, key: str, unit: str, text: Callable[[float], str]) -> str:
+def format_interval(row: Mapping[str, Any], key: str, unit: str, text: Callable[[float], str]) -> str:
     value, low, high = row[f"{key}{unit}"], row[f"{key}_low{unit}"], row[f"{key}_high{unit}"]
     if value is None:
         return "-"

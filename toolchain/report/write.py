@@ -1,21 +1,27 @@
 """Write report.json and its readable forms."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolchain.filesystem import replacing
 from toolchain.report.collect import collect
-from toolchain.report.row import Row
+from toolchain.report.record import report_spec, write_record
+from toolchain.report.row import Report
 from toolchain.report.tables import render_csv, render_markdown
 
 
-def write_report(runs: Sequence[Path], out: Path, external: Sequence[Row] = ()) -> dict[str, Any]:
-    """`collect`, written to a folder as report.json, .csv, .md, .png, .svg and .html, each replaced in one step."""
+def write_report(runs: Sequence[Path], out: Path, external: Sequence[Mapping[str, Any]] = ()) -> Report:
+    """Write `collect` to a folder as report.json, .csv, .md, .png, .svg and .html, each replaced in one step.
+
+    A report of one run into that run, without rows from elsewhere, is recorded there as up to date.
+    """
     from toolchain.report.chart import render_picture
     from toolchain.report.page import render_page
 
+    is_of_its_run = not external and [run.resolve() for run in runs] == [out.resolve()]
+    spec = report_spec(out) if is_of_its_run else None  # before anything is read: what changes meanwhile makes it old
     report = collect(runs, external)
     title = out.resolve().name
     contents = {
@@ -30,4 +36,6 @@ def write_report(runs: Sequence[Path], out: Path, external: Sequence[Row] = ()) 
     for name, content in contents.items():
         with replacing(out / name) as partial:
             partial.write_bytes(content)
+    if spec is not None:
+        write_record(spec, contents)
     return report
