@@ -20,6 +20,8 @@ MODULES = [
 # A module or package imports only what stands above it here.
 IMPORT_ORDER = (
     "toolchain.errors",
+    "toolchain.precisions",
+    "toolchain.runtimes",
     "toolchain.significance",
     "toolchain.provenance",
     "toolchain.filesystem",
@@ -35,6 +37,7 @@ IMPORT_ORDER = (
     "toolchain.report",
     "toolchain.pipeline",
     "toolchain.terminal",
+    "export.export_types",
     "export.model_folder",
     "export.device_programs",
     "export.devices",

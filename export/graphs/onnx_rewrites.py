@@ -24,7 +24,7 @@ def separate_gemm_biases(graph: GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def products_apart(graph: GraphProto) -> None:
+def separate_products(graph: GraphProto) -> None:
     """Split(x W + b) becomes a product for each part, so that OpenVINO does not copy queries, keys and values.
 
     Not for ONNX Runtime, which computes an int8 product in floats where others read the same input.

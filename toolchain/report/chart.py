@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from toolchain.precisions import PRECISIONS
 from toolchain.report.pareto import front_groups, group_title
 from toolchain.report.row import ROLE_COLORS, TRUSTED_GRADES, Row
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
-
-_MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D", "int8-fp16": "P", "int8-bf16": "p"}
 
 _REFERENCE_MARKER = "X"  # PyTorch, whatever the precision
 
@@ -118,7 +117,7 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
         axes.plot(
             p50_ms,
             top1,
-            marker=_REFERENCE_MARKER if row["pytorch"] else _MARKERS.get(row["precision"], "o"),
+            marker=_marker(row),
             markersize=8,
             markerfacecolor=color if trusted else "white",
             markeredgecolor=color,
@@ -129,6 +128,12 @@ def _draw_panel(axes: "Axes", group: Sequence[Row]) -> None:
     if any(row["pytorch"] for row in group):
         key += "    cross: PyTorch, for reference"
     axes.text(1, -0.16, key, transform=axes.transAxes, ha="right", va="top", color=_QUIET, fontsize=8)
+
+
+def _marker(row: Row) -> str:
+    if row["pytorch"]:
+        return _REFERENCE_MARKER
+    return PRECISIONS[row["precision"]].marker if row["precision"] in PRECISIONS else "o"
 
 
 def _place_labels(axes: "Axes", group: Sequence[Row]) -> None:

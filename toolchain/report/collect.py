@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.errors import ArtifactError
+from toolchain.precisions import PRECISIONS
 from toolchain.report.pareto import front_groups, mark_front
-from toolchain.report.row import PRECISIONS, ROLES, SCHEMA, Row, empty_row, read_json, runtime_name
+from toolchain.report.row import ROLES, SCHEMA, Row, empty_row, read_json, runtime_name
 from toolchain.significance import paired_drop
 from toolchain.stage import MANIFEST, REFERENCE
 
@@ -177,7 +178,12 @@ def _reading_order(row: Row) -> tuple[Any, ...]:
         return order.index(value) if value in order else len(order)
 
     where = (row["device"] is None, row["device"] or "", row["machine"] or "")
-    what = (place(row["role"], ROLES), place(row["precision"], PRECISIONS), row["runtime"] or "", row["model"] or "")
+    what = (
+        place(row["role"], ROLES),
+        place(row["precision"], tuple(PRECISIONS)),
+        row["runtime"] or "",
+        row["model"] or "",
+    )
     return *where, *what, row["run"] or "", row["name"] or ""
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from toolchain.errors import UsageError
-from toolchain.report.row import PRECISIONS, ROLES, Row
+from toolchain.precisions import PRECISIONS
+from toolchain.report.row import ROLES, Row
 
 _TEXTS = ("name", "role", "runtime", "precision", "device", "machine", "headline", "grade")
 _COUNTS = ("batch", "threads", "num_eval_images", "params_image", "params_text", "size_bytes", "peak_memory_bytes")

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolchain.report.pareto import front_groups
-from toolchain.report.row import RUNTIMES, Row
+from toolchain.report.row import Row
 from toolchain.report.units import duration, format_megabytes, format_number, format_percent, or_dash
+from toolchain.runtimes import runtime_title
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _compression(teacher: Row, student: Row) -> Finding:
 
 def _deployment(eager: Row, exported: Row) -> Finding:
     return Finding(
-        f"{RUNTIMES.get(exported['runtime'], exported['runtime'])} against PyTorch eager",
+        f"{runtime_title(exported['runtime'])} against PyTorch eager",
         _speed(eager, exported),
         f"{format_number(exported['p50_ms'])} ms instead of {format_number(eager['p50_ms'])} ms"
         f"{_overlap(eager, exported, 'p50', '_ms')}, both in fp32, with the same weights",
@@ -75,7 +76,7 @@ def _deployment(eager: Row, exported: Row) -> Finding:
 
 def _quantization(fp32: Row, int8: Row) -> Finding:
     return Finding(
-        f"int8 against fp32, {RUNTIMES.get(int8['runtime'], int8['runtime'])}",
+        f"int8 against fp32, {runtime_title(int8['runtime'])}",
         _speed(fp32, int8),
         f"{format_number(int8['p50_ms'])} ms instead of {format_number(fp32['p50_ms'])} ms"
         f"{_overlap(fp32, int8, 'p50', '_ms')}{_smaller(fp32, int8)}, "

@@ -15,6 +15,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from toolchain.errors import ArtifactError
+from toolchain.precisions import PRECISIONS
 from toolchain.report.chart import accuracy_axis, front_line, latency_axis
 from toolchain.report.findings import findings
 from toolchain.report.pareto import front_groups, group_title
@@ -24,14 +25,6 @@ from toolchain.report.units import duration
 
 _TRAINED = ("student", "baseline", "student-int8", "teacher")
 _MAX_CURVE_POINTS = 600  # more cannot be told apart on a screen, and a long run would make a page of many megabytes
-_SYMBOLS = {
-    "fp32": "circle",
-    "bf16": "triangle-up",
-    "fp16": "square",
-    "int8": "diamond",
-    "int8-fp16": "hexagon",
-    "int8-bf16": "pentagon",
-}
 
 
 def render_page(runs: Sequence[Path], report: dict[str, Any], *, title: str) -> str:
@@ -194,8 +187,7 @@ def _front(group: Sequence[Row]) -> dict[str, Any]:
                 "low": row["top1_low"],
                 "high": row["top1_high"],
                 "color": ROLE_COLORS.get(row["role"], "#888888"),
-                "symbol": ("x" if row["pytorch"] else _SYMBOLS.get(row["precision"], "circle"))
-                + ("" if row["grade"] in TRUSTED_GRADES else "-open"),
+                "symbol": _symbol(row),
                 "hover": [
                     [column.header, column.text(row)] for column in shown[3:] if column.text(row) not in ("", "-", "ok")
                 ],
@@ -203,6 +195,11 @@ def _front(group: Sequence[Row]) -> dict[str, Any]:
             for row in group
         ],
     }
+
+
+def _symbol(row: Row) -> str:
+    shape = PRECISIONS[row["precision"]].symbol if row["precision"] in PRECISIONS else "circle"
+    return ("x" if row["pytorch"] else shape) + ("" if row["grade"] in TRUSTED_GRADES else "-open")
 
 
 def _front_section(groups: Sequence[Sequence[Row]]) -> str:

@@ -10,7 +10,6 @@ Row: TypeAlias = dict[str, Any]
 
 SCHEMA = 1
 ROLES = ("teacher", "baseline", "student", "adopted", "external")
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-fp16", "int8-bf16")
 TRUSTED_GRADES = ("A", "B")
 
 # Wong, "Points of view: Color blindness", Nature Methods 8 (2011); grey is the one to beat
@@ -67,6 +66,3 @@ def empty_row() -> Row:
 def runtime_name(row: Row) -> str | None:
     """The runtime, and of PyTorch how it ran: `pytorch eager`.  Reports written before had no such field."""
     return " ".join(filter(None, (row["runtime"], row.get("pytorch")))) or None
-
-
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
