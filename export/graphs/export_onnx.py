@@ -88,6 +88,10 @@ def export_onnx(
                 write_uint8_graph(converted, preprocess["image"], folder / UINT8_GRAPH, opset=opset, metadata=metadata)
         _write_classes(folder / "classes.npz", model, text, headline)
         _write_samples(folder / "parity.npz", model, (image, text), headline, planned.precision)
+    return _summary(model, folder, planned, opset)
+
+
+def _summary(model: ClipModel, folder: Path, planned: PlannedExport, opset: int) -> GraphSummary:
     params_image, params_text = num_parameters(model.net)
     return {
         "role": planned.role,

@@ -105,7 +105,7 @@ def _said(value: Any) -> str:
 
 
 def uint8_snippet(precision: str) -> str:
-    """How ONNX Runtime opens image_uint8.onnx without clipkd."""
+    """Return code that opens image_uint8.onnx in ONNX Runtime without clipkd."""
     return _UINT8_SNIPPET.format(options=_OPTIONS.get(precision, ""))
 
 

@@ -1,7 +1,4 @@
-"""What of an exported graph is written otherwise, with the same values, because a runtime computes it faster so.
-
-E width   F features of one part
-"""
+"""Rewrite exported graphs into equivalent forms that runtimes execute faster."""
 
 from collections import Counter
 

@@ -158,7 +158,7 @@ def _score(
 
 
 def _right_answers(measured: Stage, headline: str) -> Any:
-    """[N] which images of the headline set a model got right."""
+    """Return [N]: which images of the headline set a model got right."""
     import numpy as np
 
     with np.load(measured.path / "samples.npz", allow_pickle=False) as samples:

@@ -138,7 +138,7 @@ def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) 
 
 
 def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
-    """What a model card says of where a model came from: names and settings of the recipe, the checkpoint's hash.
+    """Return where a model came from, for its card: names and settings of the recipe, the checkpoint's hash.
 
     Of a path only its name: a card travels further than a recipe.
     """

@@ -1,4 +1,4 @@
-"""Which models a recipe exports and measures, where their stages lie, and how a failure is recorded."""
+"""Plan which models a recipe exports and measures, name their stages, and record a failure."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which precision to ship in a runtime: two gates, accuracy and speed, that a candidate must both pass.
+"""Decide which precision to ship in a runtime: two gates, accuracy and speed, that a candidate must both pass.
 
 A precision below fp32 costs accuracy for certain and buys speed perhaps: in many runtimes, on many machines, 8-bit CLIP
 is slower than fp16, and in some wrong in silence.  So the precisions are walked from the safest on, and one takes the

@@ -1,4 +1,4 @@
-"""Which operators a runtime really executes, and in which precision, read from its optimised graph."""
+"""Read from a runtime's optimised graph which operators it really executes, and in which precision."""
 
 from __future__ import annotations
 
