@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -48,6 +48,7 @@ except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.exit(2)
 
 if TYPE_CHECKING:
+    from export.pipeline.choose_precision import AutoDocument
     from toolchain.recipe.recipe import Recipe
     from toolchain.report.row import Report
     from toolchain.stage import Stage
@@ -259,28 +260,27 @@ def export(
     from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import train_checkpoints
+    from toolchain.recipe.export import ExportFlags, export_overrides
+    from toolchain.recipe.load import load_recipe
+    from toolchain.runtimes import RUNTIMES
 
-    if not (build or trt):
-        raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
-    if max_drop is not None and not auto:
-        raise UsageError("--max-drop is about --auto: write --auto --max-drop 0.01")
-    if auto and trt:
-        raise UsageError("--auto weighs what runs here, and a kit's engines run on its device: export kits apart")
-    named = [name for name, wanted in (("onnxruntime", onnx), ("openvino", openvino)) if wanted]
-    flags = [f"export.precisions=[{precision}]"] if precision is not None else []
-    if named:
-        flags.append(f"export.runtimes=[{', '.join(named)}]")
-    if auto:
-        flags = _auto_flags(run, named, precision, max_drop)
-    elif trt or auto is not None:
-        flags.append("export.auto=null")
-    flags += [f"export.batch={batch}"] if batch is not None else []
-    flags += ["export.uint8_input=true"] if uint8_input else []
-    recipe = run_recipe(run, [*flags, *(overrides or [])])
-    if trt:
-        runtimes = tuple(dict.fromkeys((*recipe.export.runtimes, "tensorrt")))
-        spec = recipe.export.model_copy(update={"runtimes": runtimes, "build_engines": build})
-        recipe = recipe.model_copy(update={"export": spec})
+    asked = {"onnxruntime": onnx, "openvino": openvino, "tensorrt": trt}
+    flags = ExportFlags(
+        runtimes=tuple(runtime.name for runtime in RUNTIMES.values() if asked.get(runtime.name)),
+        precisions=None if precision is None else tuple(word.strip() for word in precision.split(",") if word.strip()),
+        build_engines=build,
+        auto=auto,
+        max_drop=max_drop,
+        batch=batch,
+        uint8_input=uint8_input,
+    )
+    recorded = run_recipe(run).export
+    changes = export_overrides(recorded, flags)
+    for kit in [runtime for runtime in recorded.runtimes if RUNTIMES[runtime].is_kit] if auto else []:
+        print_note(f"{kit} is not weighed: its engines are built and measured on the device")
+    recipe = load_recipe(run / "recipe.yaml", overrides, changes={"export": changes})
+    if trt and "tensorrt" not in recipe.export.runtimes:
+        raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; name it there too")
     with _run_directory(recipe, run) as (loaded, screen):
         checkpoints = train_checkpoints(loaded, run, screen, How())
         checkpoints |= quantize_or_reject(loaded, run, checkpoints, screen)
@@ -533,17 +533,17 @@ def students(
     from export.devices.doctor import device_named
     from export.students.candidates import candidates
     from export.students.chart import render_students
-    from export.students.measure import PRECISIONS, RUNTIMES, measure_students
+    from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES, measure_students
     from export.students.table import students_table
     from toolchain.filesystem import write_json
 
     _refuse_torchrun()
     precisions = list(dict.fromkeys(part.strip() for part in precision.split(",") if part.strip()))
     for part in precisions or [""]:
-        if part not in PRECISIONS:
-            raise UsageError(f"--precision '{precision}': {part!r} is none of {', '.join(PRECISIONS)}")
-    if runtime not in (None, *RUNTIMES):
-        raise UsageError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+        if part not in STUDENT_PRECISIONS:
+            raise UsageError(f"--precision '{precision}': {part!r} is none of {', '.join(STUDENT_PRECISIONS)}")
+    if runtime not in (None, *STUDENT_RUNTIMES):
+        raise UsageError(f"--runtime {runtime}: expected one of {', '.join(STUDENT_RUNTIMES)}")
     where = device_named(device)
     with open_screen() as screen:
         screen.starts("students")
@@ -862,25 +862,6 @@ def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
     return load_recipe(recipe_path(name), overrides)
 
 
-def _auto_flags(run: Path, runtimes: list[str], precision: str | None, max_drop: float | None) -> list[str]:
-    """What --auto says of a run's recipe: what is weighed, fp32 always among it."""
-    from export.pipeline.precision_verdicts import REFERENCE, all_precisions
-    from toolchain.pipeline.run_directory import run_recipe
-
-    recorded = run_recipe(run, None).export.runtimes
-    runtimes = runtimes or [name for name in recorded if name != "tensorrt"]
-    if not runtimes:
-        raise UsageError("--auto weighs what runs here, and the recipe has tensorrt alone: add --onnx or --openvino")
-    if "tensorrt" in recorded:
-        print_note("tensorrt is not weighed: its engines are built and measured on the device")
-    precisions = [word.strip() for word in precision.split(",")] if precision is not None else all_precisions()
-    return [
-        f"export.runtimes=[{', '.join(runtimes)}]",
-        f"export.precisions=[{', '.join(dict.fromkeys((REFERENCE, *precisions)))}]",
-        f"export.auto={{max_drop: {'null' if max_drop is None else max_drop}}}",
-    ]
-
-
 def _refuse_torchrun() -> None:
     from toolchain.pipeline.stage_inputs import How
 
@@ -899,7 +880,7 @@ def _print_report(document: "Report", out: Path, as_json: bool) -> None:
     print_result(document, as_json, terminal_table(document), Note(str(out / "report.html")))
 
 
-def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
+def _print_chosen(document: "AutoDocument", run: Path, as_json: bool) -> None:
     from export.pipeline.choices_table import choices_table
 
     for runtime, found in document["runtimes"].items() if not as_json else ():
@@ -910,7 +891,7 @@ def _print_chosen(document: dict[str, Any], run: Path, as_json: bool) -> None:
     print_result(document, as_json, choices_table(document))
 
 
-def _require_choices(document: dict[str, Any] | None, run: Path) -> None:
+def _require_choices(document: "AutoDocument | None", run: Path) -> None:
     """Raises: GateError for a runtime in which not even fp32 can be shipped."""
     runtimes = document["runtimes"].items() if document is not None else ()
     without = [runtime for runtime, found in runtimes if found["model"] is None]

@@ -62,7 +62,7 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from export.graphs.onnx_graph import write_graph
-    from export.graphs.precision import prepared
+    from export.graphs.precision import prepare_tower
     from toolchain.models.towers import example_pixels, without_attention_fast_path
     from toolchain.quantization.checkpoint import load_quantized
     from toolchain.quantization.freeze import freeze
@@ -82,7 +82,7 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
     names = ("pixel_values", "image_features")
     with torch.no_grad(), without_attention_fast_path():
         for precision in ("fp32", "bf16", "int8"):
-            exported = frozen if precision == "int8" else prepared(tower, pixels, precision)
+            exported = frozen if precision == "int8" else prepare_tower(tower, pixels, precision)
             opset = 22 if precision == "bf16" else 20
             write_graph(exported, pixels, scratch / f"{precision}.onnx", names_io=names, opset=opset, metadata={})
         write_graph(frozen, pixels, scratch / "int8-batch-1.onnx", names_io=names, opset=20, metadata={}, batch=1)
@@ -90,7 +90,7 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
             path = scratch / f"int8-bf16{suffix}.onnx"
             settings = {"names_io": names, "opset": 20, "metadata": {}, "batch": batch, "runtime": "openvino"}
             write_graph(frozen_with[attention], pixels, path, **settings)
-        counted = prepared(tower, pixels, "fp32").requires_grad_(False)
+        counted = prepare_tower(tower, pixels, "fp32").requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
             counted(pixels[:1])
     samples = [sample[None].numpy() for sample in shown]

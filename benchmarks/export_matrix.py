@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from claims import claim, finish
 
-from export.graphs.export_onnx import export_onnx
+from export.export_types import PlannedExport
+from export.graphs.export_onnx import FrozenTowers, export_onnx
 from export.proof.prove import prove
 from toolchain.errors import ClipkdError
 from toolchain.evaluation.eval_set import classes_set
@@ -74,7 +75,7 @@ def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: P
     """`status` ok or the reason, SQNR and top-1 agreement of each tower, and what the runtime made of the graphs."""
     size = example_pixels(model.net).shape[-1]
     shown, spoken = pictures(samples, size), captions(samples)
-    towers: dict[str, Any] = {}
+    frozen = None
     try:
         if precision.startswith("int8"):
             checkpoint = folder / "int8"
@@ -83,19 +84,9 @@ def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: P
             pixels = example_pixels(model.net, few).float()
             quantize(model, iter(()), (pixels, model.tokenize(spoken[:few])), steps=0, lr=0.0, folder=checkpoint)
             image, text = load_quantized(checkpoint, model)
-            towers = {
-                "image_tower": freeze(image, example_pixels(model.net)),
-                "text_tower": freeze(text, model.tokenize(spoken[:2])),
-            }
-        export_onnx(
-            model,
-            folder,
-            role="student",
-            runtime=runtime,
-            precision=precision,
-            headline=classes_set("made", shown, spoken, ("{}",)),
-            **towers,
-        )
+            frozen = FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(spoken[:2])))
+        planned = PlannedExport("student", precision, runtime)
+        export_onnx(model, folder, planned, classes_set("made", shown, spoken, ("{}",)), frozen)
         proof = prove(folder, runtime=runtime, precision=precision)
     except ClipkdError as error:
         return {"status": " ".join(str(error).split())}

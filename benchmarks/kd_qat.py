@@ -80,7 +80,8 @@ def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[s
 
 def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
     """Quantize the run's student one way, and export it."""
-    from export.graphs.export_onnx import export_onnx
+    from export.export_types import PlannedExport
+    from export.graphs.export_onnx import FrozenTowers, export_onnx
     from export.proof.parity import check_parity
     from toolchain.data import glyphs
     from toolchain.data.open import training_data
@@ -94,7 +95,7 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
 
     recipe = load_recipe(recipe_path("glyphs"), overrides)
     assert recipe.quantize is not None
-    model, towers = load_model(run / "student"), {}
+    model, frozen = load_model(run / "student"), None
     if variant != "fp32":
         spec = recipe.quantize.model_copy(update={"method": "ptq" if variant == "ptq" else "qat"})
         teacher = load_model(run / "teacher") if variant == "kd_qat" else None
@@ -106,18 +107,10 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
         model = load_model(checkpoint)
         image, text = load_quantized(checkpoint, model)
         examples = example_pixels(model.net), model.tokenize(list(glyphs.TEMPLATES))
-        towers = {"image_tower": freeze(image, examples[0]), "text_tower": freeze(text, examples[1])}
-    precision = "int8" if towers else "fp32"
-    export_onnx(
-        model,
-        folder,
-        role="student",
-        precision=precision,
-        headline=open_set("stix"),
-        opset=recipe.export.opset,
-        **towers,
-    )
-    check_parity(folder, precision=precision)
+        frozen = FrozenTowers(freeze(image, examples[0]), freeze(text, examples[1]))
+    planned = PlannedExport("student", "int8" if frozen else "fp32", opset=recipe.export.opset)
+    export_onnx(model, folder, planned, open_set("stix"), frozen)
+    check_parity(folder, precision=planned.precision)
 
 
 def quiet(what: str, done: int, total: int, note: str = "") -> None:

@@ -147,7 +147,7 @@ def against_benchmark_app() -> float:
     import torch
 
     from export.graphs.onnx_graph import write_graph
-    from export.graphs.precision import prepared
+    from export.graphs.precision import prepare_tower
     from toolchain.models.build import build_model
     from toolchain.models.towers import ImageTower, example_pixels
     from toolchain.recipe.model import ModelSpec
@@ -160,7 +160,9 @@ def against_benchmark_app() -> float:
         graph = Path(scratch) / "image.onnx"
         settings = {"names_io": ("pixel_values", "image_features"), "opset": 20, "metadata": {}, "batch": 1}
         with torch.no_grad():
-            write_graph(prepared(ImageTower(net).eval(), pixels, "fp32"), pixels, graph, runtime="openvino", **settings)
+            write_graph(
+                prepare_tower(ImageTower(net).eval(), pixels, "fp32"), pixels, graph, runtime="openvino", **settings
+            )
         shape = [1, *pixels.shape[1:]]
         command = ["--model", str(graph), "--input", "pixel_values", "--dtype", "float32", "--runtime", "openvino"]
         command += ["--precision", "fp32", "--threads", str(threads), "--shape", ",".join(map(str, shape))]

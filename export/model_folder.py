@@ -15,7 +15,7 @@ UINT8_GRAPH, UINT8_INPUT = "image_uint8.onnx", "pixels"
 
 
 def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
-    """What is opened of each tower; a checkpoint is one file."""
+    """Return the file to open for each tower; a checkpoint is one file."""
     if is_checkpoint(folder):
         return dict.fromkeys(("image", "text"), folder / WEIGHTS)
     where, suffix = (folder, "onnx") if engines is None else (engines, "engine")
@@ -23,18 +23,18 @@ def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
 
 
 def is_checkpoint(model: Path) -> bool:
-    """Whether a directory is a checkpoint's, which runs in PyTorch, and not an exported model's.
+    """Return True for a checkpoint's directory, which runs in PyTorch, and False for an exported model's.
 
     Raises:
         UsageError: an int8 checkpoint, which PyTorch cannot run in integers.
     """
     if (model / "nncf.json").is_file():
         raise UsageError(f"{model}: an int8 checkpoint, which is int8 only once exported; name RUN/exported/...-int8")
-    return (model / CONFIG).is_file() and not (model / "image.onnx").is_file()
+    return (model / CONFIG).is_file() and not (model / IMAGE_GRAPH).is_file()
 
 
 def exported_of(checkpoint: Path) -> Path:
-    """The exported model of a run's checkpoint, in fp32 if there is one: their samples and preprocessing are the same.
+    """Return the exported model of a run's checkpoint, in fp32 if there is one: all have the same samples.
 
     Raises:
         UsageError: there is none.
@@ -50,7 +50,7 @@ def exported_of(checkpoint: Path) -> Path:
 
 
 def runtime_words(folder: Path) -> list[str]:
-    """The runner's arguments that say how the manifest would have the graphs opened."""
+    """Return the runner's arguments that say how the manifest would have the graphs opened."""
     manifest = folder / "manifest.json"
     summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
     named = {name: summary[name] for name in ("runtime", "precision") if name in summary}
@@ -58,12 +58,17 @@ def runtime_words(folder: Path) -> list[str]:
 
 
 def run_of(model: Path) -> Path | None:
-    """The run that a model's directory belongs to, if it lies in one."""
+    """Return the run that a model's directory belongs to, if it lies in one."""
     return next((folder for folder in model.absolute().parents[:2] if (folder / "recipe.yaml").is_file()), None)
 
 
 def model_kind(model: Path) -> str:
-    if (model / "image.onnx").is_file():
+    """Return `exported` or `checkpoint`.
+
+    Raises:
+        UsageError: the directory is neither, or an int8 checkpoint.
+    """
+    if (model / IMAGE_GRAPH).is_file():
         return "exported"
     if is_checkpoint(model):
         return "checkpoint"

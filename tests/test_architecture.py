@@ -22,6 +22,8 @@ MODULES = [
 IMPORT_ORDER = (
     "toolchain.errors",
     "toolchain.text_table",
+    "toolchain.precisions",
+    "toolchain.runtimes",
     "toolchain.significance",
     "toolchain.provenance",
     "toolchain.filesystem",
@@ -37,6 +39,7 @@ IMPORT_ORDER = (
     "toolchain.report",
     "toolchain.pipeline",
     "toolchain.terminal",
+    "export.export_types",
     "export.model_folder",
     "export.device_programs",
     "export.devices",

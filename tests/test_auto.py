@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 
 from export.pipeline.precision_verdicts import (
     MIN_PROCESSES,
-    REFERENCE,
-    SAFEST_FIRST,
     Candidate,
     Latency,
     Verdict,
-    all_precisions,
     decide,
     doubts,
     too_far,
 )
 from export.profiling.summary import bootstrap_interval
+from toolchain.precisions import PRECISIONS, REFERENCE, SAFEST_FIRST
 from toolchain.recipe.export import ExportSpec
-from toolchain.report.row import PRECISIONS
 from toolchain.significance import PairedDrop
 
 MAX_DROP = 0.01
@@ -112,8 +109,9 @@ def test_a_latency_that_is_none_is_not_faster(latency: tuple[float, float, float
 
 def test_the_order_is_of_safety_and_knows_every_precision() -> None:
     (named, _) = get_args(ExportSpec.model_fields["precisions"].annotation)
-    assert set(get_args(named)) <= set(SAFEST_FIRST) == set(PRECISIONS)
-    assert all_precisions()[:4] == ["fp32", "fp16", "bf16", "int8"]
+    assert get_args(named) == SAFEST_FIRST
+    assert set(SAFEST_FIRST) == set(PRECISIONS)
+    assert list(SAFEST_FIRST[:4]) == ["fp32", "fp16", "bf16", "int8"]
     shuffled = [timed("int8", 5), timed("bf16", 12), timed("fp32", 20), timed("fp16", 12)]
     assert list(decide(shuffled, MAX_DROP)) == ["fp32", "fp16", "bf16", "int8"]
     assert counts(*shuffled[1:])["fp16"] == "chosen", "of two equals the safer"

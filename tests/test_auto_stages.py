@@ -28,6 +28,7 @@ from export.profiling import protocol as profile_module
 from export.profiling.protocol import Profile
 from toolchain.errors import ArtifactError, ClipkdError, GateError, UsageError
 from toolchain.pipeline import train as training_stages
+from toolchain.precisions import SAFEST_FIRST
 from toolchain.recipe.load import checked, load_recipe
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
@@ -410,7 +411,7 @@ def test_the_command_records_what_was_weighed_and_prints_what_to_ship(
     assert "because [x]" in ended.out
     assert "warning: openvino: look out" in ended.err
     recorded = load_recipe(run / "recipe.yaml").export
-    assert recorded.precisions == tuple(auto.all_precisions())
+    assert recorded.precisions == SAFEST_FIRST
     assert recorded.runtimes == ("openvino",)
     assert recorded.auto is not None
     assert recorded.auto.max_drop is None

@@ -767,6 +767,7 @@ def test_a_run_on_sets_of_ones_own(own_run: Path, own: FolderSet, clipkd: Clipkd
 @pytest.mark.usefixtures("one_thread")
 def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> None:
     """Pictures of any size, one of them broken, and no classes: parity holds, and the file scores as PyTorch does."""
+    from export.export_types import PlannedExport
     from export.graphs.export_onnx import export_onnx
     from export.pipeline.measure_model import evaluate_models
     from export.proof.parity import check_parity
@@ -785,7 +786,7 @@ def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> No
     exported.mkdir()
     checkpoint.mkdir()
     save_model(model, checkpoint)
-    export_onnx(model, exported, role="student", precision="fp32", headline=headline)
+    export_onnx(model, exported, PlannedExport("student", "fp32"), headline)
     assert check_parity(exported, precision="fp32")["image"]["num_samples"] == 100
     with np.load(exported / "parity.npz") as samples:
         assert samples["pixels_BHWC"].shape == (100, 36, 40, 3), "to be resized, and cropped"

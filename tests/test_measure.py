@@ -15,10 +15,11 @@ from PIL import Image
 
 from export.device_programs.runner import fixed_batch
 from export.devices import describe
+from export.export_types import PlannedExport
 from export.graphs.export_onnx import export_onnx
 from export.model_folder import exported_of
 from export.pipeline.measure_model import measure_reference
-from export.pipeline.plan import exports, references
+from export.pipeline.plan import PlannedReference, plan_exports, plan_references
 from export.profiling.protocol import profile
 from export.proof import prove as proof
 from export.runtime.exported_model import open_exported
@@ -61,7 +62,7 @@ def run(spec: EvaluateSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {}
 
     def export(folder: Path) -> dict[str, Any]:
-        return export_onnx(model, folder, role="student", precision="fp32", headline=open_set(spec.headline_set))
+        return {**export_onnx(model, folder, PlannedExport("student", "fp32"), open_set(spec.headline_set))}
 
     run_stage(StageSpec(run / "student", kind="train", **about), train)
     run_stage(StageSpec(run / "exported" / "student-onnxruntime-fp32", kind="export", **about), export)
@@ -212,15 +213,16 @@ def with_changes(recipe: Recipe, runtimes: tuple[str, ...], precisions: tuple[st
 
 def test_what_ships_is_exported_for_every_runtime_and_what_it_is_compared_with_for_one() -> None:
     glyphs = load_recipe(recipe_path("glyphs"))
-    assert [name for name, *_ in exports(glyphs)] == [
+    assert [planned.name for planned in plan_exports(glyphs)] == [
         *("teacher-onnxruntime-fp32", "baseline-onnxruntime-fp32"),
         *("student-onnxruntime-fp32", "student-onnxruntime-int8", "student-openvino-fp32", "student-openvino-int8"),
     ]
-    assert references(glyphs) == [("student-pytorch-eager", "student", "eager", "student-onnxruntime-fp32")]
+    assert plan_references(glyphs) == [PlannedReference("student", "eager", "student-onnxruntime-fp32")]
+    assert plan_references(glyphs)[0].name == "student-pytorch-eager"
     kits_first = with_changes(glyphs, ("tensorrt", "openvino"), ("int8",))
-    assert [name for name, *_ in exports(kits_first)] == [
+    assert [planned.name for planned in plan_exports(kits_first)] == [
         *("student-tensorrt-int8", "teacher-openvino-fp32", "baseline-openvino-fp32", "student-openvino-int8"),
     ]
-    assert references(kits_first) == [], "there is no fp32 export to stand beside"
+    assert plan_references(kits_first) == [], "there is no fp32 export to stand beside"
     both = glyphs.model_copy(update={"profile": ProfileSpec(pytorch=("eager", "compiled"))})
-    assert [name for name, *_ in references(both)] == ["student-pytorch-eager", "student-pytorch-compiled"]
+    assert [planned.name for planned in plan_references(both)] == ["student-pytorch-eager", "student-pytorch-compiled"]

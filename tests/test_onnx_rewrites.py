@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.graphs.onnx_rewrites import products_apart
+from export.graphs.onnx_rewrites import separate_products
 
 WIDTH, PARTS = 4, 3
 
@@ -57,11 +57,11 @@ def run(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("build", [in_floats, in_int8])
-def test_products_apart_compute_the_same(build: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
+def test_separate_products_compute_the_same(build: Callable[[], onnx.ModelProto], tmp_path: Path) -> None:
     model = build()
     x = np.random.default_rng(1).standard_normal((3, 2, WIDTH)).astype(np.float32)
     expected = run(model, x)
-    products_apart(model.graph)
+    separate_products(model.graph)
     onnx.checker.check_model(model, full_check=True)
     kinds = [node.op_type for node in model.graph.node]
     assert "Split" not in kinds
@@ -76,5 +76,5 @@ def test_what_is_split_otherwise_stays(tmp_path: Path) -> None:
     (total,) = [node for node in model.graph.node if node.op_type == "Add"]
     total.input[1] = "product"  # not a stored bias
     before = [node.name for node in model.graph.node]
-    products_apart(model.graph)
+    separate_products(model.graph)
     assert [node.name for node in model.graph.node] == before

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from export.proof import parity
-from export.proof.parity import EXACT_DB, MIN_SQNR_DB, check_parity, compare
+from export.proof.parity import EXACT_DB, check_parity, compare
 from toolchain.errors import ArtifactError, GateError
+from toolchain.precisions import PRECISIONS
 
 CLOSE_DB = 0.01  # the features below are built in float32, which moves 40 dB by less
 
@@ -38,7 +39,7 @@ def test_sqnr_and_cosine_are_their_definitions(features_BD, names):
     assert result["min_cosine"] == pytest.approx(1 / np.sqrt(1 + 1e-4), abs=1e-7)
 
 
-@pytest.mark.parametrize("precision", MIN_SQNR_DB)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "damage", [np.negative, np.zeros_like, lambda x: x * np.nan, lambda x: x * np.inf, lambda x: np.roll(x, 1)]
 )
@@ -46,7 +47,7 @@ def test_one_bad_sample_among_many_fails(features_BD, names, precision, damage):
     broken_BD = features_BD.copy()
     broken_BD[7] = damage(broken_BD[7])
     with pytest.raises(GateError, match=r"here: sample 7 of 64 \('name 7'\) differs .* need \d+ dB") as caught:
-        compare(features_BD, broken_BD, min_sqnr_db=MIN_SQNR_DB[precision], names=names, what="here")
+        compare(features_BD, broken_BD, min_sqnr_db=PRECISIONS[precision].min_sqnr_db, names=names, what="here")
     assert caught.value.exit_code == 5
 
 
@@ -61,7 +62,7 @@ def test_tf32_is_not_fp32_and_bfloat16_is_not_fp16(features_BD, names, precision
     mantissa, exponent = np.frexp(features_BD)
     coarse_BD = np.ldexp(np.round(mantissa * 2**mantissa_bits) / 2**mantissa_bits, exponent)
     with pytest.raises(GateError):
-        compare(features_BD, coarse_BD, min_sqnr_db=MIN_SQNR_DB[precision], names=names, what="x")
+        compare(features_BD, coarse_BD, min_sqnr_db=PRECISIONS[precision].min_sqnr_db, names=names, what="x")
 
 
 @dataclasses.dataclass
@@ -113,13 +114,13 @@ def test_the_same_encoders_pass(folder):
     assert result["text"]["num_samples"] == 6
 
 
-@pytest.mark.parametrize("precision", MIN_SQNR_DB)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_wrong_mean_fails_whatever_the_precision(folder, precision):
     with pytest.raises(GateError, match="preprocessing of sample"):
         check_parity(folder, precision=precision, encoders=FakeEncoders(mean=0.48))
 
 
-@pytest.mark.parametrize("precision", MIN_SQNR_DB)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_dropped_end_token_fails_whatever_the_precision(folder, precision):
     with pytest.raises(
         GateError, match=r"tokenizer.* sample 0 of 6 \('abcd'\): expected \[2, .*, 3\], got \[2, .*, 0\]"

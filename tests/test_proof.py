@@ -14,8 +14,9 @@ import torch
 from conftest import make_picture
 
 from export.devices.registry import Device
+from export.export_types import PlannedExport
 from export.graphs.export_onnx import export_onnx
-from export.graphs.precision import MAX_HALF_ACTIVATION, prepared, within_half_range
+from export.graphs.precision import MAX_HALF_ACTIVATION, prepare_tower, require_half_range
 from export.proof import prove as proof
 from export.proof.prove import prove
 from export.runtime import remote_model
@@ -39,7 +40,7 @@ def model():
 def export(model, folder, precision):
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     headline = classes_set("made", images, NAMES, ("{}",))
-    export_onnx(model, folder, role="student", precision=precision, headline=headline)
+    export_onnx(model, folder, PlannedExport("student", precision), headline)
     return folder
 
 
@@ -178,7 +179,7 @@ def uint8(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uint8")
     images = np.stack([np.asarray(make_picture(40, 36, seed, noise=20)) for seed in range(5)])
     headline = classes_set("made", images, NAMES, ("{}",))
-    export_onnx(model, folder, role="student", precision="fp32", headline=headline, uint8_input=True)
+    export_onnx(model, folder, PlannedExport("student", "fp32", uint8_input=True), headline)
     return folder
 
 
@@ -252,14 +253,14 @@ class Loud(torch.nn.Module):
 @pytest.mark.parametrize("gain", [1.01 * MAX_HALF_ACTIVATION, float("inf"), float("nan")])
 def test_activations_beyond_half_are_refused_by_the_layers_name(gain):
     tower = Loud(gain)
-    with pytest.raises(GateError, match="image tower, layer loud: values up to"), within_half_range(tower, "image"):
+    with pytest.raises(GateError, match="image tower, layer loud: values up to"), require_half_range(tower, "image"):
         tower(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     assert not tower.loud._forward_hooks
 
 
 def test_activations_within_half_pass():
     tower = Loud(0.99 * MAX_HALF_ACTIVATION)
-    with within_half_range(tower, "image"):
+    with require_half_range(tower, "image"):
         assert tower(torch.tensor([[1.0, 0.0, 0.0, 0.0]])).isfinite().all()
 
 
@@ -269,4 +270,4 @@ def test_a_weight_beyond_half_is_refused_by_name(model):
     with torch.no_grad():
         weight.fill_(1e6)
     with pytest.raises(GateError, match=r"fp16: the weight .* has values up to"):
-        prepared(tower, example_pixels(model.net), "fp16")
+        prepare_tower(tower, example_pixels(model.net), "fp16")

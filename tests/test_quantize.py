@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from export.graphs.export_onnx import export_onnx
+from export.export_types import PlannedExport
+from export.graphs.export_onnx import FrozenTowers, export_onnx
 from export.graphs.onnx_graph import write_graph
-from export.graphs.precision import frozen_in
-from export.proof.parity import MIN_SQNR_DB, compare
+from export.graphs.precision import convert_frozen_tower
+from export.proof.parity import compare
 from export.proof.prove import prove
 from toolchain.errors import ArtifactError, GateError, MissingDependency, UnavailableBackend
 from toolchain.evaluation.eval_set import classes_set
 from toolchain.models.build import load_model
 from toolchain.models.folding import fold_batch_norms
 from toolchain.models.towers import ImageTower, TextTower
+from toolchain.precisions import PRECISIONS
 from toolchain.quantization import checkpoint as checkpoint_module
 from toolchain.quantization import nncf_backend
 from toolchain.quantization import quantize as quantize_module
@@ -229,7 +231,7 @@ def test_frozen_fake_quantized_and_exported_agree(checkpoint, frozen, graphs, in
     ):
         with torch.no_grad():
             fake_BD, frozen_BD = fake(values).numpy(), tower(values).numpy()
-        options = {"min_sqnr_db": MIN_SQNR_DB["int8"], "names": CAPTIONS}
+        options = {"min_sqnr_db": PRECISIONS["int8"].min_sqnr_db, "names": CAPTIONS}
         compare(fake_BD, frozen_BD, what="frozen against fake-quantized", **options)
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         (actual_BD,) = session.run(None, {session.get_inputs()[0].name: values.numpy()})
@@ -272,9 +274,8 @@ def half(checkpoint, frozen, inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8-fp16")
     pixels = ((inputs[0].clamp(-2, 2) + 2) / 4 * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
     headline = classes_set("made", pixels, CAPTIONS, ("{}",))
-    towers = {"image_tower": frozen[0], "text_tower": frozen[1]}
-    model = load_model(checkpoint)
-    export_onnx(model, folder, role="student", precision="int8-fp16", headline=headline, opset=18, **towers)
+    planned = PlannedExport("student", "int8-fp16", opset=18)
+    export_onnx(load_model(checkpoint), folder, planned, headline, FrozenTowers(*frozen))
     return folder
 
 
@@ -307,8 +308,8 @@ def test_int8_bf16_is_the_graph_of_int8_and_openvino_s_alone(graphs, half, check
     with np.load(half / "parity.npz") as saved:
         pixels, captions = saved["pixels_BHWC"], list(saved["captions"])
     headline = classes_set("made", pixels, captions, ("{}",))
-    towers = {"image_tower": frozen[0], "text_tower": frozen[1]}
-    export_onnx(load_model(checkpoint), tmp_path, role="student", precision="int8-bf16", headline=headline, **towers)
+    planned = PlannedExport("student", "int8-bf16")
+    export_onnx(load_model(checkpoint), tmp_path, planned, headline, FrozenTowers(*frozen))
     for path, name in zip(graphs, ("image.onnx", "text.onnx"), strict=True):
         assert list(onnx.load(tmp_path / name).graph.node) == list(onnx.load(path).graph.node)
     proven = prove(tmp_path, runtime="openvino", precision="int8-bf16")
@@ -319,14 +320,14 @@ def test_int8_bf16_is_the_graph_of_int8_and_openvino_s_alone(graphs, half, check
 
 
 def test_int8_fp16_refuses_a_weight_beyond_half_and_lifts_a_scale_below(frozen):
-    tower = frozen_in(frozen[1], "int8")
+    tower = convert_frozen_tower(frozen[1], "int8")
     assert tower is frozen[1]
-    half = frozen_in(tower, "int8-fp16")
+    half = convert_frozen_tower(tower, "int8-fp16")
     assert {buffer.dtype for name, buffer in half.named_buffers() if name.endswith("scale")} == {torch.float16}
     (first, *_) = [module for module in tower.modules() if hasattr(module, "scale")]
     kept = first.scale.clone()
     first.scale.fill_(1e-9)
-    lifted = next(module for module in frozen_in(tower, "int8-fp16").modules() if hasattr(module, "scale"))
+    lifted = next(module for module in convert_frozen_tower(tower, "int8-fp16").modules() if hasattr(module, "scale"))
     assert (lifted.scale > 0).all()
     first.scale.copy_(kept)
     weight = next(tower.parameters())
@@ -336,7 +337,7 @@ def test_int8_fp16_refuses_a_weight_beyond_half_and_lifts_a_scale_below(frozen):
         with pytest.raises(
             GateError, match=r"int8-fp16: the weight .* has values up to 1e\+06.*Export this model in int8"
         ):
-            frozen_in(tower, "int8-fp16")
+            convert_frozen_tower(tower, "int8-fp16")
         weight.copy_(value)
 
 

@@ -21,12 +21,13 @@ from conftest import Ended
 from export.devices.registry import Device, add_device
 from export.devices.ssh import SSH_CONFIG, TimedOut, build_engines_on, run_on
 from export.profiling.protocol import profile
-from export.proof.parity import MIN_SQNR_DB, check_parity
+from export.proof.parity import check_parity
 from export.runtime.exported_model import open_exported
 from export.runtime.remote_model import encoders_on
 from export.students.candidates import Candidate
 from export.students.measure import WORTH
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
+from toolchain.precisions import PRECISIONS
 from toolchain.report.collect import collect
 from toolchain.stage import RESOLVED, StageSpec, open_stage, run_stage
 
@@ -636,5 +637,7 @@ def test_a_device_encodes_as_this_machine_does(board: Device, model: Path) -> No
     assert np.array_equal(there.encode_images(pixels_BHWC), here.encode_images(pixels_BHWC))
     texts = ["latin small letter a", "a b"]
     assert np.array_equal(there.encode_texts(texts), here.encode_texts(texts))
-    assert check_parity(model, precision="fp32", encoders=there)["image"]["min_sqnr_db"] > MIN_SQNR_DB["fp32"]
+    assert (
+        check_parity(model, precision="fp32", encoders=there)["image"]["min_sqnr_db"] > PRECISIONS["fp32"].min_sqnr_db
+    )
     assert left_behind(board) == []

@@ -7,17 +7,19 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from export.export_types import PlannedExport
 from export.graphs.export_onnx import class_embeddings, export_onnx
 from export.graphs.onnx_graph import write_graph
 from export.graphs.parity_samples import _spread
 from export.profiling.protocol import profile
-from export.proof.parity import MIN_SQNR_DB, check_parity, compare
+from export.proof.parity import check_parity, compare
 from export.proof.prove import prove
 from export.runtime.exported_model import open_exported
 from toolchain.errors import ClipkdError, GateError
 from toolchain.evaluation.eval_set import classes_set
 from toolchain.models.build import load_model
 from toolchain.models.towers import ImageTower, TextTower, unit_text_features
+from toolchain.precisions import PRECISIONS
 
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NAMES = ["latin small letter a", "greek capital letter omega", "leftwards arrow with hook", "digit one", "plus sign"]
@@ -38,7 +40,7 @@ def images():
 
 def export(model, folder, images, precision):
     return export_onnx(
-        model, folder, role="student", precision=precision, headline=classes_set("made", images, NAMES, TEMPLATES)
+        model, folder, PlannedExport("student", precision), classes_set("made", images, NAMES, TEMPLATES)
     )
 
 
@@ -139,9 +141,9 @@ def test_fp16_stores_and_computes_in_half_and_passes_its_gate(model, images, tmp
     for file, name, values, expected_BD in inputs_and_expected:
         session = ort.InferenceSession(tmp_path / file, options, providers=["CPUExecutionProvider"])
         (actual_BD,) = session.run(None, {name: values})
-        compare(expected_BD, actual_BD, min_sqnr_db=MIN_SQNR_DB["fp16"], names=NAMES, what=file)
+        compare(expected_BD, actual_BD, min_sqnr_db=PRECISIONS["fp16"].min_sqnr_db, names=NAMES, what=file)
         with pytest.raises(GateError):  # and is not mistaken for fp32
-            compare(expected_BD, actual_BD, min_sqnr_db=MIN_SQNR_DB["fp32"], names=NAMES, what=file)
+            compare(expected_BD, actual_BD, min_sqnr_db=PRECISIONS["fp32"].min_sqnr_db, names=NAMES, what=file)
 
 
 def test_exporting_prints_nothing_and_leaves_torch_as_it_was(model, tmp_path, capfd):
@@ -183,7 +185,7 @@ def test_a_graph_with_a_fixed_batch_is_refused(tmp_path):
 def single(model, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("batch-1")
     headline = classes_set("made", images, NAMES, TEMPLATES)
-    return folder, export_onnx(model, folder, role="student", precision="fp32", headline=headline, batch=1)
+    return folder, export_onnx(model, folder, PlannedExport("student", "fp32", batch=1), headline)
 
 
 def test_a_batch_of_1_is_fixed_and_takes_no_more_nodes(single, exported):

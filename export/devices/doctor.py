@@ -1,4 +1,4 @@
-"""What this machine, or a device, can do: each capability decided by doing it, in a process that may crash or hang.
+"""Find out what this machine, or a device, can do: each capability is tried, in a process that may crash or hang.
 
 A capability is `probes.py` with an argument.  Which of them are needed follows from a recipe and a device; what fails
 has the line that mends it.  Nothing here needs more than the base install, and nothing downloads.
@@ -27,6 +27,7 @@ from export.devices.ssh import TimedOut, by_hand, run_on
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
 from toolchain.progress import Progress, no_progress
 from toolchain.recipe.recipe import Recipe
+from toolchain.runtimes import RUNTIMES, runtime_of
 
 Row = dict[str, Any]
 
@@ -49,62 +50,55 @@ class Capability:
     driver: str = ""
     """What mends it where hardware or a driver is not there."""
 
+    package: str = ""
+    """The package to install on a device without clipkd; empty: as `install` says."""
+
+    on_devices: bool = False
+    """Also probed on devices that ssh reaches."""
+
+
+def _runtime(name: str, device: str, timeout_s: float, driver: str = "") -> Capability:
+    """Return the capability of a runtime to run graphs on a kind of device."""
+    runtime = RUNTIMES[name]
+    package = runtime.package or ""
+    return Capability(
+        f"{name} {device}", f"{name}:{device}", timeout_s, runtime.install, driver, package=package, on_devices=True
+    )
+
 
 CAPABILITIES = (
-    Capability("measure", "base", 30, "pip install numpy"),
-    Capability("pictures", "pictures", 30, "pip install pillow"),
+    Capability("measure", "base", 30, "pip install numpy", package="numpy", on_devices=True),
+    Capability("pictures", "pictures", 30, "pip install pillow", package="pillow", on_devices=True),
     Capability("train", "train", 180, "pip install 'clipkd[train]'"),
     Capability("quantize", "quantize", 180, "pip install 'clipkd[train]'"),
     Capability("export", "export", 180, "pip install 'clipkd[train]'"),
     Capability("report", "report", 60, "pip install 'clipkd[report]'"),
     Capability("compile", "compiler", 60, "sudo apt-get install g++"),
-    Capability("onnxruntime cpu", "onnxruntime:cpu", 60, "pip install 'clipkd[onnxruntime]'"),
-    Capability(
-        "onnxruntime cuda",
-        "onnxruntime:cuda",
-        60,
-        "pip install 'clipkd[onnxruntime]'",
-        f"{_GPU}; its CUDA libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'",
-    ),
-    Capability("openvino cpu", "openvino:cpu", 60, "pip install 'clipkd[openvino]'"),
-    Capability(
-        "openvino gpu",
-        "openvino:gpu",
-        120,
-        "pip install 'clipkd[openvino]'",
+    _runtime("onnxruntime", "cpu", 60),
+    _runtime("onnxruntime", "cuda", 60, f"{_GPU}; its CUDA libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"),
+    _runtime("openvino", "cpu", 60),
+    _runtime(
+        *("openvino", "gpu", 120),
         "sudo apt-get install intel-opencl-icd, and membership of the group render (needs Intel graphics)",
     ),
-    Capability(
-        "openvino npu",
-        "openvino:npu",
-        120,
-        "pip install 'clipkd[openvino]'",
-        "Intel's NPU driver: github.com/intel/linux-npu-driver (needs a Core Ultra)",
-    ),
-    Capability("nvidia driver", "nvidia", 30, _GPU, _GPU),
+    _runtime("openvino", "npu", 120, "Intel's NPU driver: github.com/intel/linux-npu-driver (needs a Core Ultra)"),
+    Capability("nvidia driver", "nvidia", 30, _GPU, _GPU, on_devices=True),
     Capability(
         "tensorrt build",
         "tensorrt",
         180,
-        "pip install 'clipkd[tensorrt]' (on a Jetson: sudo apt-get install python3-libnvinfer)",
+        f"{RUNTIMES['tensorrt'].install} (on a Jetson: sudo apt-get install python3-libnvinfer)",
         _GPU,
+        on_devices=True,
     ),
 )
 _BY_NAME = {capability.name: capability for capability in CAPABILITIES}
-_ON_DEVICES = (
-    *("measure", "pictures", "onnxruntime cpu", "onnxruntime cuda", "openvino cpu", "openvino gpu", "openvino npu"),
-    *("nvidia driver", "tensorrt build"),
-)
+_ON_DEVICES = tuple(capability.name for capability in CAPABILITIES if capability.on_devices)
 _LOCAL_NEEDS = {
     "cpu": ("measure", "pictures", "onnxruntime cpu"),
     "cuda": ("measure", "pictures", "nvidia driver", "onnxruntime cuda"),
     "gpu": ("measure", "pictures", "openvino gpu"),
     "npu": ("measure", "pictures", "openvino npu"),
-}
-_RUNTIME_NEEDS = {
-    "onnxruntime": ("onnxruntime cpu",),
-    "openvino": ("openvino cpu",),
-    "tensorrt": ("nvidia driver", "tensorrt build"),
 }
 
 
@@ -114,7 +108,7 @@ def diagnose(
     *,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """`rows`, one per capability, and `machine`.
+    """Return `rows`, one per capability, and `machine`.
 
     A row has `capability`, `where` (`here`, or the device's name), `status` (`ok`, `not installed`, `not there`,
     `failed`, `crashed`, `hangs`), `detail` (versions, or the reason), `mend` (what to do, where it is not ok), `needed`
@@ -141,7 +135,7 @@ def diagnose(
 
 
 def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the capabilities that a recipe and a device need: here, and on a device reached by ssh."""
+    """Return the names of the capabilities that a recipe and a device need: here, and on a device reached by ssh."""
     here: set[str] = set()
     runtimes: Iterable[str] = recipe.export.runtimes if recipe is not None else ()
     if recipe is not None:
@@ -152,17 +146,17 @@ def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset
             here.add("compile")
     if isinstance(device, Device):
         preset = PRESETS.get(device.preset or "")
-        of_device = tuple(runtimes) or ((preset.runtimes[0],) if preset else ("onnxruntime",))
-        there = {"measure", "pictures", *(need for runtime in of_device for need in _RUNTIME_NEEDS[runtime])}
+        of_device = tuple(runtimes) or ((preset.runtimes[0],) if preset else (runtime_of("cpu"),))
+        there = {"measure", "pictures", *(need for runtime in of_device for need in RUNTIMES[runtime].capabilities)}
         return frozenset(here), frozenset(there)
-    here |= {need for runtime in runtimes for need in _RUNTIME_NEEDS[runtime]}
+    here |= {need for runtime in runtimes for need in RUNTIMES[runtime].capabilities}
     if device is not None:
         here |= set(_LOCAL_NEEDS[device.partition(":")[0]])
     return frozenset(here), frozenset()
 
 
 def problem(rows: list[Row]) -> ClipkdError | None:
-    """The error that what is needed and not ok amounts to; None if nothing is."""
+    """Return the error that what is needed and not ok amounts to, or None."""
     lacking = [row for row in rows if row["needed"] and row["status"] != "ok"]
     if not lacking:
         return None
@@ -172,7 +166,7 @@ def problem(rows: list[Row]) -> ClipkdError | None:
 
 
 def examine(device: Device) -> dict[str, Any]:
-    """What a device reached by ssh can do, as `diagnose` says it, and what it is (`system`, None out of reach)."""
+    """Return what a device reached by ssh can do, as `diagnose` does, and what it is (`system`, None out of reach)."""
     _, needed = needs(None, device)
     reached = _reach(device)
     rows = [reached]
@@ -182,7 +176,7 @@ def examine(device: Device) -> dict[str, Any]:
 
 
 def require(runtime: str, device: Device | str) -> str:
-    """The version of a runtime on a device, found by running a graph of one node there.
+    """Return the version of a runtime on a device, found by running a graph of one node there.
 
     Raises:
         UsageError: it is no runtime of that device.
@@ -201,7 +195,7 @@ def require(runtime: str, device: Device | str) -> str:
 
 
 def local_devices() -> list[dict[str, str]]:
-    """The devices of this machine that some runtime drives, and what they are."""
+    """Return the devices of this machine that some runtime drives, and what they are."""
     found = [{"name": "cpu", "what": describe_machine()["name"]}]
     status, details, _ = _probe_here("nvidia", 30)
     if status == 0:
@@ -214,7 +208,7 @@ def local_devices() -> list[dict[str, str]]:
 
 
 def local_device(name: str) -> dict[str, str]:
-    """The device of this machine that a name means, as `local_devices` has it: cuda is cuda:0.
+    """Return the device of this machine that a name means, as `local_devices` has it: cuda is cuda:0.
 
     Raises:
         UnavailableBackend: this machine has none of this name.
@@ -233,7 +227,7 @@ def local_device(name: str) -> dict[str, str]:
 
 
 def device_named(name: str) -> Device | str:
-    """A device of this machine by its name, or one reached by ssh.
+    """Return a device of this machine by its name, or one reached by ssh.
 
     Raises:
         UsageError: there is none of this name.
@@ -242,7 +236,7 @@ def device_named(name: str) -> Device | str:
 
 
 def describe_here() -> dict[str, Any]:
-    """`describe_machine`, with the limit of a container's memory and the free space of what clipkd writes to."""
+    """Return `describe_machine`, with the limit of a container's memory and the free space of what clipkd writes to."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return describe_machine() | {
@@ -293,11 +287,9 @@ def _text(value: Any) -> str:
 def _installed_there(capability: Capability, where: str) -> str:
     """The same line, for a device that has no clipkd."""
     device = read_devices().get(where)
-    package = {"base": "numpy", "pictures": "pillow", "onnxruntime": "onnxruntime", "openvino": "openvino"}
-    name = package.get(capability.probe.partition(":")[0])
-    if device is None or name is None:
+    if device is None or not capability.package:
         return capability.install
-    return by_hand(device, device.python, "-m", "pip", "install", name)
+    return by_hand(device, device.python, "-m", "pip", "install", capability.package)
 
 
 def _probe_here(probe: str, timeout_s: float) -> Found:

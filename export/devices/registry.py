@@ -42,7 +42,7 @@ class Device:
 
 
 def checked(device: Device) -> Device:
-    """The same device, if its fields can be what they say.
+    """Return the same device, if its fields can be what they say.
 
     Raises:
         UsageError: a field could be taken for something else: an option of ssh's, another folder, a local device.
@@ -72,7 +72,7 @@ def config_file() -> Path:
 
 
 def read_devices() -> dict[str, Device]:
-    """The user's devices by name.
+    """Return the user's devices by name.
 
     Raises:
         UsageError: the file is not one that clipkd wrote, or somebody edited it into something else.
@@ -117,7 +117,7 @@ def remove_device(name: str) -> None:
 
 
 def find_device(name: str) -> Device:
-    """The device of a name.
+    """Return the device of a name.
 
     Raises:
         UsageError: there is none.
@@ -132,7 +132,7 @@ def find_device(name: str) -> Device:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a device of this machine: cpu, cuda:0, gpu, npu."""
+    """Return True if a name is a device of this machine: cpu, cuda:0, gpu, npu."""
     return _LOCAL.fullmatch(name) is not None
 
 

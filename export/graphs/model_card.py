@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from export.export_types import ExportSummary, Parity, Uint8Parity
 from toolchain.filesystem import file_sha256
 
 CARD = "MODEL_CARD.md"
@@ -50,11 +51,10 @@ _OPTIONS = {
 }
 
 
-def write_card(folder: Path, name: str, summary: dict[str, Any], provenance: dict[str, Any]) -> None:
+def write_card(folder: Path, name: str, summary: ExportSummary, provenance: dict[str, Any]) -> None:
     """Describe the files in `folder`; equal files and arguments give equal bytes.
 
-    `summary` is the manifest's, with "parity" where it was proven; `provenance` names teacher, data and checkpoint, as
-    the recipe and the manifests do.
+    `summary` is the manifest's; `provenance` names teacher, data and checkpoint, as the recipe and the manifests do.
     """
     kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _APART)
     sums = "\n".join(f"{file_sha256(path)}  {path.name}" for path in kept)
@@ -79,7 +79,7 @@ be looked up where they were published, before the model is passed on.
 
 ## Proof
 
-{_parity(summary.get("parity"))}
+{_parity(summary["parity"])}
 
 ## Use
 
@@ -105,11 +105,11 @@ def _said(value: Any) -> str:
 
 
 def uint8_snippet(precision: str) -> str:
-    """How ONNX Runtime opens image_uint8.onnx without clipkd."""
+    """Return code that opens image_uint8.onnx in ONNX Runtime without clipkd."""
     return _UINT8_SNIPPET.format(options=_OPTIONS.get(precision, ""))
 
 
-def _uint8_input(measured: dict[str, Any] | None, precision: str) -> str:
+def _uint8_input(measured: Uint8Parity | None, precision: str) -> str:
     if measured is None:
         return ""
     return f"""
@@ -125,13 +125,10 @@ cosine of features {measured["min_cosine"]:.6f}.
 """
 
 
-def _parity(parity: dict[str, Any] | None) -> str:
-    if parity is None:
-        return "Not compared with the checkpoint it was exported from."
+def _parity(parity: Parity) -> str:
     rows = [
-        f"| {tower} | {parity[tower]['num_samples']} | {parity[tower]['min_cosine']:.6f} "
-        f"| {parity[tower]['min_sqnr_db']:.1f} |"
-        for tower in ("image", "text")
+        f"| {name} | {tower['num_samples']} | {tower['min_cosine']:.6f} | {tower['min_sqnr_db']:.1f} |"
+        for name, tower in (("image", parity["image"]), ("text", parity["text"]))
     ]
     head = "Against the checkpoint in PyTorch, from pixels and captions on; the worst sample of each tower:\n\n"
     return head + "\n".join(["| tower | samples | cosine | SQNR dB |", "|---|---|---|---|", *rows])

@@ -12,12 +12,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.graphs.onnx_rewrites import products_apart, separate_gemm_biases
+from export.graphs.onnx_rewrites import separate_gemm_biases, separate_products
 from export.graphs.uint8_preprocessing import UInt8Tower
 from export.model_folder import IMAGE_INPUT, UINT8_INPUT
 from toolchain.errors import ClipkdError
+from toolchain.runtimes import RUNTIMES
 
-BF16_OPSET = 22  # the first in which every operator takes bfloat16; without QuantizeLinear nothing speaks against it
 _MAX_BATCH = 1 << 16
 _MAX_SIDE = 1 << 15  # of a picture, in pixels: int32 holds what its kernels are made of
 _EXAMPLE_SIZE = 37, 53  # unlike each other and any model's, so that nothing is taken for the same size
@@ -42,8 +42,8 @@ def write_graph(
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
     free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
     graph = _converted(tower, example[:batch], path, names_io, free if batch is None else None, opset)
-    if runtime == "openvino":
-        products_apart(graph.graph)
+    if RUNTIMES[runtime].separates_products:
+        separate_products(graph.graph)
     _check_and_save(graph, path, metadata)
     for value in (*graph.graph.input, *graph.graph.output):
         first = value.type.tensor_type.shape.dim[0]

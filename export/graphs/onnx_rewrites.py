@@ -1,7 +1,4 @@
-"""What of an exported graph is written otherwise, with the same values, because a runtime computes it faster so.
-
-E width   F features of one part
-"""
+"""Rewrite exported graphs into equivalent forms that runtimes execute faster."""
 
 from collections import Counter
 
@@ -24,7 +21,7 @@ def separate_gemm_biases(graph: GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def products_apart(graph: GraphProto) -> None:
+def separate_products(graph: GraphProto) -> None:
     """Split(x W + b) becomes a product for each part, so that OpenVINO does not copy queries, keys and values.
 
     Not for ONNX Runtime, which computes an int8 product in floats where others read the same input.

@@ -19,14 +19,14 @@ _CHUNK = 256  # samples per forward
 
 
 def in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
-    """Features [B, D] on the CPU."""
+    """Return features [B, D] on the CPU."""
     starts = range(0, len(inputs), _CHUNK)
     device = next((tensor.device for tensor in (*tower.parameters(), *tower.buffers())), inputs.device)
     return torch.cat([tower(inputs[start : start + _CHUNK].to(device)).cpu() for start in starts])
 
 
 def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
-    """What parity.py feeds to a runtime, and what torch made of it.  Samples are spread evenly over the set."""
+    """Write what parity.py feeds to a runtime, and what torch made of it; the samples are spread over the set."""
     shown, pictures = _parity_pictures(headline, model)
     spoken = _spread(len(headline.texts))
     captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
@@ -46,7 +46,7 @@ def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, 
 
 
 def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:
-    """Which pictures of a set, and the pictures, all of one size so that one array holds them.
+    """Return indices of pictures in a set, and the pictures, all of one size so that one array holds them.
 
     Glyphs are, and stay as they are.  Others are cut to a size a little larger than the model's, and not square, so
     that parity goes through resizing and cropping too.
@@ -73,5 +73,5 @@ def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], li
 
 
 def _spread(count: int, at_most: int = MAX_PARITY_SAMPLES) -> NDArray[np.int64]:
-    """At most so many indices below `count`, evenly spread."""
+    """Return at most so many indices below `count`, evenly spread."""
     return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)

@@ -13,18 +13,21 @@ from toolchain.errors import GateError
 from toolchain.models.folding import fold_batch_norms, merge_branches
 from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower
+from toolchain.precisions import PRECISIONS
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16")
-FROZEN, HALF = ("int8", "int8-fp16", "int8-bf16"), ("fp16", "int8-fp16")
-_WITHOUT_HALF = {"fp16": "Export this model in fp32 or bf16", "int8-fp16": "Export this model in int8"}
 MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
-HALF_SCALES_OPSET = 19  # the first in which QuantizeLinear takes float16
 _LEAST_HALF = 2.0**-24  # greater than zero that fp16 knows
+_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
-    """A copy to export: attention open-coded, branches merged, batch norms folded (their variances may underflow),
-    weights in the precision.
+def is_half(precision: str) -> bool:
+    """Return True if the graph stores its floats in float16, whose range is small."""
+    return PRECISIONS[precision].stored_floats == "float16"
+
+
+def prepare_tower(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
+    """Return a copy to export: attention open-coded, branches merged, batch norms folded (their variances may
+    underflow), weights in the precision.
 
     Raises:
         GateError: a weight is beyond fp16's range.
@@ -34,13 +37,13 @@ def prepared(tower: nn.Module, example: Tensor, precision: str) -> nn.Module:
     if isinstance(tower, ImageTower):
         merge_branches(tower, example)
         fold_batch_norms(tower, example)
-    if precision == "fp16":
+    if is_half(precision):
         _require_half_weights(tower, precision)
-    return tower.to({"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32))
+    return tower.to(_TYPES[PRECISIONS[precision].stored_floats])
 
 
-def frozen_in(tower: nn.Module, precision: str) -> nn.Module:
-    """What is exported of a frozen int8 tower: itself, or in int8-fp16 a copy whose floats, scales included, are fp16.
+def convert_frozen_tower(tower: nn.Module, precision: str) -> nn.Module:
+    """Return a frozen int8 tower as it is, or for int8-fp16 a copy whose floats, scales included, are fp16.
 
     The stored int8 weights stay as they are.  A scale that fp16 would round to zero becomes the smallest that it has,
     because nothing can be divided by zero; what it scales is below 1e-5 either way.
@@ -48,7 +51,7 @@ def frozen_in(tower: nn.Module, precision: str) -> nn.Module:
     Raises:
         GateError: a weight is beyond fp16's range.
     """
-    if precision not in HALF:
+    if not is_half(precision):
         return tower
     _require_half_weights(tower, precision)
     half = copy.deepcopy(tower).cpu().half()
@@ -63,12 +66,12 @@ def _require_half_weights(tower: nn.Module, precision: str) -> None:
         if not weight.abs().max() <= torch.finfo(torch.float16).max:  # not `>`: NaN must fail
             raise GateError(
                 f"{precision}: the weight {name} has values up to {weight.abs().max():.3g}, expected at most 65504. "
-                f"{_WITHOUT_HALF[precision]}"
+                f"Export this model in {PRECISIONS[precision].instead}"
             )
 
 
 @contextmanager
-def within_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> Iterator[None]:
+def require_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> Iterator[None]:
     """Watch what the layers of a float tower put out while the block runs.
 
     Raises:
@@ -95,5 +98,6 @@ def within_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> I
         name, peak = next(iter(beyond.items()))
         raise GateError(
             f"{precision}: {what} tower, layer {name}: values up to {peak:.3g} on real samples, expected at most "
-            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). {_WITHOUT_HALF[precision]}"
+            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). Export this model in "
+            f"{PRECISIONS[precision].instead}"
         )

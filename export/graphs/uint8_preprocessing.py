@@ -1,8 +1,7 @@
 """Preprocessing as torch operations, so that it can be part of a graph: a picture in, pixel_values out.
 
 It computes what `runner.preprocess_image` does with Pillow, without relying on any runtime's own resizing.
-
-    H, W height and width of the picture   h, w of the model's input   CHW, HWC image
+In names of arrays, H and W are the sides of the picture, h and w those of the model's input.
 """
 
 from typing import Any

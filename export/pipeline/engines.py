@@ -4,19 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from export.export_types import export_summary
 from toolchain.errors import ClipkdError
 from toolchain.progress import Screen
 from toolchain.recipe.recipe import Recipe
+from toolchain.runtimes import RUNTIMES
 from toolchain.stage import Stage, StageSpec, run_stage
 
 
 def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """The TensorRT engines of every kit, for the GPU of this machine.
+    """Return the TensorRT engines of every kit, for the GPU of this machine.
 
     Raises:
         MissingDependency, UnavailableBackend: there is no TensorRT, or no GPU; the kits are complete.
     """
-    kits = {name: stage for name, stage in exported.items() if stage.manifest["summary"]["runtime"] == "tensorrt"}
+    kits = {name: stage for name, stage in exported.items() if RUNTIMES[export_summary(stage)["runtime"]].is_kit}
     if not kits or not recipe.export.build_engines:
         return {}
     from export.runtime.tensorrt_engines import can_build
@@ -31,7 +33,7 @@ def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen:
 
 
 def engines_of(kit: Stage, out: Path, device: dict[str, str], screen: Screen) -> Stage:
-    """The TensorRT engines of one kit of a run, for the GPU of this machine, which is what `can_build` said."""
+    """Return the TensorRT engines of one kit of a run, for the GPU of this machine, as `can_build` describes it."""
     from export.runtime.tensorrt_engines import build
 
     def work(folder: Path) -> dict[str, Any]:

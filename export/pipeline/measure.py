@@ -4,19 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.pipeline.plan import references
+from export.export_types import export_summary
+from export.pipeline.plan import plan_references
 from toolchain.pipeline.stage_inputs import evaluated
 from toolchain.progress import Screen
 from toolchain.recipe.recipe import Recipe
+from toolchain.runtimes import RUNTIMES
 from toolchain.stage import REFERENCE, Stage, StageSpec, run_stage
 
 
 def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """Parity, accuracy and latency of each exported model, in its own runtime on this machine."""
+    """Return parity, accuracy and latency of each exported model, in its own runtime on this machine."""
     measured = {}
     accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
     for name, model in exported.items():
-        if model.manifest["summary"]["runtime"] == "tensorrt":
+        if RUNTIMES[export_summary(model)["runtime"]].is_kit:
             continue  # a kit runs where its engines are built
 
         def work(folder: Path, model: Stage = model) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen
 
 
 def require_references(recipe: Recipe) -> None:
-    """Know before hours of training that what the recipe wants of PyTorch itself can be had.
+    """Check, before hours of training, that what the recipe wants of PyTorch itself can be had.
 
     Raises:
         MissingDependency: a reference is to be compiled, and there is no C++ compiler.
@@ -55,43 +57,47 @@ def require_references(recipe: Recipe) -> None:
 def measure_references(
     recipe: Recipe, out: Path, made: dict[str, Stage], exported: dict[str, Stage], screen: Screen
 ) -> dict[str, Stage]:
-    """The same of the checkpoint that ships in PyTorch, as often as the recipe asks for it.
+    """Return the same of the checkpoint that ships in PyTorch, as often as the recipe asks for it.
 
     Raises:
         MissingDependency: it is to be compiled, and there is no C++ compiler.
     """
     measured: dict[str, Stage] = {}
-    if not references(recipe):
+    planned_references = plan_references(recipe)
+    if not planned_references:
         return measured
     accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
-    for name, role, mode, beside in references(recipe):
-        if beside not in exported:
+    for planned in planned_references:
+        if planned.beside not in exported:
             continue  # it failed, and has said why
+        checkpoint, beside = made[planned.role], exported[planned.beside]
 
-        def work(folder: Path, role: str = role, mode: str = mode, beside: str = beside) -> dict[str, Any]:
+        def work(
+            folder: Path, mode: str = planned.mode, checkpoint: Stage = checkpoint, beside: Stage = beside
+        ) -> dict[str, Any]:
             from export.pipeline.measure_model import measure_reference
 
-            paths = made[role].path, exported[beside].path, folder
+            paths = checkpoint.path, beside.path, folder
             return measure_reference(*paths, accuracy, recipe.profile, mode, screen.progress)
 
-        screen.starts(f"measured/{name}")
-        measured[name] = run_stage(
+        screen.starts(f"measured/{planned.name}")
+        measured[planned.name] = run_stage(
             StageSpec(
-                out / "measured" / name / "cpu",
+                out / "measured" / planned.name / "cpu",
                 kind=REFERENCE,
                 version=1,
-                fields={**fields, "pytorch": mode},
+                fields={**fields, "pytorch": planned.mode},
                 fingerprints=fingerprints,
-                inputs={"checkpoint": made[role], "model": exported[beside]},
+                inputs={"checkpoint": checkpoint, "model": beside},
             ),
             work,
         )
-        screen.done(f"measured/{name}", measured[name])
+        screen.done(f"measured/{planned.name}", measured[planned.name])
     return measured
 
 
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
-    """The fields that any measurement reads."""
+    """Return the fields that any measurement reads."""
     return {
         "evaluate": evaluated(recipe).model_dump(mode="json"),
         "profile": recipe.profile.model_dump(exclude={"pytorch"}),
@@ -99,7 +105,7 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
 
 
 def _measured_on(recipe: Recipe) -> dict[str, str]:
-    """The data and the machine that any measurement depends on."""
+    """Return the data and the machine that any measurement depends on."""
     from toolchain.evaluation.open_sets import fingerprints
     from toolchain.provenance import machine
 

@@ -1,10 +1,14 @@
-"""Which models a recipe exports and measures, where their stages lie, and how a failure is recorded."""
+"""Plan which models a recipe exports and measures, name their stages, and record a failure."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from export.export_types import PlannedExport
 from toolchain.errors import ArtifactError, ClipkdError, Interrupted, MissingDependency, UsageError
 from toolchain.filesystem import partial_path, write_json
+from toolchain.precisions import REFERENCE
 from toolchain.recipe.recipe import Recipe
+from toolchain.runtimes import RUNTIMES
 
 FAILED = "failed.json"
 
@@ -18,42 +22,67 @@ def mark_failed(path: Path, error: ClipkdError) -> None:
 
 
 def is_of_the_model(error: ClipkdError) -> bool:
-    """Whether an error says that a model is no good, and not that the command cannot go on."""
+    """Return True if an error says that a model is no good, and not that the command cannot go on."""
     return not isinstance(error, ArtifactError | Interrupted | MissingDependency | UsageError)
 
 
 def shipped_role(recipe: Recipe) -> str:
-    """The role of the model that a run is for."""
+    """Return the role of the model that a run is for."""
     return "student" if recipe.distill else "adopted"
 
 
-def exports(recipe: Recipe) -> list[tuple[str, str, str, str]]:
-    """Name, role, runtime and precision of every exported model.
+def plan_exports(recipe: Recipe) -> list[PlannedExport]:
+    """Return every model that a recipe exports.
 
     Teacher and baseline do not ship: they are there to compare with, for which one runtime does, the first that runs
     here.
     """
+    spec, shipped = recipe.export, shipped_role(recipe)
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
-    first = next((runtime for runtime in recipe.export.runtimes if runtime != "tensorrt"), None)
-    shipped = shipped_role(recipe)
-    pairs = [(role, "fp32") for role in others] + [(shipped, precision) for precision in recipe.export.precisions]
+    first = next((runtime for runtime in spec.runtimes if not RUNTIMES[runtime].is_kit), None)
+    pairs = [(role, REFERENCE) for role in others] + [(shipped, precision) for precision in spec.precisions]
     return [
-        (f"{role}-{runtime}-{precision}", role, runtime, precision)
-        for runtime in recipe.export.runtimes
+        PlannedExport(
+            role,
+            precision,
+            runtime,
+            opset=spec.opset,
+            batch=spec.batch,
+            uint8_input=spec.uint8_input and role == shipped and not RUNTIMES[runtime].is_kit,
+        )
+        for runtime in spec.runtimes
         for role, precision in pairs
         if runtime == first or role == shipped
     ]
 
 
-def references(recipe: Recipe) -> list[tuple[str, str, str, str]]:
-    """Name, role, mode and the fp32 export beside it of every checkpoint that is measured in PyTorch."""
+@dataclass(frozen=True)
+class PlannedReference:
+    """One checkpoint to measure in PyTorch."""
+
+    role: str
+    mode: str
+    """eager or compiled."""
+
+    beside: str
+    """The name of its fp32 export, whose samples and preprocessing it is measured with."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-pytorch-{self.mode}"
+
+
+def plan_references(recipe: Recipe) -> list[PlannedReference]:
+    """Return every checkpoint that a recipe measures in PyTorch; none where its fp32 is not exported."""
     shipped = shipped_role(recipe)
-    beside = [name for name, role, _, precision in exports(recipe) if (role, precision) == (shipped, "fp32")]
-    return [(f"{shipped}-pytorch-{mode}", shipped, mode, beside[0]) for mode in recipe.profile.pytorch if beside]
+    beside = [
+        planned.name for planned in plan_exports(recipe) if (planned.role, planned.precision) == (shipped, REFERENCE)
+    ]
+    return [PlannedReference(shipped, mode, beside[0]) for mode in recipe.profile.pytorch if beside]
 
 
 def stage_paths(recipe: Recipe) -> list[str]:
-    """The directories in a run that a recipe asks for."""
+    """Return the directories in a run that a recipe asks for."""
     trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
     cache = recipe.distill.teacher_cache if recipe.distill else None
     if cache is not None and cache.path is None:
@@ -61,8 +90,13 @@ def stage_paths(recipe: Recipe) -> list[str]:
     if recipe.distill is None:
         trained = ["adopted"]
     quantized = [f"{trained[-1]}-int8"] if recipe.export.is_quantized and recipe.quantize else []
-    made = [(name, runtime) for name, _, runtime, _ in exports(recipe)] if recipe.evaluate else []
-    measured = [f"measured/{name}/cpu" for name, runtime in made if runtime != "tensorrt"]
-    measured += [f"measured/{name}/cpu" for name, *_ in references(recipe)] if recipe.evaluate else []
-    chosen = [f"auto/{runtime}" for runtime in recipe.export.runtimes if recipe.export.auto]
-    return trained + quantized + [f"exported/{name}" for name, _ in made] + measured + chosen
+    exported = plan_exports(recipe) if recipe.evaluate else []
+    measured = [planned.name for planned in exported if not planned.in_runtime.is_kit]
+    measured += [planned.name for planned in plan_references(recipe)] if recipe.evaluate else []
+    return [
+        *trained,
+        *quantized,
+        *(f"exported/{planned.name}" for planned in exported),
+        *(f"measured/{name}/cpu" for name in measured),
+        *(f"auto/{runtime}" for runtime in recipe.export.runtimes if recipe.export.auto),
+    ]

@@ -1,4 +1,4 @@
-"""Which precision to ship in a runtime: two gates, accuracy and speed, that a candidate must both pass.
+"""Decide which precision to ship in a runtime: two gates, accuracy and speed, that a candidate must both pass.
 
 A precision below fp32 costs accuracy for certain and buys speed perhaps: in many runtimes, on many machines, 8-bit CLIP
 is slower than fp16, and in some wrong in silence.  So the precisions are walked from the safest on, and one takes the
@@ -8,16 +8,10 @@ place of the one chosen so far only if it is within the budget and measurably fa
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
-from toolchain.recipe.export import ExportSpec
+from toolchain.precisions import PRECISIONS, REFERENCE
 from toolchain.significance import PairedDrop
-
-REFERENCE = "fp32"
-
-SAFEST_FIRST = (REFERENCE, "fp16", "bf16", "int8", "int8-fp16", "int8-bf16")
-"""By the bits that a value keeps: 23, 10 and 7 of mantissa; 8 in all, under one scale for many values; and those where
-what is not in 8 bits is not in fp32 either."""
 
 MAX_DROP = 0.01
 """Of top-1, where neither the command nor quantize.max_drop says: the default of NNCF's own accuracy control."""
@@ -54,22 +48,19 @@ class Candidate:
     """Measured in turns with the others'."""
 
 
+Count = Literal["chosen", "failed", "accuracy", "speed"]
+
+
 @dataclass(frozen=True)
 class Verdict:
-    count: Literal["chosen", "failed", "accuracy", "speed"]
+    count: Count
     """On which count it was rejected, or that it was not."""
 
     reason: str = ""
 
 
-def all_precisions() -> list[str]:
-    """Those that a recipe may name, the safest first."""
-    (named, _) = get_args(ExportSpec.model_fields["precisions"].annotation)
-    return sorted(get_args(named), key=SAFEST_FIRST.index)
-
-
 def too_far(candidate: Candidate, max_drop: float) -> Verdict | None:
-    """The verdict on a candidate that is out before anything is timed; None if it is not.
+    """Return the verdict on a candidate that is out before anything is timed, or None.
 
     What counts is the drop itself and not the end of its interval, as for quantize.max_drop: of a few hundred images
     the interval alone is wider than any budget, and nothing would ever pass.  `doubts` says where it reaches beyond.
@@ -84,40 +75,42 @@ def too_far(candidate: Candidate, max_drop: float) -> Verdict | None:
 
 
 def decide(candidates: Sequence[Candidate], max_drop: float) -> dict[str, Verdict]:
-    """The verdict on each candidate of one runtime, the safest first; one is chosen, or none if fp32 failed.
+    """Return the verdict on each candidate of one runtime, the safest first; one is chosen, or none if fp32 failed.
 
     From the safest on, a candidate within `max_drop` replaces the one chosen so far where its interval of the latency
     lies wholly below.
     """
-    ordered = sorted(candidates, key=lambda candidate: SAFEST_FIRST.index(candidate.precision))
-    verdicts = {candidate.precision: too_far(candidate, max_drop) or _untimed(candidate) for candidate in ordered}
-    if verdicts.get(REFERENCE, Verdict("failed")) is not None:
-        alone = Verdict("failed", f"there is no {REFERENCE} in this runtime to hold it against")
-        others = [candidate for candidate in ordered if candidate.precision != REFERENCE]
-        return {REFERENCE: verdicts.get(REFERENCE) or Verdict("failed", "it is not among the candidates")} | {
-            other.precision: Verdict("failed", other.problem) if other.problem is not None else alone
-            for other in others
-        }
-    chosen: Candidate | None = None
-    decided: dict[str, Verdict] = {}
-    for candidate in ordered:
-        verdict = verdicts[candidate.precision]
-        if verdict is None and chosen is not None:
-            assert candidate.latency is not None
-            assert chosen.latency is not None
-            against = f"{candidate.latency} against {chosen.latency} ms"
-            if candidate.latency.high_ms < chosen.latency.low_ms:
-                decided[chosen.precision] = Verdict("speed", f"{candidate.precision} is measurably faster: {against}")
-            else:
-                verdict = Verdict("speed", f"not measurably faster than {chosen.precision}: {against}")
-        if verdict is None:
-            chosen, verdict = candidate, Verdict("chosen")
-        decided[candidate.precision] = verdict
-    return decided
+    ordered = sorted(candidates, key=lambda candidate: PRECISIONS[candidate.precision].safety_rank)
+    rejected = {candidate.precision: too_far(candidate, max_drop) or _untimed(candidate) for candidate in ordered}
+    reference = rejected.get(REFERENCE, Verdict("failed", "it is not among the candidates"))
+    if reference is not None:
+        return {REFERENCE: reference} | _without_reference(ordered)
+    chosen = ordered[0]  # nothing is safer than fp32
+    for candidate in ordered[1:]:
+        if rejected[candidate.precision] is not None:
+            continue
+        assert candidate.latency is not None
+        assert chosen.latency is not None
+        against = f"{candidate.latency} against {chosen.latency} ms"
+        if candidate.latency.high_ms < chosen.latency.low_ms:
+            why = f"{candidate.precision} is measurably faster: {against}"
+            rejected[chosen.precision] = Verdict("speed", why)
+            chosen = candidate
+        else:
+            why = f"not measurably faster than {chosen.precision}: {against}"
+            rejected[candidate.precision] = Verdict("speed", why)
+    return {precision: verdict or Verdict("chosen") for precision, verdict in rejected.items()}
+
+
+def _without_reference(candidates: Sequence[Candidate]) -> dict[str, Verdict]:
+    """Return the verdicts on the others where fp32 failed: their own problem, or the lack of fp32."""
+    alone = f"there is no {REFERENCE} in this runtime to hold it against"
+    others = [candidate for candidate in candidates if candidate.precision != REFERENCE]
+    return {other.precision: Verdict("failed", alone if other.problem is None else other.problem) for other in others}
 
 
 def doubts(candidate: Candidate, max_drop: float) -> list[str]:
-    """What a user should know of a candidate that was chosen."""
+    """Return what a user should know of a candidate that was chosen."""
     if candidate.drop is None or candidate.drop.high <= max_drop:
         return []
     return [

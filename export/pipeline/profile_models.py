@@ -17,6 +17,7 @@ from export.devices.describe import describe_device
 from export.devices.doctor import local_device
 from export.devices.registry import Device, find_device, is_local
 from export.devices.ssh import build_engines_on
+from export.export_types import Parity
 from export.model_folder import is_checkpoint, run_of
 from export.pipeline.engines import engines_of
 from export.pipeline.measure_model import score
@@ -241,7 +242,7 @@ def _engines(kit: Stage, run: Path, target: _Target, screen: Screen) -> Stage:
     return stage
 
 
-def _proven(place: _Place, target: _Target) -> dict[str, Any]:
+def _proven(place: _Place, target: _Target) -> Parity:
     """Parity on the device, in a process that may crash.
 
     Raises:
@@ -250,8 +251,7 @@ def _proven(place: _Place, target: _Target) -> dict[str, Any]:
     summary = place.model.manifest["summary"]
     if target.on is None and place.engines is None:
         how = {"runtime": summary["runtime"], "precision": summary["precision"]}
-        parity: dict[str, Any] = prove(place.model.path, **how, device=target.name)["parity"]
-        return parity
+        return prove(place.model.path, **how, device=target.name)["parity"]
     return check_parity(place.model.path, precision=summary["precision"], encoders=_encoders(place, target))
 
 

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from export.pipeline.plan import exports, mark_failed
+from export.pipeline.plan import mark_failed, plan_exports
 from toolchain.errors import ArtifactError, ClipkdError, Interrupted, UsageError
 from toolchain.pipeline.quantize import quantize_checkpoint
 from toolchain.progress import Screen
-from toolchain.recipe.export import is_quantized
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage
 
 
 def quantize_or_reject(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """`quantize_checkpoint`; where `export.auto` chooses, an int8 student that cannot be made is rejected."""
+    """Return the int8 student; where `export.auto` chooses, one that cannot be made is rejected."""
     try:
         if recipe.quantize is None and recipe.export.is_quantized:
             raise UsageError("the recipe has no quantize section to make it with")
@@ -20,8 +19,8 @@ def quantize_or_reject(recipe: Recipe, out: Path, made: dict[str, Stage], screen
     except ClipkdError as error:
         if recipe.export.auto is None or isinstance(error, ArtifactError | Interrupted):
             raise
-        for name, _, _, precision in exports(recipe):
-            if is_quantized(precision):
-                mark_failed(out / "exported" / name, error)
-                screen.line(name, f"failed: {error}")
+        for planned in plan_exports(recipe):
+            if planned.in_precision.is_quantized:
+                mark_failed(out / "exported" / planned.name, error)
+                screen.line(planned.name, f"failed: {error}")
         return {}

@@ -1,13 +1,13 @@
-"""Which operators a runtime really executes, and in which precision, read from its optimised graph."""
+"""Read from a runtime's optimised graph which operators it really executes, and in which precision."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from export.device_programs.runner import onnxruntime_options
+from export.export_types import ExecutedGraph
 from export.runtime.exported_model import open_tower
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize")
@@ -16,43 +16,31 @@ _FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
 _WORK = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")  # what OpenVINO may run in integers
 
 
-def node_table(path: Path, input_name: str, *, runtime: str, precision: str | None) -> dict[str, Any] | None:
-    """What the CPU runs after the runtime's own optimisation; None where ONNX, which reads it, is not installed.
+def read_executed_graph(path: Path, input_name: str, *, runtime: str, precision: str | None) -> ExecutedGraph | None:
+    """Return what a runtime executes of a graph on the CPU, after its own optimisation.
 
-    `ops` counts operators by type and `precisions`, for OpenVINO, the matrix products and convolutions by the precision
-    they are executed in; `integer` counts those in integers, `rounding` what is left of quantization, `attention` the
-    fused ones (in OpenVINO one operator that took in a softmax) and the open-coded, which show as a Softmax, or in
+    None where nothing here reads the runtime's graph, or ONNX, which reads that of ONNX Runtime, is not installed.
+    Fused attention is in OpenVINO one operator that took in a softmax.  Open-coded attention shows as a Softmax, or in
     ONNX Runtime's fp16, which has no kernel for it, as the operators that it is made of.
     """
-    precisions: dict[str, int] = {}
-    if runtime == "openvino":
-        graph = open_tower(path, input_name, runtime=runtime, precision=precision, device="cpu", threads=None)
-        described = [op.get_rt_info() for op in graph.handle.get_runtime_model().get_ops()]
-        executed = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in described]
-        ops = Counter(kind for kind, _ in executed)
-        precisions = dict(Counter(of for kind, of in executed if kind in _WORK).most_common())
-        integer = sum(count for of, count in precisions.items() if of in ("i8", "u8"))
-        fused = sum(
-            kind != "Softmax" and "softmax" in str(info["originalLayersNames"].value).lower()
-            for (kind, _), info in zip(executed, described, strict=True)
-        )
-    else:
-        ops_or_none = _optimised_by_onnxruntime(path, precision)
-        if ops_or_none is None:
-            return None
-        ops = ops_or_none
-        fused = sum(ops[kind] for kind in _FUSED_ATTENTION)
-        integer = sum(count for kind, count in ops.items() if kind in _INTEGER or kind.startswith("QLinear"))
-    return {
-        "ops": dict(ops.most_common()),
-        "precisions": precisions,
-        "integer": integer,
-        "rounding": {kind: ops[kind] for kind in _ROUNDING},
-        "attention": {"fused": fused, "open": ops["Softmax"] + min(ops["ReduceMax"], ops["Exp"])},
-    }
+    read = _READERS.get(runtime)
+    return read(path, input_name, precision) if read is not None else None
 
 
-def _optimised_by_onnxruntime(path: Path, precision: str | None) -> Counter[str] | None:
+def _executed_by_openvino(path: Path, input_name: str, precision: str | None) -> ExecutedGraph:
+    graph = open_tower(path, input_name, runtime="openvino", precision=precision, device="cpu", threads=None)
+    described = [op.get_rt_info() for op in graph.handle.get_runtime_model().get_ops()]
+    executed = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in described]
+    precisions = dict(Counter(of for kind, of in executed if kind in _WORK).most_common())
+    fused = sum(
+        kind != "Softmax" and "softmax" in str(info["originalLayersNames"].value).lower()
+        for (kind, _), info in zip(executed, described, strict=True)
+    )
+    integer = sum(count for of, count in precisions.items() if of in ("i8", "u8"))
+    return _counted(Counter(kind for kind, _ in executed), precisions, integer, fused)
+
+
+def _executed_by_onnxruntime(path: Path, _input_name: str, precision: str | None) -> ExecutedGraph | None:
     import onnxruntime as ort
 
     try:
@@ -63,4 +51,19 @@ def _optimised_by_onnxruntime(path: Path, precision: str | None) -> Counter[str]
         options = onnxruntime_options(precision, None)
         options.optimized_model_filepath = str(Path(scratch) / "optimised.onnx")
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+        ops = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    integer = sum(count for kind, count in ops.items() if kind in _INTEGER or kind.startswith("QLinear"))
+    return _counted(ops, {}, integer, sum(ops[kind] for kind in _FUSED_ATTENTION))
+
+
+_READERS = {"onnxruntime": _executed_by_onnxruntime, "openvino": _executed_by_openvino}
+
+
+def _counted(ops: Counter[str], precisions: dict[str, int], integer: int, fused: int) -> ExecutedGraph:
+    return {
+        "ops": dict(ops.most_common()),
+        "precisions": precisions,
+        "integer": integer,
+        "rounding": {kind: ops[kind] for kind in _ROUNDING},
+        "attention": {"fused": fused, "open": ops["Softmax"] + min(ops["ReduceMax"], ops["Exp"])},
+    }

@@ -1,10 +1,8 @@
-"""Does an exported folder, in its own runtime, still compute what its checkpoint computed in torch?
+"""Check that an exported folder, in its own runtime, still computes what its checkpoint computed in torch.
 
 The whole path is compared, from uint8 pixels and caption strings on: a wrong mean, a forgotten resize or a tokenizer
-that drops the end token changes what ships as much as a wrong weight does.  Needs no torch: `to_onnx` left inputs and
-torch's outputs in parity.npz.
-
-    B samples   K candidates   D embedding width   T tokens   F first samples   CHW, HWC image
+that drops the end token changes what ships as much as a wrong weight does.  Needs no torch: `export_onnx` left inputs
+and torch's outputs in parity.npz.  The table of precisions holds the bounds.
 """
 
 from __future__ import annotations
@@ -19,28 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.device_programs.runner import as_pair, as_triple
+from export.export_types import Comparison, Parity, TowerParity, Uint8Parity
 from export.model_folder import UINT8_GRAPH
 from export.runtime.exported_model import ExportedEncoders, open_exported
 from toolchain.errors import ArtifactError, GateError
+from toolchain.precisions import PRECISIONS
 
-# Least signal-to-noise ratio of the worst sample's feature vector, in dB.  20 dB are cos = 0.995, 40 dB cos = 0.99995.
-MIN_SQNR_DB = {
-    "fp32": 80.0,  # reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32
-    "fp16": 30.0,  # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16
-    "bf16": 20.0,  # 8 bits: 18 dB less than fp16, 35 to 47 measured; wrong scales leave 10
-    "int8": 15.0,  # both sides round to the same 8 bits, but ties fall apart: 25 measured; wrong scales leave 10
-    "int8-bf16": 15.0,  # as int8-fp16, with fewer bits
-    "int8-fp16": 15.0,  # of the int8 tower in float32: fp16 tips more ties than int8 does, 24 to 41 measured
-}
-# Least share of samples that still have the same nearest caption (or image) among all of the samples'.
-MIN_TOP1_AGREEMENT = {
-    "fp32": 1.0,  # whatever is further apart than TIE is told apart
-    "fp16": 0.99,  # noise of 30 dB moves a cosine by 0.03 at worst, and by a tenth of that as a rule
-    "bf16": 0.95,
-    "int8": 0.90,  # of its own frozen tower, not of fp32: ties of rounding fall apart
-    "int8-fp16": 0.90,  # as int8
-    "int8-bf16": 0.90,
-}
 TIE = 0.01  # of a cosine: candidates nearer than this to the best one count as the same
 MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level
 # Of preprocessing in the graph, in grey levels, against Pillow's, over pictures of several sizes.
@@ -60,8 +42,8 @@ class ParityEncoders(Protocol):
     def encode_ids(self, input_ids_BT: NDArray[np.int64]) -> NDArray[np.float32]: ...
 
 
-def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | None = None) -> dict[str, Any]:
-    """The content of parity.json: for "image" and "text", worst cosine, SQNR and sample, and agreement in top-1.
+def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | None = None) -> Parity:
+    """Return the content of parity.json: of both towers worst cosine, SQNR and sample, and agreement in top-1.
 
     `encoders` defaults to `open_exported(folder)`.
 
@@ -78,27 +60,40 @@ def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | Non
     input_ids_BT = encoders.tokenize(saved["captions"].tolist())
     _check_ids(folder, saved["input_ids_BT"], input_ids_BT, text_names)
 
-    bound_db = MIN_SQNR_DB[precision]
+    image_BD, text_BD = encoders.encode_pixels(pixel_values_BCHW), encoders.encode_ids(input_ids_BT)
+    expected_image_BD, expected_text_BD = saved["image_features_BD"], saved["text_features_BD"]
     return {
-        "image": compare(
-            saved["image_features_BD"],
-            encoders.encode_pixels(pixel_values_BCHW),
-            min_sqnr_db=bound_db,
-            names=image_names,
-            what=f"{folder}: image tower, {precision}",
-            candidates_KD=saved["text_features_BD"],
-            min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
+        "image": _compare_tower(
+            f"{folder}: image tower", precision, image_names, expected_image_BD, image_BD, expected_text_BD
         ),
-        "text": compare(
-            saved["text_features_BD"],
-            encoders.encode_ids(input_ids_BT),
-            min_sqnr_db=bound_db,
-            names=text_names,
-            what=f"{folder}: text tower, {precision}",
-            candidates_KD=saved["image_features_BD"],
-            min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
+        "text": _compare_tower(
+            f"{folder}: text tower", precision, text_names, expected_text_BD, text_BD, expected_image_BD
         ),
     }
+
+
+def _compare_tower(
+    tower: str,
+    precision: str,
+    names: Sequence[str],
+    expected_BD: NDArray[np.float32],
+    actual_BD: NDArray[np.float32],
+    candidates_KD: NDArray[np.float32],
+) -> TowerParity:
+    """Compare a tower's features with PyTorch's, and the neighbours that they have among the other tower's.
+
+    Raises:
+        GateError: as `compare`, or too few samples keep their nearest candidate.
+    """
+    what, bounds = f"{tower}, {precision}", PRECISIONS[precision]
+    compared = compare(expected_BD, actual_BD, min_sqnr_db=bounds.min_sqnr_db, names=names, what=what)
+    agreement = _top1_agreement(expected_BD.astype(np.float64), actual_BD.astype(np.float64), candidates_KD)
+    if not agreement >= bounds.min_top1_agreement:
+        raise GateError(
+            f"{what}: {agreement:.1%} of {len(names)} samples keep their nearest neighbour in the other tower, "
+            f"need {bounds.min_top1_agreement:.0%}. Export it again: clipkd export RUN --onnx"
+        )
+    return {**compared, "top1_agreement": agreement}
 
 
 def check_uint8_input(
@@ -108,8 +103,8 @@ def check_uint8_input(
     encoders: ExportedEncoders,
     features_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     pixel_values_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
-) -> dict[str, Any]:
-    """What preprocessing in the graph changes, in its runtime: of pixels in grey levels, and of features.
+) -> Uint8Parity:
+    """Return what preprocessing in the graph changes, in its runtime: of pixels in grey levels, and of features.
 
     Both functions take RGB [H, W, 3].  Compared are the first pictures of parity.npz, resized to be larger and smaller
     than the model's size, tall, wide, and of it.
@@ -149,7 +144,7 @@ def check_uint8_input(
     compared = compare(
         np.concatenate(expected),
         np.concatenate(actual),
-        min_sqnr_db=min(MIN_UINT8_SQNR_DB, MIN_SQNR_DB[precision]),
+        min_sqnr_db=min(MIN_UINT8_SQNR_DB, PRECISIONS[precision].min_sqnr_db),
         names=names,
         what=f"{folder}: preprocessing in the graph, {precision}",
     )
@@ -175,18 +170,13 @@ def compare(
     min_sqnr_db: float,
     names: Sequence[str],
     what: str,
-    candidates_KD: NDArray[np.float32] | None = None,
-    min_top1_agreement: float = 0.0,
-) -> dict[str, Any]:
-    """Compare row by row, in float64; returns the worst row's numbers.
+) -> Comparison:
+    """Compare row by row, in float64; return the worst row's numbers.
 
         SQNR_i = 10 log10( |reference_i|^2 / |reference_i - actual_i|^2 )  dB, at most EXACT_DB
 
-    With candidates (unit features of the other tower), also the share of rows whose nearest candidate is the
-    reference's, or one that the reference holds within TIE of it.
-
     Raises:
-        GateError: a row has less than `min_sqnr_db`, or is not finite, the shapes differ, or too few rows agree.
+        GateError: a row has less than `min_sqnr_db`, or is not finite, or the shapes differ.
     """
     if reference_BD.shape != actual_BD.shape or not len(reference_BD):
         raise GateError(f"{what}: expected features {list(reference_BD.shape)}, got {list(actual_BD.shape)}")
@@ -203,26 +193,22 @@ def compare(
             f"{sqnr_db_B[worst]:.1f} dB, need {min_sqnr_db:g} dB; cosine {cosine_B[worst]:.6f}. "
             "Export it again: clipkd export RUN --onnx"
         )
-    result = {
+    return {
         "min_cosine": float(cosine_B.min()),
         "min_sqnr_db": float(sqnr_db_B[worst]),
         "worst_sample": worst,
         "num_samples": len(reference_BD),
         "num_not_finite": int((~np.isfinite(actual_BD)).sum()),
     }
-    if candidates_KD is not None:
-        result["top1_agreement"] = agreement = _top1_agreement(reference_BD, actual_BD, candidates_KD)
-        if not agreement >= min_top1_agreement:
-            raise GateError(
-                f"{what}: {agreement:.1%} of {len(names)} samples keep their nearest neighbour in the other tower, "
-                f"need {min_top1_agreement:.0%}. Export it again: clipkd export RUN --onnx"
-            )
-    return result
 
 
 def _top1_agreement(
     reference_BD: NDArray[np.floating], actual_BD: NDArray[np.floating], candidates_KD: NDArray[np.float32]
 ) -> float:
+    """Return the share of rows whose nearest candidate is the reference's, or one that it holds within TIE of that.
+
+    Candidates are unit features of the other tower.
+    """
     cosine_BK = reference_BD @ candidates_KD.astype(np.float64).T
     chosen_B = (actual_BD @ candidates_KD.astype(np.float64).T).argmax(-1)
     lost_B = cosine_BK.max(-1) - cosine_BK[np.arange(len(chosen_B)), chosen_B]

@@ -14,11 +14,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from export.device_programs.runner import as_pair
+from export.export_types import Proof
 from export.model_folder import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, UINT8_GRAPH, UINT8_INPUT
-from export.proof.executed_graph import node_table
+from export.proof.executed_graph import read_executed_graph
 from export.proof.parity import check_parity, check_uint8_input
 from export.runtime.exported_model import ExportedEncoders, open_exported, open_tower
 from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
@@ -31,12 +32,10 @@ _ERRORS: dict[str, type[ClipkdError]] = {
 }
 
 
-def prove(
-    folder: Path, *, runtime: str, precision: str, device: str = "cpu", uint8_input: bool = False
-) -> dict[str, Any]:
-    """`parity`, as `parity.check_parity` returns it, and `nodes`, a `node_table` for each tower (CPU only).
+def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu", uint8_input: bool = False) -> Proof:
+    """Return the parity of both towers and, on the CPU, what the runtime executes of each.
 
-    With `uint8_input`, which needs ONNX, also what `parity.check_uint8_input` returns, under that name.
+    With `uint8_input`, which needs ONNX, also what preprocessing in the graph changes.
 
     Raises:
         GateError: a tower does not compute what PyTorch did, or its runtime crashed or hung on it.
@@ -64,36 +63,21 @@ def prove(
             ended = f"was killed by {signal.Signals(-done.returncode).name}"
         last = "\n".join(done.stderr.strip().splitlines()[-_STDERR_LINES:]) or "(nothing on stderr)"
         raise GateError(f"{what}: the process that proves it {ended}. Its last words:\n{last}")
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer = json.loads(done.stdout)
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
-    return answer
+    return cast(Proof, answer)
 
 
 def answer() -> None:
-    """In the child: a question on stdin, its answer on stdout."""
+    """Answer, in the child, the question on stdin: a document on stdout."""
     question = json.load(sys.stdin)
     document = os.dup(1)
     os.dup2(2, 1)  # whatever a native library prints must not land in the document
     folder, uint8_input = Path(question.pop("folder")), question.pop("uint8_input")
     try:
         encoders = open_exported(folder, **question)
-        result: dict[str, Any] = {"parity": check_parity(folder, precision=question["precision"], encoders=encoders)}
-        if uint8_input:
-            features_of, pixel_values_of = _open_uint8(folder, encoders, question)
-            result["uint8_input"] = check_uint8_input(
-                folder,
-                precision=question["precision"],
-                encoders=encoders,
-                features_of=features_of,
-                pixel_values_of=pixel_values_of,
-            )
-        if question["device"] == "cpu":
-            del question["device"]
-            result["nodes"] = {
-                "image": node_table(folder / IMAGE_GRAPH, IMAGE_INPUT, **question),
-                "text": node_table(folder / TEXT_GRAPH, TEXT_INPUT, **question),
-            }
+        result: Proof | dict[str, str] = _proof(folder, encoders, question, uint8_input=uint8_input)
     except ClipkdError as error:
         kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in _ERRORS)
         result = {"error": kind, "message": str(error)}
@@ -101,10 +85,27 @@ def answer() -> None:
         stdout.write(json.dumps(result))
 
 
+def _proof(folder: Path, encoders: ExportedEncoders, question: dict[str, Any], *, uint8_input: bool) -> Proof:
+    precision = question["precision"]
+    proof: Proof = {"parity": check_parity(folder, precision=precision, encoders=encoders)}
+    if uint8_input:
+        features_of, pixel_values_of = _open_uint8(folder, encoders, question)
+        proof["uint8_input"] = check_uint8_input(
+            folder, precision=precision, encoders=encoders, features_of=features_of, pixel_values_of=pixel_values_of
+        )
+    if question["device"] == "cpu":
+        how = {"runtime": question["runtime"], "precision": precision}
+        proof["nodes"] = {
+            "image": read_executed_graph(folder / IMAGE_GRAPH, IMAGE_INPUT, **how),
+            "text": read_executed_graph(folder / TEXT_GRAPH, TEXT_INPUT, **how),
+        }
+    return proof
+
+
 def _open_uint8(
     folder: Path, encoders: ExportedEncoders, settings: dict[str, Any]
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """What image_uint8.onnx computes of a picture: image_features and, by a copy that puts them out, pixel_values."""
+    """Return what image_uint8.onnx computes of an image: image_features and, from a copy, pixel_values."""
     import onnx
 
     graph = onnx.load(folder / UINT8_GRAPH)

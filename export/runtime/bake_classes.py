@@ -1,7 +1,4 @@
-"""Bake a set of labels into an exported model: a class matrix in place of the text tower; needs no torch.
-
-D embedding width   K labels   P templates
-"""
+"""Bake a set of labels into an exported model: a class matrix in place of the text tower; needs no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Open an exported model and encode with it: numpy, Pillow, tokenizers, ftfy and its own runtime, no torch.
 
 Images and captions become graph inputs exactly as open_clip's own evaluation transform and tokenizers make them.
-
-    B batch   D embedding width   T tokens   CHW, HWC image
 """
 
 from __future__ import annotations
@@ -32,10 +30,10 @@ from export.device_programs.runner import (
 )
 from export.model_folder import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT
 from toolchain.errors import ArtifactError, MissingDependency, UnavailableBackend
+from toolchain.runtimes import RUNTIMES, runtime_title
 from toolchain.stage import MANIFEST, open_stage
 
 _CHUNK = 256  # rows of one run: bounds memory, and is past where larger batches get faster on a CPU
-_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _EXPORT_AGAIN = "Export it again: clipkd export RUN --onnx"
 _BAKED = "its labels are baked in, and it has no text tower; bake others in with: clipkd classes MODEL --labels FILE"
 
@@ -141,8 +139,8 @@ def open_exported(
         ) from None
     summary = manifest.get("summary", {})
     runtime, precision = runtime or summary.get("runtime", "onnxruntime"), precision or summary.get("precision")
-    if runtime == "tensorrt":  # a kit: its engines are opened by to_tensorrt.open_tensorrt, its graphs by ONNX Runtime
-        runtime = "onnxruntime"
+    if runtime in RUNTIMES:  # of a kit, whose engines tensorrt_engines.open_tensorrt opens, the graphs
+        runtime = RUNTIMES[runtime].graphs_open_in
     settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
     tokenizer = None if is_baked else _open_tokenizer(folder / "tokenizer.json")
     image, text = towers or (
@@ -180,10 +178,12 @@ def open_tower(
     except ModuleNotFoundError as error:
         raise MissingDependency(
             f"{path}: this model runs in {runtime}, which is not installed: {error}. "
-            f"Install it with: pip install 'clipkd[{runtime}]'"
+            f"Install it with: {RUNTIMES[runtime].install}"
         ) from None
     except Exception as error:  # the runtimes' exceptions share no base of their own
-        raise ArtifactError(f"{path}: {_NAMES[runtime]} cannot open this graph: {error}. {_EXPORT_AGAIN}") from error
+        raise ArtifactError(
+            f"{path}: {runtime_title(runtime)} cannot open this graph: {error}. {_EXPORT_AGAIN}"
+        ) from error
     if list(graph.input_shapes) != [input_name]:
         raise ArtifactError(
             f"{path}: expected the one input {input_name}, got {', '.join(graph.input_shapes) or 'none'}. "

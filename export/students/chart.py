@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.students.measure import WORTH
+from toolchain.precisions import PRECISIONS
 from toolchain.report.chart import lay_out_axes
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Box = tuple[float, float, float, float]  # left, low, right, high; in pixels
 
-_COLORS = {"fp32": "#0072B2", "fp16": "#009E73", "bf16": "#CC79A7", "int8": "#D55E00"}  # Wong, Nature Methods 8
-_MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D"}
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
 _PANELS = {
     "published_fp32_top1": (100.0, "ImageNet zero-shot top-1, published of the float model, %", "Published accuracy"),
@@ -78,7 +77,7 @@ def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
         value = next(factor * row[field] for row in rows if row["name"] == name)
         axes.hlines(value, min(spread), max(spread), color=_GRID, linewidth=2.5, zorder=1)
     for precision in dict.fromkeys(row["precision"] for row in fit):
-        color, marker = _COLORS[precision], _MARKERS[precision]
+        color, marker = PRECISIONS[precision].color, PRECISIONS[precision].marker
         front = sorted(
             (row["p50_ms"], factor * row[field])
             for row in rows

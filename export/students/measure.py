@@ -23,14 +23,16 @@ from export.profiling.summary import MAX_OTHER_CPU, grade, summarise
 from export.students.candidates import Candidate
 from toolchain.errors import ClipkdError, MissingDependency, UsageError
 from toolchain.filesystem import held, user_cache_folder, write_json
+from toolchain.precisions import PRECISIONS, SAFEST_FIRST
 from toolchain.progress import Progress, no_progress
 from toolchain.provenance import versions
 from toolchain.report.pareto import pareto_front
+from toolchain.runtimes import RUNTIMES, runtime_of
 
 Row = dict[str, Any]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-RUNTIMES = ("onnxruntime", "openvino")
+STUDENT_PRECISIONS = tuple(name for name in SAFEST_FIRST if PRECISIONS[name].color is not None)
+STUDENT_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if not runtime.is_kit)
 PROCESSES, SECONDS = 3, 1.0
 """The quick protocol: fresh processes for each candidate, and measured time in each."""
 
@@ -39,6 +41,7 @@ WORTH = ("params_image", "gmacs", "published_fp32_top1")
 
 _FORMAT = 2
 _NUM_CALIBRATION = 8
+_OPSET = 20
 _MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # inputs lie in the memory that is being measured
 
 Pair = tuple[Candidate, str]  # and a precision
@@ -88,8 +91,7 @@ def measure_students(
     """
     on = device if isinstance(device, Device) else None
     name = device.name if isinstance(device, Device) else device
-    by_openvino_alone = on is None and name.partition(":")[0] in ("gpu", "npu")
-    bench = _Bench(name, on, runtime or ("openvino" if by_openvino_alone else "onnxruntime"), threads, seconds)
+    bench = _Bench(name, on, runtime or runtime_of("cpu" if on else name), threads, seconds)
     key = {
         "format": _FORMAT,
         "machine": describe_device(on),
@@ -194,8 +196,8 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from export.graphs.onnx_graph import BF16_OPSET, write_graph
-    from export.graphs.precision import prepared
+    from export.graphs.onnx_graph import write_graph
+    from export.graphs.precision import prepare_tower
     from toolchain.models.build import build_model
     from toolchain.models.towers import ImageTower, example_pixels, num_parameters, without_attention_fast_path
     from toolchain.quantization.quantize import int8_image_tower
@@ -206,16 +208,16 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
     model = build_model(spec, seed=0)
     pixels = example_pixels(model.net).float().cpu()
     with torch.no_grad(), without_attention_fast_path():
-        tower = prepared(ImageTower(model.net).eval(), pixels, "fp32").requires_grad_(False)  # else not counted
+        tower = prepare_tower(ImageTower(model.net).eval(), pixels, "fp32").requires_grad_(False)  # else not counted
         with FlopCounterMode(display=False) as counter:
             tower(pixels[:1])
-        if precision == "int8":  # the ranges that noise sets are wrong, and take as long as right ones
+        if PRECISIONS[precision].is_quantized:  # the ranges that noise sets are wrong, and take as long as right ones
             random = torch.Generator().manual_seed(0)
             noise = torch.randn(_NUM_CALIBRATION, *pixels.shape[1:], generator=random)
             tower = int8_image_tower(model.net, noise)
         elif precision != "fp32":
-            tower = prepared(ImageTower(model.net).eval(), pixels, precision)
-        opset = BF16_OPSET if precision == "bf16" else 20
+            tower = prepare_tower(ImageTower(model.net).eval(), pixels, precision)
+        opset = max(_OPSET, PRECISIONS[precision].min_opset)
         write_graph(tower, pixels, path, names_io=("pixel_values", "image_features"), opset=opset, metadata={})
     return {
         "params_image": num_parameters(model.net)[0],

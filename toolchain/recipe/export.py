@@ -1,10 +1,14 @@
-"""The `export` and `profile` sections."""
+"""The `export` and `profile` sections, and what the flags of `clipkd export` change in the first."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from toolchain.errors import UsageError
+from toolchain.precisions import PRECISIONS, REFERENCE, SAFEST_FIRST, PrecisionName
 from toolchain.recipe.section import Positive, Section
+from toolchain.runtimes import RUNTIMES, RuntimeName
 
 
 class AutoSpec(Section):
@@ -13,17 +17,12 @@ class AutoSpec(Section):
     Absent: quantize.max_drop, or 0.01."""
 
 
-def is_quantized(precision: str) -> bool:
-    """Whether a precision is made of an int8 checkpoint."""
-    return precision.startswith("int8")
-
-
 class ExportSpec(Section):
-    runtimes: tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...] = ("onnxruntime",)
+    runtimes: tuple[RuntimeName, ...] = ("onnxruntime",)
     """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
 
     build_engines: bool = True
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16"], ...] = ("fp32", "int8")
+    precisions: tuple[PrecisionName, ...] = ("fp32", "int8")
     """Of the student; teacher and baseline, which are there for comparison, in fp32 and for the first runtime alone."""
 
     opset: Literal[18, 19, 20] = 20
@@ -46,16 +45,83 @@ class ExportSpec(Section):
 
     @model_validator(mode="after")
     def _auto_has_something_to_weigh(self) -> "ExportSpec":
-        if self.auto is not None and "fp32" not in self.precisions:
-            raise ValueError("auto holds every precision against fp32; add fp32 to precisions")
-        if self.auto is not None and "tensorrt" in self.runtimes:
-            raise ValueError("auto weighs what runs here, and a tensorrt engine runs on its device; export kits apart")
+        if self.auto is not None and REFERENCE not in self.precisions:
+            raise ValueError(f"auto holds every precision against {REFERENCE}; add {REFERENCE} to precisions")
+        kits = [runtime for runtime in self.runtimes if RUNTIMES[runtime].is_kit]
+        if self.auto is not None and kits:
+            raise ValueError(
+                f"auto weighs what runs here, and a {kits[0]} engine runs on its device; export kits apart"
+            )
         return self
 
     @property
     def is_quantized(self) -> bool:
-        """Whether one of the precisions is made of an int8 checkpoint."""
-        return any(is_quantized(precision) for precision in self.precisions)
+        """True if one of the precisions is exported from an int8 checkpoint."""
+        return any(PRECISIONS[precision].is_quantized for precision in self.precisions)
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """The flags of `clipkd export`; what is absent stays as the run's recipe says.
+
+    Raises:
+        UsageError: one of them makes no sense without, or with, another.
+    """
+
+    runtimes: tuple[RuntimeName, ...] = ()
+    """Those that run here replace the recorded ones; kits are added to them."""
+
+    precisions: tuple[str, ...] | None = None
+    build_engines: bool = True
+    auto: bool | None = None
+    max_drop: float | None = None
+    batch: int | None = None
+    uint8_input: bool = False
+
+    def __post_init__(self) -> None:
+        kits = any(RUNTIMES[runtime].is_kit for runtime in self.runtimes)
+        if not (self.build_engines or kits):
+            raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
+        if self.max_drop is not None and not self.auto:
+            raise UsageError("--max-drop is about --auto: write --auto --max-drop 0.01")
+        if self.auto and kits:
+            raise UsageError("--auto weighs what runs here, and a kit's engines run on its device: export kits apart")
+
+
+def export_overrides(recorded: ExportSpec, flags: ExportFlags) -> dict[str, Any]:
+    """Return the fields of a run's `export` section that flags change, as a recipe would write them.
+
+    With --auto, fp32 is always among the precisions, and every precision is if none is named.
+
+    Raises:
+        UsageError: --auto has no runtime that runs here.
+    """
+    kits = [runtime for runtime in flags.runtimes if RUNTIMES[runtime].is_kit]
+    named = [runtime for runtime in flags.runtimes if not RUNTIMES[runtime].is_kit]
+    changes: dict[str, Any] = {}
+    if flags.precisions is not None:
+        changes["precisions"] = list(flags.precisions)
+    if flags.auto:
+        named = named or [runtime for runtime in recorded.runtimes if not RUNTIMES[runtime].is_kit]
+        if not named:
+            raise UsageError(
+                f"--auto weighs what runs here, and the recipe has {', '.join(recorded.runtimes)} alone: "
+                "add --onnx or --openvino"
+            )
+        precisions = SAFEST_FIRST if flags.precisions is None else flags.precisions
+        changes["precisions"] = list(dict.fromkeys((REFERENCE, *precisions)))
+        changes["auto"] = {"max_drop": flags.max_drop}
+    elif kits or flags.auto is not None:
+        changes["auto"] = None
+    if named or kits:
+        changes["runtimes"] = list(dict.fromkeys((*(named or recorded.runtimes), *kits)))
+    if kits:
+        changes["build_engines"] = flags.build_engines
+    if flags.batch is not None:
+        changes["batch"] = flags.batch
+    if flags.uint8_input:
+        changes["uint8_input"] = True
+    return changes
 
 
 class ProfileSpec(Section):

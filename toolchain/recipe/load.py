@@ -1,6 +1,7 @@
 """Find, read, override and anchor recipes."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,13 @@ def shipped_recipes() -> list[str]:
     return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read and check a recipe; `overrides` are `section.field=value` strings.
+def load_recipe(
+    path: Path, overrides: list[str] | None = None, *, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Recipe:
+    """Return a recipe, read and checked as a whole.
+
+    `changes` replaces fields by section, as flags of a command do; `overrides` are `section.field=value` strings, which
+    come after them.
 
     Raises:
         UsageError: not YAML, or anything in it is unknown or wrong: every problem at once, each with its path.
@@ -53,6 +59,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise UsageError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: a recipe is a mapping of sections; got {type(raw).__name__}")
+    for section, fields in (changes or {}).items():
+        raw[section] = {**(raw.get(section) or {}), **fields}
     for override in overrides or []:
         _apply(raw, override)
     return checked(raw, str(path), path.parent)

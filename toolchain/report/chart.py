@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from toolchain.precisions import PRECISIONS
 from toolchain.report.pareto import front_groups, group_title, point
 from toolchain.report.row import ROLE_COLORS, TRUSTED_GRADES, Report, ReportRow
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
-
-_MARKERS = {"fp32": "o", "bf16": "^", "fp16": "s", "int8": "D", "int8-fp16": "P", "int8-bf16": "p"}
 
 _REFERENCE_MARKER = "X"  # PyTorch, whatever the precision
 
@@ -127,13 +126,19 @@ def _draw_point(axes: "Axes", row: ReportRow) -> None:
     axes.plot(
         p50_ms,
         100 * top1,
-        marker=_REFERENCE_MARKER if row["pytorch"] else _MARKERS.get(str(row["precision"]), "o"),
+        marker=_marker(row),
         markersize=8,
         markerfacecolor=color if trusted else "white",
         markeredgecolor=color,
         markeredgewidth=1.6,
         zorder=4,
     )
+
+
+def _marker(row: ReportRow) -> str:
+    if row["pytorch"]:
+        return _REFERENCE_MARKER
+    return PRECISIONS[str(row["precision"])].marker if row["precision"] in PRECISIONS else "o"
 
 
 def _place_labels(axes: "Axes", group: Sequence[ReportRow]) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolchain.errors import ArtifactError
+from toolchain.precisions import PRECISIONS
 from toolchain.report.measured import measured_models
 from toolchain.report.pareto import front_groups, mark_front
 from toolchain.report.row import (
-    PRECISIONS,
     ROLES,
     SCHEMA,
     Report,
@@ -54,7 +54,12 @@ def _reading_order(row: ReportRow) -> tuple[Any, ...]:
         return order.index(value) if value in order else len(order)
 
     where = (row["device"] is None, row["device"] or "", row["machine"] or "")
-    what = (place(row["role"], ROLES), place(row["precision"], PRECISIONS), row["runtime"] or "", row["model"] or "")
+    what = (
+        place(row["role"], ROLES),
+        place(row["precision"], tuple(PRECISIONS)),
+        row["runtime"] or "",
+        row["model"] or "",
+    )
     return *where, *what, row["run"] or "", row["name"]
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolchain.report.pareto import front_groups, point
-from toolchain.report.row import RUNTIMES, ReportRow
+from toolchain.report.row import ReportRow
 from toolchain.report.units import duration, format_megabytes, format_number, format_percent, or_dash
+from toolchain.runtimes import runtime_title
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _quantization(fp32: ReportRow, int8: ReportRow) -> Finding:
 
 
 def _runtime(row: ReportRow) -> str:
-    return RUNTIMES.get(str(row["runtime"]), str(row["runtime"]))
+    return runtime_title(str(row["runtime"]))
 
 
 def _latencies(before: ReportRow, after: ReportRow) -> str:

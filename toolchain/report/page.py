@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
+from toolchain.precisions import PRECISIONS
 from toolchain.report.chart import accuracy_axis, front_line, latency_axis
 from toolchain.report.curves import Curve, read_curve
 from toolchain.report.findings import findings
@@ -27,14 +28,6 @@ from toolchain.report.tables import READING, Column, columns, set_rows
 from toolchain.report.units import duration
 
 _TRAINED = ("student", "baseline", "student-int8", "teacher")
-_SYMBOLS = {
-    "fp32": "circle",
-    "bf16": "triangle-up",
-    "fp16": "square",
-    "int8": "diamond",
-    "int8-fp16": "hexagon",
-    "int8-bf16": "pentagon",
-}
 
 
 class Point(TypedDict):
@@ -207,7 +200,8 @@ def _front(group: Sequence[ReportRow]) -> Front:
 
 def _point(row: ReportRow, shown: Sequence[Column]) -> Point:
     p50_ms, top1 = point(row)
-    symbol = "x" if row["pytorch"] else _SYMBOLS.get(str(row["precision"]), "circle")
+    precision = PRECISIONS.get(str(row["precision"]))
+    symbol = "x" if row["pytorch"] else precision.symbol if precision else "circle"
     return {
         "name": row["name"],
         "device": filter_value(row, "device"),

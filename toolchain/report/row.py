@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.precisions import PRECISIONS
 from toolchain.report.measured import Measured, machine_name, read_json
 
 SCHEMA = 1
 ROLES = ("teacher", "baseline", "student", "adopted", "external")
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-fp16", "int8-bf16")
 GRADES = ("A", "B", "C")
 TRUSTED_GRADES = ("A", "B")
 
@@ -176,7 +176,7 @@ FIELDS: dict[str, Field] = {
     "runtime": Field(WORD, lambda of: of.summary.get("runtime"), where=True, external=True, identity=True),
     "pytorch": Field(WORD, lambda of: of.summary.get("pytorch"), identity=True),
     "precision": Field(
-        Word(PRECISIONS), lambda of: of.summary.get("precision"), where=True, external=True, identity=True
+        Word(tuple(PRECISIONS)), lambda of: of.summary.get("precision"), where=True, external=True, identity=True
     ),
     "device": Field(
         WORD, lambda of: of.profile.get("device") or (of.folder and of.folder.name), external=True, identity=True
@@ -264,6 +264,3 @@ def measured_folder(row: ReportRow) -> Path | None:
 def runtime_name(row: ReportRow) -> str | None:
     """The runtime, and of PyTorch how it ran: `pytorch eager`.  Reports written before had no such field."""
     return " ".join(filter(None, (row["runtime"], row.get("pytorch")))) or None
-
-
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}

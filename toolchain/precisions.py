@@ -1,0 +1,140 @@
+"""The precisions that a model is exported in: one row holds every fact about each.
+
+To add one, write its row and its name in `PrecisionName`, then say in runner.py how each runtime computes in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+PrecisionName: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16"]
+"""As recipes and messages list them: the safest first."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: PrecisionName
+    safety_rank: int
+    """0 is the safest.  The rank follows the bits that a value keeps: 23, 10 and 7 of mantissa; 8 in all, under one
+    scale for many values; and those where what is not in 8 bits is not in fp32 either."""
+
+    is_quantized: bool
+    """The graph is exported from an int8 checkpoint."""
+
+    stored_floats: Literal["float32", "float16", "bfloat16"]
+    """The type in which the graph stores its floats."""
+
+    min_opset: int
+    """The first ONNX opset whose operators take these types; 18 is the least that a recipe may name."""
+
+    min_sqnr_db: float
+    """Least signal-to-noise ratio of the worst sample's features: 20 dB are cos = 0.995, 40 dB cos = 0.99995."""
+
+    min_top1_agreement: float
+    """Least share of samples whose nearest caption (or image) stays the same among all of the samples'."""
+
+    marker: str
+    """Matplotlib's name of its point."""
+
+    symbol: str
+    """Plotly's name of its point."""
+
+    color: str | None = None
+    """Its color in the chart of untrained students; None: `clipkd students` does not measure it."""
+
+    instead: str = ""
+    """The precisions to export where this one cannot be."""
+
+
+# Colors: Wong, "Points of view: Color blindness", Nature Methods 8 (2011).
+PRECISIONS: Mapping[str, Precision] = {
+    row.name: row
+    for row in (
+        Precision(
+            "fp32",
+            safety_rank=0,
+            is_quantized=False,
+            stored_floats="float32",
+            min_opset=18,
+            # Reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32.
+            min_sqnr_db=80.0,
+            min_top1_agreement=1.0,  # whatever is further apart than parity.TIE is told apart
+            marker="o",
+            symbol="circle",
+            color="#0072B2",
+        ),
+        Precision(
+            "bf16",
+            safety_rank=2,
+            is_quantized=False,
+            stored_floats="bfloat16",
+            min_opset=22,  # the first in which every operator takes bfloat16; it has no QuantizeLinear to go wrong
+            # 8 bits: 18 dB less than fp16, 35 to 47 measured; wrong scales leave 10.
+            min_sqnr_db=20.0,
+            min_top1_agreement=0.95,
+            marker="^",
+            symbol="triangle-up",
+            color="#CC79A7",
+        ),
+        Precision(
+            "fp16",
+            safety_rank=1,
+            is_quantized=False,
+            stored_floats="float16",
+            min_opset=18,
+            # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16.
+            min_sqnr_db=30.0,
+            min_top1_agreement=0.99,  # noise of 30 dB moves a cosine by 0.03 at worst, and by a tenth of that as a rule
+            marker="s",
+            symbol="square",
+            color="#009E73",
+            instead="fp32 or bf16",
+        ),
+        Precision(
+            "int8",
+            safety_rank=3,
+            is_quantized=True,
+            stored_floats="float32",
+            min_opset=18,
+            # Both sides round to the same 8 bits, but ties fall apart: 25 measured; wrong scales leave 10.
+            min_sqnr_db=15.0,
+            min_top1_agreement=0.90,  # of its own frozen tower, not of fp32: ties of rounding fall apart
+            marker="D",
+            symbol="diamond",
+            color="#D55E00",
+        ),
+        Precision(
+            "int8-fp16",
+            safety_rank=4,
+            is_quantized=True,
+            stored_floats="float16",
+            min_opset=19,  # the first in which QuantizeLinear takes float16
+            # Of the int8 tower in float32: fp16 tips more ties than int8 does, 24 to 41 measured.
+            min_sqnr_db=15.0,
+            min_top1_agreement=0.90,  # as int8
+            marker="P",
+            symbol="hexagon",
+            instead="int8",
+        ),
+        Precision(
+            "int8-bf16",
+            safety_rank=5,
+            is_quantized=True,
+            stored_floats="float32",  # the graph of int8, whose floats OpenVINO computes in bfloat16
+            min_opset=18,
+            min_sqnr_db=15.0,  # as int8-fp16, with fewer bits
+            min_top1_agreement=0.90,
+            marker="p",
+            symbol="pentagon",
+            instead="int8",
+        ),
+    )
+}
+"""By name, in the order in which a report lists them."""
+
+REFERENCE: PrecisionName = "fp32"
+"""The precision that the others are compared with."""
+
+SAFEST_FIRST: tuple[PrecisionName, ...] = tuple(
+    row.name for row in sorted(PRECISIONS.values(), key=lambda row: row.safety_rank)
+)

@@ -1,0 +1,96 @@
+"""The runtimes that exported models run in: one row holds every fact about each.
+
+To add one, write its row and its name in `RuntimeName`, a function that opens its graphs in runner.py, and a
+capability in export/devices/doctor.py with its probe in export/device_programs/probes.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from toolchain.precisions import PrecisionName
+
+RuntimeName: TypeAlias = Literal["onnxruntime", "openvino", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    name: RuntimeName
+    title: str
+    install: str
+    """The command that installs it beside clipkd."""
+
+    graphs_open_in: RuntimeName
+    """The runtime that opens its graphs where they are exported: itself, or of a kit another one."""
+
+    devices: tuple[str, ...]
+    """The kinds of device that it drives, as `--device` names them."""
+
+    capabilities: tuple[str, ...]
+    """The capabilities in export/devices/doctor.py that it needs on its usual device."""
+
+    package: str | None = None
+    """The package that a device without clipkd installs; None: more than one command is needed."""
+
+    computes_alone: tuple[PrecisionName, ...] = ()
+    """The precisions that no other runtime computes in."""
+
+    separates_products: bool = False
+    """It computes queries, keys and values faster as separate products than as one that is split."""
+
+    @property
+    def is_kit(self) -> bool:
+        """True if the exported model is a kit: the device that it runs on builds engines from its graphs."""
+        return self.graphs_open_in != self.name
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime(
+            "onnxruntime",
+            title="ONNX Runtime",
+            install="pip install 'clipkd[onnxruntime]'",
+            graphs_open_in="onnxruntime",
+            devices=("cpu", "cuda"),
+            capabilities=("onnxruntime cpu",),
+            package="onnxruntime",
+        ),
+        Runtime(
+            "openvino",
+            title="OpenVINO",
+            install="pip install 'clipkd[openvino]'",
+            graphs_open_in="openvino",
+            devices=("cpu", "gpu", "npu"),
+            capabilities=("openvino cpu",),
+            package="openvino",
+            computes_alone=("int8-bf16",),
+            separates_products=True,
+        ),
+        Runtime(
+            "tensorrt",
+            title="TensorRT",
+            install="pip install 'clipkd[tensorrt]'",
+            graphs_open_in="onnxruntime",
+            devices=("cuda",),
+            capabilities=("nvidia driver", "tensorrt build"),
+        ),
+    )
+}
+"""By name; the first that can do something does it where none is named."""
+
+
+def runtime_title(name: str) -> str:
+    """Return the title of a runtime, or the name itself where the table has none."""
+    return RUNTIMES[name].title if name in RUNTIMES else name
+
+
+def runtime_of(device: str) -> str:
+    """Return the first runtime that drives a kind of device (`cpu`, `cuda:0`, `npu`), or the first of all."""
+    kind = device.partition(":")[0]
+    return next((runtime.name for runtime in RUNTIMES.values() if kind in runtime.devices), next(iter(RUNTIMES)))
+
+
+def runtime_that_computes_alone(precision: str) -> Runtime | None:
+    """Return the one runtime that computes in a precision, or None if others do too."""
+    return next((runtime for runtime in RUNTIMES.values() if precision in runtime.computes_alone), None)
