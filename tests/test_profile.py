@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.device_programs import machine as machine_module
+from export.device_programs import runner
 from export.device_programs.machine import describe_machine
 from export.device_programs.runner import open_graph
 from export.devices import describe, run_runner
@@ -22,7 +23,7 @@ from export.profiling.protocol import profile, profile_together
 from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99, bootstrap_interval, summarise
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
-RUNNER = Path(profile_module.__file__).with_name("runner.py")
+RUNNER = Path(runner.__file__)
 KEYS = {
     *("call", "device", "machine", "threads", "batch", "image", "text", "e2e_p50_ms", "images_per_s"),
     *("peak_memory_bytes", "size_bytes", "grade", "flags", "e2e_stages_ms", "sweep", "to_lock_clocks"),

@@ -220,7 +220,7 @@ def _profile_of(
     }
     samples: dict[str, NDArray[np.float32]] = {}
     for name, documents in (("image", results["image"]), ("text", results["text"]), ("e2e", whole)):
-        samples[f"{name}format_ms"] = np.array([ms for each in documents for ms in each["samples_ms"]], np.float32)
+        samples[f"{name}_ms"] = np.array([ms for each in documents for ms in each["samples_ms"]], np.float32)
         lengths = [len(each["samples_ms"]) for each in documents]
         samples[f"{name}_process"] = np.repeat(np.arange(len(documents)), lengths).astype(np.float32)
     return Profile(document, samples)
