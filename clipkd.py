@@ -11,7 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +44,8 @@ except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.exit(2)
 
 if TYPE_CHECKING:
+    from export.profiling.documents import FailedRow, ProfileRow
+    from export.students.documents import MeasuredStudent, StudentRow
     from toolchain.recipe.recipe import Recipe
     from toolchain.report.choose_model import Choice
     from toolchain.report.compare import Comparison
@@ -530,9 +532,8 @@ def students(
     """
     from export.devices.doctor import device_named
     from export.students.candidates import candidates
-    from export.students.chart import render_students
-    from export.students.measure import PRECISIONS, RUNTIMES, measure_students
-    from toolchain.filesystem import write_json
+    from export.students.choose import choose_students
+    from export.students.measure import PRECISIONS, RUNTIMES
 
     _refuse_torchrun()
     precisions = list(dict.fromkeys(part.strip() for part in precision.split(",") if part.strip()))
@@ -544,28 +545,23 @@ def students(
     where = device_named(device)
     with open_screen() as screen:
         screen.starts("students")
-        rows = measure_students(
+        found = choose_students(
             candidates(models or []),
             precisions,
             device=where,
             runtime=runtime,
             threads=threads,
+            max_ms=max_ms,
+            out=out,
             progress=screen.progress,
         )
-    failed = [row for row in rows if row["status"] != "ok"]
-    fit = [row for row in rows if row["status"] == "ok" and (max_ms is None or row["p50_ms"] <= max_ms)]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "students.json", fit + failed)
-    (out / "students.png").write_bytes(render_students(fit))
     if as_json:
-        stdout.print_json(json.dumps(fit + failed))
+        stdout.print_json(json.dumps(found.rows))
     else:
-        _print_students(fit, failed)
-        stderr.print(str(out / "students.png"), soft_wrap=True, highlight=False, markup=False)
-    if len(failed) == len(rows):
-        raise ClipkdError(f"no candidate could be measured on {device}: {failed[0]['status']}")
-    if not fit:
-        raise GateError(f"no candidate takes at most {max_ms:g} ms on {device}")
+        _print_students(found.fit, found.failed)
+        stderr.print(str(found.picture), soft_wrap=True, highlight=False, markup=False)
+    if found.problem is not None:
+        raise found.problem
 
 
 data_app = typer.Typer(
@@ -1068,10 +1064,11 @@ def _print_evaluation(document: dict[str, Any]) -> None:
             stderr.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _print_profiles(rows: "Sequence[ProfileRow | FailedRow]", as_json: bool) -> None:
     if as_json:
         stdout.print_json(json.dumps(rows))
         return
+    from export.profiling.documents import is_measured
     from export.profiling.table import table
 
     headers, cells = table(rows)
@@ -1079,7 +1076,7 @@ def _print_profiles(rows: list[dict[str, Any]], as_json: bool) -> None:
     for row in cells:
         shown.add_row(*map(escape, row))
     print_table(shown)
-    to_lock = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
+    to_lock = dict.fromkeys(command for row in rows if is_measured(row) for command in row["to_lock_clocks"])
     if to_lock:
         said = "\n".join(("Clocks float, so no grade is A. What would lock them, which clipkd never does:", *to_lock))
         stderr.print(said, soft_wrap=True, highlight=False, markup=False)
@@ -1149,39 +1146,18 @@ def _print_inspection(document: dict[str, Any]) -> None:
         stdout.print(document["sheet"], soft_wrap=True, highlight=False, markup=False)
 
 
-def _print_students(fit: list[dict[str, Any]], failed: list[dict[str, Any]]) -> None:
-    numbers = ("p50 ms", "95 %", "params M", "GMACs", "MB", "top-1 %")
-    headers = [Column("student", no_wrap=True), Column("")]
+def _print_students(fit: "Sequence[MeasuredStudent]", failed: "Sequence[StudentRow]") -> None:
+    from export.students.table import students_table
+
+    (student, precision, *numbers, grade), rows, notes = students_table(fit)
+    headers = [Column(student, no_wrap=True), Column(precision)]
     headers += [Column(name, justify="right", no_wrap=True) for name in numbers]
-    table = Table(*headers, Column("grade", overflow="fold"), padding=(0, 0, 0, 1))  # fits into 100 columns
-    sources = list(dict.fromkeys(row["source"] for row in fit if row["source"]))
-    for row in fit:
-        top1 = "" if row["published_fp32_top1"] is None else f"{100 * row['published_fp32_top1']:.1f}"
-        if top1:
-            top1 = f"{top1 if row['precision'] == 'fp32' else f'({top1})'} [{sources.index(row['source']) + 1}]"
-        shown = {
-            "params_image": f"{row['params_image'] / 1e6:.2f}",
-            "gmacs": f"{row['gmacs']:.2f}",
-            "published_fp32_top1": top1,
-        }
-        worth = {field: text + (" ★" if field in row["front"] else "  ") for field, text in shown.items()}
-        cells = [f"{row['p50_ms']:.3g}", f"{row['p50_low_ms']:.3g}-{row['p50_high_ms']:.3g}"]
-        cells += [worth["params_image"], worth["gmacs"], f"{row['size_bytes'] / 1e6:.3g}", worth["published_fp32_top1"]]
-        table.add_row(
-            escape(row["name"]), row["precision"], *map(escape, cells), " ".join([row["grade"], *row["flags"]])
-        )
+    table = Table(*headers, Column(grade, overflow="fold"), padding=(0, 0, 0, 1))  # fits into 100 columns
+    for cells in rows:
+        table.add_row(*map(escape, cells))
     if fit:
         print_table(table)
-        lines = [
-            f"on {fit[0]['device']}, {fit[0]['runtime']}, {fit[0]['threads']} thread(s), batch 1, image towers alone",
-            "★ no row of the same precision has as much of it in as little time",
-        ]
-        if sources:
-            lines.append(
-                "top-1: ImageNet zero-shot, as published for the float model; in brackets: it is not this row's own"
-            )
-        lines += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
-        stdout.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        stdout.print("\n".join(notes), soft_wrap=True, highlight=False, markup=False)
     for row in failed:
         problem = f"{row['name']} {row['precision']} could not be measured: {row['status']}"
         stderr.print(problem, soft_wrap=True, highlight=False, markup=False)

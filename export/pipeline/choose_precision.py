@@ -129,10 +129,10 @@ def _timed(
     def work(folder: Path) -> dict[str, Any]:
         import numpy as np
 
-        from export.profiling.protocol import profile_together
+        from export.profiling.protocol import Effort, profile_together
 
         paths = [model.path for model in models.values()]
-        found = profile_together(paths, processes=processes, seconds=seconds, progress=screen.progress)
+        found = profile_together(paths, effort=Effort(processes, seconds), progress=screen.progress)
         documents: dict[str, Any] = {}
         samples: dict[str, Any] = {}
         for precision, result in zip(models, found, strict=True):
