@@ -532,10 +532,9 @@ def students(
     """
     from export.devices.doctor import device_named
     from export.students.candidates import candidates
-    from export.students.chart import render_students
-    from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES, measure_students
+    from export.students.choose import choose_students
+    from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES
     from export.students.table import students_table
-    from toolchain.filesystem import write_json
 
     _refuse_torchrun()
     precisions = list(dict.fromkeys(part.strip() for part in precision.split(",") if part.strip()))
@@ -547,27 +546,23 @@ def students(
     where = device_named(device)
     with open_screen() as screen:
         screen.starts("students")
-        rows = measure_students(
+        found = choose_students(
             candidates(models or []),
             precisions,
             device=where,
             runtime=runtime,
             threads=threads,
+            max_ms=max_ms,
+            out=out,
             progress=screen.progress,
         )
-    failed = [row for row in rows if row["status"] != "ok"]
-    fit = [row for row in rows if row["status"] == "ok" and (max_ms is None or row["p50_ms"] <= max_ms)]
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "students.json", fit + failed)
-    (out / "students.png").write_bytes(render_students(fit))
-    table, lines = students_table(fit) if fit else (None, [])
-    problems = [Note(f"{row['name']} {row['precision']} could not be measured: {row['status']}") for row in failed]
-    tables = [table] if table else []
-    print_result(fit + failed, as_json, *tables, *lines, *problems, Note(str(out / "students.png")))
-    if len(failed) == len(rows):
-        raise ClipkdError(f"no candidate could be measured on {device}: {failed[0]['status']}")
-    if not fit:
-        raise GateError(f"no candidate takes at most {max_ms:g} ms on {device}")
+    tables = students_table(found.fit) if found.fit else ()
+    problems = [
+        Note(f"{row['name']} {row['precision']} could not be measured: {row['status']}") for row in found.failed
+    ]
+    print_result(found.rows, as_json, *tables, *problems, Note(str(found.picture)))
+    if found.problem is not None:
+        raise found.problem
 
 
 data_app = typer.Typer(

@@ -22,14 +22,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from claims import claim, finish
 
 from export.device_programs.machine import describe_machine
 from export.devices.run_runner import runner_here
-from export.profiling.inputs import write_inputs
-from export.profiling.protocol import profile
+from export.profiling.documents import ProfileDocument
+from export.profiling.inputs import RunnerOptions, write_inputs
+from export.profiling.protocol import Effort, profile
 from toolchain.provenance import machine, revision
 from toolchain.significance import signed_rank
 from toolchain.significance import told_apart as differing
@@ -121,9 +121,8 @@ def pair(model: Path, spin_ms: float) -> list[list[float]]:
     medians: list[list[float]] = [[], []]
     with tempfile.TemporaryDirectory() as scratch:
         threads = describe_machine()["usable_cores"]
-        staged = write_inputs(model, Path(scratch) / "staged", SECONDS / PROCESSES, threads, "cpu", None, False, ())[
-            "image"
-        ]
+        options = RunnerOptions(SECONDS / PROCESSES, threads)
+        staged = write_inputs(model, Path(scratch) / "staged", options)["image"]
         command = staged[: staged.index("--images")]  # the tower alone
         for turn in range(PROCESSES):
             for side in (0, 1)[:: -1 if turn % 2 else 1]:
@@ -132,10 +131,10 @@ def pair(model: Path, spin_ms: float) -> list[list[float]]:
     return medians
 
 
-def beside_hogs(model: Path) -> dict[str, Any]:
+def beside_hogs(model: Path) -> ProfileDocument:
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
-        return profile(model, processes=3, seconds=0.6).document
+        return profile(model, Effort(3, 0.6)).document
     finally:
         for hog in hogs:
             hog.kill()

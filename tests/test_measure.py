@@ -20,7 +20,7 @@ from export.graphs.export_onnx import export_onnx
 from export.model_folder import exported_of
 from export.pipeline.measure_model import measure_reference
 from export.pipeline.plan import PlannedReference, plan_exports, plan_references
-from export.profiling.protocol import profile
+from export.profiling.protocol import Effort, Target, profile
 from export.proof import prove as proof
 from export.runtime.exported_model import open_exported
 from export.runtime.remote_model import reference_encoders
@@ -144,7 +144,7 @@ def test_without_a_compiler_nothing_is_compiled(run: Path, monkeypatch: pytest.M
     with pytest.raises(MissingDependency, match=said):
         reference_encoders(run / "student", run / "exported" / "student-onnxruntime-fp32", compiled=True)
     with pytest.raises(MissingDependency, match=said):
-        profile(run / "student", processes=1, seconds=0.05, compiled=True)
+        profile(run / "student", Effort(1, 0.05), Target(compiled=True))
 
 
 @pytest.mark.slow
@@ -155,7 +155,13 @@ def test_compiled_computes_and_is_timed(run: Path) -> None:
     np.testing.assert_allclose(
         compiled.encode_texts(texts), open_exported(exported).encode_texts(texts), atol=SAME_FEATURE, rtol=0
     )
-    command = [sys.executable, REPOSITORY / "export" / "runner.py", "--runtime", "pytorch", "--compiled"]
+    command = [
+        sys.executable,
+        REPOSITORY / "export" / "device_programs" / "runner.py",
+        "--runtime",
+        "pytorch",
+        "--compiled",
+    ]
     command += ["--model", run / "student" / "open_clip_model.safetensors", "--input", "input_ids"]
     command += ["--shape", "1,20", "--dtype", "int64", "--threads", "1", "--min-seconds", "0.05", "--batches", "2,4"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
@@ -167,7 +173,7 @@ def test_compiled_computes_and_is_timed(run: Path) -> None:
 def test_the_command_times_a_checkpoint(
     run: Path, clipkd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from export.profiling import protocol as profile_module
+    from export.profiling import interleaved
 
     commands = []
 
@@ -176,7 +182,7 @@ def test_the_command_times_a_checkpoint(
         raise UsageError("that is enough")
 
     monkeypatch.setattr(describe, "_LOOK_AROUND_S", 0.0)
-    monkeypatch.setattr(profile_module, "runner_here", stopped)
+    monkeypatch.setattr(interleaved, "runner_here", stopped)
     clipkd("profile", run / "student")
     (words,) = commands
     assert words[words.index("--model") + 1] == str(run / "student" / "open_clip_model.safetensors")
@@ -189,12 +195,12 @@ def test_the_command_times_a_checkpoint(
 def test_a_checkpoint_that_cannot_be_timed_says_why(run: Path, tmp_path: Path) -> None:
     save_model(load_model(STUDENT, random_seed=3), tmp_path)
     with pytest.raises(UsageError, match="Export it first: clipkd export"):
-        profile(tmp_path, processes=1, seconds=0.05)
+        profile(tmp_path, Effort(1, 0.05))
     with pytest.raises(UsageError, match="timed in PyTorch on the CPU, not on cuda"):
-        profile(run / "student", processes=1, seconds=0.05, device="cuda")
+        profile(run / "student", Effort(1, 0.05), Target("cuda"))
     (tmp_path / "nncf.json").touch()
     with pytest.raises(UsageError, match="an int8 checkpoint, which is int8 only once exported"):
-        profile(tmp_path, processes=1, seconds=0.05)
+        profile(tmp_path, Effort(1, 0.05))
 
 
 def test_samples_are_those_of_the_fp32_export_if_there_is_one(tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.device_programs import machine as machine_module
+from export.device_programs import runner
 from export.device_programs.machine import describe_machine
 from export.device_programs.runner import open_graph
 from export.devices import describe, run_runner
-from export.profiling import protocol as profile_module
-from export.profiling.protocol import profile, profile_together
+from export.profiling import interleaved
+from export.profiling.protocol import Effort, profile, profile_together
 from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99, bootstrap_interval, summarise
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
-RUNNER = Path(profile_module.__file__).with_name("runner.py")
+RUNNER = Path(runner.__file__)
 KEYS = {
     *("call", "device", "machine", "threads", "batch", "image", "text", "e2e_p50_ms", "images_per_s"),
     *("peak_memory_bytes", "size_bytes", "grade", "flags", "e2e_stages_ms", "sweep", "to_lock_clocks"),
@@ -99,7 +100,7 @@ def quiet_machine(monkeypatch):
 @pytest.mark.usefixtures("quiet_machine")
 def test_a_profile_has_the_keys_of_the_contract_and_agrees_with_itself(folder):
     ticks = []
-    found = profile(folder, processes=2, seconds=0.06, threads=1, progress=lambda *tick: ticks.append(tick))
+    found = profile(folder, Effort(2, 0.06), threads=1, progress=lambda *tick: ticks.append(tick))
     result = found.document
     assert set(result) == KEYS
     assert set(result["image"]) == TOWER_KEYS | {"images_per_s"}
@@ -174,10 +175,10 @@ def test_flags_and_grade(folder, monkeypatch, medians, others, locked, grade, fl
         return left[tower].pop(0)
 
     machine = describe_machine() | {"clocks_locked": locked}
-    monkeypatch.setattr(profile_module, "runner_here", run)
+    monkeypatch.setattr(interleaved, "runner_here", run)
     monkeypatch.setattr(describe, "describe_machine", lambda: machine)
     monkeypatch.setattr(describe, "other_cpu_share", lambda duration_s: iter([None, others]))
-    result = profile(folder, processes=len(medians)).document
+    result = profile(folder, Effort(len(medians))).document
     assert (result["grade"], result["flags"]) == (grade, flags)
     assert order == ["image", "text", "text", "image", "image", "text"][: 2 * len(medians)]
     assert result["images_per_s"] == pytest.approx(32 * 1000 / (8 * sorted(medians)[len(medians) // 2]))
@@ -249,7 +250,7 @@ def test_a_crash_names_the_signal_and_the_last_words(folder, monkeypatch):
         "os.kill(os.getpid(), signal.SIGKILL)\n",
     )
     with pytest.raises(ClipkdError) as caught:
-        profile(folder, seconds=0.01)
+        profile(folder, Effort(seconds=0.01))
     message = str(caught.value)
     assert message.startswith(
         f"{folder / 'image.onnx'}: the process that timed it was killed by SIGKILL (a machine that "
@@ -265,7 +266,7 @@ def test_a_runner_that_hangs_is_ended(folder, monkeypatch):
     monkeypatch.setattr(run_runner, "TIMEOUT_S", 0.5)
     replace_runner(monkeypatch, folder, "import time\ntime.sleep(60)\n")
     with pytest.raises(ClipkdError, match=r"image\.onnx: the process that timed it took longer than 0\.52 s"):
-        profile(folder, seconds=0.01)
+        profile(folder, Effort(seconds=0.01))
 
 
 @pytest.mark.usefixtures("quiet_machine")
@@ -274,7 +275,7 @@ def test_a_graph_that_does_not_load_is_an_error_with_the_reason(folder):
     with pytest.raises(
         ClipkdError, match=r"(?s)image\.onnx: the process that timed it exited with status 1\..*Protobuf"
     ):
-        profile(folder, seconds=0.01)
+        profile(folder, Effort(seconds=0.01))
 
 
 @pytest.mark.usefixtures("quiet_machine")
@@ -288,7 +289,7 @@ def test_a_missing_file_is_named(folder, name):
 def test_senseless_requests_are_refused(folder):
     for nonsense in ({"processes": 0}, {"seconds": 0.0}, {"seconds": float("nan")}):
         with pytest.raises(UsageError, match="expected at least one process and some time"):
-            profile(folder, **nonsense)
+            profile(folder, Effort(**nonsense))
 
 
 def test_other_programs_are_noticed_and_this_one_is_not(monkeypatch):
@@ -378,27 +379,27 @@ def test_models_take_turns_and_one_that_fails_leaves_the_others(folder, tmp_path
             raise ClipkdError("it crashed")
         return documents([1.0])[0]
 
-    monkeypatch.setattr(profile_module, "runner_here", run)
-    found, failed = profile_together([folder, other], processes=3)
+    monkeypatch.setattr(interleaved, "runner_here", run)
+    found, failed = profile_together([folder, other], Effort(3))
     assert str(failed) == "it crashed"
     assert found.document["image"]["processes"] == 3
     a, b = folder.name, "other"
     first_turn = [(a, "image"), (a, "text"), (b, "image"), (b, "text")]
     assert order[:5] == [*first_turn, (b, "text")], "and back in the other direction"
     assert [name for name, _ in order[5:]] == [a] * 4, "what failed is not tried again"
-    missing, good = profile_together([tmp_path / "none", folder], processes=1)
+    missing, good = profile_together([tmp_path / "none", folder], Effort(1))
     assert isinstance(missing, ArtifactError)
     assert good.document["flags"] == ["SINGLE"]
 
 
 @pytest.mark.usefixtures("quiet_machine")
 def test_spinning_slows_a_model_by_what_it_says(folder):
-    plain, slowed = profile_together([folder, folder], processes=1, seconds=0.2, threads=1, spin_ms=[0.0, 5.0])
+    plain, slowed = profile_together([folder, folder], Effort(1, 0.2), threads=1, spin_ms=[0.0, 5.0])
     gained_ms = slowed.document["image"]["p50_ms"] - plain.document["image"]["p50_ms"]
     assert 4.5 < gained_ms < 15.0  # what is beyond 5 ms is other programs' doing
 
 
 @pytest.mark.usefixtures("quiet_machine")
 def test_a_warm_up_that_never_settles_is_flagged(folder, monkeypatch):
-    monkeypatch.setattr(profile_module, "runner_here", lambda *_: documents([1.0])[0] | {"steady": False})
-    assert profile(folder, processes=2).document["flags"] == ["UNSTEADY"]
+    monkeypatch.setattr(interleaved, "runner_here", lambda *_: documents([1.0])[0] | {"steady": False})
+    assert profile(folder, Effort(2)).document["flags"] == ["UNSTEADY"]

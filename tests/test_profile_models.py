@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from export.devices import describe, run_runner
 from export.devices import describe as describe_module
+from export.profiling import interleaved
 from export.profiling import protocol as profile_module
-from export.profiling.protocol import QUICK, STANDARD, Effort, profile_together
+from export.profiling.protocol import QUICK, STANDARD, Effort, Target, profile_together
 from export.profiling.summary import MIN_SAMPLES_P99
 from export.profiling.table import profiles_table
 from toolchain.errors import MissingDependency
@@ -183,7 +184,7 @@ def test_a_run_keeps_what_its_machines_gpu_measured(
         return once(model, tower, arguments)
 
     monkeypatch.setattr("export.pipeline.profile_models.prove", prove)
-    monkeypatch.setattr(profile_module, "runner_here", run)
+    monkeypatch.setattr(interleaved, "runner_here", run)
     first, second = a_run(tmp_path / "run", folder, "first", "second")
     words = ("--device", "gpu:0", *SHORT, "--json")
     assert clipkd("profile", first, *words).code == 0
@@ -219,7 +220,7 @@ def test_a_model_that_is_wrong_on_a_device_is_not_timed_there(
     gpu = {"name": "gpu", "what": "Example Graphics"}
     monkeypatch.setattr("export.devices.doctor.local_devices", lambda: [gpu])
     (model,) = a_run(tmp_path / "run", folder, "wrong")
-    monkeypatch.setattr(profile_module, "runner_here", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(interleaved, "runner_here", lambda *_: pytest.fail("it was timed"))
     ended = clipkd("profile", model, "--device", "gpu", *SHORT)
     assert ended.code == 1
     assert not (tmp_path / "run" / "measured" / "wrong" / "gpu").exists()
@@ -274,7 +275,7 @@ def test_a_kit_is_built_for_this_machines_gpu(
 def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = test_profile.describe_machine() | {"clocks_locked": True, "to_lock_clocks": ["sudo cpupower"]}
     jetson = locked | {"to_lock_clocks": ["sudo nvpmodel -m 0", "sudo jetson_clocks"]}
-    monkeypatch.setattr(profile_module, "runner_here", lambda *_: test_profile.documents([1.0])[0])
+    monkeypatch.setattr(interleaved, "runner_here", lambda *_: test_profile.documents([1.0])[0])
     monkeypatch.setattr(describe, "other_cpu_share", lambda duration_s: iter([None, 0.0]))
     for suffix in ("image.engine", "text.engine"):
         (folder / suffix).write_bytes(b"")
@@ -282,7 +283,7 @@ def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest
     for name, machine in (("server", locked), ("jetson", jetson)):
         monkeypatch.setattr(describe, "describe_machine", lambda machine=machine: machine)
         for device, engines in (("cpu", {}), ("cuda:0", {}), ("gpu", {}), ("cpu", {folder: folder})):
-            (one,) = profile_together([folder], processes=2, device=device, engines=engines)
+            (one,) = profile_together([folder], Effort(2), Target(device, engines=engines))
             found[name, device, bool(engines)] = (one.document["grade"], one.document["to_lock_clocks"])
     nvidia = list(describe_module._GPU_CLOCKS)
     assert found["server", "cpu", False] == ("A", [])

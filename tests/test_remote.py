@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ import test_profile
 from conftest import Ended
 
 from export.devices.registry import Device, add_device
-from export.devices.ssh import SSH_CONFIG, TimedOut, build_engines_on, run_on
-from export.profiling.protocol import profile
+from export.devices.ssh import SSH_CONFIG, Fetch, TimedOut, build_engines_on, run_on
+from export.profiling.protocol import Effort, Target, profile
 from export.proof.parity import check_parity
 from export.runtime.exported_model import open_exported
 from export.runtime.remote_model import encoders_on
@@ -180,8 +180,7 @@ sys.stderr.write("step 1\\rstep 2\\nlast")
         program(tmp_path, source),
         "program.py",
         [],
-        fetch=["out"],
-        into=tmp_path / "back",
+        fetch=Fetch(["out"], tmp_path / "back"),
         on_line=heard.append,
     )
     assert ended.returncode == 0
@@ -431,7 +430,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_profile_of_a_device_is_that_of_a_machine(board: Device, folder: Path) -> None:
-    found = profile(folder, processes=2, seconds=0.06, threads=1, on=board)
+    found = profile(folder, Effort(2, 0.06), Target(on=board), threads=1)
     result = found.document
     assert len(found.samples["image_ms"]) == result["image"]["n"]
     assert set(result) == test_profile.KEYS
@@ -455,7 +454,7 @@ def test_what_a_device_lacks_is_named_with_the_line_that_mends_it(
     python = wrapped(tmp_path, f'PYTHONPATH={tmp_path}/shim exec {sys.executable} "$@"')
     lacking = Device("board", "board", python=python, workdir=board.workdir)
     with pytest.raises(MissingDependency) as caught:
-        profile(folder, processes=1, seconds=0.02, on=lacking)
+        profile(folder, Effort(1, 0.02), Target(on=lacking))
     assert f"board: No module named '{module}'." in str(caught.value)
     assert f"Install it there: ssh -- board '{python} -m pip install numpy onnxruntime pillow'" in str(caught.value)
 
@@ -467,7 +466,7 @@ def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
     test_profile.replace_runner(monkeypatch, tmp_path, "import time\ntime.sleep(600)\n")
     monkeypatch.setattr("export.devices.run_runner.TIMEOUT_S", 1.0)
     with pytest.raises(ClipkdError, match=r"image\.onnx: on board: the program took longer than 1\.12 s"):
-        profile(folder, processes=1, seconds=0.02, on=board)
+        profile(folder, Effort(1, 0.02), Target(on=board))
 
 
 @pytest.fixture
@@ -534,11 +533,13 @@ def test_models_take_turns_on_a_device(
     shutil.copytree(folder, outside, ignore=shutil.ignore_patterns("run", "outside", "on the device", "config"))
     turns = []
 
-    def runner_on(device: Device, model: Path, tower: str, arguments: list[str]) -> dict[str, object]:
+    def runner_on(
+        device: Device, model: Path, tower: str, arguments: list[str], *, once: Sequence[Path]
+    ) -> dict[str, object]:
         turns.append((device.name, model.name, tower))
         return test_profile.documents([1.0])[0]
 
-    monkeypatch.setattr("export.profiling.protocol.runner_on", runner_on)
+    monkeypatch.setattr("export.profiling.interleaved.runner_on", runner_on)
     words = ("--device", "board", "--processes", "2", "--out", tmp_path / "kept", "--json")
     ended = clipkd("profile", tmp_path / "run" / "exported" / "none", inside, outside, *words)
     assert ended.code == 1
@@ -620,7 +621,7 @@ def test_students_are_built_here_timed_there_and_not_kept_there(
     kept = {file.read_bytes() for file in (Path(str(board.workdir)) / "files").iterdir()}
     assert (folder / "image.onnx").read_bytes() not in kept
     assert Path(test_profile.RUNNER).read_bytes() in kept
-    monkeypatch.setattr("export.students.measure.runner_on", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr("export.profiling.interleaved.runner_on", lambda *_: pytest.fail("timed again"))
     assert json.loads(clipkd(*words).out) == [row]
 
 

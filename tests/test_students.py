@@ -13,6 +13,7 @@ from conftest import Ended
 from PIL import Image
 
 from export.devices.registry import Device
+from export.profiling import interleaved
 from export.students import measure as module
 from export.students.candidates import CANDIDATES, Candidate, candidates
 from export.students.chart import render_students
@@ -42,7 +43,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ms = 1.0 + ord(name[0]) - ord("a")
         return {"samples_ms": [ms] * 100, "steady": True, "load_ms": 1.0, "first_ms": ms, "peak_rss_bytes": 1 << 20}
 
-    monkeypatch.setattr(module, "runner_here", document)
+    monkeypatch.setattr(interleaved, "runner_here", document)
     monkeypatch.setattr(module, "require", lambda runtime, device: f"{runtime} 1.0")
     return timed
 
@@ -97,14 +98,14 @@ def test_a_student_is_built_exported_timed_and_then_remembered(monkeypatch: pyte
     assert row["size_bytes"] > 4 * row["params_image"]
     assert row["front"] == list(WORTH)
     assert (row["device"], row["runtime"], row["threads"]) == ("cpu", "onnxruntime", 1)
-    monkeypatch.setattr(module, "runner_here", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(interleaved, "runner_here", lambda *_: pytest.fail("timed again"))
     assert measure_students([TINY], ["fp32"], **QUICK) == [row]
     assert [path.name for path in cache.rglob("*-*.*")] == ["glyphs_student-fp32.json"], "a graph goes once it is timed"
 
     def crashes(*_: object) -> dict[str, Any]:
         raise ClipkdError("it crashed")
 
-    monkeypatch.setattr(module, "runner_here", crashes)
+    monkeypatch.setattr(interleaved, "runner_here", crashes)
     (other,) = measure_students([TINY], ["fp32"], threads=2, seconds=0.1)
     assert other["status"] == "it crashed", "with other threads it is measured again"
     assert measure_students([TINY], ["fp32"], **QUICK) == [row], "and the first is still there"
@@ -141,7 +142,7 @@ def test_only_what_is_not_kept_is_measured(told: list[str], unbuilt: list[str], 
 def test_an_interrupted_call_is_continued(
     told: list[str], unbuilt: list[str], monkeypatch: pytest.MonkeyPatch, cache: Path, turn: int
 ) -> None:
-    whole = module.runner_here
+    whole = interleaved.runner_here
 
     def interrupted(*arguments: Any) -> dict[str, Any]:
         if len(told) == turn:
@@ -149,10 +150,10 @@ def test_an_interrupted_call_is_continued(
         return whole(*arguments)
 
     wanted = [Candidate("a"), Candidate("b")]
-    monkeypatch.setattr(module, "runner_here", interrupted)
+    monkeypatch.setattr(interleaved, "runner_here", interrupted)
     with pytest.raises(SystemExit):
         measure_students(wanted, ["fp32"], **QUICK)
-    monkeypatch.setattr(module, "runner_here", whole)
+    monkeypatch.setattr(interleaved, "runner_here", whole)
     rows = measure_students(wanted, ["fp32"], **QUICK)
     assert [(row["name"], row["status"], row["processes"]) for row in rows] == [("a", "ok", 3), ("b", "ok", 3)]
     assert unbuilt == ["a-fp32", "b-fp32"], "each was built once"
@@ -204,8 +205,8 @@ def test_a_device_says_which_runtime(
     told: list[str], unbuilt: list[str], monkeypatch: pytest.MonkeyPatch, device: str, runtime: str, expected: str
 ) -> None:
     asked: list[list[str]] = []
-    whole = module.runner_here
-    monkeypatch.setattr(module, "runner_here", lambda *words: [asked.append(words[2]), whole(*words)][1])
+    whole = interleaved.runner_here
+    monkeypatch.setattr(interleaved, "runner_here", lambda *words: [asked.append(words[2]), whole(*words)][1])
     (row,) = measure_students([Candidate("a")], ["int8"], device=device, runtime=runtime, **QUICK)
     assert (row["device"], row["runtime"]) == (device, expected)
     named = dict(zip(asked[0][::2], asked[0][1::2], strict=True))
@@ -227,15 +228,15 @@ def test_a_graph_that_fails_is_a_row_and_a_device_that_is_gone_ends_the_call(
         if name == "a-fp32":
             raise ClipkdError("it broke")
         assert once == ([folder / f"{name}.onnx"] if told.count(name) == 2 else [])
-        return module.runner_here(folder, name, arguments)
+        return interleaved.runner_here(folder, name, arguments)
 
     monkeypatch.setattr(module, "describe_device", describe)
     monkeypatch.setattr(
-        module,
+        interleaved,
         "look_at",
         lambda on: ({"usable_cores": 4, "clocks_locked": True, "to_lock_clocks": []}, iter([None, 0.9])),
     )
-    monkeypatch.setattr(module, "runner_on", run)
+    monkeypatch.setattr(interleaved, "runner_on", run)
     wanted = [Candidate("a"), Candidate("b")]
     good, bad = measure_students(wanted, ["fp32"], device=board)
     assert (bad["name"], bad["status"]) == ("a", "it broke")
@@ -246,7 +247,7 @@ def test_a_graph_that_fails_is_a_row_and_a_device_that_is_gone_ends_the_call(
         is_there[0] = False
         raise ClipkdError("the connection broke")
 
-    monkeypatch.setattr(module, "runner_on", breaks)
+    monkeypatch.setattr(interleaved, "runner_on", breaks)
     with pytest.raises(UnavailableBackend, match="cannot be reached"):
         measure_students(wanted, ["fp32"], device=board, seconds=0.5)
 

@@ -11,7 +11,7 @@ from export.export_types import PlannedExport
 from export.graphs.export_onnx import class_embeddings, export_onnx
 from export.graphs.onnx_graph import write_graph
 from export.graphs.parity_samples import _spread
-from export.profiling.protocol import profile
+from export.profiling.protocol import Effort, profile
 from export.proof.parity import check_parity, compare
 from export.proof.prove import prove
 from export.runtime.exported_model import open_exported
@@ -209,7 +209,7 @@ def test_a_batch_of_1_is_proven_and_encodes_row_by_row(single, exported, images,
 
 
 def test_a_batch_of_1_is_swept_at_no_other(single):
-    timed = profile(single[0], processes=1, seconds=0.05, threads=1).document
+    timed = profile(single[0], Effort(1, 0.05), threads=1).document
     assert list(timed["sweep"]) == ["1"]
     assert timed["e2e_p50_ms"] > 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from export.device_programs import machine as machine_program
 from export.device_programs.machine import describe_machine, other_cpu_share
+from export.devices.documents import DeviceIdentity, Machine, MachineDocument
 from export.devices.registry import Device
 from export.devices.run_runner import TIMEOUT_S
 from export.devices.ssh import run_on
@@ -19,37 +20,39 @@ _GPU_CLOCKS = ("sudo nvidia-smi -pm 1", "sudo nvidia-smi -lgc F,F  # F in MHz: n
 _MACHINE = Path(machine_program.__file__)
 
 
-def with_clocks_of(kind: str, machine: dict[str, Any]) -> dict[str, Any]:
-    """The machine, its clocks being those of the CPU and of the kind of device that computes."""
+def with_clocks_of(kind: str, machine: Machine) -> Machine:
+    """Return the machine, its clocks being those of the CPU and of the kind of device that computes."""
     is_jetson = "sudo jetson_clocks" in machine["to_lock_clocks"]  # which locks the GPU's as well
     if kind == "cpu" or is_jetson:
         return machine
     of_cpu = [] if machine["clocks_locked"] else machine["to_lock_clocks"]
-    return machine | {
-        "clocks_locked": False,
-        "to_lock_clocks": [*of_cpu, *(_GPU_CLOCKS if kind == "cuda" else ())],
-    }
+    to_lock_clocks = [*of_cpu, *(_GPU_CLOCKS if kind == "cuda" else ())]
+    return {**machine, "clocks_locked": False, "to_lock_clocks": to_lock_clocks}
 
 
-def look_at(on: Device | None) -> tuple[dict[str, Any], Iterator[float | None]]:
-    """A machine, None for this one, and, as `other_cpu_share`, the share of its CPU time that other programs take."""
+def look_at(on: Device | None) -> tuple[Machine, Iterator[float | None]]:
+    """Return a machine, None for this one, and the share of its CPU time that others take, as `other_cpu_share`."""
     if on is None:
-        return describe_machine(), other_cpu_share(_LOOK_AROUND_S)
+        return cast(Machine, describe_machine()), other_cpu_share(_LOOK_AROUND_S)
     document = _describe(on, _LOOK_AROUND_S)
     return document["machine"], iter([None, document["other_cpu_share"]])
 
 
-def describe_device(device: Device | None) -> dict[str, Any]:
-    """What of a device reached by ssh, or of this machine, stays the same from one measurement to the next."""
-    machine = describe_machine() if device is None else _describe(device, 0.0)["machine"]
-    where = {} if device is None else {"destination": device.destination}
-    return {**where, **{key: machine[key] for key in ("name", "architecture", "cpu_quota")}}
+def describe_device(device: Device | None) -> DeviceIdentity:
+    """Return what of a device reached by ssh, or of this machine, stays the same from one measurement to the next."""
+    machine = cast(Machine, describe_machine()) if device is None else _describe(device, 0.0)["machine"]
+    identity: DeviceIdentity = {
+        "name": machine["name"],
+        "architecture": machine["architecture"],
+        "cpu_quota": machine["cpu_quota"],
+    }
+    return identity if device is None else {"destination": device.destination, **identity}
 
 
-def _describe(device: Device, watch_seconds: float) -> dict[str, Any]:
+def _describe(device: Device, watch_seconds: float) -> MachineDocument:
     words = ["--watch-seconds", f"{watch_seconds:g}"]
     done = run_on(device, {_MACHINE.name: _MACHINE}, _MACHINE.name, words, timeout_s=TIMEOUT_S)
     if done.returncode:
         raise ClipkdError(f"{device.name}: it could not be described:\n{done.stderr}")
-    document: dict[str, Any] = json.loads(done.stdout)
+    document: MachineDocument = json.loads(done.stdout)
     return document

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from export.device_programs import runner
 from export.device_programs.probes import cpp_compiler
+from export.devices.documents import EncodedDocument, RunnerDocument
 from export.devices.registry import Device
 from export.devices.ssh import TimedOut, by_hand, carry, run_on
 from export.model_folder import is_checkpoint
@@ -60,8 +61,8 @@ def require_compiler() -> None:
         )
 
 
-def runner_here(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any]:
-    """The runner's document; whatever ends it otherwise becomes an error of this process, never its own end.
+def runner_here(folder: Path, tower: str, arguments: list[str]) -> RunnerDocument:
+    """Return the runner's document; whatever ends it otherwise becomes an error of this process, never its own end.
 
     Raises:
         ClipkdError, UnavailableBackend, MissingDependency: it crashed or hung; the device, the runtime is not there.
@@ -72,18 +73,38 @@ def runner_here(folder: Path, tower: str, arguments: list[str]) -> dict[str, Any
     except subprocess.TimeoutExpired as error:
         stderr = error.stderr or b""
         raise _failure(folder, tower, f"took longer than {timeout_s:g} s", stderr, command) from None
-    return _document(folder, tower, done, command)
+    document: RunnerDocument = _document(folder, tower, done, command)
+    return document
 
 
 def runner_on(
     device: Device, folder: Path, tower: str, arguments: list[str], *, once: Sequence[Path] = ()
-) -> dict[str, Any]:
-    """The document of the runner on a device, to which the files that its arguments name are copied.
+) -> RunnerDocument:
+    """Return the document of the runner on a device, to which the files that its arguments name are copied.
+
+    The device keeps those files for later runs, all but those of `once`.
 
     Raises:
         ClipkdError: it crashed, hung, or failed; and as `export.devices.ssh.run_on`.
         MissingDependency: the device lacks numpy or the runtime.
     """
+    document: RunnerDocument = _run_there(device, folder, tower, arguments, once)
+    return document
+
+
+def encode_on(
+    device: Device, folder: Path, tower: str, arguments: list[str], *, once: Sequence[Path] = ()
+) -> EncodedDocument:
+    """Return the features of all the inputs that the arguments name, computed on a device.
+
+    Raises:
+        ClipkdError, MissingDependency: as `runner_on`.
+    """
+    document: EncodedDocument = _run_there(device, folder, tower, [*arguments, "--encode"], once)
+    return document
+
+
+def _run_there(device: Device, folder: Path, tower: str, arguments: list[str], once: Sequence[Path]) -> Any:
     named = [Path(word) if before in _PATHS else word for before, word in itertools.pairwise(["", *arguments])]
     files, words = carry(named)
     try:
@@ -107,7 +128,7 @@ def _timeout_s(arguments: Sequence[str]) -> float:
     return TIMEOUT_S + _TIMES * float(named.get("--min-seconds", 0))
 
 
-def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> dict[str, Any]:
+def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> Any:
     if done.returncode in _STATUS:
         raise _STATUS[done.returncode](f"{_tower_name(folder, tower)}: {done.stderr.strip()}")
     if done.returncode < 0:
@@ -116,8 +137,7 @@ def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> d
     if done.returncode:
         what = "ran out of memory and " if _OUT_OF_MEMORY.search(done.stderr) else ""
         raise _failure(folder, tower, f"{what}exited with status {done.returncode}", done.stderr, command)
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return json.loads(done.stdout)
 
 
 def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: list[str]) -> ClipkdError:

@@ -26,7 +26,6 @@ from export.device_programs import agent
 from export.devices.registry import Device
 from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, UnavailableBackend, UsageError
 from toolchain.filesystem import file_sha256, replacing
-from toolchain.progress import Progress, no_progress
 
 SSH_CONFIG = "CLIPKD_SSH_CONFIG"
 """Environment variable: a file that ssh reads in place of ~/.ssh/config."""
@@ -60,6 +59,16 @@ class Ended:
     """What was not on the device before."""
 
 
+@dataclass(frozen=True)
+class Fetch:
+    """What to bring back from the device once the program has succeeded."""
+
+    names: Sequence[str]
+    """Files that the program writes, or folders of such."""
+
+    into: Path
+
+
 class TimedOut(ClipkdError):
     """The program ran, and had not ended when its time was up."""
 
@@ -72,16 +81,13 @@ def run_on(
     *,
     timeout_s: float = TIMEOUT_S,
     once: Collection[Path] = (),
-    fetch: Sequence[str] = (),
-    into: Path | None = None,
+    fetch: Fetch | None = None,
     on_line: Callable[[str], None] = lambda line: None,
-    progress: Progress = no_progress,
 ) -> Ended:
     """Run `program`, one of `files`, with the device's Python, in a fresh folder that holds `files` under their names.
 
     A file that an earlier run brought is not copied again; all but those of `once` are kept there for later runs.
-    `on_line` hears each line of stderr as it comes.  If the program succeeds, the files that `fetch` names (or that are
-    in folders it names) are written into `into`.
+    `on_line` hears each line of stderr as it comes.
 
     Raises:
         UnavailableBackend: the device cannot be reached, or does not let this user in.
@@ -103,37 +109,43 @@ def run_on(
         "arguments": list(arguments),
         "timeout_s": timeout_s,
         "once": [digest for name, digest in digests.items() if files[name] in once],
-        "fetch": list(fetch),
+        "fetch": list(fetch.names) if fetch else [],
     }
     with _connected(device) as link:
         link.send(_AGENT.read_bytes())
         link.send(json.dumps(request).encode())
         link.marker = f"clipkd {request['nonce']} ".encode()
         missing = link.receive(_ANSWER_S)["missing"]
-        total = sum(sizes[sha] for sha in missing)
-        done = 0
-        with link.patience(_ANSWER_S + total / _MIN_BYTES_PER_S):
-            for sha in missing:
-                for chunk in _chunks(paths[sha]):
-                    link.write(chunk)
-                    done += len(chunk)
-                    progress("copying", done, total)
+        copying_s = sum(sizes[sha] for sha in missing) / _MIN_BYTES_PER_S
+        with link.patience(_ANSWER_S + copying_s):
+            copied_bytes = _copy([paths[sha] for sha in missing], link)
         lines: list[str] = []
         message: dict[str, Any] = {}
-        with link.patience(_ANSWER_S + timeout_s + total / _MIN_BYTES_PER_S):
+        with link.patience(_ANSWER_S + timeout_s + copying_s):
             while "returncode" not in message:
                 message = link.receive()
                 if "line" in message:
                     lines.append(message["line"])
                     on_line(message["line"])
             for name, size in message["files"]:
-                link.receive_file((into or Path()) / _relative(name), size)
+                link.receive_file((fetch.into if fetch else Path()) / _relative(name), size)
     if message["timed_out"]:
         raise TimedOut(f"{device.name}: the program took longer than {timeout_s:g} s and was ended")
     said = "\n".join(lines)
     if message["returncode"] and "No space left on device" in said:
         raise _full(device, said.splitlines()[-1], None)
-    return Ended(message["returncode"], message["stdout"], said, done)
+    return Ended(message["returncode"], message["stdout"], said, copied_bytes)
+
+
+def _copy(paths: Sequence[Path], link: _Link) -> int:
+    """Send the contents of files, one after another; returns their bytes."""
+    copied_bytes = 0
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                link.write(chunk)
+                copied_bytes += len(chunk)
+    return copied_bytes
 
 
 def carry(arguments: Sequence[str | Path]) -> tuple[dict[str, Path], list[str]]:
@@ -179,8 +191,7 @@ def build_engines_on(
         "build_engine.py",
         words,
         timeout_s=timeout_s,
-        fetch=["engines"],
-        into=out,
+        fetch=Fetch(["engines"], out),
         on_line=on_line,
     )
     if ended.returncode:
@@ -387,9 +398,3 @@ def _sha256(path: Path) -> str:
 def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
     """Of a file that did not change since: a profile sends the same graph for every process."""
     return file_sha256(path)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk

@@ -175,10 +175,10 @@ def _time(recipe: Recipe, out: Path, runtime: str, models: Models, screen: Scree
     failed: dict[str, ClipkdError] = {}
 
     def work(folder: Path) -> dict[str, Any]:
-        from export.profiling.protocol import Profile, profile_together
+        from export.profiling.protocol import Effort, Profile, profile_together
 
         paths = [model.path for model in models.values()]
-        found = profile_together(paths, processes=processes, seconds=seconds, progress=screen.progress)
+        found = profile_together(paths, effort=Effort(processes, seconds), progress=screen.progress)
         by_precision = dict(zip(models, found, strict=True))
         failed.update({of: result for of, result in by_precision.items() if isinstance(result, ClipkdError)})
         if failed:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.model_folder import model_kind
-from export.profiling.protocol import profile
+from export.profiling.protocol import Effort, Target, profile
 from export.proof.parity import check_parity
 from export.proof.prove import prove
 from export.runtime.exported_model import open_exported
@@ -37,7 +37,7 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     write_json(folder / "parity.json", prove(model, runtime=runtime, precision=precision)["parity"])
     encoders = open_exported(model)  # only now: a graph that would crash its runtime has crashed another process
     samples, top1 = score(encoders, folder, spec, progress)
-    timed = profile(model, processes=timing.processes, seconds=timing.seconds, progress=progress)
+    timed = profile(model, Effort(timing.processes, timing.seconds), progress=progress)
     np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
     write_json(folder / "profile.json", timed.document)
     return {"top1": top1, "p50_ms": timed.document["image"]["p50_ms"]}
@@ -66,9 +66,8 @@ def measure_reference(
     progress("parity", 0, 1)
     write_json(folder / "parity.json", check_parity(exported, precision="fp32", encoders=encoders))
     samples, top1 = score(encoders, folder, spec, progress)
-    timed = profile(
-        checkpoint, processes=timing.processes, seconds=timing.seconds, compiled=compiled, progress=progress
-    )
+    effort = Effort(timing.processes, timing.seconds)
+    timed = profile(checkpoint, effort, Target(compiled=compiled), progress=progress)
     np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # as above
     write_json(folder / "profile.json", timed.document)
     summary = json.loads((exported / "manifest.json").read_text(encoding="utf-8"))["summary"]

@@ -5,7 +5,7 @@ The models of a call are timed together, so that their processes take turns.  On
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from export.export_types import Parity
 from export.model_folder import is_checkpoint, run_of
 from export.pipeline.engines import engines_of
 from export.pipeline.measure_model import score
-from export.profiling.protocol import Effort, Profile, profile_together
+from export.profiling.documents import FailedRow, ProfileRow
+from export.profiling.protocol import Effort, Profile, Target, profile_together
 from export.proof.parity import check_parity
 from export.proof.prove import prove
 from export.runtime.exported_model import ExportedEncoders, open_exported
@@ -37,11 +38,9 @@ from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.load import load_recipe
 from toolchain.stage import Stage, StageSpec, is_made, open_stage, run_lock, run_stage
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class _Target:
+class _Where:
     """The device that models are measured on."""
 
     name: str
@@ -76,16 +75,13 @@ def profile_models(
     scored: bool = False,
     out: Path | None = None,
     screen: Screen,
-) -> tuple[list[Row], list[ClipkdError]]:
-    """A row for each model, in order, and the errors of those that could not be measured.
+) -> tuple[list[ProfileRow | FailedRow], list[ClipkdError]]:
+    """Return a row for each model, in order, and the errors of those that could not be measured.
 
-    A row has `model`, `device` and `status`: `ok`, or the reason, with its `exit_code`.  If ok, it also has what
-    `export.profiling.protocol.profile_together` measured, and `samples`, the file of every latency, if that is kept.
-
-    On another device than `cpu`, a run's model keeps it in measured/MODEL/DEVICE of its run, with the proof that it
-    computes there what PyTorch did and, if `scored`, its accuracy there on the sets of the run's recipe.  The engines
-    of a TensorRT kit are built for the device first, and kept in the run's engines/.  `out` is a folder for the rows
-    and the latencies of all.
+    On another device than `cpu`, a run's model keeps its profile in measured/MODEL/DEVICE of its run, with the proof
+    that it computes there what PyTorch did and, if `scored`, its accuracy there on the sets of the run's recipe.  The
+    engines of a TensorRT kit are built for the device first, and kept in the run's engines/.  `out` is a folder for the
+    rows and the latencies of all.
 
     Raises:
         UnavailableBackend: there is no such device, or it cannot be reached.
@@ -106,26 +102,13 @@ def profile_models(
 
     @cache
     def timed() -> dict[int, Profile | ClipkdError]:
-        """Of all models that have not failed and are not kept yet, at once."""
+        """Time all models that have not failed and are not kept yet, at once, when the first of them is asked for."""
         to_do = {
             index: place
             for index, place in places.items()
             if index not in failures and (place is None or not is_made(place.stage))
         }
-        screen.starts(models[next(iter(to_do))].name if len(to_do) == 1 else f"{len(to_do)} models")
-        found = profile_together(
-            [models[index] for index in to_do],
-            processes=effort.processes,
-            seconds=effort.seconds,
-            device=target.name if target.on is None else "cpu",
-            on=target.on,
-            engines={models[index]: place.engines.path for index, place in to_do.items() if place and place.engines},
-            progress=screen.progress,
-        )
-        for one in found:
-            if isinstance(one, Profile) and target.on is None and target.name != "cpu":
-                described = one.document["machine"]
-                described["name"] = f"{target.what}, {described['name']}"
+        found = _time([models[index] for index in to_do], list(to_do.values()), target, effort, screen)
         return dict(zip(to_do, found, strict=True))
 
     def timed_one(index: int) -> Profile:
@@ -134,59 +117,101 @@ def profile_models(
             raise found
         return found
 
-    def measured(index: int, place: _Place, folder: Path) -> dict[str, Any]:
-        screen.starts(f"measured/{models[index].name}/{target.name}")
-        screen.progress("parity", 0, 1)
-        write_json(folder / "parity.json", _proven(place, target))  # a wrong model is not worth timing
-        samples: dict[str, Any] = {}
-        if place.spec is not None:
-            samples, _ = score(_encoders(place, target), folder, place.spec, screen.progress)
-        found = timed_one(index)
-        write_json(folder / "profile.json", found.document)
-        np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
-        return {"p50_ms": found.document["image"]["p50_ms"]}
-
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = [{"model": str(model), "device": target.name} for model in models]
+    measured: dict[int, ProfileRow] = {}
     for index, place in places.items():
         own = None if out is None else out / f"samples-{index + 1}.npz"
         try:
-            if place is None:
-                found = timed_one(index)
-                document, kept = found.document, own
-                if own is not None:
-                    np.savez(own, **found.samples)  # type: ignore[arg-type]
-            else:
-                with run_lock(place.run):
-                    stage = run_stage(place.stage, partial(measured, index, place))
-                screen.done(f"measured/{models[index].name}/{target.name}", stage)
-                document = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
-                kept = stage.path / "samples.npz"
-                if own is not None:
-                    kept = Path(shutil.copyfile(kept, own))
+            measured[index] = _row(models[index], place, target, own, partial(timed_one, index), screen)
         except ClipkdError as error:
             failures[index] = error
-            continue
-        rows[index] |= {"status": "ok", **document, "samples": None if kept is None else str(kept)}
-    for index, failure in failures.items():
-        rows[index] |= {"status": str(failure), "exit_code": failure.exit_code}
+    rows = [
+        measured[index] if index in measured else _failed_row(model, target, failures[index])
+        for index, model in enumerate(models)
+    ]
     if out is not None:
         write_json(out / "profile.json", rows)
     return rows, [failures[index] for index in sorted(failures)]
 
 
-def _target(device: str) -> _Target:
+def _time(
+    models: Sequence[Path], places: Sequence[_Place | None], target: _Where, effort: Effort, screen: Screen
+) -> list[Profile | ClipkdError]:
+    screen.starts(models[0].name if len(models) == 1 else f"{len(models)} models")
+    engines = {
+        model: place.engines.path for model, place in zip(models, places, strict=True) if place and place.engines
+    }
+    where = Target(target.name if target.on is None else "cpu", target.on, engines)
+    found = profile_together(models, effort, where, progress=screen.progress)
+    for one in found:
+        if isinstance(one, Profile) and target.on is None and target.name != "cpu":
+            described = one.document["machine"]
+            described["name"] = f"{target.what}, {described['name']}"
+    return found
+
+
+def _row(
+    model: Path,
+    place: _Place | None,
+    target: _Where,
+    own: Path | None,
+    timed: Callable[[], Profile],
+    screen: Screen,
+) -> ProfileRow:
+    """Return a model's row, as its run keeps it or measured now; `own` is the caller's file for its latencies."""
+    if place is None:
+        found = timed()
+        document, samples = found.document, own
+        if own is not None:
+            np.savez(own, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
+    else:
+        name = f"measured/{model.name}/{target.name}"
+        with run_lock(place.run):
+            stage = run_stage(place.stage, partial(_measure, name, place, target, timed, screen))
+        screen.done(name, stage)
+        document = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
+        samples = stage.path / "samples.npz"
+        if own is not None:
+            samples = Path(shutil.copyfile(samples, own))
+    return {
+        "model": str(model),
+        "device": target.name,
+        "status": "ok",
+        **document,
+        "samples": None if samples is None else str(samples),
+    }
+
+
+def _failed_row(model: Path, target: _Where, failure: ClipkdError) -> FailedRow:
+    return {"model": str(model), "device": target.name, "status": str(failure), "exit_code": failure.exit_code}
+
+
+def _measure(
+    name: str, place: _Place, target: _Where, timed: Callable[[], Profile], screen: Screen, folder: Path
+) -> dict[str, Any]:
+    """Write parity.json, evaluation.json where it is scored, profile.json and samples.npz; returns the headline."""
+    screen.starts(name)
+    screen.progress("parity", 0, 1)
+    write_json(folder / "parity.json", _proven(place, target))  # a wrong model is not worth timing
+    samples: dict[str, Any] = {}
+    if place.spec is not None:
+        samples, _ = score(_encoders(place, target), folder, place.spec, screen.progress)
+    found = timed()
+    write_json(folder / "profile.json", found.document)
+    np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # as above
+    return {"p50_ms": found.document["image"]["p50_ms"]}
+
+
+def _target(device: str) -> _Where:
     if not is_local(device):
         on = find_device(device)
-        return _Target(on.name, on, "", json.dumps(describe_device(on), sort_keys=True))
+        return _Where(on.name, on, "", json.dumps(describe_device(on), sort_keys=True))
     found = local_device(device)
-    return _Target(
-        found["name"], None, found["what"], json.dumps(machine() | {"device": found["what"]}, sort_keys=True)
-    )
+    return _Where(found["name"], None, found["what"], json.dumps(machine() | {"device": found["what"]}, sort_keys=True))
 
 
-def _place(model: Path, target: _Target, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
+def _place(model: Path, target: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
     """Where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
     if is_checkpoint(model) and target.name != "cpu":
         raise UsageError(
@@ -223,7 +248,7 @@ def _place(model: Path, target: _Target, effort: Effort, scored: bool, screen: S
     return _Place(run, made, stage, engines, spec)
 
 
-def _engines(kit: Stage, run: Path, target: _Target, screen: Screen) -> Stage:
+def _engines(kit: Stage, run: Path, target: _Where, screen: Screen) -> Stage:
     """A kit's engines for a GPU of this machine, or for that of a device reached by ssh, built there."""
     if target.on is None:
         return engines_of(kit, run, can_build(), screen)
@@ -242,7 +267,7 @@ def _engines(kit: Stage, run: Path, target: _Target, screen: Screen) -> Stage:
     return stage
 
 
-def _proven(place: _Place, target: _Target) -> Parity:
+def _proven(place: _Place, target: _Where) -> Parity:
     """Parity on the device, in a process that may crash.
 
     Raises:
@@ -255,7 +280,7 @@ def _proven(place: _Place, target: _Target) -> Parity:
     return check_parity(place.model.path, precision=summary["precision"], encoders=_encoders(place, target))
 
 
-def _encoders(place: _Place, target: _Target) -> ExportedEncoders:
+def _encoders(place: _Place, target: _Where) -> ExportedEncoders:
     model, engines = place.model.path, place.engines.path if place.engines else None
     if target.on is not None:
         precision = place.model.manifest["summary"]["precision"]

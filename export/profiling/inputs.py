@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from export.device_programs.runner import preprocess_image
@@ -18,51 +21,44 @@ from toolchain.errors import ArtifactError, UsageError
 _NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in the memory that is being measured
 
 
+@dataclass(frozen=True)
+class RunnerOptions:
+    """How the runner times a graph."""
+
+    seconds: float
+    """Measured time of one process at batch 1; its warm-up takes no longer."""
+
+    threads: int
+    device: str = "cpu"
+    compiled: bool = False
+    """Of a checkpoint: through torch.compile, not eager."""
+
+    batches: Sequence[int] = ()
+    """Larger batches, for throughput."""
+
+
 def write_inputs(
-    folder: Path,
-    scratch: Path,
-    seconds: float,
-    threads: int,
-    device: str,
-    engines: Path | None,
-    compiled: bool,
-    sweep: Sequence[int],
+    folder: Path, scratch: Path, options: RunnerOptions, engines: Path | None = None
 ) -> dict[str, list[str]]:
-    """The runner's arguments per tower, its inputs (real images and captions of parity.npz) written to `scratch`."""
-    is_reference = is_checkpoint(folder)
-    if is_reference and device != "cpu":
-        raise UsageError(
-            f"{folder}: a checkpoint is timed in PyTorch on the CPU, not on {device}; name an export of it"
-        )
-    if is_reference and compiled:
-        require_compiler()
-    exported = exported_of(folder) if is_reference else folder
-    for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
-        if not (exported / name).is_file():
-            raise ArtifactError(
-                f"{exported / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx"
-            )
+    """Write real images and captions, those of parity.npz, into `scratch`; returns the runner's arguments by tower.
+
+    `engines` are those of a TensorRT kit, where it is one.
+    """
+    exported = _source_of_inputs(folder, options)
     scratch.mkdir(exist_ok=True)
     image_spec = json.loads((exported / "preprocess.json").read_text(encoding="utf-8"))["image"]
     with np.load(exported / "parity.npz") as samples:
         pixels_BHWC, input_ids_BT = samples["pixels_BHWC"][:_NUM_INPUTS], samples["input_ids_BT"][:_NUM_INPUTS]
-    pictures = [Image.fromarray(pixels_HWC) for pixels_HWC in pixels_BHWC]
-    values_CHW = preprocess_image(pictures[0], image_spec)
-    count = max(_MIN_INPUTS, _MAX_INPUT_BYTES // values_CHW.nbytes)
-    np.save(scratch / "image.npy", np.stack([preprocess_image(picture, image_spec) for picture in pictures[:count]]))
+    values_CHW = _save_images(pixels_BHWC, image_spec, scratch)
     np.save(scratch / "text.npy", input_ids_BT)
-    (scratch / "images").mkdir()
-    for index, picture in enumerate(pictures):
-        encoded = io.BytesIO()
-        picture.save(encoded, "JPEG", quality=95)
-        (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
-    shared = ["--threads", str(threads), "--min-seconds", f"{seconds:g}", "--max-warm-up", f"{seconds:g}"]
-    shared += [
-        *(_reference_words(compiled) if is_reference else runtime_words(folder) if engines is None else ()),
-        "--device",
-        device,
-        *(("--batches", ",".join(map(str, sweep))) if sweep else ()),
-    ]
+    shared = ["--threads", str(options.threads)]
+    shared += ["--min-seconds", f"{options.seconds:g}", "--max-warm-up", f"{options.seconds:g}"]
+    if is_checkpoint(folder):
+        shared += ["--runtime", "pytorch", *(["--compiled"] if options.compiled else [])]
+    elif engines is None:
+        shared += runtime_words(folder)
+    shared += ["--device", options.device]
+    shared += ["--batches", ",".join(map(str, options.batches))] if options.batches else []
     whole_path = ["--images", str(scratch / "images"), "--classes", str(exported / "classes.npz")]
     whole_path += ["--preprocess", str(exported / "preprocess.json")]
     with np.load(exported / "classes.npz") as classes:
@@ -80,5 +76,39 @@ def write_inputs(
     }
 
 
-def _reference_words(compiled: bool) -> list[str]:
-    return ["--runtime", "pytorch", *(["--compiled"] if compiled else [])]
+def _source_of_inputs(folder: Path, options: RunnerOptions) -> Path:
+    """Return the exported model whose samples a model is timed with: its own, or of a checkpoint its export's.
+
+    Raises:
+        UsageError: a checkpoint cannot be timed so, or has no export.
+        MissingDependency: it cannot be compiled here.
+        ArtifactError: a file is missing.
+    """
+    is_reference = is_checkpoint(folder)
+    if is_reference and options.device != "cpu":
+        raise UsageError(
+            f"{folder}: a checkpoint is timed in PyTorch on the CPU, not on {options.device}; name an export of it"
+        )
+    if is_reference and options.compiled:
+        require_compiler()
+    exported = exported_of(folder) if is_reference else folder
+    for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
+        if not (exported / name).is_file():
+            raise ArtifactError(
+                f"{exported / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx"
+            )
+    return exported
+
+
+def _save_images(pixels_BHWC: NDArray[np.uint8], image_spec: dict[str, Any], scratch: Path) -> NDArray[np.float32]:
+    """Write images as the tower takes them, and as JPEGs; returns the first of the former."""
+    pictures = [Image.fromarray(pixels_HWC) for pixels_HWC in pixels_BHWC]
+    values_CHW = preprocess_image(pictures[0], image_spec)
+    count = max(_MIN_INPUTS, _MAX_INPUT_BYTES // values_CHW.nbytes)
+    np.save(scratch / "image.npy", np.stack([preprocess_image(picture, image_spec) for picture in pictures[:count]]))
+    (scratch / "images").mkdir()
+    for index, picture in enumerate(pictures):
+        encoded = io.BytesIO()
+        picture.save(encoded, "JPEG", quality=95)
+        (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
+    return values_CHW

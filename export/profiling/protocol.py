@@ -1,8 +1,11 @@
-"""How fast and how big an exported model is on this machine, and how sure we are.
+"""How fast and how big an exported model is on a machine, and how sure we are.
 
 Every number comes from `runner.py` in fresh processes.  Image and text tower take turns, so that drift of the machine
 hits both.  The protocol follows MLPerf's single stream (github.com/mlcommons/inference_policies) and, for repeating
 whole processes, Kalibera and Jones, "Rigorous Benchmarking in Reasonable Time" (ISMM 2013).
+
+At batch 1 each tower is measured for the seconds of an `Effort`, shared among its processes.  The whole path, from a
+JPEG's bytes to its class, and each larger batch take a quarter of that each.  `documents.py` says what is made of it.
 """
 
 from __future__ import annotations
@@ -11,21 +14,21 @@ import secrets
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.devices.describe import look_at, with_clocks_of
+from export.devices.describe import with_clocks_of
+from export.devices.documents import Machine, RunnerDocument
 from export.devices.registry import Device
-from export.devices.run_runner import runner_here, runner_on
 from export.model_folder import tower_files
-from export.profiling.inputs import write_inputs
-from export.profiling.summary import MAX_OTHER_CPU, grade, images_per_second, process_medians, summarise
+from export.profiling.documents import MeasuredMachine, ProfileDocument
+from export.profiling.inputs import RunnerOptions, write_inputs
+from export.profiling.interleaved import Job, look_before, time_in_turns
+from export.profiling.summary import grade, images_per_second, process_medians, summarise
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.progress import Progress, no_progress
 
@@ -40,6 +43,9 @@ class Effort(NamedTuple):
     """Measured time of each tower at batch 1, shared among its processes."""
 
 
+BRIEF = Effort()
+"""What is taken unless told."""
+
 QUICK = Effort(3, 6.0)
 """A first look: 2 s in each of three processes."""
 
@@ -52,10 +58,30 @@ SWEEP = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where and in what models are timed."""
+
+    device: str = "cpu"
+    """A device of the machine, as the runtime calls it."""
+
+    on: Device | None = None
+    """A machine reached by ssh; None is this one."""
+
+    engines: Mapping[Path, Path] = field(default_factory=dict)
+    """The TensorRT engines of a kit, built on the machine, by the kit's folder."""
+
+    compiled: bool = False
+    """Checkpoints run through torch.compile, not eager."""
+
+
+CPU = Target()
+
+
+@dataclass(frozen=True)
 class Profile:
     """What one exported model takes."""
 
-    document: dict[str, Any]
+    document: ProfileDocument
     """The content of profile.json."""
 
     samples: dict[str, NDArray[np.float32]]
@@ -64,35 +90,20 @@ class Profile:
 
 def profile(
     folder: Path,
+    effort: Effort = BRIEF,
+    target: Target = CPU,
     *,
-    processes: int = 3,
-    seconds: float = 1.0,
     threads: int | None = None,
-    device: str = "cpu",
-    on: Device | None = None,
-    engines: Path | None = None,
-    compiled: bool = False,
     progress: Progress = no_progress,
 ) -> Profile:
-    """Latencies at batch 1 with inputs resident, throughput, memory, size and a grade, of one model.
-
-    `on`, `device` and `compiled` as `profile_together`.  `engines` are the TensorRT engines of a kit, built where it is
-    measured.
+    """Return the profile of one model, timed as by `profile_together`.
 
     Raises:
         ArtifactError: the folder lacks a file.
         ClipkdError: a runner crashed, hung, or could not run the graph.
         UnavailableBackend, MissingDependency: the device is not there, the runtime not installed.
     """
-    settings: dict[str, Any] = {"processes": processes, "seconds": seconds, "threads": threads, "device": device}
-    (found,) = profile_together(
-        [folder],
-        **settings,
-        on=on,
-        engines={folder: engines} if engines else {},
-        compiled=compiled,
-        progress=progress,
-    )
+    (found,) = profile_together([folder], effort, target, threads=threads, progress=progress)
     if isinstance(found, ClipkdError):
         raise found
     return found
@@ -100,84 +111,54 @@ def profile(
 
 def profile_together(
     folders: Sequence[Path],
+    effort: Effort = BRIEF,
+    target: Target = CPU,
     *,
-    processes: int = 3,
-    seconds: float = 1.0,
     threads: int | None = None,
-    device: str = "cpu",
-    on: Device | None = None,
-    engines: Mapping[Path, Path] = MappingProxyType({}),
-    compiled: bool = False,
-    sweep: Sequence[int] = SWEEP,
     spin_ms: Sequence[float] = (),
     progress: Progress = no_progress,
 ) -> list[Profile | ClipkdError]:
-    """Profiles of several models whose processes take turns, so that drift of the machine hits all; or why not.
+    """Return the profiles of several models whose processes take turns, in order; in place of one, why there is none.
 
-    `seconds` is what each tower is measured for at batch 1, shared among the processes; the whole path and each larger
-    batch take a quarter of it each.  `p50_ms` is the median over processes of the medians of their samples,
-    `p50_low_ms` and `p50_high_ms` its 95 % bootstrap interval over processes; `p90_ms` and `p99_ms` are of all samples
-    and None below their floors.  `e2e_p50_ms` is a JPEG's bytes to its class, `e2e_stages_ms` the medians of its
-    stages: decoding, preprocessing, image tower, features @ class matrix and top-1.  `images_per_s` and `texts_per_s`
-    are the best over the batches tried, `sweep` the former by batch.  `peak_memory_bytes` is the greater of the towers'
-    processes, without the larger batches.  `load_ms` and `first_ms` are cold: of a process that has just begun.
-
-    Grade A: clocks locked, no flags.  B: no flags.  C: a flag (UNSTABLE, UNSTEADY: a warm-up that never settled, BUSY,
-    SINGLE: one process has no interval).  `to_lock_clocks` are the commands that would make an A possible; clipkd never
-    runs them.  Whether those of a GPU or NPU are locked is not known, and counts as no.  `on` is a machine reached by
-    ssh, and `device` one of its; None is this machine.  `engines` are those of TensorRT kits.  `call` is the same in
-    the documents of models whose processes took turns.  A folder may be a checkpoint of a run, which is timed in
-    PyTorch on this machine's CPU, eager or `compiled` by torch.compile, with the samples of its exported model.
-    `spin_ms` wastes time in every query of a model, for checks of this protocol.
+    A folder is an exported model's, or a checkpoint of a run, which is timed in PyTorch on this machine's CPU with the
+    samples of its exported model.  `threads` are all the cores there are, unless told.  `spin_ms` wastes time in every
+    query of a model, for checks of this protocol.
     """
+    processes, seconds = effort
     if processes < 1 or not seconds > 0:
         raise UsageError(f"profile: expected at least one process and some time, got {processes} and {seconds} s")
-    run = runner_here if on is None else partial(runner_on, on)
-    machine, others = look_at(on)
-    threads = threads or machine["usable_cores"]
-    next(others)  # starts watching; meanwhile the inputs are made
-    results: list[dict[str, list[dict[str, Any]]]] = [{"image": [], "text": []} for _ in folders]
     failures: dict[int, ClipkdError] = {}
+    results: list[dict[str, list[RunnerDocument]]] = [{"image": [], "text": []} for _ in folders]
     with tempfile.TemporaryDirectory(prefix="clipkd-profile-") as scratch:
-        commands: dict[tuple[int, str], list[str]] = {}
-        for place, folder in enumerate(folders):
-            try:
-                staged = write_inputs(
-                    folder,
-                    Path(scratch) / str(place),
-                    seconds / processes,
-                    threads,
-                    device,
-                    engines.get(folder),
-                    compiled,
-                    sweep,
-                )
-            except ClipkdError as error:
-                failures[place] = error
-                continue
-            spin = ["--spin-ms", f"{spin_ms[place]:g}"] if spin_ms and spin_ms[place] else []
-            commands |= {(place, tower): [*arguments, *spin] for tower, arguments in staged.items()}
-        busy_share = next(others)
-        done = 0
-        for turn in range(processes):
-            order = list(commands)[:: -1 if turn % 2 else 1]  # no one always runs on what the same other heated
-            for place, tower in order:
-                if place not in failures:
-                    try:
-                        results[place][tower].append(run(folders[place], tower, commands[place, tower]))
-                    except ClipkdError as error:
-                        failures[place] = error
-                done += 1
-                progress("timing", done, processes * len(commands))
-    flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
-    name, call = device if on is None else on.name, secrets.token_hex(8)
+
+        def prepare(machine: Machine) -> list[Job]:
+            own_threads = threads or machine["usable_cores"]
+            options = RunnerOptions(seconds / processes, own_threads, target.device, target.compiled, SWEEP)
+            jobs: list[Job] = []
+            for place, folder in enumerate(folders):
+                try:
+                    words = write_inputs(folder, Path(scratch) / str(place), options, target.engines.get(folder))
+                except ClipkdError as error:
+                    failures[place] = error
+                    continue
+                spin = ["--spin-ms", f"{spin_ms[place]:g}"] if spin_ms and spin_ms[place] else []
+                jobs += [Job(place, folder, tower, [*arguments, *spin]) for tower, arguments in words.items()]
+            return jobs
+
+        machine, flags, jobs = look_before(target.on, prepare)
+        for job, found in time_in_turns(jobs, target.on, processes, progress):
+            if isinstance(found, ClipkdError):
+                failures[job.model] = found
+            else:
+                results[job.model][job.tower].append(found)
+    name, call = target.device if target.on is None else target.on.name, secrets.token_hex(8)
     return [
         failures.get(place)
         or _profile_of(
-            tower_files(folder, engines.get(folder)),
+            tower_files(folder, target.engines.get(folder)),
             results[place],
-            with_clocks_of("cuda" if folder in engines else device.partition(":")[0], machine),
-            threads,
+            with_clocks_of("cuda" if folder in target.engines else target.device.partition(":")[0], machine),
+            threads or machine["usable_cores"],
             name,
             flags,
             call,
@@ -188,8 +169,8 @@ def profile_together(
 
 def _profile_of(
     files: Mapping[str, Path],
-    results: dict[str, list[dict[str, Any]]],
-    machine: dict[str, Any],
+    results: Mapping[str, Sequence[RunnerDocument]],
+    machine: Machine,
     threads: int,
     device: str,
     flags: Sequence[str],
@@ -198,14 +179,15 @@ def _profile_of(
     image, text = summarise(results["image"]), summarise(results["text"])
     sweep, text_sweep = images_per_second(results["image"]), images_per_second(results["text"])
     whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # none of a model without classes
-    document = {
+    hardware = {key: value for key, value in machine.items() if key != "to_lock_clocks"}
+    document: ProfileDocument = {
         "call": call,
         "device": device,
-        "machine": {key: machine[key] for key in machine if key != "to_lock_clocks"} | results["image"][0]["versions"],
+        "machine": cast(MeasuredMachine, hardware | results["image"][0]["versions"]),
         "threads": threads,
         "batch": 1,
-        "image": image | {"images_per_s": max(sweep.values())},
-        "text": text | {"texts_per_s": max(text_sweep.values())},
+        "image": {**image, "images_per_s": max(sweep.values())},
+        "text": {**text, "texts_per_s": max(text_sweep.values())},
         "e2e_p50_ms": statistics.median(process_medians(whole)) if whole else None,
         "e2e_stages_ms": {
             stage: statistics.median(result["stages_ms"][stage] for result in whole)

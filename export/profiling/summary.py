@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+
+from export.devices.documents import Hardware, RunnerDocument, Timed
+from export.profiling.documents import Grade, Latency
 
 MIN_SAMPLES_P90, MIN_SAMPLES_P99 = 64, 662
 """Fewer samples cannot bound a percentile at 99 % confidence: that at most one of them lies above it is then likelier
@@ -21,10 +23,8 @@ MAX_OTHER_CPU = 0.25
 _RESAMPLES = 2000
 
 
-def grade(
-    towers: Sequence[Sequence[dict[str, Any]]], machine: Mapping[str, Any], flags: Sequence[str]
-) -> dict[str, Any]:
-    """`grade` and `flags` of a measurement, from the runner's documents of each tower and flags raised already."""
+def grade(towers: Sequence[Sequence[RunnerDocument]], machine: Hardware, flags: Sequence[str]) -> Grade:
+    """Return the grade of a measurement, from the runner's documents of each tower and flags raised already."""
     raised = list(flags)
     if not all(result["steady"] for results in towers for result in results):
         raised.insert(0, "UNSTEADY")
@@ -35,8 +35,8 @@ def grade(
     return {"grade": "C" if raised else "A" if machine["clocks_locked"] else "B", "flags": raised}
 
 
-def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Latency of one tower from the runner's documents, one per process; times in milliseconds."""
+def summarise(results: Sequence[RunnerDocument]) -> Latency:
+    """Return the latency of one tower from the runner's documents, one per process; times in milliseconds."""
     medians = process_medians(results)
     low_ms, high_ms = bootstrap_interval(medians)
     pooled = np.concatenate([result["samples_ms"] for result in results])
@@ -65,7 +65,7 @@ def bootstrap_interval(medians: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def process_medians(results: Sequence[dict[str, Any]]) -> list[float]:
+def process_medians(results: Sequence[Timed]) -> list[float]:
     return [statistics.median(result["samples_ms"]) for result in results]
 
 
@@ -73,8 +73,8 @@ def _cv(values: Sequence[float]) -> float:
     return statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else 0.0
 
 
-def images_per_second(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Samples per second by batch: of each the median over processes of the median time."""
+def images_per_second(results: Sequence[RunnerDocument]) -> dict[str, float]:
+    """Return samples per second by batch: of each the median over processes of the median time."""
     rates = {"1": 1000 / statistics.median(process_medians(results))}
     for batch in sorted(set.intersection(*(set(result["batches"]) for result in results)), key=int):
         typical_ms = statistics.median(process_medians([result["batches"][batch] for result in results]))

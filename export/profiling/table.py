@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from export.profiling.documents import FailedRow, ProfileDocument, ProfileRow, is_measured
 from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99
 from toolchain.significance import told_apart
 from toolchain.text_table import Note, TextTable
@@ -13,22 +13,22 @@ from toolchain.text_table import Note, TextTable
 _REASON_CHARACTERS = 100  # in the table; the whole of it is the error's
 
 
-def profiles_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
-    """Return the printed table of rows with `model` and `status`, and a profile where that is `ok`.
+def profiles_table(rows: Sequence[ProfileRow | FailedRow]) -> TextTable:
+    """Return the printed table.
 
     Times are milliseconds to three digits; a percentile of too few samples says how few.
     """
     headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text\np50 ms", "end to\nend ms"]
     headers += ["images/s\n(batch)", "load,\nfirst ms", "peak\nMB", "grade"]
-    timed = [row for row in rows if row["status"] == "ok"]
+    timed = [row for row in rows if is_measured(row)]
     headers += ["p50 to\nthe first"] if len(timed) > 1 else []
-    all_ok = all(row["status"] == "ok" for row in rows)
+    all_ok = len(timed) == len(rows)
     names = [Path(row["model"]).name for row in rows]
     if len(set(names)) < len(names):
         names = [row["model"] for row in rows]
     cells = [
         [*_cells(row), *([_against(timed[0], row)] if len(timed) > 1 else [])]
-        if row["status"] == "ok"
+        if is_measured(row)
         else ["-"] * (len(headers) - 1)
         for row in rows
     ]
@@ -40,25 +40,25 @@ def profiles_table(rows: Sequence[Mapping[str, Any]]) -> TextTable:
     )
 
 
-def clocks_note(rows: Sequence[Mapping[str, Any]]) -> list[Note]:
+def clocks_note(rows: Sequence[ProfileRow | FailedRow]) -> list[Note]:
     """Return the commands that would lock the clocks that float, if any do."""
-    commands = dict.fromkeys(command for row in rows for command in row.get("to_lock_clocks", ()))
+    commands = dict.fromkeys(command for row in rows if is_measured(row) for command in row["to_lock_clocks"])
     said = "Clocks float, so no grade is A. What would lock them, which clipkd never does:"
     return [Note("\n".join((said, *commands)))] if commands else []
 
 
-def _reason(row: Mapping[str, Any]) -> str:
-    """The beginning of a status, without what the row says already."""
-    said: str = row["status"].partition("\n")[0].removeprefix(row["model"]).lstrip("/: ")
+def _reason(row: ProfileRow | FailedRow) -> str:
+    """Return the beginning of a status, without what the row says already."""
+    said = row["status"].partition("\n")[0].removeprefix(row["model"]).lstrip("/: ")
     return said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}…"
 
 
-def _cells(found: Mapping[str, Any]) -> list[str]:
+def _cells(found: ProfileDocument) -> list[str]:
     image, sweep = found["image"], found["sweep"]
-    floors = {"p90_ms": MIN_SAMPLES_P90, "p99_ms": MIN_SAMPLES_P99}
+    percentiles = (image["p90_ms"], MIN_SAMPLES_P90), (image["p99_ms"], MIN_SAMPLES_P99)
     return [
         f"{format_ms(image['p50_ms'])} [{format_ms(image['p50_low_ms'])}, {format_ms(image['p50_high_ms'])}]",
-        *(f"n<{floor}" if image[key] is None else format_ms(image[key]) for key, floor in floors.items()),
+        *(f"n<{floor}" if ms is None else format_ms(ms) for ms, floor in percentiles),
         format_ms(found["text"]["p50_ms"]),
         "-" if found["e2e_p50_ms"] is None else format_ms(found["e2e_p50_ms"]),
         f"{found['images_per_s']:,.0f} ({max(sweep, key=sweep.__getitem__)})",
@@ -68,8 +68,8 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _against(first: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """The ratio of their p50, and whether it may be chance."""
+def _against(first: ProfileDocument, row: ProfileDocument) -> str:
+    """Return the ratio of their p50, and whether it may be chance."""
     if row is first:
         return "-"
     ours, theirs = row["image"], first["image"]

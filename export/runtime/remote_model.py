@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from export.device_programs.runner import Graph, open_checkpoint
 from export.devices.registry import Device
-from export.devices.run_runner import require_compiler, runner_on
+from export.devices.run_runner import encode_on, require_compiler
 from export.model_folder import IMAGE_INPUT, TEXT_INPUT, runtime_words, tower_files
 from export.runtime.exported_model import ExportedEncoders, open_exported
 
@@ -35,9 +35,9 @@ def encoders_on(
                 np.save(path, inputs)
                 shape = ",".join(map(str, (1, *inputs.shape[1:])))
                 words = ["--model", str(files[name]), "--input", input_name, "--dtype", str(inputs.dtype)]
-                words += ["--shape", shape, "--threads", "0", "--inputs", str(path), "--encode"]
+                words += ["--shape", shape, "--threads", "0", "--inputs", str(path)]
                 words += runtime_words(folder) if engines is None else ["--graph", str(folder / f"{name}.onnx")]
-                document = runner_on(device, folder, name, words, once=[path])
+                document = encode_on(device, folder, name, words, once=[path])
                 return np.array(document["features"], np.float32)
 
         # of any batch: the runner there feeds a graph of a fixed one row by row, in one run of its process

@@ -4,11 +4,12 @@ import io
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.students.documents import MeasuredStudent, Worth
 from export.students.measure import WORTH
 from toolchain.precisions import PRECISIONS
 from toolchain.report.chart import lay_out_axes
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.transforms import Bbox
 
-Row = dict[str, Any]
 Box = tuple[float, float, float, float]  # left, low, right, high; in pixels
 
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
-_PANELS = {
+_PANELS: dict[Worth, tuple[float, str, str]] = {
     "published_fp32_top1": (100.0, "ImageNet zero-shot top-1, published of the float model, %", "Published accuracy"),
     "gmacs": (1.0, "GMACs of one image", "The work of a forward pass"),
     "params_image": (1e-6, "parameters of the image tower, M", "Parameters"),
@@ -33,12 +33,11 @@ _OFFSETS = [
 ]
 
 
-def render_students(rows: Sequence[Row]) -> bytes:
-    """A PNG: latency against published accuracy, GMACs and parameters; of each precision its front is drawn."""
+def render_students(fit: Sequence[MeasuredStudent]) -> bytes:
+    """Return a PNG: latency against published accuracy, GMACs and parameters; of each precision its front is drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fit = [row for row in rows if row["status"] == "ok"]
     shown = [field for field in reversed(WORTH) if any(row[field] is not None for row in fit)]
     figure = Figure(figsize=(9, 5.0 * max(1, len(shown))), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)  # measures text
@@ -56,12 +55,12 @@ def render_students(rows: Sequence[Row]) -> bytes:
     return content.getvalue()
 
 
-def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
+def _draw_panel(axes: "Axes", fit: Sequence[MeasuredStudent], field: Worth) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    factor, unit, title = _PANELS[field]
+    _, unit, title = _PANELS[field]
     rows = [row for row in fit if row[field] is not None]
-    lay_out_axes(axes, fit)  # the same latencies for every panel
+    lay_out_axes(axes, [dict(row) for row in fit])  # the same latencies for every panel
     if field != "published_fp32_top1":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -74,18 +73,18 @@ def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
     axes.set_ylabel(unit, color=_INK, fontsize=10)
     for name in dict.fromkeys(row["name"] for row in rows):  # one student, in its precisions
         spread = [row["p50_ms"] for row in rows if row["name"] == name]
-        value = next(factor * row[field] for row in rows if row["name"] == name)
+        value = next(_worth(row, field) for row in rows if row["name"] == name)
         axes.hlines(value, min(spread), max(spread), color=_GRID, linewidth=2.5, zorder=1)
     for precision in dict.fromkeys(row["precision"] for row in fit):
         color, marker = PRECISIONS[precision].color, PRECISIONS[precision].marker
         front = sorted(
-            (row["p50_ms"], factor * row[field])
+            (row["p50_ms"], _worth(row, field))
             for row in rows
             if row["precision"] == precision and field in row["front"]
         )
         axes.plot(*zip(*front, strict=True), color=color, linewidth=1.1, linestyle=(0, (4, 3)), zorder=2)
         for row in (row for row in rows if row["precision"] == precision):
-            value = factor * row[field]
+            value = _worth(row, field)
             axes.hlines(value, row["p50_low_ms"], row["p50_high_ms"], color=color, linewidth=1.4, zorder=3)
             axes.plot(
                 row["p50_ms"],
@@ -103,12 +102,17 @@ def _draw_panel(axes: "Axes", fit: Sequence[Row], field: str) -> None:
     axes.text(1, 1.01, key, transform=axes.transAxes, ha="right", va="bottom", color=_QUIET, fontsize=8)
 
 
-def _place_names(axes: "Axes", rows: Sequence[Row], field: str) -> None:
-    """Writes each student's name once, beside one of its points, where it covers least."""
+def _worth(row: MeasuredStudent, field: Worth) -> float:
+    """Return what one would pay latency for, in the unit of its panel; NaN if it is not known."""
+    value = row[field]
+    return math.nan if value is None else _PANELS[field][0] * value
+
+
+def _place_names(axes: "Axes", rows: Sequence[MeasuredStudent], field: Worth) -> None:
+    """Write each student's name once, beside one of its points, where it covers least."""
     from matplotlib.patheffects import withStroke
 
-    factor = _PANELS[field][0]
-    points = [axes.transData.transform((row["p50_ms"], factor * row[field])).tolist() for row in rows]
+    points = [axes.transData.transform((row["p50_ms"], _worth(row, field))).tolist() for row in rows]
     taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in points]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [point for point, row in zip(points, rows, strict=True) if row["name"] == name]
@@ -125,7 +129,7 @@ def _place_names(axes: "Axes", rows: Sequence[Row], field: str) -> None:
     per_point = axes.figure.get_dpi() / 72
     for name in dict.fromkeys(row["name"] for row in rows):
         halo = withStroke(linewidth=2.5, foreground="white")
-        start = rows[0]["p50_ms"], factor * rows[0][field]
+        start = rows[0]["p50_ms"], _worth(rows[0], field)
         text = axes.text(*start, name, fontsize=8, color=_INK, zorder=5, va="bottom", path_effects=[halo])
         extent = text.get_window_extent()
         tried = []

@@ -8,19 +8,21 @@ so that an interrupted call is continued.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 
-from export.devices.describe import describe_device, look_at, with_clocks_of
+from export.devices.describe import describe_device, with_clocks_of
 from export.devices.doctor import require
+from export.devices.documents import Machine, RunnerDocument
 from export.devices.registry import Device
-from export.devices.run_runner import runner_here, runner_on
-from export.profiling.summary import MAX_OTHER_CPU, grade, summarise
+from export.profiling.interleaved import Job, look_before, time_in_turns
+from export.profiling.summary import grade, summarise
 from export.students.candidates import Candidate
+from export.students.documents import GraphFacts, MeasuredStudent, StudentRow, Timing, Worth, is_measured
 from toolchain.errors import ClipkdError, MissingDependency, UsageError
 from toolchain.filesystem import held, user_cache_folder, write_json
 from toolchain.precisions import PRECISIONS, SAFEST_FIRST
@@ -29,14 +31,12 @@ from toolchain.provenance import versions
 from toolchain.report.pareto import pareto_front
 from toolchain.runtimes import RUNTIMES, runtime_of
 
-Row = dict[str, Any]
-
 STUDENT_PRECISIONS = tuple(name for name in SAFEST_FIRST if PRECISIONS[name].color is not None)
 STUDENT_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if not runtime.is_kit)
 PROCESSES, SECONDS = 3, 1.0
 """The quick protocol: fresh processes for each candidate, and measured time in each."""
 
-WORTH = ("params_image", "gmacs", "published_fp32_top1")
+WORTH: tuple[Worth, ...] = ("params_image", "gmacs", "published_fp32_top1")
 """What a student of more latency has to have more of."""
 
 _FORMAT = 2
@@ -60,6 +60,16 @@ class _Bench:
     seconds: float
 
 
+class _State(TypedDict, total=False):
+    """What is known of a pair: `row`; or, before it has had all its processes, `facts` and `documents`; or `status`."""
+
+    row: Timing
+    facts: GraphFacts
+    documents: list[RunnerDocument]
+    status: str
+    """Why it could not be measured; the only one that is not kept."""
+
+
 def measure_students(
     wanted: Sequence[Candidate],
     precisions: Sequence[str],
@@ -69,16 +79,11 @@ def measure_students(
     threads: int | None = None,
     seconds: float = SECONDS,
     progress: Progress = no_progress,
-) -> list[Row]:
-    """A row per candidate and precision, the fastest first.
+) -> list[StudentRow]:
+    """Return a row per candidate and precision, the fastest first.
 
     `device` is one that ssh reaches, or the name of one of this machine; `runtime` is by default ONNX Runtime, and
     OpenVINO on the devices that only it drives; `threads` all the cores there are.
-
-    A row has `name`, `precision`, `device`, `runtime`, `params_image`, `gmacs` (of one image), `image_size`,
-    `size_bytes`, the latency fields of report.json, `grade`, `flags`, `status` (`ok`, or why it could not be built,
-    exported or run), `published_fp32_top1` and its `source`, and `front`: those of WORTH of which no other row of its
-    precision has as much in as little time.  What is published is of the float model: int8 may lose some of it.
 
     Rows are kept in the user's cache folder, by device, versions and protocol; only what is not there is measured.
     A graph lies there too until it is timed.
@@ -109,27 +114,43 @@ def measure_students(
         states = {pair: _kept(folder, pair) for pair in pairs}
         _build(states, folder, progress)
         _time(states, folder, bench, progress)
-    rows = [
-        {"name": pair[0].model, "precision": pair[1], "device": name, "runtime": bench.runtime}
-        | (state["row"] if "row" in state else {"status": state["status"]})
-        | {"published_fp32_top1": pair[0].published_top1, "source": pair[0].source, "front": []}
-        for pair, state in states.items()
+    rows = [_row(pair, state, bench) for pair, state in states.items()]
+    measured = [row for row in rows if is_measured(row)]
+    _mark_fronts(measured)
+    failed = [row for row in rows if not is_measured(row)]
+    return [
+        *sorted(measured, key=lambda row: (row["p50_ms"], row["name"])),
+        *sorted(failed, key=lambda row: row["name"]),
     ]
-    _mark_fronts([row for row in rows if row["status"] == "ok"])
-    return sorted(rows, key=lambda row: (row["status"] != "ok", row.get("p50_ms", 0.0), row["name"]))
 
 
-def _mark_fronts(rows: Sequence[Row]) -> None:
-    """Fills in `front`, among the rows of one precision: what is published is the same for all, and true of fp32."""
+def _row(pair: Pair, state: _State, bench: _Bench) -> StudentRow:
+    candidate, precision = pair
+    row = {
+        "name": candidate.model,
+        "precision": precision,
+        "device": bench.device,
+        "runtime": bench.runtime,
+        **(state["row"] if "row" in state else {"status": state["status"]}),
+        "published_fp32_top1": candidate.published_top1,
+        "source": candidate.source,
+        "front": [],
+    }
+    return cast(StudentRow, row)
+
+
+def _mark_fronts(rows: Sequence[MeasuredStudent]) -> None:
+    """Fill in `front`, among the rows of one precision: what is published is the same for all, and true of fp32."""
     for precision in dict.fromkeys(row["precision"] for row in rows):
         for field in WORTH:
-            ranked = [row for row in rows if row["precision"] == precision and row[field] is not None]
-            points = [(row["p50_ms"], row[field]) for row in ranked]
-            for row, on_front in zip(ranked, pareto_front(points), strict=True):
+            of_it = [row for row in rows if row["precision"] == precision]
+            worths = [(row, value) for row in of_it if (value := row[field]) is not None]
+            points = [(row["p50_ms"], value) for row, value in worths]
+            for (row, _), on_front in zip(worths, pareto_front(points), strict=True):
                 row["front"] += [field] if on_front else []
 
 
-def _build(states: dict[Pair, Row], folder: Path, progress: Progress) -> None:
+def _build(states: dict[Pair, _State], folder: Path, progress: Progress) -> None:
     """Write the graphs of those of which nothing is known, and keep what is known then; or why not, in `status`."""
     unknown = [pair for pair, state in states.items() if not state]
     for done, pair in enumerate(unknown):
@@ -147,51 +168,63 @@ def _build(states: dict[Pair, Row], folder: Path, progress: Progress) -> None:
             _keep(folder, pair, states[pair])
 
 
-def _time(states: dict[Pair, Row], folder: Path, bench: _Bench, progress: Progress) -> None:
+def _time(states: dict[Pair, _State], folder: Path, bench: _Bench, progress: Progress) -> None:
     """Time what is built, in turns; what has had all of them becomes a row, and its graph goes."""
     built = [pair for pair, state in states.items() if "documents" in state]
     if not built:
         return
-    machine, others = look_at(bench.on)
+
+    def prepare(machine: Machine) -> list[Job]:
+        return [
+            _job(number, pair, states[pair], folder, bench, bench.threads or machine["usable_cores"])
+            for number, pair in enumerate(built)
+        ]
+
+    machine, flags, jobs = look_before(bench.on, prepare)
     machine = with_clocks_of("cpu" if bench.on is not None else bench.device.partition(":")[0], machine)
-    next(others)
-    busy_share = next(others)
-    flags = ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else []
-    threads = bench.threads or machine["usable_cores"]
-    for turn in range(PROCESSES):
-        order = built[:: -1 if turn % 2 else 1]  # no one always runs on what the same other heated
-        for place, pair in enumerate(order):
-            progress("timing", turn * len(built) + place, PROCESSES * len(built), " ".join((pair[0].model, pair[1])))
-            state = states[pair]
-            if len(state.get("documents", ())) != turn:  # it failed, or had this turn before an interruption
-                continue
-            is_last = turn == PROCESSES - 1
-            try:
-                document = _timed(folder, pair, state["facts"]["image_size"], threads, bench, is_last=is_last)
-            except MissingDependency:
-                raise
-            except ClipkdError as error:
-                describe_device(bench.on)  # if it is the device that is gone, this says so
-                states[pair] = {"status": str(error)}
-                continue
-            documents = [*state["documents"], document]
-            if is_last:
-                states[pair] = {"row": _row(state["facts"], documents, threads, machine, flags)}
-                (folder / f"{_stem(pair)}.onnx").unlink()
-            else:
-                states[pair] = {"facts": state["facts"], "documents": documents}
-            _keep(folder, pair, states[pair])
+    for job, found in time_in_turns(jobs, bench.on, PROCESSES, progress):
+        pair = built[job.model]
+        if isinstance(found, MissingDependency):
+            raise found
+        if isinstance(found, ClipkdError):
+            describe_device(bench.on)  # if it is the device that is gone, this says so
+            states[pair] = {"status": str(found)}
+            continue
+        facts, documents = states[pair]["facts"], [*states[pair]["documents"], found]
+        if len(documents) < PROCESSES:
+            states[pair] = {"facts": facts, "documents": documents}
+        else:
+            timing: Timing = {
+                "status": "ok",
+                **facts,
+                **summarise(documents),
+                "peak_memory_bytes": max(document["peak_rss_bytes"] for document in documents),
+                "threads": bench.threads or machine["usable_cores"],
+                **grade([documents], machine, flags),
+            }
+            states[pair] = {"row": timing}
+            (folder / f"{_stem(pair)}.onnx").unlink()
+        _keep(folder, pair, states[pair])
     for inputs in folder.glob("inputs-*.npy"):
         inputs.unlink()
 
 
-def _row(facts: Row, documents: Sequence[Row], threads: int, machine: Mapping[str, Any], flags: Sequence[str]) -> Row:
-    peak_memory_bytes = max(document["peak_rss_bytes"] for document in documents)
-    row = {"status": "ok", **facts, **summarise(documents), "peak_memory_bytes": peak_memory_bytes, "threads": threads}
-    return row | grade([documents], machine, flags)
+def _job(number: int, pair: Pair, state: _State, folder: Path, bench: _Bench, threads: int) -> Job:
+    """Return the job that times a pair's graph; its inputs are written into the folder."""
+    (candidate, precision), size = pair, state["facts"]["image_size"]
+    graph, inputs = folder / f"{_stem(pair)}.onnx", folder / f"inputs-{size}.npy"
+    if not inputs.is_file():
+        count = max(_MIN_INPUTS, _INPUT_BYTES // (3 * size * size * 4))
+        np.save(inputs, np.random.default_rng(0).standard_normal((count, 3, size, size), np.float32))
+    words = ["--model", str(graph), "--input", "pixel_values", "--dtype", "float32", "--shape", f"1,3,{size},{size}"]
+    words += ["--runtime", bench.runtime, "--precision", precision, "--threads", str(threads)]
+    words += ["--device", bench.device if bench.on is None else "cpu"]
+    words += ["--min-seconds", f"{bench.seconds:g}", "--max-warm-up", f"{bench.seconds:g}", "--inputs", str(inputs)]
+    title = f"{candidate.model} {precision}"
+    return Job(number, folder, _stem(pair), words, title, len(state["documents"]), once=[graph])
 
 
-def _built(candidate: Candidate, precision: str, path: Path) -> Row:
+def _built(candidate: Candidate, precision: str, path: Path) -> GraphFacts:
     """Write the graph of an image tower with random weights; returns what is known without running it."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -227,21 +260,6 @@ def _built(candidate: Candidate, precision: str, path: Path) -> Row:
     }
 
 
-def _timed(folder: Path, pair: Pair, size: int, threads: int, bench: _Bench, *, is_last: bool) -> dict[str, Any]:
-    """The runner's document for one graph in a fresh process; the last time, the device keeps no copy of it."""
-    graph, inputs = folder / f"{_stem(pair)}.onnx", folder / f"inputs-{size}.npy"
-    if not inputs.is_file():
-        count = max(_MIN_INPUTS, _INPUT_BYTES // (3 * size * size * 4))
-        np.save(inputs, np.random.default_rng(0).standard_normal((count, 3, size, size), np.float32))
-    words = ["--model", str(graph), "--input", "pixel_values", "--dtype", "float32", "--shape", f"1,3,{size},{size}"]
-    words += ["--runtime", bench.runtime, "--precision", pair[1], "--threads", str(threads)]
-    words += ["--device", bench.device if bench.on is None else "cpu"]
-    words += ["--min-seconds", f"{bench.seconds:g}", "--max-warm-up", f"{bench.seconds:g}", "--inputs", str(inputs)]
-    if bench.on is None:
-        return runner_here(folder, _stem(pair), words)
-    return runner_on(bench.on, folder, _stem(pair), words, once=[graph] if is_last else [])
-
-
 def _stem(pair: Pair) -> str:
     return _file_name(f"{pair[0].model}-{pair[1]}")
 
@@ -250,16 +268,17 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in text)
 
 
-def _kept(folder: Path, pair: Pair) -> Row:
-    """What is known of a pair: `row`; or, of an interrupted call's, `facts` and `documents`; or nothing."""
+def _kept(folder: Path, pair: Pair) -> _State:
+    """Return what an earlier call knew of a pair, if anything."""
     try:
         saved = json.loads((folder / f"{_stem(pair)}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # whatever is wrong with it, it is measured again
         return {}
     if saved.pop("model", None) != pair[0].model:  # of another, whose name comes to the same
         return {}
-    return saved if "row" in saved or (folder / f"{_stem(pair)}.onnx").is_file() else {}
+    is_of_use = "row" in saved or (folder / f"{_stem(pair)}.onnx").is_file()
+    return cast(_State, saved) if is_of_use else {}
 
 
-def _keep(folder: Path, pair: Pair, state: Row) -> None:
+def _keep(folder: Path, pair: Pair, state: _State) -> None:
     write_json(folder / f"{_stem(pair)}.json", {"model": pair[0].model, **state})

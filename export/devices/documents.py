@@ -1,0 +1,94 @@
+"""The JSON documents that programs print on a device, as types: `runner.py`'s and `machine.py`'s.
+
+The programs are copied to devices and stand alone, so they do not import these types.
+"""
+
+from typing import TypedDict
+
+
+class Timed(TypedDict):
+    """Latencies of single queries, one after another, in one process."""
+
+    samples_ms: list[float]
+    steady: bool
+    """True: the warm-up settled before its time was up."""
+
+    warm_up_s: float
+
+
+class WholePath(Timed):
+    """The time from a JPEG's bytes to its class."""
+
+    stages_ms: dict[str, float]
+    """Medians by stage: decode, preprocess, image_tower, match."""
+
+
+class _OfClasses(TypedDict, total=False):
+    e2e: WholePath
+    """Only of an image tower whose model has classes."""
+
+
+class RunnerDocument(Timed, _OfClasses):
+    """One process of `runner.py` that timed one graph."""
+
+    load_ms: float
+    first_ms: float
+    batches: dict[str, Timed]
+    """The larger batches, by size."""
+
+    peak_rss_bytes: int
+    batch: int
+    threads: int
+    versions: dict[str, str]
+    """Of Python, numpy and the runtime, by name."""
+
+
+class EncodedDocument(TypedDict):
+    """One process of `runner.py --encode`."""
+
+    features: list[list[float]]
+
+
+class Hardware(TypedDict):
+    """A machine and its system; None for what cannot be read."""
+
+    name: str
+    cpu: str
+    architecture: str
+    cores: int
+    logical_cores: int
+    cpu_quota: float | None
+    usable_cores: int
+    isa: list[str]
+    memory_bytes: int
+    governor: str | None
+    clocks_locked: bool
+    os: str
+
+
+class Machine(Hardware):
+    """What `machine.py` describes."""
+
+    to_lock_clocks: list[str]
+    """The commands that would lock the clocks."""
+
+
+class _Reached(TypedDict, total=False):
+    destination: str
+    """Only of a device that ssh reaches."""
+
+
+class DeviceIdentity(_Reached):
+    """What of a device stays the same from one measurement to the next."""
+
+    name: str
+    architecture: str
+    cpu_quota: float | None
+
+
+class MachineDocument(TypedDict):
+    """What `machine.py` prints."""
+
+    machine: Machine
+    other_cpu_share: float | None
+    """The share of the machine's CPU time that other programs took; None where that is not known."""

@@ -1,0 +1,84 @@
+"""Time jobs whose processes take turns, so that drift of the machine hits all of them.
+
+This is the one place that says in which order processes run, when a machine counts as busy, and how a job that fails
+leaves the others.  `clipkd profile` and `clipkd students` both time so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from export.devices.describe import look_at
+from export.devices.documents import Machine, RunnerDocument
+from export.devices.registry import Device
+from export.devices.run_runner import runner_here, runner_on
+from export.profiling.summary import MAX_OTHER_CPU
+from toolchain.errors import ClipkdError
+from toolchain.progress import Progress
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to time in several processes."""
+
+    model: int
+    """The number of the model it is of: once a job of a model has failed, its others are not run either."""
+
+    folder: Path
+    tower: str
+    """Errors name these two."""
+
+    arguments: list[str]
+    """The runner's."""
+
+    title: str = ""
+    """What progress shows while the job runs; without one, progress shows only how many have run."""
+
+    num_done: int = 0
+    """How many of its processes ran before an interruption."""
+
+    once: Sequence[Path] = ()
+    """Files that a device need not keep after the last process."""
+
+
+def look_before(on: Device | None, prepare: Callable[[Machine], T]) -> tuple[Machine, list[str], T]:
+    """Return a machine, None for this one, its flags, BUSY or none, and what `prepare` makes while it is watched."""
+    machine, others = look_at(on)
+    next(others)  # starts watching
+    prepared = prepare(machine)
+    busy_share = next(others)
+    return machine, ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else [], prepared
+
+
+def time_in_turns(
+    jobs: Sequence[Job], on: Device | None, processes: int, progress: Progress
+) -> Iterator[tuple[Job, RunnerDocument | ClipkdError]]:
+    """Run each job in so many fresh processes, here or on a device; yields each document, or error, as it comes."""
+    failed: set[int] = set()
+    done, total = 0, processes * len(jobs)
+    for turn in range(processes):
+        for job in jobs[:: -1 if turn % 2 else 1]:  # no one always runs on what the same other heated
+            if job.title:
+                progress("timing", done, total, job.title)
+            if turn >= job.num_done and job.model not in failed:
+                found = _run(job, on, is_last=turn == processes - 1)
+                if isinstance(found, ClipkdError):
+                    failed.add(job.model)
+                yield job, found
+            done += 1
+            if not job.title:
+                progress("timing", done, total)
+
+
+def _run(job: Job, on: Device | None, *, is_last: bool) -> RunnerDocument | ClipkdError:
+    try:
+        if on is None:
+            return runner_here(job.folder, job.tower, job.arguments)
+        return runner_on(on, job.folder, job.tower, job.arguments, once=job.once if is_last else [])
+    except ClipkdError as error:
+        return error

@@ -1,0 +1,66 @@
+"""What `clipkd students` does: measure candidates, keep those that are fast enough, and write both down."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.devices.registry import Device
+from export.students.candidates import Candidate
+from export.students.chart import render_students
+from export.students.documents import MeasuredStudent, StudentRow, is_measured
+from export.students.measure import measure_students
+from toolchain.errors import ClipkdError, GateError
+from toolchain.filesystem import write_json
+from toolchain.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Students:
+    """Candidates after their measurement, the fastest first."""
+
+    fit: list[MeasuredStudent]
+    """Those that are fast enough."""
+
+    failed: list[StudentRow]
+    """Those that could not be measured."""
+
+    picture: Path
+    problem: ClipkdError | None
+    """Why there is no student to choose from, if so."""
+
+    @property
+    def rows(self) -> list[StudentRow]:
+        """The content of students.json."""
+        return [*self.fit, *self.failed]
+
+
+def choose_students(
+    wanted: Sequence[Candidate],
+    precisions: Sequence[str],
+    *,
+    device: Device | str = "cpu",
+    runtime: str | None = None,
+    threads: int | None = None,
+    max_ms: float | None = None,
+    out: Path,
+    progress: Progress = no_progress,
+) -> Students:
+    """Measure as `measure_students`, write students.json and students.png into `out`, and return what they show.
+
+    A student fits that takes at most `max_ms` at batch 1.
+    """
+    rows = measure_students(wanted, precisions, device=device, runtime=runtime, threads=threads, progress=progress)
+    measured = [row for row in rows if is_measured(row)]
+    failed = [row for row in rows if not is_measured(row)]
+    fit = [row for row in measured if max_ms is None or row["p50_ms"] <= max_ms]
+    name = device.name if isinstance(device, Device) else device
+    problem: ClipkdError | None = None
+    if not measured:
+        problem = ClipkdError(f"no candidate could be measured on {name}: {failed[0]['status']}")
+    elif not fit:
+        problem = GateError(f"no candidate takes at most {max_ms:g} ms on {name}")
+    students = Students(fit, failed, out / "students.png", problem)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "students.json", students.rows)
+    students.picture.write_bytes(render_students(fit))
+    return students

@@ -1,0 +1,58 @@
+"""The rows of students.json, as types."""
+
+from typing import Literal, TypedDict, TypeGuard
+
+from export.profiling.documents import Grade, Latency
+
+Worth = Literal["params_image", "gmacs", "published_fp32_top1"]
+
+
+class GraphFacts(TypedDict):
+    """What is known of an image tower without running it."""
+
+    params_image: int
+    gmacs: float
+    """Of one image."""
+
+    image_size: int
+    size_bytes: int
+
+
+class Timing(GraphFacts, Latency, Grade):
+    """What an image tower takes on a device."""
+
+    status: Literal["ok"]
+    peak_memory_bytes: int
+    threads: int
+
+
+class _Known(TypedDict):
+    name: str
+    precision: str
+    device: str
+    runtime: str
+    published_fp32_top1: float | None
+    """ImageNet zero-shot, of the trained float model: int8 may lose some of it."""
+
+    source: str
+    front: list[Worth]
+    """Those of WORTH of which no other row of its precision has as much in as little time."""
+
+
+class MeasuredStudent(_Known, Timing):
+    """A candidate in one precision that was measured."""
+
+
+class FailedStudent(_Known):
+    """A candidate in one precision that could not be built, exported or run."""
+
+    status: str
+    """The reason."""
+
+
+StudentRow = MeasuredStudent | FailedStudent
+
+
+def is_measured(row: StudentRow) -> TypeGuard[MeasuredStudent]:
+    """Return True for a row with numbers, False for one with a reason."""
+    return row["status"] == "ok"
