@@ -64,6 +64,7 @@ TORCH_FREE = [
     "toolchain.recipe.model_names",
     "toolchain.recipe.load",
     "toolchain.data.tar_files",
+    "toolchain.data.pairing",
     "toolchain.data.bad_samples",
     "toolchain.data.open",
     "toolchain.data.images",

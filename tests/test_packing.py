@@ -151,7 +151,7 @@ def test_damage_is_left_out_and_counted_exactly(tmp_path: Path) -> None:
     kept = [picture for picture, _ in good(spec_of_packed(tmp_path / "out"))]
     assert kept == [samples[key]["jpg"] for key in order if key not in damaged] + [PICTURE]
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
-        assert {name.partition(".")[2] for name in archive.getnames()} <= {"jpg", "png", "webp", "txt"}
+        assert {name.partition(".")[2] for name in archive.getnames()} <= {"jpg", "png", "webp", "bmp", "gif", "tif", "txt"}
 
 
 def test_a_source_of_nothing_good_has_an_index_and_no_shard(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Pictures: from a file's bytes to the crop that a model is shown.
 
 Importing this needs no torch, with which crops are resized.
-
-H image size   R uniform random numbers
 """
 
 import io
@@ -10,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,22 @@ from toolchain.data.bad_samples import BROKEN, NOT_AN_IMAGE, TOO_LARGE, TRUNCATE
 if TYPE_CHECKING:
     from toolchain.data.batch import Geometry
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow has decoders that should not see strangers' files
+SUFFIXES_OF_FORMAT = {
+    "JPEG": ("jpg", "jpeg"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+    "TIFF": ("tif", "tiff"),
+}
+"""The formats that training and evaluation read, and the suffixes of their files; the first is the one packing writes.
+
+An image is decoded by its bytes, whatever its name says.  Pillow's other decoders should not see strangers' files."""
+
+FORMATS = tuple(SUFFIXES_OF_FORMAT)
+IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
+"""In lower case, without a dot, in order of preference where a sample has several images."""
+
 _ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
@@ -45,6 +59,11 @@ A JPEG of one scan may have 64 times as many, as it is decoded, strip by strip, 
 
 CROP_NUMBERS = 4 * _TRIES
 """How many random numbers a crop is drawn from."""
+
+
+def is_image_name(name: str) -> bool:
+    """Return True if a file's name ends in one of `IMAGE_SUFFIXES`."""
+    return Path(name).suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 
 def crop_box(
@@ -105,12 +124,16 @@ def readable_picture(content: bytes) -> Iterator[None]:
 
 
 def _is_cut(content: bytes) -> bool:
-    """Whether a file lacks its end, which every format marks or announces."""
+    """Return True if a file lacks the end that its format marks or announces; TIFF does neither."""
     if content.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in content[-1024:]
     if content.startswith(b"RIFF"):
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
-    return b"IEND" not in content[-1024:]
+    if content.startswith(b"GIF8"):
+        return not content.rstrip(b"\0").endswith(b";")
+    if content.startswith(b"BM"):
+        return int.from_bytes(content[2:6], "little") > len(content)
+    return content.startswith(b"\x89PNG") and b"IEND" not in content[-1024:]
 
 
 def opened(content: bytes) -> tuple[Image.Image, int]:
@@ -182,7 +205,9 @@ def _cropped(
 
 
 def _orientation(image: Image.Image) -> int:
-    """As EXIF says; 1 where it says nothing that can be read, which is no damage to the picture."""
+    """Return EXIF's orientation; 1 if it cannot be read, which is no damage, or if Pillow turns the image itself."""
+    if image.format == "TIFF":
+        return 1
     try:
         said = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableError
+from toolchain.data.images import is_image_name
 from toolchain.errors import ClipkdError, UsageError
 
-_PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
 
 
@@ -67,7 +67,7 @@ def image_files(root: Path) -> Iterator[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in sorted(names, key=os.fsencode):
             path = Path(folder, name)
-            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.exists():
+            if not name.startswith(".") and is_image_name(name) and path.exists():
                 yield path
 
 

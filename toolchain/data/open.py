@@ -178,7 +178,7 @@ def _listed_places(spec: FileSpec) -> Iterator[Place]:
     if isinstance(spec, ImageFolderSpec):
         random.Random(0).shuffle(order)
     for number in order:
-        yield partial(read_listed, listed, number, has_captions=not isinstance(spec, ImagesSpec))
+        yield partial(read_listed, listed, number, has_captions=spec.captionless_kind is None)
     for left in listed.left_out:
         for number in range(left.number):
             yield partial(Broken, left.examples[number] if number < len(left.examples) else "", left.reason)

@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from toolchain.data.images import SUFFIXES_OF_FORMAT
 from toolchain.data.open import fingerprint, num_places, places
 from toolchain.data.stored_samples import Broken, Place, Sample, examined
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import held, write_json
 from toolchain.progress import Progress, no_progress
-from toolchain.recipe.data import DataSpec, GlyphsSpec, lacks_captions
+from toolchain.recipe.data import DataSpec
 
 INDEX = "index.json"
 _PROGRESS, _LOCK, _SHARD_PARTIAL = ".pack.json", ".lock", ".shard.partial"
 _FORMAT = 1
 _EXAMPLES = 5
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 Document = dict[str, Any]
 
@@ -48,14 +48,14 @@ def pack(
         ArtifactError: `out` holds something else, or another process is packing into it.
         ClipkdError: as `toolchain.data.stored_samples.places`.
     """
-    if isinstance(spec, GlyphsSpec):
+    if not spec.is_stored:
         raise UsageError(
-            "data.kind glyphs: its pictures are drawn while training and stored nowhere; there is nothing to pack. "
+            f"data.kind {spec.kind}: its pictures are drawn while training and stored nowhere; there is nothing to pack. "
             "Name a source of files"
         )
-    if lacks_captions(spec):
+    if spec.captionless_kind:
         raise UsageError(
-            "data.kind images: its pictures have no captions, and shards hold a picture's own. Train from the folder"
+            f"data.kind {spec.captionless_kind}: its pictures have no captions, and shards hold a picture's own. Train from the folder"
         )
     asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
     _make_folder(out)
@@ -99,7 +99,7 @@ def _add_shard(out: Path, state: Document, rest: Iterator[Place], passed: Callab
                     _note(state["left_out"], found)
                     continue
                 sample, looked = found
-                for suffix, content in _files(sample, _SUFFIXES[looked.format]):
+                for suffix, content in _files(sample, SUFFIXES_OF_FORMAT[looked.format][0]):
                     info = tarfile.TarInfo(f"{number:05d}{row:0{digits}d}.{suffix}")  # with no time and no owner
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))

@@ -7,18 +7,18 @@ import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from toolchain.data.bad_samples import BROKEN_TAR, NO_CAPTION, NO_IMAGE, ZERO_BYTES, UnusableError, readable
+from toolchain.data.bad_samples import BROKEN_TAR, ZERO_BYTES, UnusableError, readable
 from toolchain.data.images import in_rgb, opened, readable_picture
 from toolchain.data.listing import Listing, content_of
+from toolchain.data.pairing import group_files, pair_files
 from toolchain.data.tar_files import Member, captions_in, read_members
 from toolchain.errors import ClipkdError
 
 PROGRESS_EVERY = 1000
-_PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 class Sample(NamedTuple):
@@ -52,12 +52,7 @@ def places_in_shard(path: Path) -> Iterator[Place]:
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    files_of: dict[str, dict[str, Member]] = {}
-    for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, kind = base.partition(".")
-        if stem and kind:
-            files_of.setdefault(folder + slash + stem, {}).setdefault(kind.lower(), member)
+    files_of = group_files(members)
     for key, files in files_of.items():
         yield partial(_read_from_shard, path, key, files)
     if damage:
@@ -66,29 +61,20 @@ def places_in_shard(path: Path) -> Iterator[Place]:
 
 def _read_from_shard(path: Path, key: str, files: dict[str, Member]) -> Sample | Broken:
     where = readable(f"{path}: {key}")
-    picture = next((files[kind] for kind in _PICTURES if kind in files), None)
-    caption = files.get("txt") or files.get("json")
-    if picture is None:
-        return Broken(where, NO_IMAGE, f"only {', '.join(sorted(files))}")
-    if caption is None:
-        return Broken(where, NO_CAPTION, f"only {', '.join(sorted(files))}")
     try:
+        pair = pair_files(files)
         with path.open("rb") as file:
-            contents = [_read(file, member) for member in (picture, caption)]
-    except OSError as error:
-        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    if not contents[0]:
-        return Broken(where, ZERO_BYTES)
-    try:
-        return Sample(where, contents[0], captions_in(contents[1], is_json="txt" not in files))
+            image, caption = _read_member(file, pair.image), _read_member(file, pair.caption)
+        return Sample(where, image, captions_in(caption, is_json=pair.is_json))
     except UnusableError as error:
         return Broken(where, error.reason, error.detail)
+    except OSError as error:
+        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _read(file: Any, member: Member) -> bytes:
+def _read_member(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
-    content: bytes = file.read(member.size_bytes)
-    return content
+    return file.read(member.size_bytes)
 
 
 def read_listed(listed: Listing, number: int, *, has_captions: bool) -> Sample | Broken:

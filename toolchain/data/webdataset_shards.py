@@ -1,15 +1,14 @@
 """Image-text pairs from webdataset shards on local disks, every batch a pure function of (seed, step).
 
-A shard is a tar archive as img2dataset writes it: KEY.jpg (jpeg, png, webp) beside KEY.txt, or KEY.json with a
-"caption".  An index of each, made once from the tar headers and kept in the user's cache folder, says where its pairs
-lie; batches then read only what they show.  Nothing remembers a position, neither a generator nor an open file, so any
-process makes any batch: a resumed run continues exactly, and the number of workers and processes changes no pixel.
+A shard is a tar archive as img2dataset writes it: KEY.jpg (or another of `images.IMAGE_SUFFIXES`) beside KEY.txt, or
+KEY.json with a "caption".  An index of each, made once from the tar headers and kept in the user's cache folder, says
+where its pairs lie; batches then read only what they show.  Nothing remembers a position, neither a generator nor an
+open file, so any process makes any batch: a resumed run continues exactly, and the number of workers and processes
+changes no pixel.
 
 The order of an epoch is random at the scale a disk likes: the shards are shuffled, then cut into windows of `WINDOW`
 shards, and the samples are shuffled within each window.  At img2dataset's 10,000 samples a shard that is a pool of
 80,000, some 2 to 4 GB, which the page cache of a training machine holds: each file is read from the disk once an epoch.
-
-    N samples   B batch   S shards   W windows
 """
 
 import contextlib
@@ -28,18 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toolchain.data.assemble import Readable, cropped_view, filled_batch, require_a_batch
-from toolchain.data.bad_samples import (
-    BROKEN_TAR,
-    NO_CAPTION,
-    NO_IMAGE,
-    TOO_LARGE,
-    ZERO_BYTES,
-    LeftOut,
-    UnusableError,
-    readable,
-    together,
-)
+from toolchain.data.bad_samples import BROKEN_TAR, LeftOut, UnusableError, readable, together
 from toolchain.data.batch import Batch, Geometry
+from toolchain.data.pairing import group_files, pair_files, split_name
 from toolchain.data.random_numbers import uniforms
 from toolchain.data.tar_files import Member, captions_in, expand, read_members
 from toolchain.errors import ClipkdError
@@ -50,11 +40,10 @@ from toolchain.recipe.data import WebdatasetSpec
 WINDOW = 8
 """Shards among which samples are shuffled; a batch reads from few more than these."""
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 # Column of `uniforms`: orders samples within an epoch; the others are data.py's.
 _ORDER = 0
 
-_INDEX_FORMAT = 3
+_INDEX_FORMAT = 4
 _INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
 _PAIR = np.dtype(
     [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
@@ -254,7 +243,7 @@ def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    pair_N, left_out = _paired(path, members)
+    pair_N, left_out = _pair_members(path, members)
     if damage:
         said = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
         left_out += (LeftOut(BROKEN_TAR, 1, (readable(said),)),)
@@ -274,43 +263,17 @@ def _keep(path: Path, **arrays: Any) -> None:
         ) from None
 
 
-def _paired(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
-    """Pairs in the order of their first members, and what lacks an image or a caption.
-
-    Of files of the same name the first counts, of a .txt and a .json the .txt.
-    """
-    samples: dict[str, dict[str, Member]] = {}
-    for member in members:
-        key, kind = _key_and_kind(member.name)
-        if kind:
-            samples.setdefault(key, {}).setdefault(kind.lower(), member)
+def _pair_members(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
+    """Return the pairs of a shard in the order of their first files, and the samples that have none."""
     rows, left_out = [], []
-    for key, kinds in samples.items():
-        image = next((kinds[kind] for kind in _IMAGES if kind in kinds), None)
-        caption = kinds.get("txt") or kinds.get("json")
-        reason = ""
-        if image is None:
-            reason = NO_IMAGE
-        elif image.size_bytes == 0:
-            reason = ZERO_BYTES
-        elif image.size_bytes >= 1 << 32:
-            reason = TOO_LARGE
-        elif caption is None or not 0 < caption.size_bytes < 1 << 32:
-            reason = NO_CAPTION
-        if reason:
-            left_out.append(LeftOut(reason, 1, (readable(f"{path}: {key}"),)))
+    for key, files in group_files(members).items():
+        try:
+            image, caption, is_json = pair_files(files)
+        except UnusableError as error:
+            left_out.append(LeftOut(error.reason, 1, (readable(f"{path}: {key}"),)))
             continue
-        assert image is not None
-        assert caption is not None
-        rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, "txt" not in kinds))
+        rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, is_json))
     return np.array(rows, _PAIR), together(left_out)
-
-
-def _key_and_kind(name: str) -> tuple[str, str]:
-    """A name up to the first dot of its last part, and the rest: webdataset's convention."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    return folder + slash + stem, kind if stem else ""
 
 
 # Reading
@@ -363,7 +326,7 @@ def _key_at(path: Path, offset: int) -> str:
 @lru_cache(maxsize=WINDOW)
 def _keys(path: Path) -> dict[int, str]:
     """The samples' names by where their files lie; one read of the headers for all that is damaged in a shard."""
-    return {member.offset: _key_and_kind(member.name)[0] for member in read_members(path)[0]}
+    return {member.offset: split_name(member.name)[0] for member in read_members(path)[0]}
 
 
 def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:

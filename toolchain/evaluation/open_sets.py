@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from toolchain.data import glyphs
+from toolchain.data.images import IMAGE_SUFFIXES, is_image_name
+from toolchain.data.pairing import first_of, group_files
 from toolchain.data.tar_files import expand, read_members
 from toolchain.errors import MissingDependency, UsageError
 from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
@@ -30,9 +32,8 @@ from toolchain.recipe.evaluate import (
     set_name,
 )
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _NO_PICTURES = frozenset({"Thumbs.db", "desktop.ini"})  # what file managers leave behind
-_IN_SHARDS = ("webp", "png", "jpg", "jpeg")  # CLIP_benchmark's order
+_SHARD_SUFFIXES = ("webp", "png", *IMAGE_SUFFIXES)  # CLIP_benchmark prefers the first two
 _NAMED = 3  # examples in a message
 
 
@@ -125,10 +126,10 @@ def _pictures_in(folder: Path, where: str) -> list[Picture]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     paths = [entry for entry in entries if entry.name not in _NO_PICTURES]
     for path in paths:
-        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+        if not is_image_name(path.name) or not path.is_file():
             raise UsageError(
-                f"{where}: {path} is no picture ({', '.join(sorted(_SUFFIXES))}); an evaluation drops nothing "
-                "silently. Move it out of the folder"
+                f"{where}: {path} is no picture ({', '.join(f'.{suffix}' for suffix in sorted(IMAGE_SUFFIXES))}); "
+                "an evaluation drops nothing silently. Move it out of the folder"
             )
     if not paths:
         raise UsageError(f"{where}: {folder} has no pictures; its class could never be right. Remove it, or fill it")
@@ -225,24 +226,18 @@ def _in_tars(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[
         members, damage = read_members(tar)
         if damage:
             raise UsageError(f"{where}: {tar}: {damage}; an evaluation drops nothing silently. Fetch it again")
-        samples: dict[str, dict[str, Picture]] = {}
-        for member in members:
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, kind = base.partition(".")  # webdataset's convention: a key ends at the first dot
-            picture = Picture(tar, member.offset, member.size_bytes, member.name)
-            samples.setdefault(folder + slash + stem, {}).setdefault(kind.lower(), picture)
         with tar.open("rb") as file:
-            for key, kinds in samples.items():
-                picture_kind = next((kind for kind in _IN_SHARDS if kind in kinds), None)
-                if picture_kind is None or texts_in not in kinds:
-                    wanted = "picture" if picture_kind is None else f".{texts_in}"
-                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(kinds)}")
-                file.seek(kinds[texts_in].offset)
+            for key, files in group_files(members, keep_strays=True).items():
+                image, text = first_of(files, _SHARD_SUFFIXES), files.get(texts_in)
+                if image is None or text is None:
+                    wanted = "picture" if image is None else f".{texts_in}"
+                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(files)}")
+                file.seek(text.offset)
                 try:
-                    text = file.read(kinds[texts_in].size_bytes or 0).decode("utf-8")
+                    content = file.read(text.size_bytes).decode("utf-8")
                 except UnicodeDecodeError:
-                    raise UsageError(f"{where}: {kinds[texts_in]}: not UTF-8") from None
-                yield kinds[picture_kind], text
+                    raise UsageError(f"{where}: {tar}: {text.name}: not UTF-8") from None
+                yield Picture(tar, image.offset, image.size_bytes, image.name), content
 
 
 # Captions -------------------------------------------------------------------------------------------------------------
