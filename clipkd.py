@@ -400,7 +400,7 @@ def evaluate(
     if as_json:
         stdout.print_json(json.dumps(document))
         return
-    _print_evaluation(document)
+    _print_evaluation(dict(document))
 
 
 @app.command()

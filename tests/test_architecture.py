@@ -216,7 +216,7 @@ def test_no_private_name_crosses_a_module() -> None:
     ("module", "line", "check"),
     [
         ("toolchain.recipe.section", "from export.pipeline.plan import exports", upward_imports),
-        ("toolchain.data.listing", "def later():\n    from toolchain.data.open import listing", circles),
+        ("toolchain.data.listing", "def later():\n    from toolchain.data.open import open_listing", circles),
         ("export.proof.prove", "from export.proof.parity import _TIE", private_imports),
         ("export.proof.prove", "from export.proof import parity\nparity._read_samples()", private_imports),
     ],

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, ZERO_BYTES, UnusableError
 from toolchain.data.batch import Geometry
-from toolchain.data.images import FORMATS, IMAGE_SUFFIXES, cropped, is_image_name
+from toolchain.data.images import FORMATS, IMAGE_SUFFIXES, crop_image, is_image_name
 from toolchain.data.pairing import first_of, group_files, pair_files, split_name
 from toolchain.data.tar_files import Member
 
@@ -77,7 +77,7 @@ def test_one_list_says_what_an_image_is() -> None:
 
 
 def shown(content: bytes) -> np.ndarray:
-    (view,) = cropped(content, (1.0, 1.0), np.full(40, 0.5), [Geometry(32, "bicubic")])
+    (view,) = crop_image(content, (1.0, 1.0), np.full(40, 0.5), [Geometry(32, "bicubic")])
     return view
 
 

@@ -17,27 +17,27 @@ _LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not re
 
 
 class Listing(Protocol):
-    """Pictures and their captions, by number."""
+    """Images and their captions, by number."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]: ...
 
     def __len__(self) -> int: ...
 
-    def picture(self, sample: int) -> Path:
-        """The file of a sample's picture."""
+    def image_path(self, sample: int) -> Path:
+        """Return the file of a sample's image."""
         ...
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        """All captions of a sample.
+        """Return all captions of a sample.
 
         Raises:
             UnusableError: it has none.
         """
         ...
 
-    def where(self, sample: int) -> str:
-        """A sample's place, for messages."""
+    def describe(self, sample: int) -> str:
+        """Return a sample's name for messages."""
         ...
 
 
@@ -60,8 +60,11 @@ def require_folder(name: str) -> Path:
     return Path(name)
 
 
-def image_files(root: Path) -> Iterator[Path]:
-    """The pictures below a folder by name, in an order that no file system changes; links to folders are left alone."""
+def list_images(root: Path) -> Iterator[Path]:
+    """Yield the images below a folder by name, in an order that no file system changes.
+
+    Links to folders are left alone.
+    """
     for folder, subfolders, names in os.walk(root):
         subfolders.sort(key=os.fsencode)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -71,8 +74,8 @@ def image_files(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def content_of(path: Path) -> bytes:
-    """A picture's file.
+def read_image(path: Path) -> bytes:
+    """Return the content of an image's file.
 
     Raises:
         UnusableError: there is none, it is no file, or too large for one picture.

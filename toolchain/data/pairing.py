@@ -49,7 +49,10 @@ def group_files(members: Iterable[Member], *, keep_strays: bool = False) -> dict
 
 def first_of(files: Mapping[str, Member], suffixes: Sequence[str]) -> Member | None:
     """Return a sample's file of the first of these suffixes that it has; None if it has none of them."""
-    return next((files[suffix] for suffix in suffixes if suffix in files), None)
+    for suffix in suffixes:
+        if suffix in files:
+            return files[suffix]
+    return None
 
 
 def pair_files(files: Mapping[str, Member]) -> ImageTextPair:
