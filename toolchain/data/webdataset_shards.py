@@ -319,7 +319,7 @@ def _describe(shard: Shard, pair: np.void) -> str:
 
 
 def _find_key(path: Path, offset: int) -> str:
-    """What the sample of an image is called: the index keeps no names."""
+    """Return the name of an image's sample from the headers: the index keeps no names."""
     try:
         return _read_keys(path).get(offset, f"at byte {offset:,}")
     except OSError:
