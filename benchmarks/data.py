@@ -199,9 +199,9 @@ def parts_of_clipkd(contents: list[bytes]) -> dict[str, float]:
             image = Image.open(io.BytesIO(content))
             image.load()
         with clock("crop"):
-            cut_HW4 = pictures._cut(image, pictures.crop_box(*image.size, CROP_SCALE, random_R))
+            cut_HW4 = pictures.cut_box(image, pictures.crop_box(*image.size, CROP_SCALE, random_R))
         with clock("resizing"):
-            view_HH3 = pictures._resized(cut_HW4, GEOMETRY)
+            view_HH3 = pictures.resize(cut_HW4, GEOMETRY)
         with clock("into the batch"):
             pixels_B3HH[sample % BATCH] = view_HH3.transpose(2, 0, 1)
     batches = Clock()
@@ -214,7 +214,7 @@ def parts_of_clipkd(contents: list[bytes]) -> dict[str, float]:
 def psnr_db(content: bytes, sample: int) -> float:
     """Of our view of a picture to the plain path's."""
     random_R = random_numbers(sample)
-    (ours_HH3,) = pictures.cropped(content, CROP_SCALE, random_R, [GEOMETRY])
+    (ours_HH3,) = pictures.crop_image(content, CROP_SCALE, random_R, [GEOMETRY])
     picture = Image.open(io.BytesIO(content)).convert("RGB")
     box = pictures.crop_box(*picture.size, CROP_SCALE, random_R)
     plain = picture.crop(box).resize((GEOMETRY.size, GEOMETRY.size), Image.Resampling.BICUBIC)

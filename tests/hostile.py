@@ -54,6 +54,9 @@ def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
         "animated": saved(picture, "WEBP", save_all=True, append_images=[picture.rotate(90)]),
         "progressive": saved(picture, "JPEG", progressive=True),
         "png_called_jpg": saved(picture, "PNG"),
+        "gif": saved(picture, "GIF"),
+        "bmp": saved(picture, "BMP"),
+        "tiff": saved(picture, "TIFF"),
     }
     samples = {key: {"jpg": content, "txt": b"fine"} for key, content in good.items()}
     whole_png = saved(picture, "PNG")
@@ -62,7 +65,9 @@ def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
         "cut_png": (whole_png[: len(whole_png) // 2], TRUNCATED),
         "cut_webp": (good["animated"][:200], TRUNCATED),
         "text": (b"<html>404 not found</html>", NOT_AN_IMAGE),
-        "gif": (saved(picture, "GIF"), NOT_AN_IMAGE),
+        "cut_gif": (good["gif"][: len(good["gif"]) // 2], TRUNCATED),
+        "cut_bmp": (good["bmp"][: len(good["bmp"]) // 2], TRUNCATED),
+        "ppm": (saved(picture, "PPM"), NOT_AN_IMAGE),
         "zeros": (bytes(1000), NOT_AN_IMAGE),
         "flipped_png": (whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:], BROKEN),
     }

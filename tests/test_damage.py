@@ -8,7 +8,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ import torch
 from conftest import STUDENT, Ended, jpeg, make_picture, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter
 from torch.utils.data import DataLoader, Dataset
 from training import configured, rows, silent, spec
 from two_processes import spawn
 
-from toolchain.data.bad_samples import REASONS, Ledger, LeftOut
+from toolchain.data.assemble import fill_batch
+from toolchain.data.bad_samples import REASONS, Damage, Ledger, LeftOut
 from toolchain.data.batch import Batch, Geometry, TrainingData
-from toolchain.data.csv_listing import csv_rows, fields_of
+from toolchain.data.csv_listing import read_csv_rows, split_fields
 from toolchain.data.inspection import inspect
 from toolchain.data.open import fingerprint, training_data
 from toolchain.data.packing import pack
@@ -197,6 +199,64 @@ def shown_once(data: TrainingData) -> tuple[Counter[str], Counter[int]]:
         shown.update(batch.sample_B.tolist())
         damaged.update({damage.sample: damage.reason for damage in batch.damaged})
     return Counter(damaged.values()), shown
+
+
+class Letters:
+    """Seven samples without images, in the order of their numbers, of which some are corrupt."""
+
+    num_samples, batch_size, steps_per_epoch, num_views, left_out = 7, 2, 3, None, ()
+
+    def __init__(self, corrupt: str) -> None:
+        self.corrupt, self.tried = corrupt, list[str]()
+
+    def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        return np.arange(start, stop)
+
+    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+        letters = ["abcdefg"[sample] for sample in sample_B.tolist()]
+        self.tried.append("".join(letters))
+        is_good_B = np.array([letter not in self.corrupt for letter in letters])
+        damaged = [Damage(s, "lost", "abcdefg"[s]) for s in sample_B[~is_good_B].tolist()]
+        good = [letter for letter in letters if letter not in self.corrupt]
+        return Batch({}, good, sample_B[is_good_B], np.zeros(len(good), np.int64), view, tuple(damaged))
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "shown", "tried"),
+    [
+        ("", "cd", ["cd"]),
+        ("cd", "ef", ["cd", "ef"]),
+        ("c", "ed", ["cd", "e"]),
+        ("cdef", "ga", ["cd", "ef", "ga"]),
+        ("cdefga", None, ["cd", "ef", "ga", "b", "c"]),
+        ("cefgab", "dd", ["cd", "e", "g", "b", "d"]),
+    ],
+)
+def test_what_is_tried_in_place_of_a_corrupt_sample(corrupt: str, shown: str | None, tried: list[str]) -> None:
+    """The example of `fill_batch`."""
+    data: Any = Letters(corrupt)
+    if shown is None:
+        with pytest.raises(ClipkdError, match=r"step 1: every sample tried for 1 row\(s\)"):
+            fill_batch(data, 1, EVERYTHING, [])
+    else:
+        batch = fill_batch(data, 1, EVERYTHING, [])
+        assert "".join(batch.captions_B) == shown
+        assert {damage.where for damage in batch.damaged} == set(corrupt) & set("".join(tried))
+    assert data.tried == tried
+
+
+def test_a_kind_of_data_states_its_facts_beside_its_fields(kinds: dict[str, dict[str, Any]]) -> None:
+    adapter: TypeAdapter[DataSpec] = TypeAdapter(DataSpec)
+    parsed = {kind: adapter.validate_python(fields) for kind, fields in kinds.items()}
+    glyphs = parsed["glyphs"] = adapter.validate_python({"kind": "glyphs"})
+    parsed["mixed"] = adapter.validate_python({"kind": "mixture", "sources": [kinds["csv"], kinds["images"]]})
+    captionless = {kind: spec.captionless_kind for kind, spec in parsed.items() if spec.captionless_kind}
+    assert captionless == {"images": "images", "mixed": "images"}
+    assert [kind for kind, spec in parsed.items() if not spec.needs_loader_workers] == ["glyphs"]
+    assert [kind for kind, spec in parsed.items() if not spec.is_stored] == ["glyphs"]
+    assert [kind for kind, spec in parsed.items() if spec.licence] == ["glyphs"]
+    assert glyphs.max_damaged == 1.0
+    assert glyphs.model_dump() == {"kind": "glyphs", "views": 3}, "no fact is part of a stage's key"
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -504,7 +564,7 @@ def test_a_huge_jpeg_is_decoded_smaller(tmp_path: Path) -> None:
 def rows_of(content: bytes, tmp_path: Path, *, quoted: bool = True) -> tuple[list[list[str]], Counter[str]]:
     path = tmp_path / "rows.csv"
     path.write_bytes(content)
-    rows = list(csv_rows(path, ",", quoted=quoted))
+    rows = list(read_csv_rows(path, ",", quoted=quoted))
     return [row.fields for row in rows if not row.reason], Counter(row.reason for row in rows if row.reason)
 
 
@@ -528,7 +588,7 @@ def test_what_csv_writes_is_read(tmp_path: Path, rows: list[list[str]]) -> None:
     written = io.StringIO()
     csv.writer(written, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
     for line, row in zip(written.getvalue().split("\n"), rows, strict=False):
-        assert fields_of(line, ",", quoted=True) == row
+        assert split_fields(line, ",", quoted=True) == row
     assert rows_of(b"a,b\n" + written.getvalue().encode(), tmp_path)[0][1:] == rows
 
 
@@ -547,7 +607,7 @@ def test_any_csv(tmp_path: Path, pieces: list[bytes]) -> None:
     whole = []
     for line in own:
         try:
-            fields = fields_of(line.decode(), ",", quoted=True)
+            fields = split_fields(line.decode(), ",", quoted=True)
         except UnicodeDecodeError:
             continue
         if fields and len(fields) == 2:

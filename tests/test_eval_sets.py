@@ -18,7 +18,6 @@ from PIL import Image
 
 from toolchain.distributed import ALONE
 from toolchain.errors import ClipkdError, UsageError
-from toolchain.evaluation import open_sets as eval_sets
 from toolchain.evaluation import zero_shot as module
 from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
 from toolchain.evaluation.open_sets import fingerprint, open_set
@@ -605,7 +604,7 @@ def test_a_fingerprint_changes_with_the_files_and_only_then(tmp_path: Path) -> N
 
 def test_a_fingerprint_reads_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path / "mine", {"cat": 2})
-    monkeypatch.setattr(eval_sets.Image, "open", lambda *_: pytest.fail("a picture was read"))
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("a picture was read"))
     assert fingerprint(FolderSet(kind="folder", name="mine", path=str(root)))
 
 

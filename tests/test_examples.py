@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from toolchain.evaluation.eval_set import Picture, captions_set, classes_set
-from toolchain.evaluation.examples import thumbnail, write_examples
+from toolchain.evaluation.examples import make_thumbnail, write_examples
 
 NAMES = [f"name {k}" for k in range(100)]
 PIXELS_NHWC = np.tile(np.random.default_rng(0).integers(0, 256, (100, 4, 1, 3), np.uint8), (1, 8, 32, 1))  # stripes
@@ -70,7 +70,7 @@ def test_a_large_picture_becomes_small_and_loses_all_but_its_pixels() -> None:
     content = io.BytesIO()
     smooth = Image.linear_gradient("L").resize((800, 600)).convert("RGB")
     smooth.save(content, "JPEG", exif=exif, icc_profile=b"a profile of a monitor", comment=b"a comment")
-    uri = thumbnail(Image.open(content))
+    uri = make_thumbnail(Image.open(content))
     small = opened(uri)
     assert small.size == (96, 72)
     assert len(uri) < 10_000

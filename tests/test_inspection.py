@@ -37,14 +37,14 @@ def spec_of(*paths: Path) -> WebdatasetSpec:
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_tokens_are_counted_as_clip_does(caption: str) -> None:
-    unit, length_of = caption_lengths.counter()
+    unit, length_of = caption_lengths.make_counter()
     assert unit == "tokens"
     assert length_of(caption) == 2 + len(SimpleTokenizer().encode(caption))
 
 
 def test_without_the_vocabulary_words_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_lengths.importlib.util, "find_spec", lambda name: None)
-    unit, length_of = caption_lengths.counter()
+    unit, length_of = caption_lengths.make_counter()
     assert (unit, length_of("a photo  of a cat")) == ("words", 5)
 
 
@@ -99,14 +99,14 @@ def test_of_many_some_are_read_and_it_says_so(tmp_path: Path, monkeypatch: pytes
     assert some[0] == some[1]
     assert (some[0]["samples"], some[0]["sampled"], some[0]["good"]) == (40, 15, 15)
     assert inspect(spec_of(*paths), sample=40) == whole
-    looked, count = inspection.examined, 0
+    looked, count = inspection.read_and_decode, 0
 
     def counted(*arguments: Any) -> Any:
         nonlocal count
         count += 1
         return looked(*arguments)
 
-    monkeypatch.setattr(inspection, "examined", counted)
+    monkeypatch.setattr(inspection, "read_and_decode", counted)
     inspect(spec_of(*paths), sample=7)
     assert count == 7
 

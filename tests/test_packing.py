@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from toolchain.data import packing
 from toolchain.data.bad_samples import BROKEN_TAR
 from toolchain.data.batch import Geometry
-from toolchain.data.open import places
+from toolchain.data.open import list_stored_samples
 from toolchain.data.packing import INDEX, pack
-from toolchain.data.stored_samples import Broken, Sample
+from toolchain.data.stored_samples import CorruptSample, Sample
 from toolchain.data.webdataset_shards import ShardBatches
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 from toolchain.recipe.data import GlyphsSpec, WebdatasetSpec
@@ -52,8 +52,8 @@ def spec_of_packed(out: Path) -> WebdatasetSpec:
 
 
 def good(spec: WebdatasetSpec) -> list[tuple[bytes, tuple[str, ...]]]:
-    read = [place() for place in places(spec)]
-    return [(sample.picture, sample.captions) for sample in read if isinstance(sample, Sample)]
+    read = [read() for read in list_stored_samples(spec)]
+    return [(sample.image, sample.captions) for sample in read if isinstance(sample, Sample)]
 
 
 def files_of(out: Path) -> dict[str, str]:
@@ -151,7 +151,15 @@ def test_damage_is_left_out_and_counted_exactly(tmp_path: Path) -> None:
     kept = [picture for picture, _ in good(spec_of_packed(tmp_path / "out"))]
     assert kept == [samples[key]["jpg"] for key in order if key not in damaged] + [PICTURE]
     with tarfile.open(tmp_path / "out" / "00000.tar") as archive:
-        assert {name.partition(".")[2] for name in archive.getnames()} <= {"jpg", "png", "webp", "txt"}
+        assert {name.partition(".")[2] for name in archive.getnames()} <= {
+            "jpg",
+            "png",
+            "webp",
+            "bmp",
+            "gif",
+            "tif",
+            "txt",
+        }
 
 
 def test_a_source_of_nothing_good_has_an_index_and_no_shard(tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path, monkeyp
     source = spec_of(folder / "00000.tar")
     index = pack(source, tmp_path / "out", samples_per_shard=2)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "places", lambda spec: pytest.fail("read again"))
+        patch.setattr(packing, "list_stored_samples", lambda spec: pytest.fail("read again"))
         assert pack(source, tmp_path / "out", samples_per_shard=2) == index
     assert "samples_per_shard" in refused(ArtifactError, lambda: pack(source, tmp_path / "out", samples_per_shard=3))
     other = spec_of(folder / "00001.tar")
@@ -266,9 +274,9 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path, monkeyp
 
 def test_a_shard_that_goes_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("x.jpg", PICTURE), ("x.txt", b"x")])
-    (place,) = places(spec_of(path))
+    (read_sample,) = list_stored_samples(spec_of(path))
     path.unlink()
-    assert refused(ClipkdError, place) == f"{path}: cannot be read: No such file or directory"
+    assert refused(ClipkdError, read_sample) == f"{path}: cannot be read: No such file or directory"
 
 
 def test_glyphs_have_nothing_to_pack(tmp_path: Path) -> None:
@@ -277,6 +285,6 @@ def test_glyphs_have_nothing_to_pack(tmp_path: Path) -> None:
 
 
 def test_places_are_read_when_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = list(places(spec_of(folder / "00000.tar")))
+    listed = list(list_stored_samples(spec_of(folder / "00000.tar")))
     assert len(listed) == 5
-    assert not any(isinstance(place(), Broken) for place in listed)
+    assert not any(isinstance(read(), CorruptSample) for read in listed)

@@ -33,7 +33,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from toolchain.data import images as pictures
 from toolchain.data import webdataset_shards as module
-from toolchain.data.bad_samples import LeftOut, sentences
+from toolchain.data.bad_samples import LeftOut, describe_left_out
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.images import crop_box
 from toolchain.data.random_numbers import uniforms
@@ -440,7 +440,7 @@ def test_a_batch_says_which_of_its_captions_each_sample_shows(data: ShardBatches
 def test_only_the_rows_asked_for_are_read(data: ShardBatches, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     monkeypatch.setattr(
-        "toolchain.data.assemble.cropped", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)]
+        "toolchain.data.assemble.crop_image", lambda *_: read.append(1) or [np.zeros((32, 32, 3), np.uint8)]
     )
     data.batch(2, slice(3, 6), [SMALL])
     assert len(read) == 3
@@ -555,7 +555,7 @@ def cropped(
     content: bytes, *geometries: Geometry, crop_scale: tuple[float, float] = (0.5, 0.9), sample: int = 0
 ) -> Any:
     random_R = uniforms(0, np.array([sample]), 0, 40)[0]
-    return pictures.cropped(content, crop_scale, random_R, geometries)
+    return pictures.crop_image(content, crop_scale, random_R, geometries)
 
 
 def plain(picture: Image.Image, geometry: Geometry, crop_scale: tuple[float, float], sample: int) -> Image.Image:
@@ -602,7 +602,7 @@ def test_resizing_is_pillows(width: int, height: int, size: int, interpolation: 
     tones = random.integers(64, 192, shape, np.uint8) if seed % 2 else random.choice([64, 191], shape)
     picture_HW3 = tones.astype(np.uint8)
     expected = Image.fromarray(picture_HW3).resize((size, size), Image.Resampling[interpolation.upper()])
-    view = pictures._resized(picture_HW3, Geometry(size, interpolation))
+    view = pictures.resize(picture_HW3, Geometry(size, interpolation))
     assert view.shape == (size, size, 3)
     assert np.abs(view.astype(int) - np.asarray(expected)).max() <= MAX_ROUNDING
 
@@ -836,7 +836,7 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     last = next(member for member in read_members(path)[0] if member.name == "scattered.webp")
     length = last.offset + 100
     path.write_bytes(path.read_bytes()[:length])
-    assert sentences(opened(path, batch_size=2).left_out) == [
+    assert describe_left_out(opened(path, batch_size=2).left_out) == [
         f"left out, missing caption: 2, the first {path}: alone",
         f"left out, missing image: 2, the first {path}: unseen",
         f"left out, zero-byte file: 1, the first {path}: empty",
@@ -868,7 +868,7 @@ def test_a_shard_is_indexed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "read_members", lambda path: pytest.fail(f"{path} was read again"))
     again = opened(folder / "{00000..00002}.tar")
     assert again.shards == first.shards
-    module._pairs.cache_clear()
+    module._load_pairs.cache_clear()
     assert same(again.batch(0, EVERYTHING, [SMALL]), first.batch(0, EVERYTHING, [SMALL]))
 
 
@@ -896,7 +896,7 @@ def test_a_damaged_index_is_made_again(folder: Path, cache: Path) -> None:
         damaged.append(sound[:position] + bytes([sound[position] ^ 0x55]) + sound[position + 1 :])
     for content in damaged:
         kept.write_bytes(content)
-        module._pairs.cache_clear()
+        module._load_pairs.cache_clear()
         assert same(opened(path, batch_size=2).view_of(np.arange(PER_SHARD), 0, [SMALL]), expected)
     assert [file.name for file in cache.iterdir()] == [kept.name], "and nothing is left beside it"
 
@@ -909,7 +909,7 @@ def test_a_shard_that_changes_while_training(folder: Path, tmp_path: Path) -> No
     shutil.copy(folder / "00001.tar", path)
     changed = f"{path}: has changed since training began; samples are numbered anew. Start again"
     assert raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL])) == changed
-    module._pairs.cache_clear()
+    module._load_pairs.cache_clear()
     assert raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL])) == changed
     path.unlink()
     gone = f"{path}: cannot be read: No such file or directory"

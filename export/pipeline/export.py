@@ -152,16 +152,9 @@ def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
             for key, value in fields.items()
         }
 
-    data = said(recipe.data)
     return {
         "checkpoint": f"sha256 {checkpoint.digest}",
         "teacher": said(recipe.teacher),
         "student": said(recipe.student),
-        "data": data,
-    } | ({"licence of the data": _GLYPHS_LICENCE} if recipe.data is not None and data.get("kind") == "glyphs" else {})
-
-
-_GLYPHS_LICENCE = (
-    "drawn from the DejaVu fonts (Bitstream Vera and Arev licences, changes in the public domain); "
-    "scored on STIX (SIL Open Font Licence 1.1)"
-)
+        "data": said(recipe.data),
+    } | ({"licence of the data": recipe.data.licence} if recipe.data and recipe.data.licence else {})

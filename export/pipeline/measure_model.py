@@ -14,6 +14,7 @@ from export.proof.parity import check_parity
 from export.proof.prove import prove
 from export.runtime.exported_model import open_exported
 from export.runtime.remote_model import reference_encoders
+from toolchain.evaluation.documents import EvaluatedModel, ModelComparison
 from toolchain.evaluation.examples import write_examples
 from toolchain.evaluation.open_sets import open_set
 from toolchain.evaluation.zero_shot import Encoders, evaluate
@@ -87,7 +88,7 @@ def score(
     return samples, evaluation["sets"][spec.headline]["top1"]
 
 
-def evaluate_models(models: Sequence[Path], spec: EvaluateSpec, progress: Progress) -> dict[str, Any]:
+def evaluate_models(models: Sequence[Path], spec: EvaluateSpec, progress: Progress) -> ModelComparison:
     """Every model's scores on the sets of a recipe, and how each of the others differs from the first.
 
     A model is an exported directory, or a checkpoint's, which needs torch.
@@ -99,12 +100,12 @@ def evaluate_models(models: Sequence[Path], spec: EvaluateSpec, progress: Progre
     for model in models:
         model_kind(model)  # before the first is evaluated
     sets = [open_set(entry) for entry in spec.sets]
-    documents: list[dict[str, Any]] = []
+    documents: list[EvaluatedModel] = []
     first_ranks: dict[str, NDArray[Any]] = {}
     for model in models:
         encoders = _encoders(model)
         evaluation, samples = evaluate(encoders, sets, headline=spec.headline, progress=progress, what=model.name)
-        document: dict[str, Any] = {"model": str(model), "sets": evaluation["sets"]}
+        document: EvaluatedModel = {"model": str(model), "sets": evaluation["sets"]}
         if documents:
             document["against_first"] = {
                 data.name: paired_drop(first_ranks[f"{data.name}_rank"] < 1, samples[f"{data.name}_rank"] < 1)._asdict()

@@ -62,8 +62,8 @@ class UnusableError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def together(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
-    """One entry for each reason: the numbers added, the first few named."""
+def merge_left_out(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """Return one entry for each reason: the numbers added, the first few named."""
     by_reason: dict[str, LeftOut] = {}
     for left in left_out:
         before = by_reason.get(left.reason)
@@ -74,23 +74,23 @@ def together(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
     return tuple(by_reason.values())
 
 
-def sentences(left_out: Iterable[LeftOut]) -> list[str]:
-    """What a source holds that training will not show, a sentence each."""
+def describe_left_out(left_out: Iterable[LeftOut]) -> list[str]:
+    """Return a sentence for each kind of sample that training will not show."""
     return [f"left out, {left.reason}: {left.number:,}, the first {left.examples[0]}" for left in left_out]
 
 
-def described(where: str, error: UnusableError) -> str:
-    """Where a damaged sample is and what is wrong there."""
-    return readable(f"{where} ({error.detail})" if error.detail else where)
+def describe(where: str, error: UnusableError) -> str:
+    """Return where a corrupt sample is and what is wrong there."""
+    return to_utf8(f"{where} ({error.detail})" if error.detail else where)
 
 
-def readable(text: str) -> str:
-    """Names of files may be of any bytes; messages and manifests are of UTF-8."""
+def to_utf8(text: str) -> str:
+    """Return a file's name, which may hold any bytes, as text that messages and manifests can hold."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def stripped(texts: Iterable[str]) -> tuple[str, ...]:
-    """Captions without blanks around them, and without blank ones.
+def strip_captions(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return captions without blanks around them, and without blank ones.
 
     Raises:
         UnusableError: none is left, or JSON spelt half a character.

@@ -79,3 +79,14 @@ class TrainingData(Protocol):
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """uint8 [B, 3, H, H] chosen samples as evaluation would show them: no augmentation; damaged ones left out."""
         ...
+
+
+class OrderedData(TrainingData, Protocol):
+    """Training data whose samples have an order in each epoch: what can replace a corrupt sample, and can be mixed."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the samples at some places of an epoch's order."""
+        ...

@@ -1,4 +1,4 @@
-"""How long captions are in tokens of CLIP's stock tokenizer, without torch; in words where it is not installed.
+"""Count how long captions are in tokens of CLIP's stock tokenizer, without torch; in words where it is not installed.
 
 The vocabulary is the file that open_clip brings; reading it imports nothing of open_clip's.
 """
@@ -16,24 +16,24 @@ _NUM_MERGES = 49152 - 256 - 2  # of the file's: CLIP's vocabulary is 49,408 with
 _PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-def counter() -> tuple[str, Callable[[str], int]]:
-    """ "tokens" or "words", and a function that counts them in a caption; of tokens, the start and the end count."""
+def make_counter() -> tuple[str, Callable[[str], int]]:
+    """Return "tokens" or "words", and a function that counts them in a caption, start and end tokens included."""
     found = importlib.util.find_spec("open_clip")
     folders = list(found.submodule_search_locations or []) if found else []
     vocabulary = Path(folders[0]) / "bpe_simple_vocab_16e6.txt.gz" if folders else None
     if vocabulary is None or not vocabulary.is_file():
         return "words", lambda caption: len(caption.split())
-    tokenizer = _tokenizer(vocabulary)
+    tokenizer = _make_tokenizer(vocabulary)
     return "tokens", lambda caption: 2 + len(tokenizer.encode(_clean(caption)).ids)
 
 
 def _clean(caption: str) -> str:
-    """As CLIP cleans text: mended, HTML's entities resolved (twice), spaces single, lower case."""
+    """Return text as CLIP cleans it: mended, HTML's entities resolved (twice), spaces single, lower case."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()).lower()
 
 
-def _tokenizer(vocabulary: Path) -> Tokenizer:
-    """CLIP's byte-level BPE: bytes, bytes that end a word, and merges in the order of their learning."""
+def _make_tokenizer(vocabulary: Path) -> Tokenizer:
+    """Return CLIP's byte-level BPE: bytes, bytes that end a word, and merges in the order of their learning."""
     lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
     pairs = [tuple(line.split()) for line in lines[1 : 1 + _NUM_MERGES]]
     merges = [(first, second) for first, second in pairs]

@@ -6,7 +6,8 @@ Importing this needs no torch.
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,9 +19,9 @@ from toolchain.data.bad_samples import (
     NO_IMAGE,
     OPEN_QUOTE,
     LeftOut,
-    readable,
-    stripped,
-    together,
+    merge_left_out,
+    strip_captions,
+    to_utf8,
 )
 from toolchain.data.listing import require_file
 from toolchain.errors import ClipkdError, UsageError
@@ -30,10 +31,7 @@ _LONGEST_ROW = 100  # lines that a quoted field may span
 _LONGEST_LINE = 1 << 20  # bytes; a longer one is damage
 
 
-# CSV files
-
-
-class Row(NamedTuple):
+class CsvRow(NamedTuple):
     """A row of a CSV file: where it lies and what its fields are, or why it has none."""
 
     offset: int
@@ -43,8 +41,8 @@ class Row(NamedTuple):
     reason: str = ""
 
 
-def fields_of(row: str, delimiter: str, *, quoted: bool) -> list[str] | None:
-    """The fields of a row; None where a quote is not closed, or not at the end of a field.
+def split_fields(row: str, delimiter: str, *, quoted: bool) -> list[str] | None:
+    """Return the fields of a row; None if a quote is not closed, or not at the end of a field.
 
     Quotes count only if they are said to; then one in the middle of a bare field is an error (RFC 4180).
     """
@@ -75,67 +73,86 @@ def fields_of(row: str, delimiter: str, *, quoted: bool) -> list[str] | None:
         position = closing + 2
 
 
-def csv_rows(path: Path, delimiter: str, *, quoted: bool) -> Iterator[Row]:
-    """The rows of a file, its header first.
+class _Line(NamedTuple):
+    offset: int
+    number: int
+    content: bytes
+
+
+class _Dialect(NamedTuple):
+    """How a file's rows are written."""
+
+    delimiter: str
+    quoted: bool
+    width: int = 0
+    """Number of fields; 0: any number is right."""
+
+
+def read_csv_rows(path: Path, delimiter: str, *, quoted: bool) -> Iterator[CsvRow]:
+    """Yield the rows of a file, its header first.
 
     A row is a line.  Only a quoted field may go on in the next ones, and only to where it closes, the row then has as
     many fields as the header, and none of the lines taken along is such a row by itself: an unbalanced quote swallows
     no good row.
     """
+    dialect = _Dialect(delimiter, quoted)
     with path.open("rb") as file:
-        lines = _lines(file)
-        ahead: list[tuple[int, int, bytes]] = []
-        width = 0
-        while ahead or (first := next(lines, None)) is not None:
-            if ahead:
-                first = ahead.pop(0)
-            assert first is not None
-            offset, number, raw = first
-            row = _row(offset, number, raw, width, delimiter, quoted)
-            if row.reason == OPEN_QUOTE and width:
-                taken, joined = 0, raw
-                while taken < _LONGEST_ROW:
-                    if taken == len(ahead):
-                        following = next(lines, None)
-                        if following is None:
-                            break
-                        ahead.append(following)
-                    if not _row(*ahead[taken], width, delimiter, quoted).reason:
-                        break
-                    joined += ahead[taken][2]
-                    taken += 1
-                    whole = _row(offset, number, joined, width, delimiter, quoted)
-                    if not whole.reason:
-                        row = whole
-                        del ahead[:taken]
-                        break
-            width = width or len(row.fields)
-            if raw.strip() or row.fields != [""]:
+        lines, ahead = _read_lines(file), deque[_Line]()
+        while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
+            row = _parse_row(line, dialect)
+            if row.reason == OPEN_QUOTE and dialect.width:
+                row = _join_lines(line, lines, ahead, dialect) or row
+            if not dialect.width:
+                dialect = dialect._replace(width=len(row.fields))
+            if line.content.strip() or row.fields != [""]:
                 yield row
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+def _join_lines(line: _Line, lines: Iterator[_Line], ahead: deque[_Line], dialect: _Dialect) -> CsvRow | None:
+    """Return the row that begins in a line and ends in a later one; None if it ends nowhere.
+
+    `lines` are those not read yet; `ahead` keeps those that were read and belong to no row yet.
+    """
+    joined = line.content
+    for taken in range(_LONGEST_ROW):
+        if taken == len(ahead):
+            following = next(lines, None)
+            if following is None:
+                return None
+            ahead.append(following)
+        if not _parse_row(ahead[taken], dialect).reason:
+            return None
+        joined += ahead[taken].content
+        row = _parse_row(_Line(line.offset, line.number, joined), dialect)
+        if not row.reason:
+            for _ in range(taken + 1):
+                ahead.popleft()
+            return row
+    return None
+
+
+def _read_lines(file: BinaryIO) -> Iterator[_Line]:
     offset, number = 0, 0
-    while line := file.readline():
+    while content := file.readline():
         number += 1
-        yield offset, number, line
-        offset += len(line)
+        yield _Line(offset, number, content)
+        offset += len(content)
 
 
-def _row(offset: int, number: int, raw: bytes, width: int, delimiter: str, quoted: bool) -> Row:
-    """`width` 0: any number of fields is right."""
+def _parse_row(line: _Line, dialect: _Dialect) -> CsvRow:
+    offset, number, content = line
     try:
-        text = raw.decode("utf-8-sig" if offset == 0 else "utf-8").removesuffix("\n").removesuffix("\r")
+        text = content.decode("utf-8-sig" if offset == 0 else "utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
-        return Row(offset, len(raw), number, [], BAD_UTF8)
-    if len(raw) > _LONGEST_LINE:
-        return Row(offset, len(raw), number, [], BAD_ROW)
-    fields = fields_of(text, delimiter, quoted=quoted)
+        return CsvRow(offset, len(content), number, [], BAD_UTF8)
+    if len(content) > _LONGEST_LINE:
+        return CsvRow(offset, len(content), number, [], BAD_ROW)
+    fields = split_fields(text, dialect.delimiter, quoted=dialect.quoted)
     if fields is None:
-        return Row(offset, len(raw), number, [], OPEN_QUOTE)
-    if width and len(fields) != width:
-        return Row(offset, len(raw), number, fields, BAD_ROW)
-    return Row(offset, len(raw), number, fields)
+        return CsvRow(offset, len(content), number, [], OPEN_QUOTE)
+    if dialect.width and len(fields) != dialect.width:
+        return CsvRow(offset, len(content), number, fields, BAD_ROW)
+    return CsvRow(offset, len(content), number, fields)
 
 
 @dataclass(frozen=True)
@@ -145,98 +162,95 @@ class _Table:
     path: Path
     size_bytes: int
     mtime_ns: int
-    width: int
+    dialect: _Dialect
     image: int
     captions: tuple[int, ...]
 
+    def missing_in(self, fields: Sequence[str]) -> str:
+        """Return the kind of damage of a row that names no image or has no caption; "" if it has both."""
+        if not fields[self.image].strip():
+            return NO_IMAGE
+        return "" if any(fields[c].strip() for c in self.captions) else NO_CAPTION
 
-class CsvRows:
-    """Samples of CSV files, each a picture and the rows that name it; rows are read when they are asked for.
 
-    Kept in memory are 24 bytes a row and 8 a sample.
+class CsvListing:
+    """Samples of CSV files, each an image and the rows that name it; rows are read when they are asked for.
+
+    Kept in memory are 32 bytes a row and 8 a sample.
     """
 
     def __init__(self, spec: CsvSpec) -> None:
-        self._spec = spec
+        self._root = None if spec.root is None else Path(spec.root)
         self._tables: list[_Table] = []
-        places: list[array[int]] = [array("q"), array("q"), array("q")]  # file, offset, bytes: of each row
-        self._file_R, self._offset_R, self._bytes_R = places
+        self._table_R, self._offset_R, self._bytes_R = array("q"), array("q"), array("q")  # where each row lies
         self._next_R = array("q")  # the next row of the same sample, or -1
-        self._first_N, last_N = array("q"), array("q")
-        sample_of: dict[bytes, int] = {}
+        self._first_N = array("q")  # the first row of each sample
+        last_row: dict[bytes, int] = {}
+        left_out: tuple[LeftOut, ...] = ()
+        for path in map(require_file, spec.paths):
+            rows = read_csv_rows(path, spec.delimiter, quoted=spec.quoted)
+            self._tables.append(_make_table(path, next(rows, None), spec))
+            left_out = merge_left_out([*left_out, *self._add_rows(rows, last_row)])
+        self.left_out = left_out
+
+    def _add_rows(self, rows: Iterable[CsvRow], last_row: dict[bytes, int]) -> list[LeftOut]:
+        """Add the rows of the last table, and return those that are unusable.
+
+        `last_row` is the last row of each image so far, by a hash of the image's path.
+        """
+        number, table = len(self._tables) - 1, self._tables[-1]
         left_out: list[LeftOut] = []
-        for f, path in enumerate(map(require_file, spec.paths)):
-            rows = csv_rows(path, spec.delimiter, quoted=spec.quoted)
-            table = self._table(path, next(rows, None))
-            self._tables.append(table)
-            for row in rows:
-                reason = row.reason
-                if not reason and not row.fields[table.image].strip():
-                    reason = NO_IMAGE
-                if not reason and not any(row.fields[c].strip() for c in table.captions):
-                    reason = NO_CAPTION
-                if reason:
-                    left_out.append(LeftOut(reason, 1, (readable(f"{path}: line {row.line}"),)))
-                    if len(left_out) > 1000:
-                        left_out = list(together(left_out))
-                    continue
-                name = str(self._picture(table, row.fields[table.image].strip()))
-                key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-                r = len(self._next_R)
-                for column, value in zip(places, (f, row.offset, row.size_bytes), strict=True):
-                    column.append(value)
-                self._next_R.append(-1)
-                sample = sample_of.setdefault(key, len(self._first_N))
-                if sample == len(self._first_N):
-                    self._first_N.append(r)
-                    last_N.append(r)
-                else:
-                    self._next_R[last_N[sample]] = r
-                    last_N[sample] = r
-        self.left_out = together(left_out)
+        for row in rows:
+            reason = row.reason or table.missing_in(row.fields)
+            if reason:
+                left_out.append(LeftOut(reason, 1, (to_utf8(f"{table.path}: line {row.line}"),)))
+                if len(left_out) > 1000:
+                    left_out = list(merge_left_out(left_out))
+                continue
+            self._table_R.append(number)
+            self._offset_R.append(row.offset)
+            self._bytes_R.append(row.size_bytes)
+            self._link(len(self._next_R), str(self._image_path(table, row.fields)), last_row)
+        return left_out
+
+    def _link(self, row: int, image: str, last_row: dict[bytes, int]) -> None:
+        """Make a new sample of a row, or append it to those of its image."""
+        key = hashlib.blake2b(image.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        before = last_row.get(key)
+        if before is None:
+            self._first_N.append(row)
+        else:
+            self._next_R[before] = row
+        last_row[key] = row
+        self._next_R.append(-1)
 
     def __len__(self) -> int:
         return len(self._first_N)
 
-    def picture(self, sample: int) -> Path:
-        table, fields = self._read(self._first_N[sample])
-        return self._picture(table, fields[table.image].strip())
+    def image_path(self, sample: int) -> Path:
+        return self._image_path(*self._read(self._first_N[sample]))
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        """Of every row that names the picture, in order, and of every column."""
+        """Return those of every row that names the image, in order, and of every column."""
         found: list[str] = []
         row = self._first_N[sample]
         while row >= 0:
             table, fields = self._read(row)
             found += [fields[c] for c in table.captions]
             row = self._next_R[row]
-        return stripped(found)
+        return strip_captions(found)
 
-    def where(self, sample: int) -> str:
+    def describe(self, sample: int) -> str:
         row = self._first_N[sample]
-        place = f"{self._tables[self._file_R[row]].path}: the row at byte {self._offset_R[row]:,}"
-        return readable(f"{place}: {self.picture(sample)}")
+        place = f"{self._tables[self._table_R[row]].path}: the row at byte {self._offset_R[row]:,}"
+        return to_utf8(f"{place}: {self.image_path(sample)}")
 
-    def _table(self, path: Path, header: Row | None) -> _Table:
-        about, spec = path.stat(), self._spec
-        columns = [] if header is None else [name.strip() for name in header.fields]
-        wanted = (spec.caption_column,) if isinstance(spec.caption_column, str) else spec.caption_column
-        missing = [name for name in (spec.image_column, *wanted) if columns.count(name) != 1]
-        if missing:
-            raise UsageError(
-                f"{path}: no column, or more than one, is called {', '.join(missing)}; its first line, cut at "
-                f"{spec.delimiter!r}, names: {readable(', '.join(columns[:20])) or 'nothing'}. Mend data.image_column, "
-                "data.caption_column or data.delimiter"
-            )
-        at = columns.index(spec.image_column), tuple(columns.index(name) for name in wanted)
-        return _Table(path, about.st_size, about.st_mtime_ns, len(columns), *at)
-
-    def _picture(self, table: _Table, name: str) -> Path:
-        return (table.path.parent if self._spec.root is None else Path(self._spec.root)) / name
+    def _image_path(self, table: _Table, fields: Sequence[str]) -> Path:
+        return (self._root or table.path.parent) / fields[table.image].strip()
 
     def _read(self, row: int) -> tuple[_Table, list[str]]:
-        """A row's fields; every row that was listed is one, as long as its file stays as it was."""
-        table = self._tables[self._file_R[row]]
+        """Return a row's table and fields; every row that was listed is one, as long as its file stays as it was."""
+        table, offset = self._tables[self._table_R[row]], self._offset_R[row]
         try:
             with table.path.open("rb") as file:
                 about = os.fstat(file.fileno())
@@ -244,9 +258,24 @@ class CsvRows:
                     raise ClipkdError(
                         f"{table.path}: has changed since training began; samples are numbered anew. Start again"
                     )
-                file.seek(self._offset_R[row])
-                raw = file.read(self._bytes_R[row])
+                file.seek(offset)
+                content = file.read(self._bytes_R[row])
         except OSError as error:
             raise ClipkdError(f"{table.path}: cannot be read: {error.strerror}") from None
-        spec = self._spec
-        return table, _row(self._offset_R[row], 0, raw, table.width, spec.delimiter, spec.quoted).fields
+        return table, _parse_row(_Line(offset, 0, content), table.dialect).fields
+
+
+def _make_table(path: Path, header: CsvRow | None, spec: CsvSpec) -> _Table:
+    about = path.stat()
+    columns = [] if header is None else [name.strip() for name in header.fields]
+    wanted = (spec.caption_column,) if isinstance(spec.caption_column, str) else spec.caption_column
+    missing = [name for name in (spec.image_column, *wanted) if columns.count(name) != 1]
+    if missing:
+        raise UsageError(
+            f"{path}: no column, or more than one, is called {', '.join(missing)}; its first line, cut at "
+            f"{spec.delimiter!r}, names: {to_utf8(', '.join(columns[:20])) or 'nothing'}. Mend data.image_column, "
+            "data.caption_column or data.delimiter"
+        )
+    dialect = _Dialect(spec.delimiter, spec.quoted, len(columns))
+    image, captions = columns.index(spec.image_column), tuple(columns.index(name) for name in wanted)
+    return _Table(path, about.st_size, about.st_mtime_ns, dialect, image, captions)

@@ -1,7 +1,4 @@
-"""Image-text pairs from files on a disk (`listings.py`), every batch a pure function of (seed, step).
-
-N samples   B batch
-"""
+"""Image-text pairs from files on a disk (a `Listing`), every batch a pure function of (seed, step)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.data.assemble import Readable, cropped_view, filled_batch, require_a_batch
+from toolchain.data.assemble import UnreadSample, assemble_view, fill_batch, require_full_batch
 from toolchain.data.bad_samples import LeftOut, UnusableError
 from toolchain.data.batch import Batch, Geometry
-from toolchain.data.listing import Listing, content_of
+from toolchain.data.listing import Listing, read_image
 from toolchain.data.random_numbers import uniforms
 
 _ORDER = 0  # column of `uniforms`
@@ -37,7 +34,7 @@ class FileBatches:
     num_views: int | None = None
 
     def __post_init__(self) -> None:
-        require_a_batch("data", self.num_samples, self.batch_size, self.left_out)
+        require_full_batch("data", self.num_samples, self.batch_size, self.left_out)
 
     @property
     def num_samples(self) -> int:
@@ -54,7 +51,7 @@ class FileBatches:
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """The samples at some places of an epoch's order."""
-        return _order(self.seed, self.num_samples, epoch)[start:stop]
+        return _shuffle(self.seed, self.num_samples, epoch)[start:stop]
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
         """The rows of the batch of an optimizer step, and what stands in for damaged ones.
@@ -62,7 +59,7 @@ class FileBatches:
         Raises:
             ClipkdError: a CSV file has changed or gone, or there is nothing sound to show.
         """
-        return filled_batch(self, step, rows, geometries)
+        return fill_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples, the damaged left out; every geometry shows the same crop.
@@ -70,19 +67,19 @@ class FileBatches:
         Raises:
             ClipkdError: a CSV file has changed or gone.
         """
-        readable = (
-            Readable(
+        samples = (
+            UnreadSample(
                 b,
                 partial(self.listing.captions, sample),
-                partial(self._content, sample),
-                partial(self.listing.where, sample),
+                partial(self._read_image, sample),
+                partial(self.listing.describe, sample),
             )
             for b, sample in enumerate(sample_B.tolist())
         )
-        return cropped_view(readable, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
+        return assemble_view(samples, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
-    def _content(self, sample: int) -> bytes:
-        return content_of(self.listing.picture(sample))
+    def _read_image(self, sample: int) -> bytes:
+        return read_image(self.listing.image_path(sample))
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """[B] the captions of chosen samples, none where they are damaged; pictures are not read.
@@ -108,5 +105,5 @@ class FileBatches:
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, num_samples: int, epoch: int) -> NDArray[np.int64]:
+def _shuffle(seed: int, num_samples: int, epoch: int) -> NDArray[np.int64]:
     return np.argsort(uniforms(seed, np.arange(num_samples), epoch, 1)[:, _ORDER], kind="stable")

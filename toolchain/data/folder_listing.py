@@ -10,103 +10,102 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.data.bad_samples import LeftOut, readable
-from toolchain.data.listing import image_files, read_file, require_file, require_folder
+from toolchain.data.bad_samples import LeftOut, to_utf8
+from toolchain.data.listing import list_images, read_file, require_file, require_folder
 from toolchain.errors import UsageError
 from toolchain.recipe.data import ImageFolderSpec, ImagesSpec
 
-_PROMPTS_OF_A_PICTURE = 8  # where it has no captions
-
-
-# Folders
+_PROMPTS_PER_IMAGE = 8
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Pictures of FOLDER/CLASS/PICTURE, with every template of every name of their class for captions."""
+    """Images of FOLDER/CLASS/IMAGE, with every template of every name of their class for captions."""
 
-    pictures_N: list[str]
+    paths_N: list[str]
     class_N: "array[int]"
     captions_K: list[tuple[str, ...]]
     left_out: tuple[LeftOut, ...] = ()
 
     @classmethod
-    def of(cls, spec: ImageFolderSpec) -> "ClassFolders":
+    def open(cls, spec: ImageFolderSpec) -> "ClassFolders":
         root = require_folder(spec.path)
         folders = sorted(
             (path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")), key=os.fsencode
         )
         if not folders:
             raise UsageError(f"data.path: {root}: expected a folder for each class, and pictures in those; found none")
-        names = None if spec.names is None else _names(require_file(spec.names))
+        names = None if spec.names is None else _read_names(require_file(spec.names))
         unknown = [folder.name for folder in folders if names is not None and folder.name not in names]
         if unknown:
             raise UsageError(
                 f"{spec.names}: has no name for {len(unknown)} of {len(folders)} folders: "
-                f"{readable(', '.join(unknown[:5]))}. Add a line FOLDER<tab>NAME for each"
+                f"{to_utf8(', '.join(unknown[:5]))}. Add a line FOLDER<tab>NAME for each"
             )
         pictures: list[str] = []
         classes = array("q")
         captions = []
         for k, folder in enumerate(folders):
-            called = [readable(folder.name).replace("_", " ")] if names is None else names[folder.name]
-            captions.append(_prompts(spec.templates, called))
-            for path in image_files(folder):
+            called = [to_utf8(folder.name).replace("_", " ")] if names is None else names[folder.name]
+            captions.append(_make_prompts(spec.templates, called))
+            for path in list_images(folder):
                 pictures.append(str(path))
                 classes.append(k)
         return cls(pictures, classes, captions)
 
     def __len__(self) -> int:
-        return len(self.pictures_N)
+        return len(self.paths_N)
 
-    def picture(self, sample: int) -> Path:
-        return Path(self.pictures_N[sample])
+    def image_path(self, sample: int) -> Path:
+        return Path(self.paths_N[sample])
 
     def captions(self, sample: int) -> tuple[str, ...]:
         return self.captions_K[self.class_N[sample]]
 
-    def where(self, sample: int) -> str:
-        return readable(self.pictures_N[sample])
+    def describe(self, sample: int) -> str:
+        return to_utf8(self.paths_N[sample])
 
 
 @dataclass(frozen=True)
-class PlainPictures:
-    """Pictures without captions; each is shown with some of the classes' prompts, drawn by chance."""
+class UnlabelledImages:
+    """Images without captions; each is shown with some of the classes' prompts, drawn by chance."""
 
-    pictures_N: list[str]
+    paths_N: list[str]
     prompts: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
 
     @classmethod
-    def of(cls, spec: ImagesSpec) -> "PlainPictures":
-        lines = _utf8(require_file(spec.classes)).splitlines()
+    def open(cls, spec: ImagesSpec) -> "UnlabelledImages":
+        lines = _read_text(require_file(spec.classes)).splitlines()
         classes = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if len(classes) < 2:
             raise UsageError(f"{spec.classes}: expected two classes or more, one a line; got {len(classes)}")
-        return cls([str(path) for path in image_files(require_folder(spec.path))], _prompts(spec.templates, classes))
+        return cls(
+            [str(path) for path in list_images(require_folder(spec.path))], _make_prompts(spec.templates, classes)
+        )
 
     def __len__(self) -> int:
-        return len(self.pictures_N)
+        return len(self.paths_N)
 
-    def picture(self, sample: int) -> Path:
-        return Path(self.pictures_N[sample])
+    def image_path(self, sample: int) -> Path:
+        return Path(self.paths_N[sample])
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        """A few: what may be shown with a picture is stored with it in a teacher cache."""
-        count = min(_PROMPTS_OF_A_PICTURE, len(self.prompts))
+        """Return a few prompts: what may be shown with an image is stored with it in a teacher cache."""
+        count = min(_PROMPTS_PER_IMAGE, len(self.prompts))
         return tuple(random.Random(sample).sample(self.prompts, count))
 
-    def where(self, sample: int) -> str:
-        return readable(self.pictures_N[sample])
+    def describe(self, sample: int) -> str:
+        return to_utf8(self.paths_N[sample])
 
 
-def _prompts(templates: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+def _make_prompts(templates: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     return tuple(template.replace("{}", name) for name in names for template in templates)
 
 
-def _names(path: Path) -> dict[str, list[str]]:
+def _read_names(path: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
-    for number, line in enumerate(_utf8(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         folder, tab, name = line.partition("\t")
         if line.strip():
             if not tab or not name.strip():
@@ -115,7 +114,7 @@ def _names(path: Path) -> dict[str, list[str]]:
     return names
 
 
-def _utf8(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -7,8 +7,6 @@ that training never saw (`novel`).
 
 Fonts: DejaVu (Bitstream Vera and Arev licences, changes in the public domain) and STIX (SIL Open Font Licence 1.1).
 They are read from Matplotlib's installation and never copied.
-
-    N samples   K characters   B batch   S drawn size   H output size
 """
 
 import hashlib

@@ -1,8 +1,6 @@
-"""Pictures: from a file's bytes to the crop that a model is shown.
+"""Images: from a file's bytes to the crop that a model is shown.
 
 Importing this needs no torch, with which crops are resized.
-
-H image size   R uniform random numbers
 """
 
 import io
@@ -10,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,22 @@ from toolchain.data.bad_samples import BROKEN, NOT_AN_IMAGE, TOO_LARGE, TRUNCATE
 if TYPE_CHECKING:
     from toolchain.data.batch import Geometry
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # whatever the name says; Pillow has decoders that should not see strangers' files
+SUFFIXES_OF_FORMAT = {
+    "JPEG": ("jpg", "jpeg"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+    "TIFF": ("tif", "tiff"),
+}
+"""The formats that training and evaluation read, and the suffixes of their files; the first is the one packing writes.
+
+An image is decoded by its bytes, whatever its name says.  Pillow's other decoders should not see strangers' files."""
+
+FORMATS = tuple(SUFFIXES_OF_FORMAT)
+IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
+"""In lower case, without a dot, in order of preference where a sample has several images."""
+
 _ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
@@ -47,6 +61,11 @@ CROP_NUMBERS = 4 * _TRIES
 """How many random numbers a crop is drawn from."""
 
 
+def is_image_name(name: str) -> bool:
+    """Return True if a file's name ends in one of `IMAGE_SUFFIXES`."""
+    return Path(name).suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
+
+
 def crop_box(
     width: int, height: int, crop_scale: tuple[float, float], random_R: NDArray[np.float64]
 ) -> tuple[int, int, int, int]:
@@ -69,10 +88,10 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-def cropped(
+def crop_image(
     content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: "Sequence[Geometry]"
 ) -> list[NDArray[np.uint8]]:
-    """[H, H, 3] the same crop of a picture for every geometry, each as if no other had been asked for.
+    """Return [H, H, 3] the same crop of an image for every geometry, each as if no other had been asked for.
 
     It is decoded once; again only for a geometry so small that a JPEG gives it enough at a half, quarter or eighth of
     the size, which takes less time.
@@ -80,13 +99,13 @@ def cropped(
     Raises:
         UnusableError: it is empty, no picture, damaged, or larger than `MAX_PIXELS`.
     """
-    with readable_picture(content):
-        return _cropped(content, crop_scale, random_R, geometries)
+    with decoding_image(content):
+        return _crop(content, crop_scale, random_R, geometries)
 
 
 @contextmanager
-def readable_picture(content: bytes) -> Iterator[None]:
-    """Whatever Pillow raises within, of a picture's bytes, is an `UnusableError`; of what it warns nothing is heard."""
+def decoding_image(content: bytes) -> Iterator[None]:
+    """Make an `UnusableError` of whatever Pillow raises for an image's bytes, and silence its warnings."""
     if not content:
         raise UnusableError(ZERO_BYTES)
     try:
@@ -105,16 +124,20 @@ def readable_picture(content: bytes) -> Iterator[None]:
 
 
 def _is_cut(content: bytes) -> bool:
-    """Whether a file lacks its end, which every format marks or announces."""
+    """Return True if a file lacks the end that its format marks or announces; TIFF does neither."""
     if content.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in content[-1024:]
     if content.startswith(b"RIFF"):
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
-    return b"IEND" not in content[-1024:]
+    if content.startswith(b"GIF8"):
+        return not content.rstrip(b"\0").endswith(b";")
+    if content.startswith(b"BM"):
+        return int.from_bytes(content[2:6], "little") > len(content)
+    return content.startswith(b"\x89PNG") and b"IEND" not in content[-1024:]
 
 
-def opened(content: bytes) -> tuple[Image.Image, int]:
-    """A picture of which only the header has been read; and 1 over the scale, 1 to 8, above which it is too large.
+def open_image(content: bytes) -> tuple[Image.Image, int]:
+    """Return an image of which only the header was read, and 1 over the scale, 1 to 8, above which it is too large.
 
     By its size alone and not what is asked for: what is damaged is so for every model.
 
@@ -122,7 +145,7 @@ def opened(content: bytes) -> tuple[Image.Image, int]:
         UnusableError: it has more than `MAX_PIXELS` at every scale that it can be decoded at.
     """
     if content.startswith(b"\xff\xd8\xff"):  # Pillow's own bound is of the size before it is scaled
-        image = _opened_jpeg(content)
+        image = _open_jpeg(content)
         largest = 8 if _is_decoded_in_strips(image, content) else 1
     else:
         image, largest = Image.open(io.BytesIO(content), formats=FORMATS), 1
@@ -132,7 +155,7 @@ def opened(content: bytes) -> tuple[Image.Image, int]:
     return image, least
 
 
-def _opened_jpeg(content: bytes) -> Image.Image:
+def _open_jpeg(content: bytes) -> Image.Image:
     try:
         return JpegImageFile(io.BytesIO(content))
     except Exception as error:  # as Image.open does
@@ -140,7 +163,7 @@ def _opened_jpeg(content: bytes) -> Image.Image:
 
 
 def _is_decoded_in_strips(image: Image.Image, content: bytes) -> bool:
-    """Whether one scan holds all of a JPEG: of any other, libjpeg keeps every coefficient, whatever the scale."""
+    """Return True if one scan holds all of a JPEG: of any other, libjpeg keeps every coefficient at any scale."""
     assert isinstance(image, JpegImageFile)
     if image.info.get("progressive") or image.fp is None:
         return False
@@ -149,15 +172,15 @@ def _is_decoded_in_strips(image: Image.Image, content: bytes) -> bool:
     return start > 0 and content[start : start + 2] == b"\xff\xda"
 
 
-def _cropped(
+def _crop(
     content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: "Sequence[Geometry]"
 ) -> list[NDArray[np.uint8]]:
     views: list[NDArray[np.uint8]] = []
     decoded: dict[int, Image.Image] = {}
-    image, least = opened(content)
+    image, least = open_image(content)
     with image:
         image_size = image.size  # before a draft
-        orientation = _orientation(image)
+        orientation = _read_orientation(image)
         size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # these turn it by a quarter
         box = crop_box(*size, crop_scale, random_R)
         cut_HW4: NDArray[np.uint8] | None = None
@@ -168,21 +191,23 @@ def _cropped(
                 scale = next((scale for scale in _SCALES if scale <= room), 1)
             scale = max(scale, least)
             if scale not in decoded:
-                fresh = opened(content)[0] if decoded else image
+                fresh = open_image(content)[0] if decoded else image
                 if scale > 1:
                     fresh.draft(None, (image_size[0] // scale, image_size[1] // scale))
-                decoded[scale] = in_rgb(fresh if orientation == 1 else fresh.transpose(_TURNS[orientation]))
+                decoded[scale] = convert_to_rgb(fresh if orientation == 1 else fresh.transpose(_TURNS[orientation]))
             if scale == 1:
                 if cut_HW4 is None:
-                    cut_HW4 = _cut(decoded[1], box)
-                views.append(_resized(cut_HW4, geometry))
+                    cut_HW4 = cut_box(decoded[1], box)
+                views.append(resize(cut_HW4, geometry))
             else:
-                views.append(_resized_between_pixels(decoded[scale], [edge / scale for edge in box], geometry))
+                views.append(_resize_between_pixels(decoded[scale], [edge / scale for edge in box], geometry))
     return views
 
 
-def _orientation(image: Image.Image) -> int:
-    """As EXIF says; 1 where it says nothing that can be read, which is no damage to the picture."""
+def _read_orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation; 1 if it cannot be read, which is no damage, or if Pillow turns the image itself."""
+    if image.format == "TIFF":
+        return 1
     try:
         said = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -190,15 +215,15 @@ def _orientation(image: Image.Image) -> int:
     return said if isinstance(said, int) and said in _TURNS else 1
 
 
-def _cut(image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """[H, W, 4] part of an RGB picture, in the four bytes a pixel that Pillow keeps: the quickest way out of it."""
+def cut_box(image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Return [H, W, 4] part of an RGB image, in the four bytes a pixel that Pillow keeps: the quickest way out."""
     left, top, right, bottom = box
     pixels_HW4 = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(image.height, image.width, 4)
     return pixels_HW4[top:bottom, left:right].copy()  # torch wants to be able to write
 
 
-def _resized(picture_HWC: NDArray[np.uint8], geometry: "Geometry") -> NDArray[np.uint8]:
-    """[H, H, 3] as Pillow resizes, but for rounding: where a CPU has AVX2, torch takes a seventh of its time.
+def resize(picture_HWC: NDArray[np.uint8], geometry: "Geometry") -> NDArray[np.uint8]:
+    """Return [H, H, 3] as Pillow resizes, but for rounding: where a CPU has AVX2, torch takes a seventh of its time.
 
     Where it has not, the same bits take twice Pillow's.
     """
@@ -211,16 +236,16 @@ def _resized(picture_HWC: NDArray[np.uint8], geometry: "Geometry") -> NDArray[np
     return view_1CHH[0, :3].permute(1, 2, 0).numpy()
 
 
-def _resized_between_pixels(image: Image.Image, box: Sequence[float], geometry: "Geometry") -> NDArray[np.uint8]:
-    """A box whose edges lie between pixels, which only Pillow resizes."""
+def _resize_between_pixels(image: Image.Image, box: Sequence[float], geometry: "Geometry") -> NDArray[np.uint8]:
+    """Return [H, H, 3] a box whose edges lie between pixels, which only Pillow resizes."""
     resampling = Image.Resampling[geometry.interpolation.upper()]
     left, top, right, bottom = box
     size = (geometry.size, geometry.size)
     return np.asarray(image.resize(size, resampling, box=(left, top, right, bottom), reducing_gap=_GAP))
 
 
-def in_rgb(image: Image.Image) -> Image.Image:
-    """In RGB, what is transparent on white, of 16 bits the upper 8."""
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, what is transparent on white, of 16 bits the upper 8."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

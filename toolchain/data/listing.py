@@ -10,34 +10,34 @@ from pathlib import Path
 from typing import Protocol
 
 from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableError
+from toolchain.data.images import is_image_name
 from toolchain.errors import ClipkdError, UsageError
 
-_PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
 
 
 class Listing(Protocol):
-    """Pictures and their captions, by number."""
+    """Images and their captions, by number."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]: ...
 
     def __len__(self) -> int: ...
 
-    def picture(self, sample: int) -> Path:
-        """The file of a sample's picture."""
+    def image_path(self, sample: int) -> Path:
+        """Return the file of a sample's image."""
         ...
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        """All captions of a sample.
+        """Return all captions of a sample.
 
         Raises:
             UnusableError: it has none.
         """
         ...
 
-    def where(self, sample: int) -> str:
-        """A sample's place, for messages."""
+    def describe(self, sample: int) -> str:
+        """Return a sample's name for messages."""
         ...
 
 
@@ -60,19 +60,22 @@ def require_folder(name: str) -> Path:
     return Path(name)
 
 
-def image_files(root: Path) -> Iterator[Path]:
-    """The pictures below a folder by name, in an order that no file system changes; links to folders are left alone."""
+def list_images(root: Path) -> Iterator[Path]:
+    """Yield the images below a folder by name, in an order that no file system changes.
+
+    Links to folders are left alone.
+    """
     for folder, subfolders, names in os.walk(root):
         subfolders.sort(key=os.fsencode)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in sorted(names, key=os.fsencode):
             path = Path(folder, name)
-            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.exists():
+            if not name.startswith(".") and is_image_name(name) and path.exists():
                 yield path
 
 
-def content_of(path: Path) -> bytes:
-    """A picture's file.
+def read_image(path: Path) -> bytes:
+    """Return the content of an image's file.
 
     Raises:
         UnusableError: there is none, it is no file, or too large for one picture.

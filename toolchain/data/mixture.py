@@ -1,7 +1,4 @@
-"""Several sources together: an epoch shows all of them, mixed evenly, each in its own order.
-
-N samples of all, repeats counted   B batch   P parts, a source as often as it is repeated
-"""
+"""Several sources together: an epoch shows all of them, mixed evenly, each in its own order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.data.assemble import filled_batch, require_a_batch
-from toolchain.data.bad_samples import LeftOut, together
-from toolchain.data.batch import Batch, Geometry
-from toolchain.data.file_batches import FileBatches
+from toolchain.data.assemble import fill_batch, require_full_batch
+from toolchain.data.bad_samples import LeftOut, merge_left_out
+from toolchain.data.batch import Batch, Geometry, OrderedData
 from toolchain.data.random_numbers import uniforms
-from toolchain.data.webdataset_shards import ShardBatches
 
 _MIXED = 1  # column of `uniforms` by which parts are mixed; 0 orders samples within them
 
@@ -26,7 +21,7 @@ _MIXED = 1  # column of `uniforms` by which parts are mixed; 0 orders samples wi
 class _Part(NamedTuple):
     """A source, the how manieth showing of it in an epoch, of how many; and where its samples' numbers start."""
 
-    source: ShardBatches | FileBatches
+    source: OrderedData
     turn: int
     turns: int
     first: int
@@ -49,19 +44,19 @@ class MixtureBatches:
     num_views: int | None = None
 
     def __post_init__(self) -> None:
-        require_a_batch("data.sources", self.num_samples, self.batch_size, self.left_out)
+        require_full_batch("data.sources", self.num_samples, self.batch_size, self.left_out)
 
     @classmethod
-    def of(
+    def from_sources(
         cls,
-        sources: Sequence[ShardBatches | FileBatches],
+        sources: Sequence[OrderedData],
         repeat: Sequence[int] | None,
         *,
         seed: int,
         batch_size: int,
         num_views: int | None,
     ) -> "MixtureBatches":
-        """Opened sources, each as often an epoch as `repeat` says, once where it says nothing."""
+        """Mix opened sources, each as often an epoch as `repeat` says, once where it says nothing."""
         parts: list[_Part] = []
         first = 0
         for number, source in enumerate(sources):
@@ -83,11 +78,11 @@ class MixtureBatches:
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        return together(left for part in self.parts if part.turn == 0 for left in part.source.left_out)
+        return merge_left_out(left for part in self.parts if part.turn == 0 for left in part.source.left_out)
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """The samples at some places of an epoch's order."""
-        part_N, rank_N = _mixed(self.seed, tuple(part.source.num_samples for part in self.parts), epoch)
+        part_N, rank_N = _mix(self.seed, tuple(part.source.num_samples for part in self.parts), epoch)
         sample_B = np.empty(stop - start, np.int64)
         for p in np.unique(part_N[start:stop]).tolist():
             part, chosen_B = self.parts[p], part_N[start:stop] == p
@@ -103,7 +98,7 @@ class MixtureBatches:
         Raises:
             ClipkdError: a file of samples has changed or gone, or there is nothing sound to show.
         """
-        return filled_batch(self, step, rows, geometries)
+        return fill_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples, the damaged left out.
@@ -114,7 +109,7 @@ class MixtureBatches:
             ClipkdError: a file of samples has changed or gone.
         """
         made = []
-        for part, place_b in self._by_part(sample_B):
+        for part, place_b in self._split_by_part(sample_B):
             own = part.source.view_of(sample_B[place_b] - part.first, view * part.turns + part.turn, geometries)
             kept_b = place_b[np.isin(sample_B[place_b] - part.first, own.sample_B)]
             made.append((part, kept_b, own))
@@ -144,7 +139,7 @@ class MixtureBatches:
             ClipkdError: a file of samples has changed or gone.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
-        for part, place_b in self._by_part(sample_B):
+        for part, place_b in self._split_by_part(sample_B):
             own = part.source.captions_of(sample_B[place_b] - part.first)
             for b, captions in zip(place_b.tolist(), own, strict=True):
                 captions_B[b] = captions
@@ -159,11 +154,11 @@ class MixtureBatches:
         return torch.cat(
             [
                 part.source.undistorted(sample_B[place_b] - part.first, geometry)
-                for part, place_b in self._by_part(sample_B)
+                for part, place_b in self._split_by_part(sample_B)
             ]
         )
 
-    def _by_part(self, sample_B: NDArray[np.int64]) -> list[tuple[_Part, NDArray[np.int64]]]:
+    def _split_by_part(self, sample_B: NDArray[np.int64]) -> list[tuple[_Part, NDArray[np.int64]]]:
         first_P = np.array([part.first for part in self.parts])
         part_B = np.searchsorted(first_P, sample_B, side="right") - 1
         return [(self.parts[p], np.flatnonzero(part_B == p)) for p in np.unique(part_B).tolist()]
@@ -175,7 +170,7 @@ def source_seed(seed: int, number: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def _mixed(seed: int, counts: tuple[int, ...], epoch: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+def _mix(seed: int, counts: tuple[int, ...], epoch: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
     """[N] each: which part comes at each place of an epoch, and which of the part's own places that is."""
     owner_N = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
     part_N = owner_N[np.argsort(uniforms(seed, np.arange(len(owner_N)), epoch, _MIXED + 1)[:, _MIXED], kind="stable")]

@@ -12,11 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.data import glyphs
-from toolchain.data.bad_samples import sentences
-from toolchain.data.csv_listing import CsvRows
-from toolchain.data.folder_listing import ClassFolders, PlainPictures
-from toolchain.data.listing import Listing, image_files, read_file, require_file, require_folder
-from toolchain.data.stored_samples import PROGRESS_EVERY, Broken, Place, glyph_places, places_in_shard, read_listed
+from toolchain.data.bad_samples import describe_left_out
+from toolchain.data.csv_listing import CsvListing
+from toolchain.data.folder_listing import ClassFolders, UnlabelledImages
+from toolchain.data.listing import Listing, list_images, read_file, require_file, require_folder
+from toolchain.data.stored_samples import (
+    PROGRESS_EVERY,
+    CorruptSample,
+    ReadSample,
+    list_glyph_samples,
+    list_shard_samples,
+    read_listed_sample,
+)
 from toolchain.data.tar_files import expand
 from toolchain.data.tar_files import fingerprint as shards_fingerprint
 from toolchain.errors import ClipkdError, UsageError
@@ -34,9 +41,7 @@ from toolchain.recipe.data import (
 from toolchain.recipe.load import load_recipe, recipe_path, shipped_recipes
 
 if TYPE_CHECKING:
-    from toolchain.data.batch import TrainingData
-    from toolchain.data.file_batches import FileBatches
-    from toolchain.data.webdataset_shards import ShardBatches
+    from toolchain.data.batch import OrderedData, TrainingData
 
 
 def training_data(
@@ -47,7 +52,7 @@ def training_data(
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda _: None,
 ) -> "TrainingData":
-    """The data a recipe names.
+    """Open the data a recipe names.
 
     `progress` reports the listing of samples and the indexing of shards (slow the first time), `say` what was skipped.
 
@@ -64,32 +69,32 @@ def training_data(
             data = GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
         case MixtureSpec():
             sources = [
-                _source(source, seed=source_seed(seed, number), batch_size=1, progress=progress)
+                _open_source(source, seed=source_seed(seed, number), batch_size=1, progress=progress)
                 for number, source in enumerate(spec.sources)
             ]
-            data = MixtureBatches.of(sources, spec.repeat, seed=seed, batch_size=batch_size, num_views=spec.views)
+            data = MixtureBatches.from_sources(
+                sources, spec.repeat, seed=seed, batch_size=batch_size, num_views=spec.views
+            )
         case _:
-            data = _source(spec, seed=seed, batch_size=batch_size, progress=progress)
-    for sentence in sentences(data.left_out):
+            data = _open_source(spec, seed=seed, batch_size=batch_size, progress=progress)
+    for sentence in describe_left_out(data.left_out):
         say(sentence)
     return data
 
 
-def _source(
-    spec: WebdatasetSpec | FileSpec, *, seed: int, batch_size: int, progress: Progress
-) -> "ShardBatches | FileBatches":
-    """Data of one source: webdataset shards, or files on a disk."""
+def _open_source(spec: WebdatasetSpec | FileSpec, *, seed: int, batch_size: int, progress: Progress) -> "OrderedData":
+    """Open the data of one source: webdataset shards, or files on a disk."""
     from toolchain.data.file_batches import FileBatches
     from toolchain.data.webdataset_shards import ShardBatches
 
     if isinstance(spec, WebdatasetSpec):
         return ShardBatches.open(spec, seed=seed, batch_size=batch_size, progress=progress)
     progress("listing samples", 0, 1)
-    return FileBatches(listing(spec), seed, batch_size, spec.crop_scale, spec.views)
+    return FileBatches(open_listing(spec), seed, batch_size, spec.crop_scale, spec.views)
 
 
-def listing(spec: FileSpec) -> Listing:
-    """The samples of a recipe's files.
+def open_listing(spec: FileSpec) -> Listing:
+    """List the samples of a recipe's files.
 
     Raises:
         UsageError: a file, a folder or a column is not there.
@@ -98,20 +103,20 @@ def listing(spec: FileSpec) -> Listing:
     try:
         match spec:
             case CsvSpec():
-                return CsvRows(spec)
+                return CsvListing(spec)
             case ImageFolderSpec():
-                return ClassFolders.of(spec)
+                return ClassFolders.open(spec)
             case ImagesSpec():
-                return PlainPictures.of(spec)
+                return UnlabelledImages.open(spec)
     except OSError as error:
         raise ClipkdError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def fingerprint(spec: DataSpec) -> str:
-    """What the samples and their numbering depend on, pictures by their names and sizes alone.
+    """Return a hash of what the samples and their numbering depend on, pictures by their names and sizes alone.
 
     Raises:
-        UsageError, ClipkdError: as `listing`, or shards are missing.
+        UsageError, ClipkdError: as `open_listing`, or shards are missing.
     """
     digest = hashlib.sha256()
     match spec:
@@ -127,7 +132,7 @@ def fingerprint(spec: DataSpec) -> str:
                 digest.update(hashlib.sha256(read_file(require_file(path))).digest())
         case ImageFolderSpec() | ImagesSpec():
             root = require_folder(spec.path)
-            for image in image_files(root):
+            for image in list_images(root):
                 named = f"{image.relative_to(root)}\0{image.stat().st_size}\0"
                 digest.update(named.encode("utf-8", "surrogateescape"))
             names = spec.names if isinstance(spec, ImageFolderSpec) else spec.classes
@@ -135,8 +140,8 @@ def fingerprint(spec: DataSpec) -> str:
     return digest.hexdigest()
 
 
-def places(spec: DataSpec) -> Iterator[Place]:
-    """Every sample of a source in order; listing them reads no picture.
+def list_stored_samples(spec: DataSpec) -> Iterator[ReadSample]:
+    """Yield every sample of a source in order; listing them reads no image.
 
     Of a folder of classes the order is by chance, the same each time: one class after another is no order to train in.
     Sources that are mixed follow each other, each once.
@@ -147,45 +152,45 @@ def places(spec: DataSpec) -> Iterator[Place]:
     """
     match spec:
         case GlyphsSpec():
-            yield from glyph_places()
+            yield from list_glyph_samples()
         case MixtureSpec():
             for source in spec.sources:
-                yield from places(source)
+                yield from list_stored_samples(source)
         case WebdatasetSpec():
             for path in expand(spec.shards):
-                yield from places_in_shard(path)
+                yield from list_shard_samples(path)
         case _:
-            yield from _listed_places(spec)
+            yield from _list_file_samples(spec)
 
 
-def num_places(spec: DataSpec, progress: Progress) -> int:
-    """How many samples a source has, the broken ones among them.
+def count_stored_samples(spec: DataSpec, progress: Progress) -> int:
+    """Return how many samples a source has, the corrupt ones among them.
 
     Raises:
-        UsageError, ClipkdError: as `places`.
+        UsageError, ClipkdError: as `list_stored_samples`.
     """
     total = 0
-    for _ in places(spec):
+    for _ in list_stored_samples(spec):
         total += 1
         if total % PROGRESS_EVERY == 0:
             progress("listing samples", total, total)
     return total
 
 
-def _listed_places(spec: FileSpec) -> Iterator[Place]:
-    listed = listing(spec)
+def _list_file_samples(spec: FileSpec) -> Iterator[ReadSample]:
+    listed = open_listing(spec)
     order = list(range(len(listed)))
     if isinstance(spec, ImageFolderSpec):
         random.Random(0).shuffle(order)
     for number in order:
-        yield partial(read_listed, listed, number, has_captions=not isinstance(spec, ImagesSpec))
+        yield partial(read_listed_sample, listed, number, has_captions=spec.captionless_kind is None)
     for left in listed.left_out:
         for number in range(left.number):
-            yield partial(Broken, left.examples[number] if number < len(left.examples) else "", left.reason)
+            yield partial(CorruptSample, left.examples[number] if number < len(left.examples) else "", left.reason)
 
 
 def source_spec(source: str, kind: str | None) -> DataSpec:
-    """The training data of a recipe; or, with a kind, what a path or pattern of that kind names.
+    """Return the training data of a recipe; or, with a kind, what a path or pattern of that kind names.
 
     Raises:
         UsageError: there is no such recipe, it has no data, or nothing of this kind is named by a path alone.

@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from toolchain.data.open import fingerprint, num_places, places
-from toolchain.data.stored_samples import Broken, Place, Sample, examined
+from toolchain.data.images import SUFFIXES_OF_FORMAT
+from toolchain.data.open import count_stored_samples, fingerprint, list_stored_samples
+from toolchain.data.stored_samples import CorruptSample, ReadSample, Sample, read_and_decode
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import held, write_json
 from toolchain.progress import Progress, no_progress
-from toolchain.recipe.data import DataSpec, GlyphsSpec, lacks_captions
+from toolchain.recipe.data import DataSpec
 
 INDEX = "index.json"
 _PROGRESS, _LOCK, _SHARD_PARTIAL = ".pack.json", ".lock", ".shard.partial"
 _FORMAT = 1
 _EXAMPLES = 5
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 Document = dict[str, Any]
 
@@ -44,25 +44,26 @@ def pack(
     a .json.  The bytes written are a function of the source alone.
 
     Raises:
-        UsageError: the source has no stored pictures, or as `toolchain.data.stored_samples.places`.
+        UsageError: the source has no stored pictures, or as `toolchain.data.open.list_stored_samples`.
         ArtifactError: `out` holds something else, or another process is packing into it.
-        ClipkdError: as `toolchain.data.stored_samples.places`.
+        ClipkdError: as `toolchain.data.open.list_stored_samples`.
     """
-    if isinstance(spec, GlyphsSpec):
+    if not spec.is_stored:
         raise UsageError(
-            "data.kind glyphs: its pictures are drawn while training and stored nowhere; there is nothing to pack. "
-            "Name a source of files"
+            f"data.kind {spec.kind}: its pictures are drawn while training and stored nowhere; there is nothing to "
+            "pack. Name a source of files"
         )
-    if lacks_captions(spec):
+    if spec.captionless_kind:
         raise UsageError(
-            "data.kind images: its pictures have no captions, and shards hold a picture's own. Train from the folder"
+            f"data.kind {spec.captionless_kind}: its pictures have no captions, and shards hold a picture's own. "
+            "Train from the folder"
         )
     asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
     _make_folder(out)
     with held(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
         index = _read(out / INDEX)
         if index is None:
-            index = _packed(spec, out, asked, progress)
+            index = _pack_shards(spec, out, asked, progress)
             write_json(out / INDEX, index)
         _refuse_others(out, asked, index)
         for name in (_PROGRESS, _SHARD_PARTIAL):
@@ -70,13 +71,13 @@ def pack(
         return index
 
 
-def _packed(spec: DataSpec, out: Path, asked: Document, progress: Progress) -> Document:
+def _pack_shards(spec: DataSpec, out: Path, asked: Document, progress: Progress) -> Document:
     """The index of all shards, once they are there."""
     state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
     _refuse_others(out, asked, state)
     write_json(out / _PROGRESS, state)
-    total = num_places(spec, progress)
-    rest = itertools.islice(places(spec), state["passed"], None)
+    total = count_stored_samples(spec, progress)
+    rest = itertools.islice(list_stored_samples(spec), state["passed"], None)
     while state["passed"] < total:
         _add_shard(out, state, rest, lambda passed: progress("packing samples", passed, total))
         write_json(out / _PROGRESS, state)
@@ -84,22 +85,22 @@ def _packed(spec: DataSpec, out: Path, asked: Document, progress: Progress) -> D
     return {**asked, **sums, "left_out": state["left_out"], "shards": state["shards"]}
 
 
-def _add_shard(out: Path, state: Document, rest: Iterator[Place], passed: Callable[[int], None]) -> None:
+def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: Callable[[int], None]) -> None:
     """Write the next shard, and into the state what it holds, what was left out and how far the source is read."""
     number, row, captions = len(state["shards"]), 0, 0
     digits = max(4, len(str(state["samples_per_shard"] - 1)))  # as img2dataset's keys, for its 10,000
     partial = out / _SHARD_PARTIAL
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for place in rest:
+            for read_sample in rest:
                 state["passed"] += 1
                 passed(state["passed"])
-                found = examined(place)
-                if isinstance(found, Broken):
+                found = read_and_decode(read_sample)
+                if isinstance(found, CorruptSample):
                     _note(state["left_out"], found)
                     continue
-                sample, looked = found
-                for suffix, content in _files(sample, _SUFFIXES[looked.format]):
+                sample, image = found
+                for suffix, content in _files(sample, SUFFIXES_OF_FORMAT[image.format][0]):
                     info = tarfile.TarInfo(f"{number:05d}{row:0{digits}d}.{suffix}")  # with no time and no owner
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
@@ -123,16 +124,16 @@ def _add_shard(out: Path, state: Document, rest: Iterator[Place], passed: Callab
 
 def _files(sample: Sample, suffix: str) -> list[tuple[str, bytes]]:
     """A sample's files by their suffixes."""
-    picture = [(suffix, sample.picture)]
+    image = [(suffix, sample.image)]
     if not sample.captions:
-        return picture
+        return image
     # A mark of byte order that begins a text would be taken for the file's and dropped.
     if len(sample.captions) == 1 and not sample.captions[0].startswith("\ufeff"):
-        return [*picture, ("txt", sample.captions[0].encode())]
-    return [*picture, ("json", json.dumps({"caption": list(sample.captions)}, ensure_ascii=False).encode())]
+        return [*image, ("txt", sample.captions[0].encode())]
+    return [*image, ("json", json.dumps({"caption": list(sample.captions)}, ensure_ascii=False).encode())]
 
 
-def _note(left_out: Document, damage: Broken) -> None:
+def _note(left_out: Document, damage: CorruptSample) -> None:
     found = left_out.setdefault(damage.reason, {"count": 0, "examples": []})
     found["count"] += 1
     if len(found["examples"]) < _EXAMPLES:

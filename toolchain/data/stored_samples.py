@@ -1,4 +1,4 @@
-"""The samples of a source as they are stored, one by one: for looking at them and packing them, not for training.
+"""Read the samples of a source as they are stored, one by one: to inspect and to pack them, not to train on them.
 
 Importing this needs no torch.
 """
@@ -7,29 +7,30 @@ import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from toolchain.data.bad_samples import BROKEN_TAR, NO_CAPTION, NO_IMAGE, ZERO_BYTES, UnusableError, readable
-from toolchain.data.images import in_rgb, opened, readable_picture
-from toolchain.data.listing import Listing, content_of
-from toolchain.data.tar_files import Member, captions_in, read_members
+from toolchain.data import glyphs
+from toolchain.data.bad_samples import BROKEN_TAR, ZERO_BYTES, UnusableError, to_utf8
+from toolchain.data.images import convert_to_rgb, decoding_image, open_image
+from toolchain.data.listing import Listing, read_image
+from toolchain.data.pairing import group_files, pair_files
+from toolchain.data.tar_files import Member, parse_captions, read_members
 from toolchain.errors import ClipkdError
 
 PROGRESS_EVERY = 1000
-_PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 class Sample(NamedTuple):
-    """A picture and what is said of it."""
+    """An image and its captions."""
 
     where: str
-    picture: bytes
+    image: bytes
     captions: tuple[str, ...]
 
 
-class Broken(NamedTuple):
+class CorruptSample(NamedTuple):
     """A sample that cannot be shown."""
 
     where: str
@@ -39,83 +40,65 @@ class Broken(NamedTuple):
     detail: str = ""
 
 
-Place = Callable[[], Sample | Broken]
-"""A sample that has not been read yet; whoever calls it reads it."""
+ReadSample = Callable[[], Sample | CorruptSample]
+"""A sample that has not been read yet: calling it reads it."""
 
 
 # Webdataset shards
 
 
-def places_in_shard(path: Path) -> Iterator[Place]:
-    """A shard's samples in the order of their first files; then, if it is damaged, what ended it."""
+def list_shard_samples(path: Path) -> Iterator[ReadSample]:
+    """Yield a shard's samples in the order of their first files; then, if it is damaged, what ended it."""
     try:
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    files_of: dict[str, dict[str, Member]] = {}
-    for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, kind = base.partition(".")
-        if stem and kind:
-            files_of.setdefault(folder + slash + stem, {}).setdefault(kind.lower(), member)
+    files_of = group_files(members)
     for key, files in files_of.items():
-        yield partial(_read_from_shard, path, key, files)
+        yield partial(_read_shard_sample, path, key, files)
     if damage:
-        yield partial(Broken, str(path), BROKEN_TAR, f"{damage}; samples before that: {len(files_of):,}")
+        yield partial(CorruptSample, str(path), BROKEN_TAR, f"{damage}; samples before that: {len(files_of):,}")
 
 
-def _read_from_shard(path: Path, key: str, files: dict[str, Member]) -> Sample | Broken:
-    where = readable(f"{path}: {key}")
-    picture = next((files[kind] for kind in _PICTURES if kind in files), None)
-    caption = files.get("txt") or files.get("json")
-    if picture is None:
-        return Broken(where, NO_IMAGE, f"only {', '.join(sorted(files))}")
-    if caption is None:
-        return Broken(where, NO_CAPTION, f"only {', '.join(sorted(files))}")
+def _read_shard_sample(path: Path, key: str, files: dict[str, Member]) -> Sample | CorruptSample:
+    where = to_utf8(f"{path}: {key}")
     try:
+        pair = pair_files(files)
         with path.open("rb") as file:
-            contents = [_read(file, member) for member in (picture, caption)]
+            image, caption = _read_member(file, pair.image), _read_member(file, pair.caption)
+        return Sample(where, image, parse_captions(caption, is_json=pair.is_json))
+    except UnusableError as error:
+        return CorruptSample(where, error.reason, error.detail)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    if not contents[0]:
-        return Broken(where, ZERO_BYTES)
-    try:
-        return Sample(where, contents[0], captions_in(contents[1], is_json="txt" not in files))
-    except UnusableError as error:
-        return Broken(where, error.reason, error.detail)
 
 
-def _read(file: Any, member: Member) -> bytes:
+def _read_member(file: BinaryIO, member: Member) -> bytes:
     file.seek(member.offset)
-    content: bytes = file.read(member.size_bytes)
-    return content
+    return file.read(member.size_bytes)
 
 
-def read_listed(listed: Listing, number: int, *, has_captions: bool) -> Sample | Broken:
-    where = listed.where(number)
+def read_listed_sample(listed: Listing, number: int, *, has_captions: bool) -> Sample | CorruptSample:
+    where = listed.describe(number)
     try:
-        content = content_of(listed.picture(number))
+        content = read_image(listed.image_path(number))
         if not content:
             raise UnusableError(ZERO_BYTES)
         return Sample(where, content, listed.captions(number) if has_captions else ())
     except UnusableError as error:
-        return Broken(where, error.reason, readable(error.detail))
+        return CorruptSample(where, error.reason, to_utf8(error.detail))
 
 
 # Glyphs
 
 
-def glyph_places() -> Iterator[Place]:
-    from toolchain.data import glyphs
-
+def list_glyph_samples() -> Iterator[ReadSample]:
     drawn = glyphs.training_set()
     for number in range(len(drawn.character_N)):
-        yield partial(_draw, number)
+        yield partial(_draw_glyph, number)
 
 
-def _draw(number: int) -> Sample:
-    from toolchain.data import glyphs
-
+def _draw_glyph(number: int) -> Sample:
     drawn = glyphs.training_set()
     (image_HH3,) = glyphs.clean_images(drawn.masks_NSS[number : number + 1])
     encoded = io.BytesIO()
@@ -125,11 +108,11 @@ def _draw(number: int) -> Sample:
     return Sample(f"glyph {number}", encoded.getvalue(), captions)
 
 
-# Pictures
+# Images
 
 
-class Looked(NamedTuple):
-    """What a picture is, once decoded."""
+class DecodedImage(NamedTuple):
+    """An image and what its header says."""
 
     format: str
     width: int
@@ -138,25 +121,25 @@ class Looked(NamedTuple):
     """RGB, perhaps at reduced scale."""
 
 
-def look(sample: Sample, small_px: int) -> Looked | Broken:
-    """Decode a picture to its end, as cheaply as its format allows; `small` has at least `small_px` where it can.
+def decode_image(sample: Sample, small_px: int) -> DecodedImage | CorruptSample:
+    """Decode an image to its end, as cheaply as its format allows; `small` has at least `small_px` where it can.
 
     A JPEG is decoded at reduced scale, which still reads all of its data.
     """
     try:
-        with readable_picture(sample.picture), opened(sample.picture)[0] as image:
+        with decoding_image(sample.image), open_image(sample.image)[0] as image:
             size, kind = image.size, str(image.format)
             image.draft("RGB", (min(size[0], small_px), min(size[1], small_px)))
             image.load()
-            return Looked(kind, *size, in_rgb(image))
+            return DecodedImage(kind, *size, convert_to_rgb(image))
     except UnusableError as error:
-        return Broken(sample.where, error.reason, error.detail)
+        return CorruptSample(sample.where, error.reason, error.detail)
 
 
-def examined(place: Place, small_px: int = 1) -> tuple[Sample, Looked] | Broken:
-    """A sample read, and its picture decoded as `look` does; or what is wrong with either."""
-    sample = place()
-    if isinstance(sample, Broken):
+def read_and_decode(read_sample: ReadSample, small_px: int = 1) -> tuple[Sample, DecodedImage] | CorruptSample:
+    """Read a sample and decode its image as `decode_image` does; return both, or what is wrong with either."""
+    sample = read_sample()
+    if isinstance(sample, CorruptSample):
         return sample
-    looked = look(sample, small_px)
-    return looked if isinstance(looked, Broken) else (sample, looked)
+    image = decode_image(sample, small_px)
+    return image if isinstance(image, CorruptSample) else (sample, image)

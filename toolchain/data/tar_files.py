@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, stripped
+from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, strip_captions
 from toolchain.errors import UsageError
 
 _NAMED_MISSING = 5
@@ -33,7 +33,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     Raises:
         UsageError: braces or wildcards that mean nothing here, a shard named twice, or shards that do not exist.
     """
-    paths = [Path(name) for pattern in patterns for name in _expanded(pattern)]
+    paths = [Path(name) for pattern in patterns for name in _expand_pattern(pattern)]
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:
         raise UsageError(f"data.shards: {path} is named {times} times; a sample is shown once an epoch. Name it once")
@@ -47,7 +47,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _expanded(pattern: str) -> Iterator[str]:
+def _expand_pattern(pattern: str) -> Iterator[str]:
     literals_and_braces = re.split(r"\{([^{}]*)\}", pattern)
     if any(mark in literal for literal in literals_and_braces[::2] for mark in "{}"):
         raise UsageError(f"data.shards: {pattern}: braces must be closed, and not within one another")
@@ -56,11 +56,13 @@ def _expanded(pattern: str) -> Iterator[str]:
             f"data.shards: {pattern}: wildcards are not expanded; a shard that is missing would go unnoticed. "
             "Name the shards, as in data/cc3m/{00000..00331}.tar"
         )
-    choices = [_values(part, pattern) if position % 2 else [part] for position, part in enumerate(literals_and_braces)]
+    choices = [
+        _expand_braces(part, pattern) if position % 2 else [part] for position, part in enumerate(literals_and_braces)
+    ]
     return map("".join, itertools.product(*choices))
 
 
-def _values(braces: str, pattern: str) -> list[str]:
+def _expand_braces(braces: str, pattern: str) -> list[str]:
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces)
     if ends and int(ends[1]) <= int(ends[2]):
         width = max(map(len, ends.groups())) if any(re.match(r"0\d", end) for end in ends.groups()) else 0
@@ -108,7 +110,7 @@ def read_members(path: Path) -> tuple[list[Member], str]:
             if len(header) < _BLOCK:
                 return members, first_damage or f"ends at byte {size_bytes:,} without tar's end mark"
             try:
-                name, content_bytes, kind = _parsed(header)
+                name, content_bytes, kind = _parse_header(header)
                 if kind not in _EXTENSIONS:
                     name = extended.name or name
                     content_bytes = content_bytes if extended.size_bytes is None else extended.size_bytes
@@ -119,11 +121,11 @@ def read_members(path: Path) -> tuple[list[Member], str]:
                 if offset + content_bytes > size_bytes:
                     return members, first_damage or f"ends at byte {size_bytes:,}, within {name}"
                 if kind in (b"L", b"x"):
-                    extended = _extended(kind, file.read(min(content_bytes, _LONGEST_EXTENSION)), extended)
+                    extended = _parse_extension(kind, file.read(min(content_bytes, _LONGEST_EXTENSION)), extended)
             except ValueError:
                 first_damage = first_damage or f"the header at byte {position:,} is damaged"
                 extended = _Extended()
-                sound = _next_header(file, position + _BLOCK)
+                sound = _find_header(file, position + _BLOCK)
                 if sound is None:
                     return members, first_damage
                 position = sound
@@ -133,13 +135,13 @@ def read_members(path: Path) -> tuple[list[Member], str]:
             position = offset + -(-content_bytes // _BLOCK) * _BLOCK
 
 
-def _next_header(file: BinaryIO, position: int) -> int | None:
+def _find_header(file: BinaryIO, position: int) -> int | None:
     """Where the next sound header lies; None if there is none."""
     file.seek(position)
     while block := file.read(_BLOCK):
         if block[257:262] == b"ustar":
             with contextlib.suppress(ValueError):
-                _parsed(block)
+                _parse_header(block)
                 return position
         position += _BLOCK
     return None
@@ -152,16 +154,16 @@ class _Extended(NamedTuple):
     size_bytes: int | None = None
 
 
-def _parsed(header: bytes) -> tuple[str, int, bytes]:
+def _parse_header(header: bytes) -> tuple[str, int, bytes]:
     """Name, size and type of a header; ValueError if it is damaged."""
-    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    if _parse_number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         raise ValueError
     name = header[:100].partition(b"\0")[0]
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""  # GNU keeps times there
-    return _text(prefix + b"/" + name if prefix else name), _number(header[124:136]), header[156:157]
+    return _decode_name(prefix + b"/" + name if prefix else name), _parse_number(header[124:136]), header[156:157]
 
 
-def _number(field: bytes, base: int = 8) -> int:
+def _parse_number(field: bytes, base: int = 8) -> int:
     """Digits; or, where those are too few, a binary number behind a byte of 0x80."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
@@ -171,14 +173,14 @@ def _number(field: bytes, base: int = 8) -> int:
     return int(digits, base)
 
 
-def _extended(kind: bytes, content: bytes, before: _Extended) -> _Extended:
+def _parse_extension(kind: bytes, content: bytes, before: _Extended) -> _Extended:
     """An extension's content: a long name, or pax's records "LENGTH KEY=VALUE\\n", each LENGTH that of its record."""
     if kind == b"L":
-        return before._replace(name=_text(content.partition(b"\0")[0]))
+        return before._replace(name=_decode_name(content.partition(b"\0")[0]))
     found: dict[bytes, bytes] = {}
     while content:
         digits = content.partition(b" ")[0]
-        length = _number(digits, 10)
+        length = _parse_number(digits, 10)
         key, equals, value = content[len(digits) + 1 : length - 1].partition(b"=")
         if not equals or content[length - 1 : length] != b"\n":
             raise ValueError
@@ -186,16 +188,17 @@ def _extended(kind: bytes, content: bytes, before: _Extended) -> _Extended:
         content = content[length:]
     name, size = found.get(b"path"), found.get(b"size")
     return _Extended(
-        before.name if name is None else _text(name), before.size_bytes if size is None else _number(size, 10)
+        before.name if name is None else _decode_name(name),
+        before.size_bytes if size is None else _parse_number(size, 10),
     )
 
 
-def _text(name: bytes) -> str:
+def _decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def captions_in(content: bytes, *, is_json: bool) -> tuple[str, ...]:
-    """A caption file's captions, stripped, without blank ones.
+def parse_captions(content: bytes, *, is_json: bool) -> tuple[str, ...]:
+    """Return a caption file's captions, stripped, without blank ones.
 
     Raises:
         UnusableError: it is not UTF-8, not JSON, or says nothing.
@@ -213,4 +216,4 @@ def captions_in(content: bytes, *, is_json: bool) -> tuple[str, ...]:
     texts = [said] if isinstance(said, str) else said
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
-    return stripped(texts)
+    return strip_captions(texts)

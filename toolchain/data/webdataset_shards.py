@@ -1,15 +1,14 @@
 """Image-text pairs from webdataset shards on local disks, every batch a pure function of (seed, step).
 
-A shard is a tar archive as img2dataset writes it: KEY.jpg (jpeg, png, webp) beside KEY.txt, or KEY.json with a
-"caption".  An index of each, made once from the tar headers and kept in the user's cache folder, says where its pairs
-lie; batches then read only what they show.  Nothing remembers a position, neither a generator nor an open file, so any
-process makes any batch: a resumed run continues exactly, and the number of workers and processes changes no pixel.
+A shard is a tar archive as img2dataset writes it: KEY.jpg (or another of `images.IMAGE_SUFFIXES`) beside KEY.txt, or
+KEY.json with a "caption".  An index of each, made once from the tar headers and kept in the user's cache folder, says
+where its pairs lie; batches then read only what they show.  Nothing remembers a position, neither a generator nor an
+open file, so any process makes any batch: a resumed run continues exactly, and the number of workers and processes
+changes no pixel.
 
 The order of an epoch is random at the scale a disk likes: the shards are shuffled, then cut into windows of `WINDOW`
 shards, and the samples are shuffled within each window.  At img2dataset's 10,000 samples a shard that is a pool of
 80,000, some 2 to 4 GB, which the page cache of a training machine holds: each file is read from the disk once an epoch.
-
-    N samples   B batch   S shards   W windows
 """
 
 import contextlib
@@ -27,21 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from toolchain.data.assemble import Readable, cropped_view, filled_batch, require_a_batch
-from toolchain.data.bad_samples import (
-    BROKEN_TAR,
-    NO_CAPTION,
-    NO_IMAGE,
-    TOO_LARGE,
-    ZERO_BYTES,
-    LeftOut,
-    UnusableError,
-    readable,
-    together,
-)
+from toolchain.data.assemble import UnreadSample, assemble_view, fill_batch, require_full_batch
+from toolchain.data.bad_samples import BROKEN_TAR, LeftOut, UnusableError, merge_left_out, to_utf8
 from toolchain.data.batch import Batch, Geometry
+from toolchain.data.pairing import group_files, pair_files, split_name
 from toolchain.data.random_numbers import uniforms
-from toolchain.data.tar_files import Member, captions_in, expand, read_members
+from toolchain.data.tar_files import Member, expand, parse_captions, read_members
 from toolchain.errors import ClipkdError
 from toolchain.filesystem import replacing, user_cache_folder
 from toolchain.progress import Progress, no_progress
@@ -50,11 +40,10 @@ from toolchain.recipe.data import WebdatasetSpec
 WINDOW = 8
 """Shards among which samples are shuffled; a batch reads from few more than these."""
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 # Column of `uniforms`: orders samples within an epoch; the others are data.py's.
 _ORDER = 0
 
-_INDEX_FORMAT = 3
+_INDEX_FORMAT = 4
 _INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
 _PAIR = np.dtype(
     [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
@@ -91,11 +80,11 @@ class ShardBatches:
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """What the shards hold that is no pair, by reason."""
-        return together(left for shard in self.shards for left in shard.left_out)
+        return merge_left_out(left for shard in self.shards for left in shard.left_out)
 
     def __post_init__(self) -> None:
         held = f" in {len(self.shards)} shard(s)"
-        require_a_batch("data.shards", self.num_samples, self.batch_size, self.left_out, held=held, more="shards")
+        require_full_batch("data.shards", self.num_samples, self.batch_size, self.left_out, held=held, more="shards")
 
     @classmethod
     def open(
@@ -116,7 +105,7 @@ class ShardBatches:
         shards: list[Shard] = []
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             try:
-                for shard, _ in pool.map(_index, paths):
+                for shard, _ in pool.map(_load_index, paths):
                     shards.append(shard)
                     progress("indexing shards", len(shards), len(paths))
             finally:
@@ -139,7 +128,7 @@ class ShardBatches:
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """The samples at some places of an epoch's order."""
-        return _in_order(self, epoch, start, stop)
+        return _slice_order(self, epoch, start, stop)
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
         """The rows of the batch of an optimizer step, and what stands in for damaged ones; nothing else is read.
@@ -147,7 +136,7 @@ class ShardBatches:
         Raises:
             ClipkdError: a shard has changed or gone, or there is nothing sound to show.
         """
-        return filled_batch(self, step, rows, geometries)
+        return fill_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """One view of chosen samples, the damaged left out; every geometry shows the same crop.
@@ -155,13 +144,16 @@ class ShardBatches:
         Raises:
             ClipkdError: a shard has changed or gone.
         """
-        readable = (
-            Readable(
-                b, partial(_captions, file, pair), partial(_read, file, pair, "image"), partial(_named, shard, pair)
+        samples = (
+            UnreadSample(
+                b,
+                partial(_read_captions, file, pair),
+                partial(_read_part, file, pair, "image"),
+                partial(_describe, shard, pair),
             )
-            for b, shard, file, pair in _as_they_lie(self.shards, sample_B)
+            for b, shard, file, pair in _walk_in_disk_order(self.shards, sample_B)
         )
-        return cropped_view(readable, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
+        return assemble_view(samples, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """[B] the captions of chosen samples, none for those whose caption is damaged; their pictures are not read.
@@ -170,9 +162,9 @@ class ShardBatches:
             ClipkdError: a shard has changed or gone.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
-        for b, _, file, pair in _as_they_lie(self.shards, sample_B):
+        for b, _, file, pair in _walk_in_disk_order(self.shards, sample_B):
             with contextlib.suppress(UnusableError):
-                captions_B[b] = _captions(file, pair)
+                captions_B[b] = _read_captions(file, pair)
         return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
@@ -187,35 +179,35 @@ class ShardBatches:
 # The order
 
 
-def _in_order(data: ShardBatches, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+def _slice_order(data: ShardBatches, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
     """The samples at some places of an epoch's order."""
-    first_W = _first_of_windows(data, epoch)
+    first_W = _window_starts(data, epoch)
     window = int(np.searchsorted(first_W, start, side="right")) - 1
     pieces = []
     while start < stop:
-        pieces.append(_window(data, epoch, window)[start - first_W[window] : stop - first_W[window]])
+        pieces.append(_shuffle_window(data, epoch, window)[start - first_W[window] : stop - first_W[window]])
         start += len(pieces[-1])
         window += 1
     return np.concatenate(pieces)
 
 
-def _shard_order(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
+def _shuffle_shards(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
     shard_S = -1 - np.arange(len(data.shards))  # shards hash as no sample does
     return np.argsort(uniforms(data.seed, shard_S, epoch, 1)[:, _ORDER], kind="stable")
 
 
 @lru_cache(maxsize=4)
-def _first_of_windows(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
+def _window_starts(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
     """[W] places in an epoch's order at which its windows start."""
-    counts_S = np.array([data.shards[s].num_samples for s in _shard_order(data, epoch)])
+    counts_S = np.array([data.shards[s].num_samples for s in _shuffle_shards(data, epoch)])
     return np.cumsum(np.concatenate([[0], counts_S]))[:-1:WINDOW]
 
 
 @lru_cache(maxsize=4)
-def _window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
+def _shuffle_window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
     """The samples of one window of an epoch, shuffled."""
     end_S = np.cumsum([shard.num_samples for shard in data.shards])
-    chosen = _shard_order(data, epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
+    chosen = _shuffle_shards(data, epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
     sample_N = np.concatenate([np.arange(end_S[s] - data.shards[s].num_samples, end_S[s]) for s in chosen])
     return sample_N[np.argsort(uniforms(data.seed, sample_N, epoch, 1)[:, _ORDER], kind="stable")]
 
@@ -224,19 +216,19 @@ def _window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=4 * WINDOW)
-def _pairs(shard: Shard) -> NDArray[np.void]:
+def _load_pairs(shard: Shard) -> NDArray[np.void]:
     """Where the pairs of a shard lie."""
-    now, pair_N = _index(shard.path)
+    now, pair_N = _load_index(shard.path)
     if now != shard:
-        raise _changed(shard)
+        raise _changed_error(shard)
     return pair_N
 
 
-def _changed(shard: Shard) -> ClipkdError:
+def _changed_error(shard: Shard) -> ClipkdError:
     return ClipkdError(f"{shard.path}: has changed since training began; samples are numbered anew. Start again")
 
 
-def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
+def _load_index(path: Path) -> tuple[Shard, NDArray[np.void]]:
     """A shard and its pairs, from the user's cache folder, where they are put if they are not there."""
     try:
         stat = path.stat()
@@ -254,15 +246,15 @@ def _index(path: Path) -> tuple[Shard, NDArray[np.void]]:
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    pair_N, left_out = _paired(path, members)
+    pair_N, left_out = _pair_members(path, members)
     if damage:
         said = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
-        left_out += (LeftOut(BROKEN_TAR, 1, (readable(said),)),)
-    _keep(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
+        left_out += (LeftOut(BROKEN_TAR, 1, (to_utf8(said),)),)
+    _save_index(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
     return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
 
 
-def _keep(path: Path, **arrays: Any) -> None:
+def _save_index(path: Path, **arrays: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, partial.open("wb") as file:
@@ -274,50 +266,24 @@ def _keep(path: Path, **arrays: Any) -> None:
         ) from None
 
 
-def _paired(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
-    """Pairs in the order of their first members, and what lacks an image or a caption.
-
-    Of files of the same name the first counts, of a .txt and a .json the .txt.
-    """
-    samples: dict[str, dict[str, Member]] = {}
-    for member in members:
-        key, kind = _key_and_kind(member.name)
-        if kind:
-            samples.setdefault(key, {}).setdefault(kind.lower(), member)
+def _pair_members(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
+    """Return the pairs of a shard in the order of their first files, and the samples that have none."""
     rows, left_out = [], []
-    for key, kinds in samples.items():
-        image = next((kinds[kind] for kind in _IMAGES if kind in kinds), None)
-        caption = kinds.get("txt") or kinds.get("json")
-        reason = ""
-        if image is None:
-            reason = NO_IMAGE
-        elif image.size_bytes == 0:
-            reason = ZERO_BYTES
-        elif image.size_bytes >= 1 << 32:
-            reason = TOO_LARGE
-        elif caption is None or not 0 < caption.size_bytes < 1 << 32:
-            reason = NO_CAPTION
-        if reason:
-            left_out.append(LeftOut(reason, 1, (readable(f"{path}: {key}"),)))
+    for key, files in group_files(members).items():
+        try:
+            image, caption, is_json = pair_files(files)
+        except UnusableError as error:
+            left_out.append(LeftOut(error.reason, 1, (to_utf8(f"{path}: {key}"),)))
             continue
-        assert image is not None
-        assert caption is not None
-        rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, "txt" not in kinds))
-    return np.array(rows, _PAIR), together(left_out)
-
-
-def _key_and_kind(name: str) -> tuple[str, str]:
-    """A name up to the first dot of its last part, and the rest: webdataset's convention."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    return folder + slash + stem, kind if stem else ""
+        rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, is_json))
+    return np.array(rows, _PAIR), merge_left_out(left_out)
 
 
 # Reading
 
 
 @contextlib.contextmanager
-def _opened(shard: Shard) -> Iterator[BinaryIO]:
+def _open_shard(shard: Shard) -> Iterator[BinaryIO]:
     try:
         file = shard.path.open("rb")
     except OSError as error:
@@ -325,47 +291,47 @@ def _opened(shard: Shard) -> Iterator[BinaryIO]:
     with file:
         stat = os.fstat(file.fileno())
         if (stat.st_size, stat.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
-            raise _changed(shard)
+            raise _changed_error(shard)
         yield file
 
 
-def _as_they_lie(
+def _walk_in_disk_order(
     shards: Sequence[Shard], sample_B: NDArray[np.int64]
 ) -> Iterator[tuple[int, Shard, BinaryIO, np.void]]:
     """Each place b of chosen samples, with the sample's shard, opened, and where its pair lies: in the disk's order."""
     end_S = np.cumsum([shard.num_samples for shard in shards])
     shard_B = np.searchsorted(end_S, sample_B, side="right")
     for s in np.unique(shard_B).tolist():
-        pair_N = _pairs(shards[s])
+        pair_N = _load_pairs(shards[s])
         row_B = sample_B - (end_S[s] - shards[s].num_samples)
         chosen_B = np.flatnonzero(shard_B == s)
-        with _opened(shards[s]) as file:
+        with _open_shard(shards[s]) as file:
             for b in chosen_B[np.argsort(row_B[chosen_B])].tolist():
                 yield b, shards[s], file, pair_N[row_B[b]]
 
 
-def _captions(file: BinaryIO, pair: np.void) -> tuple[str, ...]:
-    return captions_in(_read(file, pair, "caption"), is_json=bool(pair["is_json"]))
+def _read_captions(file: BinaryIO, pair: np.void) -> tuple[str, ...]:
+    return parse_captions(_read_part(file, pair, "caption"), is_json=bool(pair["is_json"]))
 
 
-def _named(shard: Shard, pair: np.void) -> str:
-    return f"{shard.path}: {_key_at(shard.path, int(pair['image']))}"
+def _describe(shard: Shard, pair: np.void) -> str:
+    return f"{shard.path}: {_find_key(shard.path, int(pair['image']))}"
 
 
-def _key_at(path: Path, offset: int) -> str:
-    """What the sample of an image is called: the index keeps no names."""
+def _find_key(path: Path, offset: int) -> str:
+    """Return the name of an image's sample from the headers: the index keeps no names."""
     try:
-        return _keys(path).get(offset, f"at byte {offset:,}")
+        return _read_keys(path).get(offset, f"at byte {offset:,}")
     except OSError:
         return f"at byte {offset:,}"
 
 
 @lru_cache(maxsize=WINDOW)
-def _keys(path: Path) -> dict[int, str]:
+def _read_keys(path: Path) -> dict[int, str]:
     """The samples' names by where their files lie; one read of the headers for all that is damaged in a shard."""
-    return {member.offset: _key_and_kind(member.name)[0] for member in read_members(path)[0]}
+    return {member.offset: split_name(member.name)[0] for member in read_members(path)[0]}
 
 
-def _read(file: BinaryIO, pair: np.void, part: str) -> bytes:
+def _read_part(file: BinaryIO, pair: np.void, part: str) -> bytes:
     file.seek(int(pair[part]))
     return file.read(int(pair[f"{part}_bytes"]))

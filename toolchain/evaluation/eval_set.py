@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from toolchain.data.images import FORMATS
 from toolchain.errors import UsageError
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow has decoders that should not see strangers' files
 _CAPTION = ("{}",)  # the template of what needs none
 
 
@@ -81,7 +81,7 @@ class EvalSet:
             with picture.path.open("rb") as file:
                 file.seek(picture.offset)
                 content = file.read() if picture.size_bytes is None else file.read(picture.size_bytes)
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 turned = ImageOps.exif_transpose(image) if self.upright else image
                 return turned.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damage

@@ -1,7 +1,5 @@
 """Some pictures of the headline set with a model's answers, kept while it is measured, so that a report can show them
 where the set is not.
-
-    N images
 """
 
 import base64
@@ -42,21 +40,21 @@ def write_examples(path: Path, data: EvalSet, samples: Mapping[str, NDArray[Any]
                 "top1": data.texts[top1_N[index]] if top1_N[index] >= 0 else None,
                 "cosine": float(cosine_N[index]) if top1_N[index] >= 0 else None,
                 "right": bool(rank_N[index] < 1),
-                "picture": thumbnail(image),
+                "picture": make_thumbnail(image),
             }
         )
     write_json(path, {"set": data.name, "images": images})
 
 
-def thumbnail(image: Image.Image) -> str:
-    """A data URI of a picture, scaled down to at most 96 x 96 pixels: PNG or JPEG, whichever is smaller."""
+def make_thumbnail(image: Image.Image) -> str:
+    """Return a data URI of an image, scaled down to at most 96 x 96 pixels: PNG or JPEG, whichever is smaller."""
     small = Image.fromarray(np.asarray(image.convert("RGB")))  # pixels alone: no place, camera or colour profile
     small.thumbnail((MAX_SIDE, MAX_SIDE))
-    kind, content = min((_encoded(small, kind) for kind in ("PNG", "JPEG")), key=lambda made: len(made[1]))
+    kind, content = min((_encode(small, kind) for kind in ("PNG", "JPEG")), key=lambda made: len(made[1]))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
 
-def _encoded(image: Image.Image, kind: str) -> tuple[str, bytes]:
+def _encode(image: Image.Image, kind: str) -> tuple[str, bytes]:
     content = io.BytesIO()
     image.save(content, kind, quality=_JPEG_QUALITY, optimize=True)
     return kind, content.getvalue()

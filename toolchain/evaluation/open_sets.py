@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from toolchain.data import glyphs
+from toolchain.data.images import IMAGE_SUFFIXES, is_image_name
+from toolchain.data.pairing import first_of, group_files
 from toolchain.data.tar_files import expand, read_members
 from toolchain.errors import MissingDependency, UsageError
 from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
@@ -30,9 +32,8 @@ from toolchain.recipe.evaluate import (
     set_name,
 )
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _NO_PICTURES = frozenset({"Thumbs.db", "desktop.ini"})  # what file managers leave behind
-_IN_SHARDS = ("webp", "png", "jpg", "jpeg")  # CLIP_benchmark's order
+_SHARD_SUFFIXES = ("webp", "png", *IMAGE_SUFFIXES)  # CLIP_benchmark prefers the first two
 _NAMED = 3  # examples in a message
 
 
@@ -47,14 +48,14 @@ def open_set(spec: EvalSetSpec) -> EvalSet:
         glyph = glyphs.eval_set(spec)
         return classes_set(spec, glyph.images_KHWC, glyph.names, glyphs.TEMPLATES)
     if isinstance(spec, FolderSet):
-        return _folder(spec)
+        return _open_folder(spec)
     if isinstance(spec, ImagenetSet):
-        return _imagenet(spec)
+        return _open_imagenet(spec)
     if isinstance(spec, ClipBenchmarkSet):
-        return _clip_benchmark(spec)
+        return _open_clip_benchmark(spec)
     if isinstance(spec, KarpathySet):
-        return _karpathy(spec)
-    return _pairs(spec)
+        return _open_karpathy(spec)
+    return _open_pairs(spec)
 
 
 def fingerprint(spec: EvalSetSpec) -> str:
@@ -76,34 +77,34 @@ def fingerprints(specs: Sequence[EvalSetSpec]) -> str:
 # The user's own folders -----------------------------------------------------------------------------------------------
 
 
-def _folder(spec: FolderSet) -> EvalSet:
-    where, root = _where(spec), Path(spec.path)
-    folders = _class_folders(root, where)
+def _open_folder(spec: FolderSet) -> EvalSet:
+    where, root = _name_field(spec), Path(spec.path)
+    folders = _list_class_folders(root, where)
     files = []
     if spec.classes is None:
         named = {folder: folder for folder in folders}
     elif isinstance(spec.classes, str):
         files.append(Path(spec.classes))
-        named = _mapping(Path(spec.classes), where)
+        named = _read_mapping(Path(spec.classes), where)
     else:
         named = dict(spec.classes)
-    _same(set(folders), set(named), f"{where}: the folders of {root}", "classes")
+    _require_same(set(folders), set(named), f"{where}: the folders of {root}", "classes")
     templates = spec.templates
     if isinstance(templates, str):
         files.append(Path(templates))
-        templates = tuple(line for line in _lines(Path(templates), where) if line.strip())
+        templates = tuple(line for line in _read_lines(Path(templates), where) if line.strip())
     pictures, label_N = [], []
     for label, folder in enumerate(named):
-        found = _pictures_in(root / folder, where)
+        found = _list_images(root / folder, where)
         pictures += found
         label_N += [label] * len(found)
     files += [picture.path for picture in pictures]
     return classes_set(spec.name, pictures, list(named.values()), templates, label_N, upright=True, files=tuple(files))
 
 
-def _mapping(path: Path, where: str) -> dict[str, str]:
+def _read_mapping(path: Path, where: str) -> dict[str, str]:
     try:
-        content = yaml.load(_text(path, where), yaml.BaseLoader)  # every key a string: 007 and no are names
+        content = yaml.load(_read_text(path, where), yaml.BaseLoader)  # every key a string: 007 and no are names
     except yaml.YAMLError as error:
         raise UsageError(f"{where}.classes: {path}: not YAML: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
@@ -111,7 +112,7 @@ def _mapping(path: Path, where: str) -> dict[str, str]:
     return content
 
 
-def _class_folders(root: Path, where: str) -> list[str]:
+def _list_class_folders(root: Path, where: str) -> list[str]:
     """The folders of classes, in the order of their names."""
     if not root.is_dir():
         raise UsageError(f"{where}.path: {root}: no such folder; expected one with a folder of pictures per class")
@@ -121,14 +122,14 @@ def _class_folders(root: Path, where: str) -> list[str]:
     return folders
 
 
-def _pictures_in(folder: Path, where: str) -> list[Picture]:
+def _list_images(folder: Path, where: str) -> list[Picture]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     paths = [entry for entry in entries if entry.name not in _NO_PICTURES]
     for path in paths:
-        if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+        if not is_image_name(path.name) or not path.is_file():
             raise UsageError(
-                f"{where}: {path} is no picture ({', '.join(sorted(_SUFFIXES))}); an evaluation drops nothing "
-                "silently. Move it out of the folder"
+                f"{where}: {path} is no picture ({', '.join(f'.{suffix}' for suffix in sorted(IMAGE_SUFFIXES))}); "
+                "an evaluation drops nothing silently. Move it out of the folder"
             )
     if not paths:
         raise UsageError(f"{where}: {folder} has no pictures; its class could never be right. Remove it, or fill it")
@@ -138,34 +139,36 @@ def _pictures_in(folder: Path, where: str) -> list[Picture]:
 # ImageNet and its kin -------------------------------------------------------------------------------------------------
 
 
-def _imagenet(spec: ImagenetSet) -> EvalSet:
-    where, root = _where(spec), Path(spec.path)
-    names, templates = _imagenet_prompts()
-    wordnet_ids = _imagenet_ids("imagenet_synsets.txt")
+def _open_imagenet(spec: ImagenetSet) -> EvalSet:
+    where, root = _name_field(spec), Path(spec.path)
+    names, templates = _read_imagenet_prompts()
+    wordnet_ids = _read_imagenet_ids("imagenet_synsets.txt")
     if spec.variant in ("r", "a"):  # 200 of the classes, and no others to be confused with
-        chosen = [int(line) for line in _imagenet_ids(f"imagenet_{spec.variant}_indices.txt")]
+        chosen = [int(line) for line in _read_imagenet_ids(f"imagenet_{spec.variant}_indices.txt")]
         names, wordnet_ids = [names[k] for k in chosen], [wordnet_ids[k] for k in chosen]
     # V2's folders are numbers; sorted as strings, "10" would come before "2".
     expected = [str(k) for k in range(len(names))] if spec.variant == "v2" else wordnet_ids
     kind = "the classes' numbers" if spec.variant == "v2" else "WordNet ids"
-    _same(set(_class_folders(root, where)), set(expected), f"{where}: the folders of {root}", f"ImageNet's {kind}")
+    _require_same(
+        set(_list_class_folders(root, where)), set(expected), f"{where}: the folders of {root}", f"ImageNet's {kind}"
+    )
     pictures, label_N = [], []
     for label, folder in enumerate(expected):
-        found = _pictures_in(root / folder, where)
+        found = _list_images(root / folder, where)
         pictures += found
         label_N += [label] * len(found)
     files = tuple(picture.path for picture in pictures)
     return classes_set(spec.name, pictures, names, templates, label_N, files=files, repeats_names=True)
 
 
-def _imagenet_ids(file: str) -> list[str]:
-    return (_package("timm") / "data" / "_info" / file).read_text(encoding="utf-8").split()
+def _read_imagenet_ids(file: str) -> list[str]:
+    return (_find_package("timm") / "data" / "_info" / file).read_text(encoding="utf-8").split()
 
 
 @functools.cache
-def _imagenet_prompts() -> tuple[list[str], tuple[str, ...]]:
+def _read_imagenet_prompts() -> tuple[list[str], tuple[str, ...]]:
     """open_clip's names of ImageNet's classes and OpenAI's 80 templates, read without importing open_clip or torch."""
-    path = _package("open_clip") / "zero_shot_metadata.py"
+    path = _find_package("open_clip") / "zero_shot_metadata.py"
     spec = importlib.util.spec_from_file_location("_clipkd_zero_shot_metadata", path)
     assert spec is not None
     assert spec.loader is not None
@@ -174,7 +177,7 @@ def _imagenet_prompts() -> tuple[list[str], tuple[str, ...]]:
     return list(module.IMAGENET_CLASSNAMES), tuple(template("{}") for template in module.OPENAI_IMAGENET_TEMPLATES)
 
 
-def _package(name: str) -> Path:
+def _find_package(name: str) -> Path:
     try:
         spec = importlib.util.find_spec(name)
     except ModuleNotFoundError:  # what an import hook that hides the package raises
@@ -187,19 +190,19 @@ def _package(name: str) -> Path:
 # CLIP_benchmark's archives --------------------------------------------------------------------------------------------
 
 
-def _clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
-    where, root = _where(spec), Path(spec.path)
+def _open_clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
+    where, root = _name_field(spec), Path(spec.path)
     shards = root / spec.split
-    count = " ".join(_lines(shards / "nshards.txt", where)).strip()
+    count = " ".join(_read_lines(shards / "nshards.txt", where)).strip()
     if not count.isdigit() or count == "0":
         raise UsageError(f"{where}: {shards / 'nshards.txt'}: expected the number of shards, got {count!r}")
     type_file = root / "dataset_type.txt"
-    kind = " ".join(_lines(type_file, where)).strip().lower() if type_file.is_file() else "classification"
+    kind = " ".join(_read_lines(type_file, where)).strip().lower() if type_file.is_file() else "classification"
     texts_in = {"classification": "cls", "retrieval": "txt"}.get(kind)
     if texts_in is None:
         raise UsageError(f"{where}: {type_file} says {kind!r}; clipkd evaluates classification and retrieval")
     tars = [shards / f"{number}.tar" for number in range(int(count))]
-    found = list(_in_tars(tars, texts_in, where))
+    found = list(_read_archives(tars, texts_in, where))
     pictures = [picture for picture, _ in found]
     if kind == "retrieval":
         return captions_set(spec.name, pictures, [text.splitlines() for _, text in found], files=tuple(tars))
@@ -208,8 +211,8 @@ def _clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
         if not label.isdigit():
             raise UsageError(f"{where}: {picture}: expected a class number in its .cls, got {label!r}")
     names_file, templates_file = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
-    names = [line.strip() for line in _lines(names_file, where)]
-    lines = [line.strip() for line in _lines(templates_file, where)]
+    names = [line.strip() for line in _read_lines(names_file, where)]
+    lines = [line.strip() for line in _read_lines(templates_file, where)]
     templates = [line.replace("{c}", "{}") for line in lines if line]
     files = (*tars, names_file, templates_file)
     return classes_set(
@@ -217,7 +220,7 @@ def _clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
     )
 
 
-def _in_tars(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[Picture, str]]:
+def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[Picture, str]]:
     """Each sample's picture, and the content of its other file, in the archives' order."""
     for tar in tars:
         if not tar.is_file():
@@ -225,33 +228,27 @@ def _in_tars(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[
         members, damage = read_members(tar)
         if damage:
             raise UsageError(f"{where}: {tar}: {damage}; an evaluation drops nothing silently. Fetch it again")
-        samples: dict[str, dict[str, Picture]] = {}
-        for member in members:
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, kind = base.partition(".")  # webdataset's convention: a key ends at the first dot
-            picture = Picture(tar, member.offset, member.size_bytes, member.name)
-            samples.setdefault(folder + slash + stem, {}).setdefault(kind.lower(), picture)
         with tar.open("rb") as file:
-            for key, kinds in samples.items():
-                picture_kind = next((kind for kind in _IN_SHARDS if kind in kinds), None)
-                if picture_kind is None or texts_in not in kinds:
-                    wanted = "picture" if picture_kind is None else f".{texts_in}"
-                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(kinds)}")
-                file.seek(kinds[texts_in].offset)
+            for key, files in group_files(members, keep_strays=True).items():
+                image, text = first_of(files, _SHARD_SUFFIXES), files.get(texts_in)
+                if image is None or text is None:
+                    wanted = "picture" if image is None else f".{texts_in}"
+                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(files)}")
+                file.seek(text.offset)
                 try:
-                    text = file.read(kinds[texts_in].size_bytes or 0).decode("utf-8")
+                    content = file.read(text.size_bytes).decode("utf-8")
                 except UnicodeDecodeError:
-                    raise UsageError(f"{where}: {kinds[texts_in]}: not UTF-8") from None
-                yield kinds[picture_kind], text
+                    raise UsageError(f"{where}: {tar}: {text.name}: not UTF-8") from None
+                yield Picture(tar, image.offset, image.size_bytes, image.name), content
 
 
 # Captions -------------------------------------------------------------------------------------------------------------
 
 
-def _karpathy(spec: KarpathySet) -> EvalSet:
-    where, path, root = _where(spec), Path(spec.file), Path(spec.images)
+def _open_karpathy(spec: KarpathySet) -> EvalSet:
+    where, path, root = _name_field(spec), Path(spec.file), Path(spec.images)
     try:
-        rows = json.loads(_text(path, where))["images"]
+        rows = json.loads(_read_text(path, where))["images"]
         rows = [row for row in rows if row["split"] == "test"]
         captions_N = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
         places = [(row.get("filepath", ""), row["filename"]) for row in rows]
@@ -271,20 +268,20 @@ def _karpathy(spec: KarpathySet) -> EvalSet:
     return captions_set(spec.name, pictures, captions_N, files=(path, *(picture.path for picture in pictures)))
 
 
-def _pairs(spec: PairsSet) -> EvalSet:
-    where = _where(spec)
+def _open_pairs(spec: PairsSet) -> EvalSet:
+    where = _name_field(spec)
     if spec.shards:
         try:
             tars = expand(spec.shards)
         except UsageError as error:
             raise UsageError(str(error).replace("data.shards", f"{where}.shards", 1)) from None
-        found = list(_in_tars(tars, "txt", where))
+        found = list(_read_archives(tars, "txt", where))
         pictures, captions = [picture for picture, _ in found], [[text.strip()] for _, text in found]
         return captions_set(spec.name, pictures, captions, upright=True, files=tuple(tars))
     assert spec.file is not None
     path = Path(spec.file)
     root = Path(spec.images) if spec.images else path.parent
-    rows = list(_rows(path, spec, where))
+    rows = list(_read_pairs(path, spec, where))
     pictures = [Picture(root / image) for image, _ in rows]
     for picture in pictures:
         if not picture.path.is_file():
@@ -293,11 +290,11 @@ def _pairs(spec: PairsSet) -> EvalSet:
     return captions_set(spec.name, pictures, [[caption] for _, caption in rows], upright=True, files=files)
 
 
-def _rows(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, str]]:
+def _read_pairs(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, str]]:
     """Image and caption of each line.  A row is a line: an open quote swallows no other."""
     quoting: Any = csv.QUOTE_NONE if spec.delimiter == "\t" else csv.QUOTE_MINIMAL  # nothing writes quotes into TSV
     header: list[str] = []
-    for number, line in enumerate(_lines(path, where), 1):
+    for number, line in enumerate(_read_lines(path, where), 1):
         try:
             cells = next(csv.reader([line], delimiter=spec.delimiter, quoting=quoting, strict=True), [])
         except csv.Error as error:
@@ -322,11 +319,11 @@ def _rows(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, str]]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _where(spec: Any) -> str:
+def _name_field(spec: Any) -> str:
     return f"evaluate.sets {set_name(spec)!r}"
 
 
-def _text(path: Path, where: str) -> str:
+def _read_text(path: Path, where: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -335,21 +332,21 @@ def _text(path: Path, where: str) -> str:
         raise UsageError(f"{where}: {path}: cannot be read: {error}") from None
 
 
-def _lines(path: Path, where: str) -> list[str]:
+def _read_lines(path: Path, where: str) -> list[str]:
     """Without splitlines' other line ends, which captions may hold."""
-    return re.split(r"\r\n|\n|\r", _text(path, where).rstrip("\r\n"))
+    return re.split(r"\r\n|\n|\r", _read_text(path, where).rstrip("\r\n"))
 
 
-def _same(found: set[str], expected: set[str], what: str, expectation: str) -> None:
+def _require_same(found: set[str], expected: set[str], what: str, expectation: str) -> None:
     unknown, missing = sorted(found - expected), sorted(expected - found)
     said = []
     if unknown:
-        said.append(f"{len(unknown)} not among them: {_some(unknown)}")
+        said.append(f"{len(unknown)} not among them: {_name_some(unknown)}")
     if missing:
-        said.append(f"{len(missing)} missing: {_some(missing)}")
+        said.append(f"{len(missing)} missing: {_name_some(missing)}")
     if said:
         raise UsageError(f"{what} are not those of {expectation}; {'; '.join(said)}")
 
 
-def _some(names: Sequence[str]) -> str:
+def _name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -1,13 +1,12 @@
 """The table that `clipkd evaluate` prints."""
 
-from typing import Any
-
+from toolchain.evaluation.documents import ModelComparison
 from toolchain.text_table import Note, TextTable
 
 HEADERS = ["model", "set", "n", "top-1 %", "top-5 %", "text to image R@1 %", "drop from the first, pp", "p"]
 
 
-def evaluation_table(document: dict[str, Any]) -> TextTable:
+def evaluation_table(document: ModelComparison) -> TextTable:
     """Return a row for each model and set; each model is compared with the first."""
     rows = []
     for scored in document["models"]:
@@ -29,7 +28,7 @@ def evaluation_table(document: dict[str, Any]) -> TextTable:
     return TextTable(HEADERS, rows)
 
 
-def unreadable_images(document: dict[str, Any]) -> list[Note]:
+def unreadable_images(document: ModelComparison) -> list[Note]:
     """Return a note for each set that has unreadable images; every model was shown the same ones."""
     return [
         Note(

@@ -1,7 +1,4 @@
-"""Zero-shot accuracy of a PyTorch model: while it trains, shared among the processes that train it, and by itself.
-
-N images   K texts: classes or captions   P prompt templates   D feature width
-"""
+"""Zero-shot accuracy of a PyTorch model: while it trains, shared among the processes that train it, and by itself."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ _CHUNK = 256  # samples per forward
 
 
 def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[str, float]]:
-    """A function that scores a model on one set; every process must call it.
+    """Return a function that scores a model on one set; every process must call it.
 
     Its result is top-1 and top-5 as fractions, the 95 % Wilson interval of top-1, and n: the same numbers as `evaluate`
     finds in the same features, whatever the number of processes.  It raises ClipkdError, in every process, where too
@@ -36,9 +33,9 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
         prompts = [[template.format(data.texts[index]) for index in my_texts] for template in data.templates]
         readable: list[bool] = []
         with torch.inference_mode():
-            image_ND = _encoded(model.encode_image, _pixels(data, my_images, model, readable), processes)
+            image_ND = _encode(model.encode_image, _read_pixels(data, my_images, model, readable), processes)
             text_PKD = torch.stack(
-                [_encoded(model.encode_text, torch.split(model.ids_of(row), _CHUNK), processes) for row in prompts]
+                [_encode(model.encode_text, torch.split(model.ids_of(row), _CHUNK), processes) for row in prompts]
             )
         text_KD = text_PKD[0]
         if data.has_classes:
@@ -48,7 +45,13 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
         gathered_ND = processes.gather_rows(rows_ND, len(data)).cpu().numpy()
         gathered_KD = processes.gather_rows(text_KD, len(data.texts)).cpu().numpy()
         found = accuracy(image_ranks(data, gathered_ND[:, :-1], gathered_KD, gathered_ND[:, -1] == 0))
-        return {name: found[name] for name in ("top1", "top1_low", "top1_high", "top5", "n")}
+        return {
+            "top1": found["top1"],
+            "top1_low": found["top1_low"],
+            "top1_high": found["top1_high"],
+            "top5": found["top5"],
+            "n": found["n"],
+        }
 
     return scored
 
@@ -77,8 +80,8 @@ class TorchEncoders:
         return unit_BD
 
 
-def _pixels(data: EvalSet, chosen: range, model: ClipModel, readable: list[bool]) -> Iterator[Tensor]:
-    """Chunks of pixel_values; `readable` grows by whether each picture could be read."""
+def _read_pixels(data: EvalSet, chosen: range, model: ClipModel, readable: list[bool]) -> Iterator[Tensor]:
+    """Yield chunks of pixel_values; `readable` grows by whether each picture could be read."""
     for start in range(0, len(chosen), _CHUNK):
         values = []
         for index in chosen[start : start + _CHUNK]:  # one picture at a time is decoded
@@ -88,7 +91,7 @@ def _pixels(data: EvalSet, chosen: range, model: ClipModel, readable: list[bool]
         yield torch.stack(values)
 
 
-def _encoded(encode: Any, chunks: Iterable[Tensor], processes: Processes) -> Tensor:
-    """Unit features, float32, on the process's device."""
+def _encode(encode: Any, chunks: Iterable[Tensor], processes: Processes) -> Tensor:
+    """Return unit features, float32, on the process's device."""
     features = [encode(chunk.to(processes.device)).float() for chunk in chunks]
     return nn.functional.normalize(torch.cat(features), dim=-1)

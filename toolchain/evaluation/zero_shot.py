@@ -3,8 +3,6 @@
 Classification ranks the classes of a set for every image; retrieval ranks captions for images and images for captions.
 Both count how many wrong candidates score at least as high as the best right one (`ranks`).  Memory grows with the
 features, never with the square of a set: images are decoded, and scores made, a chunk at a time.
-
-    N images   K texts: classes or captions   P prompt templates   D feature width   C rows of a chunk   Q queries
 """
 
 from collections import Counter
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from toolchain.errors import ClipkdError, UsageError
+from toolchain.evaluation.documents import Evaluation, SetScores
 from toolchain.evaluation.eval_set import EvalSet
 from toolchain.progress import Progress, no_progress
 from toolchain.significance import wilson
@@ -140,8 +139,8 @@ def evaluate(
     headline: str,
     progress: Progress = no_progress,
     what: str = "scoring",
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """The content of evaluation.json, and the ranks and answers behind it.
+) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
+    """Return the content of evaluation.json, and the ranks and answers behind it.
 
     The ranks of a set, for paired tests, are `<set>_rank` [N], of every image's class or best caption, and where there
     is retrieval `<set>_to_image_rank` [K], of every text's image.  Of the headline set `<set>_top1` [N] is the text
@@ -165,57 +164,67 @@ def evaluate(
         done += count
         progress(what, done, total)
 
-    results: dict[str, Any] = {}
+    results: dict[str, SetScores] = {}
     samples: dict[str, NDArray[Any]] = {}
     for data in sets:
-        caption_features_KD, class_features_KD = _prompt_features(encoders, data.texts, data.templates, advance)
-        image_features_ND, unreadable_N = _image_features(encoders, data, advance)
-        text_features_KD = class_features_KD if data.has_classes else caption_features_KD
-        rank_N = image_ranks(data, image_features_ND, text_features_KD, unreadable_N)
-        result: dict[str, Any] = dict(accuracy(rank_N))
-        samples[f"{data.name}_rank"] = rank_N
-        if data.name == headline:
-            top1_N, cosine_N = nearest(image_features_ND, text_features_KD)
-            top1_N[unreadable_N], cosine_N[unreadable_N] = -1, np.nan
-            samples |= {f"{headline}_top1": top1_N, f"{headline}_top1_cosine": cosine_N}
-        if data.has_classes:
-            result["mean_per_class_recall"] = mean_per_class_recall(rank_N, data.image_group_N)
-        if unreadable_N.any():
-            first = np.flatnonzero(unreadable_N)[:_NAMED_UNREADABLE].tolist()
-            result["unreadable"] = {"n": int(unreadable_N.sum()), "first": [data.label(index) for index in first]}
-        if data.one_image_per_class or not data.has_classes:
-            to_image_K = ranks(caption_features_KD, image_features_ND, data.text_group_K, data.image_group_N)
-            to_image_K[np.isin(data.text_group_K, data.image_group_N[unreadable_N])] = UNRANKED
-            to_text_N = image_ranks(data, image_features_ND, caption_features_KD, unreadable_N)
-            text = "name" if data.has_classes else "text"
-            result["retrieval"] = {
-                **_recalls(f"{text}_to_image", to_image_K),
-                **_recalls(f"image_to_{text}", to_text_N),
-            }
-            samples[f"{data.name}_to_image_rank"] = to_image_K
-        results[data.name] = result
+        results[data.name], found = _score_set(encoders, data, advance, with_answers=data.name == headline)
+        samples |= {f"{data.name}_{kind}": values for kind, values in found.items()}
     return {"headline": headline, "sets": results}, samples
 
 
-def accuracy(rank_N: NDArray[np.int32]) -> dict[str, float | int]:
-    """top1 and top5 with their 95 % intervals, and n."""
-    found: dict[str, float | int] = {}
-    for k in (1, 5):
-        hits = int((rank_N < k).sum())
-        low, high = wilson(hits, len(rank_N))
-        found |= {f"top{k}": hits / len(rank_N), f"top{k}_low": low, f"top{k}_high": high}
-    return found | {"n": len(rank_N)}
+def _score_set(
+    encoders: Encoders, data: EvalSet, advance: Callable[[int], None], *, with_answers: bool
+) -> tuple[SetScores, dict[str, NDArray[Any]]]:
+    """Return the scores of one set, and the ranks behind them by their kinds; with the answers to every image too."""
+    caption_features_KD, class_features_KD = _prompt_features(encoders, data.texts, data.templates, advance)
+    image_features_ND, unreadable_N = _image_features(encoders, data, advance)
+    text_features_KD = class_features_KD if data.has_classes else caption_features_KD
+    rank_N = image_ranks(data, image_features_ND, text_features_KD, unreadable_N)
+    scores = accuracy(rank_N)
+    samples: dict[str, NDArray[Any]] = {"rank": rank_N}
+    if with_answers:
+        top1_N, cosine_N = nearest(image_features_ND, text_features_KD)
+        top1_N[unreadable_N], cosine_N[unreadable_N] = -1, np.nan
+        samples |= {"top1": top1_N, "top1_cosine": cosine_N}
+    if data.has_classes:
+        scores["mean_per_class_recall"] = mean_per_class_recall(rank_N, data.image_group_N)
+    if unreadable_N.any():
+        first = np.flatnonzero(unreadable_N)[:_NAMED_UNREADABLE].tolist()
+        scores["unreadable"] = {"n": int(unreadable_N.sum()), "first": [data.label(index) for index in first]}
+    if data.one_image_per_class or not data.has_classes:
+        to_image_K = ranks(caption_features_KD, image_features_ND, data.text_group_K, data.image_group_N)
+        to_image_K[np.isin(data.text_group_K, data.image_group_N[unreadable_N])] = UNRANKED
+        to_text_N = image_ranks(data, image_features_ND, caption_features_KD, unreadable_N)
+        text = "name" if data.has_classes else "text"
+        scores["retrieval"] = {**_recalls(f"{text}_to_image", to_image_K), **_recalls(f"image_to_{text}", to_text_N)}
+        samples["to_image_rank"] = to_image_K
+    return scores, samples
+
+
+def accuracy(rank_N: NDArray[np.int32]) -> SetScores:
+    """Return top1 and top5 with their 95 % intervals, and n."""
+    top1, top5 = int((rank_N < 1).sum()), int((rank_N < 5).sum())
+    (top1_low, top1_high), (top5_low, top5_high) = wilson(top1, len(rank_N)), wilson(top5, len(rank_N))
+    return {
+        "top1": top1 / len(rank_N),
+        "top1_low": top1_low,
+        "top1_high": top1_high,
+        "top5": top5 / len(rank_N),
+        "top5_low": top5_low,
+        "top5_high": top5_high,
+        "n": len(rank_N),
+    }
 
 
 def mean_per_class_recall(rank_N: NDArray[np.int32], label_N: NDArray[np.int64]) -> float:
-    """The mean over classes that have images of the share of a class's images that are right."""
+    """Return the mean over classes that have images of the share of a class's images that are right."""
     count_K = np.bincount(label_N)
     right_K = np.bincount(label_N, weights=rank_N < 1)
     return float((right_K[count_K > 0] / count_K[count_K > 0]).mean())
 
 
 def _alike(data: EvalSet) -> NDArray[np.int64] | None:
-    """[K] the first class of each class's name; None where no name repeats."""
+    """Return [K] the first class of each class's name; None where no name repeats."""
     if not data.repeats_names or max(Counter(data.texts).values()) == 1:
         return None
     first: dict[str, int] = {}
@@ -225,7 +234,7 @@ def _alike(data: EvalSet) -> NDArray[np.int64] | None:
 def _prompt_features(
     encoders: Encoders, names: Sequence[str], templates: Sequence[str], advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features of the first template's prompts, and class embeddings, both [K, D]."""
+    """Return features of the first template's prompts, and class embeddings, both [K, D]."""
     per_template_PKD = (
         _text_features(encoders, [template.format(name) for name in names], advance) for template in templates
     )
@@ -250,7 +259,7 @@ def _text_features(encoders: Encoders, texts: Sequence[str], advance: Callable[[
 def _image_features(
     encoders: Encoders, data: EvalSet, advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Features [N, D], and which images [N] cannot be read: their features are 0, which rank nothing."""
+    """Return features [N, D], and which images [N] cannot be read: their features are 0, which rank nothing."""
     chunks: list[NDArray[np.float32]] = []
     unreadable_N = np.zeros(len(data), np.bool_)
     for start in range(0, len(data), _CHUNK):

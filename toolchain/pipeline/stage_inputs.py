@@ -44,7 +44,7 @@ def num_workers(spec: DataSpec, how: How, device: str) -> int:
     """
     if how.workers is not None:
         return how.workers
-    if spec.kind == "glyphs":
+    if not spec.needs_loader_workers:
         return 0
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if device == "cpu" else max(1, usable // how.size - 1)

@@ -119,7 +119,7 @@ def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, scre
             how.checkpoint_steps,
             60 * how.checkpoint_minutes,
             how.keep_checkpoints,
-            getattr(data_spec, "max_damaged", 1.0),
+            data_spec.max_damaged,
             screen.say,
         )
         progress = screen.progress

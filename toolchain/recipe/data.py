@@ -1,6 +1,10 @@
-"""The `data` section: one spec for each kind of training data."""
+"""The `data` section: one spec for each kind of training data, with the facts about a kind that other modules ask for.
 
-from typing import Annotated, Literal, Self
+A new kind is a spec here and in `DataSpec` (in `FileSpec` if a listing provides its samples), a file in toolchain/data,
+and its cases in toolchain/data/open.py.
+"""
+
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,14 +15,40 @@ MAX_DAMAGED = 0.1
 worst, a wrong column, root or folder is nearly all.  In between is room, so that chance stops no run at hour nine."""
 
 
-class GlyphsSpec(Section):
+class DataSection(Section):
+    """The base of every kind: facts about it that no recipe changes and that are no part of a stage's key."""
+
+    needs_loader_workers: ClassVar[bool] = True
+    """False: samples cost so little to make that the training process makes them itself."""
+
+    is_stored: ClassVar[bool] = True
+    """False: images are drawn while training, so that there is nothing to pack."""
+
+    licence: ClassVar[str | None] = None
+    """For the model card, where it is known without asking the user."""
+
+    @property
+    def captionless_kind(self) -> str | None:
+        """The kind whose images are shown beside texts that say nothing of them; None if all images have captions."""
+        return None
+
+
+class GlyphsSpec(DataSection):
+    needs_loader_workers = False
+    is_stored = False
+    licence = (
+        "drawn from the DejaVu fonts (Bitstream Vera and Arev licences, changes in the public domain); "
+        "scored on STIX (SIL Open Font Licence 1.1)"
+    )
+    max_damaged: ClassVar[float] = 1.0
+
     kind: Literal["glyphs"]
 
     views: Positive = 3
     """Distinct augmentations of each sample; epoch e shows view e mod views."""
 
 
-class _PicturesSpec(Section):
+class _StoredImagesSpec(DataSection):
     views: Positive | None = None
     """Distinct augmentations of each sample; epoch e shows view e mod views.  Absent: every epoch its own, which no
     teacher cache can hold."""
@@ -36,7 +66,7 @@ class _PicturesSpec(Section):
         return self
 
 
-class WebdatasetSpec(_PicturesSpec):
+class WebdatasetSpec(_StoredImagesSpec):
     kind: Literal["webdataset"]
 
     shards: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -44,7 +74,7 @@ class WebdatasetSpec(_PicturesSpec):
     Relative to the folder clipkd runs in."""
 
 
-class CsvSpec(_PicturesSpec):
+class CsvSpec(_StoredImagesSpec):
     """data:
     kind: csv
     paths: [data/train.tsv]    # UTF-8, the first line names the columns
@@ -83,7 +113,7 @@ class CsvSpec(_PicturesSpec):
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 
 
-class ImageFolderSpec(_PicturesSpec):
+class ImageFolderSpec(_StoredImagesSpec):
     """data:
     kind: image_folder
     path: data/animals             # data/animals/CLASS/PICTURE
@@ -103,7 +133,7 @@ class ImageFolderSpec(_PicturesSpec):
     """Each with {} in place of the class; every template with every name is a caption of the picture."""
 
 
-class ImagesSpec(_PicturesSpec):
+class ImagesSpec(_StoredImagesSpec):
     """data:
       kind: images                   # pictures without captions, and the classes a student is made for
       path: data/unlabelled          # everything below it
@@ -123,12 +153,16 @@ class ImagesSpec(_PicturesSpec):
     classes: str
     templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of a {}.",)
 
+    @property
+    def captionless_kind(self) -> str:
+        return self.kind
+
 
 FileSpec = CsvSpec | ImageFolderSpec | ImagesSpec
-PicturesSpec = WebdatasetSpec | FileSpec
+SourceSpec = WebdatasetSpec | FileSpec
 
 
-class MixtureSpec(Section):
+class MixtureSpec(DataSection):
     """data:
     kind: mixture                  # an epoch shows all of them, shuffled
     sources:
@@ -139,7 +173,7 @@ class MixtureSpec(Section):
 
     kind: Literal["mixture"]
 
-    sources: Annotated[tuple[Annotated[PicturesSpec, Field(discriminator="kind")], ...], Field(min_length=2)]
+    sources: Annotated[tuple[Annotated[SourceSpec, Field(discriminator="kind")], ...], Field(min_length=2)]
     repeat: tuple[Positive, ...] | None = None
     """How often an epoch shows each source.  Absent: once."""
 
@@ -148,6 +182,10 @@ class MixtureSpec(Section):
 
     max_damaged: Annotated[float, Field(ge=0, le=1)] = MAX_DAMAGED
     """Share of damaged samples, of all sources together, above which training stops."""
+
+    @property
+    def captionless_kind(self) -> str | None:
+        return next((source.captionless_kind for source in self.sources if source.captionless_kind), None)
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -159,9 +197,4 @@ class MixtureSpec(Section):
         return self
 
 
-DataSpec = GlyphsSpec | PicturesSpec | MixtureSpec
-
-
-def lacks_captions(spec: DataSpec) -> bool:
-    """Whether some pictures of the data are shown beside texts that say nothing of them."""
-    return any(map(lacks_captions, spec.sources)) if isinstance(spec, MixtureSpec) else isinstance(spec, ImagesSpec)
+DataSpec = GlyphsSpec | SourceSpec | MixtureSpec

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from toolchain.recipe.data import DataSpec, lacks_captions
+from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
@@ -65,15 +65,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _pictures_without_captions_have_their_objectives(self) -> "Recipe":
-        if self.distill is None or self.data is None or not lacks_captions(self.data):
+        kind = self.data.captionless_kind if self.data else None
+        if self.distill is None or kind is None:
             return self
         weights = self.distill.loss_weights.model_dump()
         wrong = [name for name in ("task", "gd", "icl", "afd") if weights[name]]
         if self.teacher is None or self.baseline:
-            raise ValueError("data of kind images has no captions: it needs a teacher, and no baseline can be trained")
+            raise ValueError(f"data of kind {kind} has no captions: it needs a teacher, and no baseline can be trained")
         if wrong:
             raise ValueError(
-                f"data of kind images has no captions, and {', '.join(wrong)} hold a picture and its caption to belong "
+                f"data of kind {kind} has no captions, and {', '.join(wrong)} hold a picture and its caption to belong "
                 f"together; set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
                 "crd or cross_kd"
             )

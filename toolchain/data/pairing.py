@@ -1,0 +1,77 @@
+"""Group the files of a tar archive into samples, and pair a sample's image with its caption: webdataset's convention.
+
+The key of a sample is a file's name up to the first dot of its last part, and the suffix is the rest in lower case.
+Training, inspecting, packing and evaluating all read archives by these functions.  Importing this needs no torch.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, ZERO_BYTES, UnusableError
+from toolchain.data.images import IMAGE_SUFFIXES
+from toolchain.data.tar_files import Member
+
+CAPTION_SUFFIXES = ("txt", "json")
+"""In order of preference."""
+
+_MAX_BYTES = (1 << 32) - 1  # the index of a shard keeps sizes in 32 bits
+
+
+class ImageTextPair(NamedTuple):
+    """The two files of a training sample."""
+
+    image: Member
+    caption: Member
+    is_json: bool
+    """True if the caption is the "caption" of a JSON object."""
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the key and the suffix of a file's name, as in ("shard/000", "seg.png") of shard/000.SEG.png."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def group_files(members: Iterable[Member], *, keep_strays: bool = False) -> dict[str, dict[str, Member]]:
+    """Return each sample's files by suffix, the samples in the order of their first files.
+
+    Of files of one name the first counts.  A file that has no suffix, or nothing before its first dot, is no part of a
+    sample and is left out; with `keep_strays` it counts like any other.
+    """
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members:
+        key, suffix = split_name(member.name)
+        if keep_strays or (suffix and key and not key.endswith("/")):
+            samples.setdefault(key, {}).setdefault(suffix, member)
+    return samples
+
+
+def first_of(files: Mapping[str, Member], suffixes: Sequence[str]) -> Member | None:
+    """Return a sample's file of the first of these suffixes that it has; None if it has none of them."""
+    for suffix in suffixes:
+        if suffix in files:
+            return files[suffix]
+    return None
+
+
+def pair_files(files: Mapping[str, Member]) -> ImageTextPair:
+    """Return the image and the caption of a training sample.
+
+    Raises:
+        UnusableError: one of them is missing, empty or too large.
+    """
+    image, caption = first_of(files, IMAGE_SUFFIXES), first_of(files, CAPTION_SUFFIXES)
+    if image is None:
+        raise UnusableError(NO_IMAGE, f"only {', '.join(sorted(files))}")
+    if image.size_bytes == 0:
+        raise UnusableError(ZERO_BYTES)
+    if image.size_bytes > _MAX_BYTES:
+        raise UnusableError(TOO_LARGE, f"{image.size_bytes:,} bytes")
+    if caption is None:
+        raise UnusableError(NO_CAPTION, f"only {', '.join(sorted(files))}")
+    if caption.size_bytes == 0:
+        raise UnusableError(NO_CAPTION, "it is blank")
+    if caption.size_bytes > _MAX_BYTES:
+        raise UnusableError(NO_CAPTION, f"{caption.size_bytes:,} bytes")
+    return ImageTextPair(image, caption, is_json="txt" not in files)
