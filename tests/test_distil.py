@@ -40,7 +40,13 @@ from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.distill import CHECKPOINTS, HEADS, Engine, _forward, distil, learning_rate
 from toolchain.distillation.loader import feed
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import OBJECTIVES, DistillationHeads, StudentFeatures, TeacherBatch, loss_terms
+from toolchain.distillation.objectives import (
+    OBJECTIVES,
+    DistillationHeads,
+    StudentFeatures,
+    TeacherFeatures,
+    loss_terms,
+)
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
 from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
 from toolchain.distillation.training_log import _similarity
@@ -607,7 +613,7 @@ def test_similarity_is_the_mean_cosine(width: int) -> None:
 
     image_BD, text_BD, image_BE, text_BE = unit(16), unit(16), unit(width), unit(width)
     projected = (unit(width), unit(width)) if width != 16 else (None, None)
-    taught = TeacherBatch(image_BE, text_BE, torch.tensor(1.0))
+    taught = TeacherFeatures(image_BE, text_BE, torch.tensor(1.0))
     found = _similarity(StudentFeatures(image_BD, text_BD, *projected), taught)
     for name, student, teacher in (
         ("image", projected[0] if width != 16 else image_BD, image_BE),

@@ -20,8 +20,8 @@ from toolchain.distillation.loader import Fed
 from toolchain.distillation.objectives import (
     OBJECTIVES,
     DistillationHeads,
-    TeacherBatch,
-    gathered,
+    TeacherFeatures,
+    gather_features,
     loss_terms,
     paper_weight,
 )
@@ -92,7 +92,7 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
     image_BE, text_BE = (torch.nn.functional.normalize(x, dim=-1) for x in unit)
     rows = processes.rows(BATCH)
     batch = Fed(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
-    taught = TeacherBatch(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
+    taught = TeacherFeatures(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
     done = _forward(module, trained, student, batch, taught, spec, processes, SEED, STEP)  # type: ignore[arg-type]
     done.loss.backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad for name, p in trained.named_parameters() if p.requires_grad}
@@ -136,9 +136,9 @@ def golden_rows(processes: Processes) -> dict[str, Tensor]:
     heads = DistillationHeads(width, width, weights, reference_compat=True).double()
     with torch.no_grad():
         heads.log_cross_logit_scale.fill_(math.log(1 / 0.07))  # type: ignore[union-attr]
-    local = TeacherBatch(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
-    features = gathered(heads(image, text, local), processes.gather)
-    whole = TeacherBatch(processes.gather(local.image_BE), processes.gather(local.text_BE), local.logit_scale)
+    local = TeacherFeatures(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
+    features = gather_features(heads(image, text, local), processes.gather)
+    whole = TeacherFeatures(processes.gather(local.image_BE), processes.gather(local.text_BE), local.logit_scale)
     terms = loss_terms(features, inputs["s_scale"], whole, heads, weights)
     recipe = [weights[name] * term for name, term in terms.items() if name != "gd"]
     torch.stack(recipe).sum().backward()  # type: ignore[no-untyped-call]

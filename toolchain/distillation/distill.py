@@ -27,7 +27,7 @@ from toolchain.data.bad_samples import Ledger
 from toolchain.data.batch import TrainingData
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.loader import Fed, feed
-from toolchain.distillation.objectives import TeacherBatch, gathered, loss_terms
+from toolchain.distillation.objectives import TeacherFeatures, gather_features, loss_terms
 from toolchain.distillation.teacher import DTYPES, CachedTeacher, LiveTeacher, live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
@@ -185,7 +185,7 @@ def _forward(
     trained: "Trainee",
     student: ClipModel,
     batch: Fed,
-    taught: TeacherBatch | None,
+    taught: TeacherFeatures | None,
     spec: DistillSpec,
     processes: Processes,
     seed: int,
@@ -195,11 +195,11 @@ def _forward(
     masks = trained.masks(seed, batch.sample_b, step)
     with _autocast(spec.precision, processes.device), on_onednn(processes.device, compiled=spec.compile):
         rows, scales = module(student.normalise(batch.student_pixels), batch.student_ids, taught, *masks)
-    features = gathered(rows, processes.gather)
+    features = gather_features(rows, processes.gather)
     teacher = None
     if taught is not None:
         image_BE, text_BE = processes.gather(taught.image_BE), processes.gather(taught.text_BE)
-        teacher = TeacherBatch(image_BE, text_BE, taught.logit_scale)
+        teacher = TeacherFeatures(image_BE, text_BE, taught.logit_scale)
     weights = spec.loss_weights.model_dump()
     terms = loss_terms(features, scales["logit_scale"], teacher, trained.heads, weights)
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.distillation.loader import Fed
-from toolchain.distillation.objectives import TeacherBatch
+from toolchain.distillation.objectives import TeacherFeatures
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn
 from toolchain.models.towers import compile_towers
@@ -29,12 +29,12 @@ class LiveTeacher:
     compiled: bool = False
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
-    def of(self, batch: Fed) -> TeacherBatch:
+    def of(self, batch: Fed) -> TeacherFeatures:
         """What it says of a batch."""
         assert batch.teacher_pixels is not None
         assert batch.teacher_ids is not None
         image_bE = self.image_features(batch.teacher_pixels)
-        return TeacherBatch(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
+        return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """[B, E] float32, unit rows, of uint8 pixels."""
@@ -55,10 +55,10 @@ class CachedTeacher:
 
     logit_scale: Tensor
 
-    def of(self, batch: Fed) -> TeacherBatch:
+    def of(self, batch: Fed) -> TeacherFeatures:
         """What it said of a batch."""
         assert batch.teacher_features is not None
-        return TeacherBatch(*batch.teacher_features, self.logit_scale)
+        return TeacherFeatures(*batch.teacher_features, self.logit_scale)
 
 
 def live_teacher(

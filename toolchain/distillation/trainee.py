@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import DistillationHeads, StudentFeatures, TeacherBatch
+from toolchain.distillation.objectives import DistillationHeads, StudentFeatures, TeacherFeatures, select
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
@@ -39,8 +39,8 @@ class Trainee(nn.Module):
             student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
         )
         # data-parallel training refuses parameters without a gradient
-        reads_scale = any(weights[name] for name in (("task", "crd", "gd") if teacher else ("task",)))
-        self.net.logit_scale.requires_grad_(reads_scale)
+        objectives = select(weights, with_teacher=teacher is not None).values()
+        self.net.logit_scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives))
         if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
             bias.requires_grad_(False)  # of a sigmoid loss, which is not ours
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
@@ -54,7 +54,7 @@ class Trainee(nn.Module):
         self,
         pixel_values: Tensor,
         input_ids_bT: Tensor,
-        teacher: TeacherBatch | None,
+        teacher: TeacherFeatures | None,
         shown_bK: Tensor | None,
         kept_bK: Tensor | None,
     ) -> tuple[StudentFeatures, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from toolchain.distillation.objectives import StudentFeatures, TeacherBatch
+from toolchain.distillation.objectives import StudentFeatures, TeacherFeatures
 from toolchain.distributed import Processes
 from toolchain.filesystem import replacing
 
@@ -83,7 +83,7 @@ class ForwardPass(NamedTuple):
 
     scales: dict[str, Tensor]
     student: StudentFeatures
-    teacher: TeacherBatch | None
+    teacher: TeacherFeatures | None
 
 
 # What is logged and what stops a run ----------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def log_row(step: int, lr: float, grad_norm: Tensor, done: ForwardPass, weights:
     return row
 
 
-def _similarity(student: StudentFeatures, teacher: TeacherBatch) -> dict[str, Tensor]:
+def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str, Tensor]:
     """Mean cosines of the student's features, in the teacher's width, to the teacher's; empty where no head maps it."""
     image_BE, text_BE = student.image_BE, student.text_BE
     if image_BE is None or text_BE is None:

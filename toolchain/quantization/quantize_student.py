@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toolchain.data.batch import Batch as Shown
 from toolchain.data.batch import Geometry, TrainingData
 from toolchain.distillation.losses import fd_loss
-from toolchain.distillation.objectives import DistillationHeads, TeacherBatch, loss_terms
+from toolchain.distillation.objectives import DistillationHeads, TeacherFeatures, loss_terms, weights_on_unit_features
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.errors import ClipkdError
@@ -63,13 +63,7 @@ def quantize_student(
     steps = (spec.steps or 0) if spec.method == "qat" else 0
     guide = teacher or copy.deepcopy(student)
     taught, logit_scale_of_guide, geometries = _taught_by(guide, student.geometry)
-    # A fresh fusion layer would teach nothing, and the graphs have no slot for a mask: MFD goes on without one.
-    weights = loss_weights.model_dump()
-    weights |= {"fd": weights["fd"] + weights.get("mfd", 0.0), "mfd": 0.0, "afd": 0.0}
-    if student.embed_dim != guide.embed_dim:  # the towers end in unit features, learnt projections start from raw ones
-        weights |= dict.fromkeys(("fd", "gd", "icl", "cross_kd"), 0.0)
-    if not any(weights.values()):
-        weights["task"] = 1.0  # all that distilled this student needs its trained heads
+    weights = weights_on_unit_features(loss_weights.model_dump(), same_width=student.embed_dim == guide.embed_dim)
     heads = DistillationHeads(student.embed_dim, guide.embed_dim, weights)
 
     def batches() -> Iterator[Batch]:
@@ -83,7 +77,7 @@ def quantize_student(
     def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: Batch) -> Tensor:
         assert batch[2] is not None
         assert batch[3] is not None
-        guided = TeacherBatch(batch[2], batch[3], logit_scale_of_guide)
+        guided = TeacherFeatures(batch[2], batch[3], logit_scale_of_guide)
         features = heads(image_features_BD, text_features_BD, guided)
         terms = loss_terms(features, logit_scale, guided, heads, weights)
         own_BD = batch[2], batch[3]  # of the student that teaches itself

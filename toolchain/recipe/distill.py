@@ -1,4 +1,8 @@
-"""The `distill` section: objectives, schedule, teacher cache."""
+"""The `distill` section: objectives, schedule, teacher cache.
+
+The weights of the objectives stand here, and which of them need captions; everything else about an objective stands in
+distillation/objectives.py.
+"""
 
 from typing import Annotated
 
@@ -38,6 +42,10 @@ class LossWeights(Section):
 
     cross_kd: Weight = 0.0
     """Relational distillation of the similarities between the two models."""
+
+
+NEED_CAPTIONS = ("task", "gd", "icl", "afd")
+"""Objectives that hold an image and its caption to belong together."""
 
 
 class TeacherCacheSpec(Section):
