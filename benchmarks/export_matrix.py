@@ -26,7 +26,7 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import example_pixels
 from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.freeze import freeze
-from toolchain.quantization.quantize import quantize
+from toolchain.quantization.quantize import Calibration, quantize
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import anchored
 
@@ -81,7 +81,7 @@ def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: P
             checkpoint.mkdir()
             few = 8
             pixels = example_pixels(model.net, few).float()
-            quantize(model, iter(()), (pixels, model.tokenize(spoken[:few])), steps=0, lr=0.0, folder=checkpoint)
+            quantize(model, checkpoint, Calibration(pixels, model.tokenize(spoken[:few])))
             image, text = load_quantized(checkpoint, model)
             towers = {
                 "image_tower": freeze(image, example_pixels(model.net)),

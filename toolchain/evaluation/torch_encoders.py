@@ -38,7 +38,10 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
         with torch.inference_mode():
             image_ND = _encoded(model.encode_image, _pixels(data, my_images, model, readable), processes)
             text_PKD = torch.stack(
-                [_encoded(model.encode_text, torch.split(model.ids_of(row), _CHUNK), processes) for row in prompts]
+                [
+                    _encoded(model.encode_text, torch.split(model.tokenize_trimmed(row), _CHUNK), processes)
+                    for row in prompts
+                ]
             )
         text_KD = text_PKD[0]
         if data.has_classes:
@@ -68,7 +71,7 @@ class TorchEncoders:
         return self._unit(self.model.encode_image, torch.from_numpy(pixel_values_BCHW))
 
     def encode_texts(self, texts: list[str], /) -> NDArray[np.float32]:
-        return self._unit(self.model.encode_text, self.model.ids_of(texts))
+        return self._unit(self.model.encode_text, self.model.tokenize_trimmed(texts))
 
     def _unit(self, encode: Any, inputs: Tensor) -> NDArray[np.float32]:
         with torch.inference_mode():
