@@ -113,7 +113,7 @@ def _run(
     def progress(self: Any, what: str, done: int, total: int, note: str = "") -> None:
         connection.send(done if what == "training" else what)
 
-    command._Screen.progress = progress  # type: ignore[method-assign]
+    command.TerminalScreen.progress = progress  # type: ignore[method-assign]
     occurred = dict.fromkeys(MOMENTS, 0)
 
     def moment(name: str) -> bool:

@@ -47,7 +47,7 @@ _NO_OPTIONS = TrainingOptions()
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, against what and on what: everything that decides the numbers of a run."""
+    """A student, its teacher, its data and a schedule: everything that decides the numbers of a run."""
 
     spec: DistillSpec
     student: ClipModel
@@ -125,9 +125,7 @@ def distill(
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
     train_s = time.monotonic() - started
     run.save()
-    device = str(torch.cuda.get_device_name()) if processes.device.type == "cuda" else "cpu"
-    found = {"train_s": round(train_s, 1), "steps": steps, "processes": processes.size, "device": device}
-    return found | run.ledger.summary()
+    return run.summary(train_s)
 
 
 def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
@@ -173,7 +171,7 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
 
 @dataclass(frozen=True)
 class _Run:
-    """One attempt at a training: what its steps read, and the state that they change."""
+    """One attempt at a training: the constants of its steps, and the state that they change."""
 
     training: Training
     folder: Path
@@ -271,6 +269,12 @@ class _Run:
                 heads = {name: value.detach().cpu().contiguous() for name, value in heads.items()}
                 save_file(heads, self.folder / HEADS)
         self.processes.wait()
+
+    def summary(self, train_s: float) -> dict[str, Any]:
+        """Return what the manifest records."""
+        device = str(torch.cuda.get_device_name()) if self.processes.device.type == "cuda" else "cpu"
+        found = {"train_s": round(train_s, 1), "steps": self.training.steps, "processes": self.processes.size}
+        return found | {"device": device} | self.ledger.summary()
 
 
 # What ends a run early ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class ForwardPass(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward:
-    """What is the same in the forward pass of every step."""
+    """The forward pass of a run: its constants, which every step shares."""
 
     trainee: Trainee
     module: nn.Module

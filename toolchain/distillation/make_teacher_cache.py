@@ -40,10 +40,10 @@ _CHECKED_TOGETHER = 64  # candidates in the matching that measures fidelity
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What to store of a teacher."""
+    """The features of a teacher to store, and their format."""
 
     depends: Mapping[str, Any]
-    """What decides the features' bytes; it is kept beside them."""
+    """Everything that decides the features' bytes; it is kept beside them."""
 
     dtype: StoredDtype
     num_views: int

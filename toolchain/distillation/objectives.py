@@ -43,7 +43,7 @@ class TeacherFeatures(NamedTuple):
 
 
 class StudentFeatures(NamedTuple):
-    """What the objectives read of one batch of the student: rows of unit norm, in float32 at least.
+    """The student's features of one batch that objectives read: rows of unit norm, in float32 at least.
 
     Where the widths agree and nothing is projected, `image_BE` is the very tensor `image_BD`.
     """

@@ -1,4 +1,4 @@
-"""What the command line decides of a training run; needs no torch."""
+"""The options of a training run that the command line sets; needs no torch."""
 
 from dataclasses import dataclass
 

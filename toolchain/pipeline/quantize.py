@@ -18,7 +18,7 @@ from toolchain.stage import Stage, StageSpec, run_stage
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """What quantizing reads: sections of a recipe that are there, and stages made before."""
+    """The sections of a recipe that quantizing reads, all of them there, and the stages made before."""
 
     role: str
     """Of the float model: student, or adopted."""

@@ -1,4 +1,4 @@
-"""What the training stages read of a recipe, and how a stage is made by one rank or several."""
+"""The inputs that training stages take from a recipe, and a stage made by one rank or several."""
 
 import os
 from dataclasses import dataclass, replace

@@ -28,12 +28,12 @@ class CacheInputs:
 
     @property
     def own_folder(self) -> Path:
-        """Where this run stores them."""
+        """The folder in which this run stores them."""
         return self.out / "teacher-cache" / self.name
 
     @property
     def folder(self) -> Path:
-        """Where they are read: this run's, or those that another run made."""
+        """The folder in which they are read: this run's, or another run's."""
         return self.own_folder if self.spec.path is None else Path(self.spec.path)
 
 

@@ -51,7 +51,7 @@ LossOf = Callable[[Tensor, Tensor, FineTuningBatch], Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which towers become int8, and the inputs that set the ranges of their activations."""
+    """The towers that become int8, and the inputs that set the ranges of their activations."""
 
     pixel_values_BCHW: Tensor
     """All that the model will meet, the most contrasting images included."""

@@ -36,7 +36,7 @@ _SENSITIVITY_SAMPLES = 64  # calibration samples used for each layer's SQNR
 
 @dataclass(frozen=True)
 class Quantization:
-    """What becomes int8, against what and on what: everything that decides the result."""
+    """A float student, its teacher and the data: everything that decides the int8 student."""
 
     spec: QuantizeSpec
     loss_weights: LossWeights
@@ -49,7 +49,7 @@ class Quantization:
     data: TrainingData
     seed: int
     headline: Criterion | None = None
-    """What `spec.max_drop` bounds; None: how often the int8 student chooses the teacher's caption."""
+    """The score that `spec.max_drop` bounds; None: how often the int8 student chooses the teacher's caption."""
 
     @property
     def steps(self) -> int:
@@ -102,13 +102,13 @@ def quantize_student(task: Quantization, folder: Path, progress: Progress) -> di
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What gives the teacher's unit features of a batch, live or looked up."""
+    """A teacher's unit features of a batch, live or looked up."""
 
     features: Callable[[Batch], tuple[Tensor, Tensor]]
     logit_scale: Tensor
     embed_dim: int
     geometries: list[Geometry]
-    """How a batch is prepared for teacher and student."""
+    """The preparations of a batch that teacher and student need."""
 
 
 def _open_teacher(teacher: ClipModel | TeacherCache, student: Geometry) -> _Teacher:

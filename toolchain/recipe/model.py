@@ -33,7 +33,7 @@ class ModelSpec(Section):
 
     @property
     def is_random(self) -> bool:
-        """Whether the model starts from the seed and not from weights."""
+        """True if the model starts from the seed and not from weights."""
         return self.init == "random" or (self.init is None and self.pretrained is None and self.checkpoint is None)
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class TeacherSpec(ModelSpec):
 
     @property
     def is_random(self) -> bool:
-        """Whether the teacher's weights are drawn from the seed, as only a test of the machinery would want."""
+        """True if the teacher's weights are drawn from the seed, as only a test of the machinery would want."""
         return self.init == "random"
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Where a model comes from: what a recipe may name, and what a stage that uses it depends on.
+"""Names of models: resolve those that a recipe may use, and fingerprint what a stage that uses one depends on.
 
 A model is an architecture and perhaps weights.  The architecture is a folder that ships with clipkd, a folder of one's
 own (an open_clip local-dir, or a run of clipkd's), a repository of the Hugging Face Hub, or one that open_clip knows by
@@ -56,7 +56,7 @@ def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
 
 
 def model_folder(spec: "ModelSpec") -> Path | None:
-    """Where an anchored model lies; None: in the Hub, or among open_clip's own."""
+    """Return the folder of an anchored model; None: in the Hub, or among open_clip's own."""
     return local_folder(spec.model)
 
 
@@ -68,7 +68,7 @@ def local_folder(model: str) -> Path | None:
 
 
 def fingerprint(spec: "ModelSpec") -> str:
-    """What a stage that uses an anchored model depends on: the content of its files, and the names of all else.
+    """Return what a stage that uses an anchored model depends on: the content of its files, and the names of all else.
 
     A name stands for what it meant when the stage was made: nothing asks the Hub whether that has changed since.
     """
