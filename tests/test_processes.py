@@ -15,6 +15,7 @@ from golden import golden_values
 from torch import Tensor
 from two_processes import spawn
 
+from toolchain import torchrun
 from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.objectives import (
@@ -193,6 +194,15 @@ def test_collectives(both: dict[str, list[Any]]) -> None:
         assert found["none"] is False
         assert found["share"] == "from 0"
         assert found["rows"][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_rank_is_read_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (torchrun.rank(), torchrun.local_rank(), torchrun.world_size(), torchrun.leads()) == (0, 0, 1, True)
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert (torchrun.rank(), torchrun.local_rank(), torchrun.world_size(), torchrun.leads()) == (5, 1, 8, False)
 
 
 def test_processes_that_cannot_meet_say_how_to_start() -> None:
