@@ -34,6 +34,7 @@ def _foreign_package() -> str | None:
 
 
 try:
+    from toolchain import torchrun
     from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
     from toolchain.terminal import (
         TerminalScreen,
@@ -89,13 +90,14 @@ def run(
     from export.pipeline.measure import measure_models, measure_references, require_references
     from export.pipeline.quantize import quantize_or_reject
     from export.pipeline.report import report_run
-    from toolchain.pipeline.stage_inputs import How, evaluated
+    from toolchain.distillation.training_options import TrainingOptions
+    from toolchain.pipeline.stage_inputs import evaluated
     from toolchain.pipeline.train import train_checkpoints
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
         evaluated(loaded)  # before hours of training
         require_references(loaded)
-        checkpoints = train_checkpoints(loaded, out, screen, How(workers))  # teacher, baseline, student
+        checkpoints = train_checkpoints(loaded, out, screen, TrainingOptions(workers))  # teacher, baseline, student
         checkpoints |= quantize_or_reject(loaded, out, checkpoints, screen)  # student-int8
         exported = export_models(loaded, out, checkpoints, screen)  # graphs that passed parity
         chosen = choose_precisions(loaded, out, exported, {}, screen) if loaded.export.auto else None
@@ -128,13 +130,13 @@ def distill(
 
     Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
     """
-    from toolchain.pipeline.stage_inputs import How
+    from toolchain.distillation.training_options import TrainingOptions
     from toolchain.pipeline.train import train_checkpoints
 
-    how = How(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
+    options = TrainingOptions(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
     with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
-        checkpoints = train_checkpoints(loaded, out, screen, how)
-    if how.leads:
+        checkpoints = train_checkpoints(loaded, out, screen, options)
+    if torchrun.leads():
         _print_stages(checkpoints, as_json)
 
 
@@ -156,7 +158,6 @@ def adopt(
 
     Example: [bold]clipkd adopt ViT-B-32 --pretrained laion2b_s34b_b79k --like mine.yaml --out runs/b32[/]
     """
-    from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import train_checkpoints
     from toolchain.recipe.load import adopting, load_recipe, recipe_path
 
@@ -164,7 +165,7 @@ def adopt(
     weights = {"pretrained": pretrained, "checkpoint": None if checkpoint is None else str(checkpoint)}
     recipe = adopting(model, {key: value for key, value in weights.items() if value}, taken, overrides)
     with _run_directory(recipe, out) as (loaded, screen):
-        made = train_checkpoints(loaded, out, screen, How())
+        made = train_checkpoints(loaded, out, screen)
     _print_stages(made, as_json)
 
 
@@ -178,13 +179,11 @@ def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: Jso
 
     Example: [bold]clipkd cache glyphs --out runs/quickstart[/]
     """
-    from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import cache_teachers
 
-    how = How()
     with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
-        made = cache_teachers(loaded, out, screen, how)
-    if how.leads:
+        made = cache_teachers(loaded, out, screen)
+    if torchrun.leads():
         _print_stages(made, as_json)
 
 
@@ -196,11 +195,10 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
     """
     from toolchain.pipeline.quantize import quantize_checkpoint
     from toolchain.pipeline.run_directory import run_recipe
-    from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import train_checkpoints
 
     with _run_directory(run_recipe(run, overrides), run) as (loaded, screen):
-        checkpoints = train_checkpoints(loaded, run, screen, How())
+        checkpoints = train_checkpoints(loaded, run, screen)
         made = quantize_checkpoint(loaded, run, checkpoints, screen)
     if not made:
         raise UsageError(
@@ -258,7 +256,6 @@ def export(
     from export.pipeline.export import export_models
     from export.pipeline.quantize import quantize_or_reject
     from toolchain.pipeline.run_directory import run_recipe
-    from toolchain.pipeline.stage_inputs import How
     from toolchain.pipeline.train import train_checkpoints
     from toolchain.recipe.export import ExportFlags, export_overrides
     from toolchain.recipe.load import load_recipe
@@ -282,7 +279,7 @@ def export(
     if trt and "tensorrt" not in recipe.export.runtimes:
         raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; name it there too")
     with _run_directory(recipe, run) as (loaded, screen):
-        checkpoints = train_checkpoints(loaded, run, screen, How())
+        checkpoints = train_checkpoints(loaded, run, screen)
         checkpoints |= quantize_or_reject(loaded, run, checkpoints, screen)
         exported = export_models(loaded, run, checkpoints, screen)
         chosen = choose_precisions(loaded, run, exported, {}, screen) if loaded.export.auto else None
@@ -840,11 +837,10 @@ def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Ite
     from rich.progress import Progress
 
     from toolchain.pipeline.run_directory import hold_run
-    from toolchain.pipeline.stage_inputs import How
 
     if not shared:
         _refuse_torchrun()
-    if not How().leads:
+    if not torchrun.leads():
         yield recipe, TerminalScreen(Progress(disable=True), silent=True)
         return
     with hold_run(recipe, out, f"clipkd {shlex.join(sys.argv[1:])}"), open_screen() as screen:
@@ -858,9 +854,7 @@ def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
 
 
 def _refuse_torchrun() -> None:
-    from toolchain.pipeline.stage_inputs import How
-
-    if How().size > 1:
+    if torchrun.world_size() > 1:
         raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
 
 

@@ -78,7 +78,7 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
     import torch
 
     torch.set_num_threads(1)
-    from toolchain.distillation.distill import distil
+    from toolchain.distillation.distill import Training, distill
     from toolchain.models.build import build_model
     from toolchain.recipe.distill import DistillSpec, LossWeights
     from toolchain.recipe.model import ModelSpec
@@ -94,7 +94,7 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
     teacher = None if variant == "baseline" else teacher_cache(seed, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
     student = build_model(ModelSpec(model=STUDENT, model_cfg=how["model_cfg"]), seed=seed)
-    trained = distil(spec, student, teacher, data_of(seed), folder, quiet, seed=seed)
+    trained = distill(Training(spec, student, teacher, data_of(seed), seed=seed), folder, quiet)
     scores = score(student) | {"train_s": trained["train_s"], "tower": tower, "variant": variant, "seed": seed}
     result.write_text(json.dumps(scores), encoding="utf-8")
     return scores
@@ -109,7 +109,7 @@ def data_of(seed: int) -> Any:
 
 def teacher_cache(seed: int, out: Path) -> Any:
     """What the teacher says of a seed's views: the same for every variant, so computed once."""
-    from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, make_cache
+    from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, CachePlan, make_cache
     from toolchain.distillation.teacher import live_teacher
     from toolchain.distillation.teacher_cache import open_cache
     from toolchain.distributed import ALONE
@@ -121,7 +121,8 @@ def teacher_cache(seed: int, out: Path) -> Any:
     if not (folder / "complete").exists():
         live = live_teacher(load_model(ROOT / "recipes" / "glyphs_teacher"), "fp32", ALONE.device)
         steps = max(how["steps"] for how in TOWERS.values())
-        make_cache(live, data_of(seed), folder, depends, quiet, dtype="float32", num_views=VIEWS, steps=steps)
+        plan = CachePlan(depends, "float32", num_views=VIEWS, steps=steps)
+        make_cache(live, data_of(seed), folder, plan, quiet)
         (folder / "complete").touch()
     return open_cache(folder, depends)
 

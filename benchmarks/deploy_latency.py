@@ -66,7 +66,7 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
     from toolchain.models.towers import example_pixels, without_attention_fast_path
     from toolchain.quantization.checkpoint import load_quantized
     from toolchain.quantization.freeze import freeze
-    from toolchain.quantization.quantize import quantize
+    from toolchain.quantization.quantize import Calibration, quantize
 
     built, tower = tower_of(model)
     pixels = example_pixels(built.net).float()
@@ -75,8 +75,8 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
     for attention in (False, True):
         folder = scratch / f"quantized-{attention}"
         folder.mkdir()
-        calibration = shown, built.tokenize(["a cat", "a dog"])
-        quantize(built, iter(()), calibration, steps=0, lr=0.0, folder=folder, attention=attention)
+        calibration = Calibration(shown, built.tokenize(["a cat", "a dog"]), attention=attention)
+        quantize(built, folder, calibration)
         frozen_with[attention] = freeze(load_quantized(folder, built)[0], pixels)
     frozen = frozen_with[False]
     names = ("pixel_values", "image_features")

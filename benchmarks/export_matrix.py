@@ -27,7 +27,7 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import example_pixels
 from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.freeze import freeze
-from toolchain.quantization.quantize import quantize
+from toolchain.quantization.quantize import Calibration, quantize
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import anchored
 
@@ -82,7 +82,7 @@ def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: P
             checkpoint.mkdir()
             few = 8
             pixels = example_pixels(model.net, few).float()
-            quantize(model, iter(()), (pixels, model.tokenize(spoken[:few])), steps=0, lr=0.0, folder=checkpoint)
+            quantize(model, checkpoint, Calibration(pixels, model.tokenize(spoken[:few])))
             image, text = load_quantized(checkpoint, model)
             frozen = FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(spoken[:2])))
         planned = PlannedExport("student", precision, runtime)

@@ -90,7 +90,7 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
     from toolchain.models.towers import example_pixels
     from toolchain.quantization.checkpoint import load_quantized
     from toolchain.quantization.freeze import freeze
-    from toolchain.quantization.quantize_student import quantize_student
+    from toolchain.quantization.quantize_student import Quantization, quantize_student
     from toolchain.recipe.load import load_recipe, recipe_path
 
     recipe = load_recipe(recipe_path("glyphs"), overrides)
@@ -103,7 +103,7 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
         checkpoint = folder / "int8"
         checkpoint.mkdir(exist_ok=True)
         weights = recipe.distill.loss_weights
-        quantize_student(spec, weights, model, teacher, data, checkpoint, quiet, seed=seed)
+        quantize_student(Quantization(spec, weights, model, teacher, data, seed), checkpoint, quiet)
         model = load_model(checkpoint)
         image, text = load_quantized(checkpoint, model)
         examples = example_pixels(model.net), model.tokenize(list(glyphs.TEMPLATES))

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--batch 16] [--rounds 7] [--teacher ViT-L-14]
 
 The straightforward step is written here as the equations are: the teacher in float32, all 77 tokens in every text
-tower, the same losses, plain AdamW.  Ours is the engine's own (distill.py), once with the teacher in float32,
+tower, the same losses, plain AdamW.  Ours is the training loop's own (distill.py), once with the teacher in float32,
 once in bfloat16, and once with float32 features looked up in a teacher cache (teacher_cache.py), the looking
 up counted in the step.  All see the same batches and interleave, one step each in turn, each with a student of its own
 from the same initialisation.  Weights are random and images noise: neither changes what a step costs.
@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from claims import claim, finish
 from torch import Tensor
 
-from toolchain.distillation.distill import _forward
-from toolchain.distillation.loader import Fed
+from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.losses import clip_loss, crd_loss, fd_loss, icl_loss
 from toolchain.distillation.make_teacher_cache import write_shard
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
@@ -202,7 +202,7 @@ def cached(live: Any, batches: list[tuple[Tensor, Tensor]], folder: Path) -> Tea
 def ours(
     student: ClipModel, guide: Any, spec: DistillSpec, cache: TeacherCache | None = None
 ) -> Callable[[int, Any], dict[str, float]]:
-    """The engine's step, piece by piece as its loop has them."""
+    """The training loop's step, piece by piece as its loop has them."""
     torch.manual_seed(0)
     trained = Trainee(student, cache or guide.model, spec, ALONE)
     optimizer = make_optimizer(trained, spec)
@@ -210,6 +210,7 @@ def ours(
         group["lr"] = 1e-5
     trained.train()
     weights = spec.loss_weights.model_dump()
+    forward = Forward(trained, trained, spec, ALONE, 0)
 
     def step(index: int, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         pixels, ids_BT = batch
@@ -218,10 +219,10 @@ def ours(
         with clock("teacher"):
             sample_B = np.arange(index * len(pixels), (index + 1) * len(pixels))
             features = cache.features(sample_B, np.zeros_like(sample_B), 0) if cache else None
-            fed = Fed(pixels, ids_BL, pixels, ids_BL, [], sample_B, 0, teacher_features=features)
-            taught = guide.of(fed)
+            prepared = PreparedBatch(pixels, ids_BL, pixels, ids_BL, [], sample_B, 0, teacher_features=features)
+            teacher_features = guide.features(prepared)
         with clock("student and losses"):
-            done = _forward(trained, trained, student, fed, taught, spec, ALONE, 0, index)
+            done = forward.run(prepared, teacher_features, index)
         with clock("backward"):
             optimizer.zero_grad(set_to_none=True)
             done.loss.backward()  # type: ignore[no-untyped-call]

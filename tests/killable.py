@@ -113,7 +113,7 @@ def _run(
     def progress(self: Any, what: str, done: int, total: int, note: str = "") -> None:
         connection.send(done if what == "training" else what)
 
-    command._Screen.progress = progress  # type: ignore[method-assign]
+    command.TerminalScreen.progress = progress  # type: ignore[method-assign]
     occurred = dict.fromkeys(MOMENTS, 0)
 
     def moment(name: str) -> bool:
@@ -138,7 +138,7 @@ def _run(
 
     def replace(path: Path, target: Path) -> Path:
         name = "a checkpoint before its rename" if path.name == "checkpoint.partial" else None
-        name = "the log cut to the checkpoint's step" if path.name == "train.jsonl.partial" else name
+        name = "the log cut to the checkpoint's step" if Path(target).name == "train.jsonl" else name
         if name and moment(name):
             wait()
         return real_replace(path, target)

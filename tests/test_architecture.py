@@ -27,6 +27,7 @@ IMPORT_ORDER = (
     "toolchain.significance",
     "toolchain.provenance",
     "toolchain.filesystem",
+    "toolchain.torchrun",
     "toolchain.distributed",
     "toolchain.stage",
     "toolchain.progress",
@@ -62,6 +63,8 @@ PROGRAMS = ("runner", "machine", "probes", "agent", "build_engine")  # copied to
 USERS_OF_RICH = ("toolchain/terminal.py",)
 
 TORCH_FREE = [
+    "toolchain.torchrun",
+    "toolchain.distillation.training_options",
     "toolchain.stage",
     "toolchain.pipeline.stage_inputs",
     "toolchain.pipeline.train",

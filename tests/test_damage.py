@@ -33,8 +33,8 @@ from toolchain.data.inspection import inspect
 from toolchain.data.open import fingerprint, training_data
 from toolchain.data.packing import pack
 from toolchain.distillation import make_teacher_cache as caching
-from toolchain.distillation.distill import Engine, distil
-from toolchain.distillation.make_teacher_cache import make_cache
+from toolchain.distillation.distill import Training, distill
+from toolchain.distillation.make_teacher_cache import CachePlan, make_cache
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import ABOUT, TeacherCache
 from toolchain.distributed import ALONE, Processes
@@ -268,11 +268,11 @@ def test_hundreds_of_damaged_samples_are_trained_through(kind: str, tmp_path: Pa
     epochs = 2  # so that what fits into no batch of one epoch is met in another
     student = load_model(STUDENT, random_seed=0)
     said: list[str] = []
-    engine = Engine(max_damaged=1.0, say=said.append)
     steps = epochs * data.steps_per_epoch
     weights = {"loss_weights": {"task": 1, "crd": 0, "fd": 0, "icl": 0}}
     (tmp_path / "run").mkdir()
-    summary = distil(spec(steps=steps, **weights), student, None, data, tmp_path / "run", silent, seed=0, engine=engine)
+    training = Training(spec(steps=steps, **weights), student, None, data, max_damaged=1.0)
+    summary = distill(training, tmp_path / "run", silent, say=said.append)
     assert summary["damaged"] == dict(sorted(expected.items()))
     assert set(expected) <= set(REASONS)
     assert set(summary["damaged_first"]) == set(expected)
@@ -292,9 +292,9 @@ def trained_through(processes: Processes, fields: dict[str, Any], model: str, fo
     said: list[str] = []
     student = load_model(Path(model), random_seed=0)
     weights = {"loss_weights": {"task": 1, "crd": 0, "fd": 0, "icl": 0}}
-    engine = Engine(processes, max_damaged=1.0, say=said.append)
     asked = spec(steps=40, **weights)
-    summary = distil(asked, student, None, opened(**fields), Path(folder), silent, seed=0, engine=engine)
+    training = Training(asked, student, None, opened(**fields), max_damaged=1.0)
+    summary = distill(training, Path(folder), silent, processes=processes, say=said.append)
     assert bool(said) == processes.leads, "one of the processes speaks"
     counts: dict[str, int] = summary["damaged"]
     return counts
@@ -321,7 +321,7 @@ def test_a_run_stops_when_too_much_is_damaged(kind: str, tmp_path: Path) -> None
     weights = {"loss_weights": {"task": 1, "crd": 0, "fd": 0, "icl": 0}}
     data = opened(**fields)
     with pytest.raises(ClipkdError, match=r"% of the samples are damaged, judged by .*data.max_damaged permits 10.0%"):
-        distil(spec(steps=200, **weights), student, None, data, tmp_path, silent)
+        distill(Training(spec(steps=200, **weights), student, None, data), tmp_path, silent)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -370,13 +370,13 @@ def test_a_teacher_cache_counts_the_same_damage_and_trains_through_it(
     folder = tmp_path / "features"
     folder.mkdir()
     depends = {"views": 2, "dtype": "float16", "shard_samples": caching.SHARD_SAMPLES}
-    made = make_cache(live, data, folder, depends, silent, num_views=2, steps=10, dtype="float16")
+    made = make_cache(live, data, folder, CachePlan(depends, "float16", num_views=2, steps=10), silent)
     assert made["damaged"] == dict(sorted(expected.items()))
     cache = TeacherCache(folder, json.loads((folder / ABOUT).read_text()))
-    engine = Engine(max_damaged=1.0)
     (tmp_path / "run").mkdir()
     steps = 3 * data.steps_per_epoch
-    summary = distil(spec(steps=steps), student, cache, data, tmp_path / "run", silent, seed=0, engine=engine)
+    training = Training(spec(steps=steps), student, cache, data, max_damaged=1.0)
+    summary = distill(training, tmp_path / "run", silent)
     assert summary["damaged"] == made["damaged"]
 
 

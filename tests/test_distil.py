@@ -37,13 +37,21 @@ from toolchain.data.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.distillation import distill as distil_module
 from toolchain.distillation import objectives, training_log
 from toolchain.distillation.checkpoints import Checkpoints
-from toolchain.distillation.distill import CHECKPOINTS, HEADS, Engine, _forward, distil, learning_rate
-from toolchain.distillation.loader import feed
+from toolchain.distillation.distill import CHECKPOINTS, HEADS, Training, distill, learning_rate
+from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.loader import load_batches
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import OBJECTIVES, DistillationHeads, StudentFeatures, TeacherBatch, loss_terms
-from toolchain.distillation.teacher import CachedTeacher, live_teacher
+from toolchain.distillation.objectives import (
+    OBJECTIVES,
+    DistillationHeads,
+    StudentFeatures,
+    TeacherFeatures,
+    loss_terms,
+)
+from toolchain.distillation.teacher import CachedTeacher, LiveTeacher, live_teacher
 from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
 from toolchain.distillation.training_log import _similarity
+from toolchain.distillation.training_options import TrainingOptions
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.evaluation.eval_set import classes_set
@@ -194,8 +202,8 @@ def test_the_same_seed_gives_the_same_bytes(
 def test_loaders_change_nothing(
     tmp_path: Path, tiny_samples: TrainingSet, wide_teacher_folder: Path, uninterrupted: Path
 ) -> None:
-    engine = Engine(workers=2)
-    train(tmp_path, tiny_samples, wide_teacher_folder, engine=engine, cached=True)
+    options = TrainingOptions(workers=2)
+    train(tmp_path, tiny_samples, wide_teacher_folder, options=options, cached=True)
     assert_same_run(tmp_path, uninterrupted)
 
 
@@ -218,9 +226,9 @@ def test_a_task_without_weight_needs_a_teacher(tmp_path: Path, tiny_samples: Tra
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
     tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path
 ) -> None:
-    engine = Engine(Processes(0, 3, torch.device("cpu")))
+    processes = Processes(0, 3, torch.device("cpu"))
     with pytest.raises(UsageError, match="batch_size 8 cannot be shared evenly among 3 processes"):
-        train(tmp_path, tiny_samples, teacher_folder, engine=engine, cached=True)
+        train(tmp_path, tiny_samples, teacher_folder, processes=processes, cached=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +248,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     at: int,
     every_steps: int | None,
 ) -> None:
-    changes: dict[str, Any] = {"engine": Engine(checkpoint_steps=every_steps), "cached": True}
+    changes: dict[str, Any] = {"options": TrainingOptions(checkpoint_steps=every_steps), "cached": True}
     with pytest.raises(Stop):
         train(tmp_path, tiny_samples, wide_teacher_folder, stopping(at), **changes)
     saved = 0 if every_steps is None else (at - 1) // every_steps * every_steps
@@ -256,7 +264,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 def test_interrupted_twice_and_in_the_teacher(
     tmp_path: Path, tiny_samples: TrainingSet, wide_teacher_folder: Path, uninterrupted: Path
 ) -> None:
-    changes: dict[str, Any] = {"engine": EVERY_STEP, "cached": True}
+    changes: dict[str, Any] = {"options": EVERY_STEP, "cached": True}
     for progress in (stopping(1, "teacher features"), stopping(5), stopping(5), stopping(11)):
         with pytest.raises(Stop):
             train(tmp_path, tiny_samples, wide_teacher_folder, progress, **changes)
@@ -283,7 +291,7 @@ def test_everything_that_a_step_depends_on_is_in_a_checkpoint(
     """Every objective, masks, patch dropout, clipping, and a gradient scaler that has already changed its scale."""
     weights = LossWeights(**dict.fromkeys(OBJECTIVES, 1.0) | {"gd": 0.01})
     changes: dict[str, Any] = {"loss_weights": weights, "precision": precision, "grad_clip_norm": 1.0}
-    changes |= {"student": vit_folder, "mask_ratio": 0.5, "engine": EVERY_STEP}
+    changes |= {"student": vit_folder, "mask_ratio": 0.5, "options": EVERY_STEP}
     train(tmp_path / "whole", tiny_samples, teacher_folder, **changes)
     whole = last_state(tmp_path / "whole")
     if precision == "fp16":
@@ -306,7 +314,7 @@ def test_a_towers_own_dropout_is_a_function_of_the_step(tmp_path: Path, tiny_sam
     for name in ("whole", "again"):
         train(tmp_path / name, tiny_samples, None, student=student)
     with pytest.raises(Stop):
-        train(tmp_path / "parts", tiny_samples, None, stopping(6), student=student, engine=EVERY_STEP)
+        train(tmp_path / "parts", tiny_samples, None, stopping(6), student=student, options=EVERY_STEP)
     train(tmp_path / "parts", tiny_samples, None, student=student)
     for name in ("again", "parts"):
         assert_same_run(tmp_path / name, tmp_path / "whole")
@@ -328,8 +336,8 @@ def test_asked_to_stop_it_keeps_the_step_it_is_in(
         if what == "training" and done == 5:
             os.kill(os.getpid(), number)
 
-    engine, handlers = Engine(workers=workers), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    changes: dict[str, Any] = {"engine": engine, "cached": True}
+    options, handlers = TrainingOptions(workers=workers), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    changes: dict[str, Any] = {"options": options, "cached": True}
     with pytest.raises(Interrupted) as caught:
         train(tmp_path, tiny_samples, wide_teacher_folder, progress, **changes)
     assert caught.value.exit_code == 130
@@ -367,7 +375,7 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, tiny_samples: TrainingSet)
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with pytest.raises(Stop):
-            train(tmp_path, tiny_samples, None, progress, engine=EVERY_STEP)
+            train(tmp_path, tiny_samples, None, progress, options=EVERY_STEP)
         assert signal.getsignal(signal.SIGTERM) is stop
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -383,7 +391,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_step(
     train(tmp_path / "whole", tiny_samples, None)
     heal = poison(monkeypatch, "clip_loss", lambda loss: loss * math.nan, range(4, 99))
     with pytest.raises(ClipkdError) as caught:
-        train(tmp_path / "run", tiny_samples, None, engine=Engine(checkpoint_steps=3))
+        train(tmp_path / "run", tiny_samples, None, options=TrainingOptions(checkpoint_steps=3))
     sample_B = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2).batch(4, slice(None), []).sample_B.tolist()
     assert str(caught.value) == (
         f"{tmp_path / 'run'}: the loss is not finite at step 4: of task (terms {{'task': nan}}; samples {sample_B}). "
@@ -405,7 +413,7 @@ def test_the_term_that_is_not_finite_is_named(
 ) -> None:
     poison(monkeypatch, "icl_loss", lambda loss: loss + value, range(2, 99))
     with pytest.raises(ClipkdError, match=r"the loss is not finite at step 2: of icl \(terms \{'task': "):
-        train(tmp_path, tiny_samples, teacher_folder, engine=EVERY_STEP)
+        train(tmp_path, tiny_samples, teacher_folder, options=EVERY_STEP)
     assert last_state(tmp_path)["step"] == 2
 
 
@@ -416,7 +424,7 @@ def test_a_gradient_that_is_not_finite_is_that_of_its_term(
     poison(monkeypatch, "fd_loss", lambda loss: _Poisoned.apply(loss, value), range(2, 99))
     before = load_model(STUDENT, random_seed=0)
     with pytest.raises(ClipkdError) as caught:
-        train(tmp_path, tiny_samples, teacher_folder, engine=EVERY_STEP)
+        train(tmp_path, tiny_samples, teacher_folder, options=EVERY_STEP)
     assert f"{tmp_path}: the gradient is not finite at step 2: of fd (terms " in str(caught.value)
     assert "nan" not in str(caught.value), "every term is finite"
     state = last_state(tmp_path)
@@ -431,7 +439,7 @@ def test_the_samples_of_a_large_batch_are_named_in_part(
     poison(monkeypatch, "clip_loss", lambda loss: loss * math.nan, range(99))
     student, data = load_model(STUDENT, random_seed=0), GlyphBatches(tiny_samples, 0, 10, 2)
     with pytest.raises(ClipkdError) as caught:
-        distil(spec(batch_size=10), student, None, data, tmp_path, silent)
+        distill(Training(spec(batch_size=10), student, None, data), tmp_path, silent)
     sample_B = data.batch(0, slice(None), []).sample_B.tolist()
     assert f"samples {sample_B[:8]} and others). " in str(caught.value)
 
@@ -446,7 +454,7 @@ def test_half_precision_skips_a_step_that_overflows(
             kept.append(last_state(tmp_path)["trained"])
 
     poison(monkeypatch, "clip_loss", lambda loss: _Poisoned.apply(loss, math.inf), range(6, 8))
-    train(tmp_path, tiny_samples, None, progress, engine=EVERY_STEP, precision="fp16")
+    train(tmp_path, tiny_samples, None, progress, options=EVERY_STEP, precision="fp16")
     kept.append(last_state(tmp_path)["trained"])
     norms = [row["grad_norm"] for row in rows(tmp_path)]
     assert norms[6:8] == [None, None]
@@ -510,19 +518,19 @@ def test_time_is_spent_where_the_log_says(
     """By a clock that only loading and the teacher move: 3 s and 1 s of a step's 4."""
     now = [0.0]
     monkeypatch.setattr(distil_module.time, "monotonic", lambda: now[0])
-    real_batch, real_of = GlyphBatches.batch, distil_module.LiveTeacher.of
+    real_batch, real_features = GlyphBatches.batch, LiveTeacher.features
 
     def batch(*arguments: Any) -> Any:
         now[0] += 3
         return real_batch(*arguments)
 
-    def of(*arguments: Any) -> Any:
+    def features(*arguments: Any) -> Any:
         now[0] += 1
-        return real_of(*arguments)
+        return real_features(*arguments)
 
     monkeypatch.setattr(GlyphBatches, "batch", batch)
-    monkeypatch.setattr(distil_module.LiveTeacher, "of", of)
-    train(tmp_path, tiny_samples, teacher_folder, steps=4, engine=Engine(checkpoint_s=math.inf))
+    monkeypatch.setattr(LiveTeacher, "features", features)
+    train(tmp_path, tiny_samples, teacher_folder, steps=4, options=TrainingOptions(checkpoint_minutes=math.inf))
     for line in (tmp_path / "train.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert (row["images_per_s"], row["data_fraction"], row["teacher_fraction"]) == (BATCH_SIZE / 4, 0.75, 0.25)
@@ -568,7 +576,7 @@ def test_every_objective_trains_alone(
 def test_the_result_says_what_the_manifest_should(tmp_path: Path, tiny_samples: TrainingSet) -> None:
     student = load_model(STUDENT, random_seed=0)
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
-    said = distil(spec(steps=4), student, None, data, tmp_path, silent)
+    said = distill(Training(spec(steps=4), student, None, data), tmp_path, silent)
     assert set(said) == {"train_s", "steps", "processes", "device"}
     assert (said["steps"], said["processes"], said["device"]) == (4, 1, "cpu")
     assert said["train_s"] >= 0.0
@@ -592,9 +600,9 @@ def test_the_time_of_interrupted_attempts_counts(
     student, data = load_model(STUDENT, random_seed=0), GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
     monkeypatch.setattr(training_log.StepClock, "shares", lambda *_: {"images_per_s": 1.0})  # its steps take no time
     with pytest.raises(Stop):
-        distil(spec(), student, None, data, tmp_path, ticking(6), engine=EVERY_STEP)
+        distill(Training(spec(), student, None, data), tmp_path, ticking(6), options=EVERY_STEP)
     student = load_model(STUDENT, random_seed=0)
-    said = distil(spec(), student, None, data, tmp_path, ticking(99), engine=EVERY_STEP)
+    said = distill(Training(spec(), student, None, data), tmp_path, ticking(99), options=EVERY_STEP)
     assert said["train_s"] == STEPS, "5 steps that were kept, and the 6 after them"
 
 
@@ -607,7 +615,7 @@ def test_similarity_is_the_mean_cosine(width: int) -> None:
 
     image_BD, text_BD, image_BE, text_BE = unit(16), unit(16), unit(width), unit(width)
     projected = (unit(width), unit(width)) if width != 16 else (None, None)
-    taught = TeacherBatch(image_BE, text_BE, torch.tensor(1.0))
+    taught = TeacherFeatures(image_BE, text_BE, torch.tensor(1.0))
     found = _similarity(StudentFeatures(image_BD, text_BD, *projected), taught)
     for name, student, teacher in (
         ("image", projected[0] if width != 16 else image_BD, image_BE),
@@ -629,7 +637,7 @@ def test_evaluations_are_logged_and_change_nothing_else(
     stix = eval_set("stix")
     accuracy = headline_accuracy(classes_set("stix", stix.images_KHWC[:40], stix.names[:40], TEMPLATES))
     changes: dict[str, Any] = {"accuracy": accuracy, "evaluate_every": 4, "cached": True}
-    changes["engine"] = EVERY_STEP
+    changes["options"] = EVERY_STEP
     with pytest.raises(Stop):
         train(tmp_path, tiny_samples, wide_teacher_folder, stopping(9), **changes)
     student = train(tmp_path, tiny_samples, wide_teacher_folder, **changes)
@@ -656,10 +664,10 @@ def test_stored_features_are_what_the_teacher_says_live(
     views = set()
     for step in (0, 5, data.steps_per_epoch + 1):
         student = load_model(STUDENT, random_seed=0)
-        (batch,) = feed(data, range(step, step + 1), slice(None), student, teacher, 0)
+        (batch,) = load_batches(data, range(step, step + 1), slice(None), student, teacher, 0)
         views.add(batch.view)
-        (looked_up,) = feed(data, range(step, step + 1), slice(None), student, cache, 0)
-        found, said = stored.of(looked_up), live.of(batch)
+        (looked_up,) = load_batches(data, range(step, step + 1), slice(None), student, cache, 0)
+        found, said = stored.features(looked_up), live.features(batch)
         with torch.inference_mode():
             assert batch.teacher_pixels is not None
             image_BE = unit_image_features(teacher.net, teacher.normalise(batch.teacher_pixels))
@@ -691,14 +699,14 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(
     live = live_teacher(teacher, "fp32", torch.device("cpu"))
     cache = cache_of(teacher, data, tmp_path)
     stored = CachedTeacher(torch.tensor(cache.logit_scale))
-    (batch,) = feed(data, range(1), slice(None), teacher, teacher, 0)
-    (looked_up,) = feed(data, range(1), slice(None), teacher, cache, 0)
+    (batch,) = load_batches(data, range(1), slice(None), teacher, teacher, 0)
+    (looked_up,) = load_batches(data, range(1), slice(None), teacher, cache, 0)
     with torch.no_grad():
         image_BD = teacher.net.encode_image(teacher.normalise(batch.student_pixels))  # type: ignore[operator]
         text_BD = teacher.encode_text(batch.student_ids)
         weights = LossWeights().model_dump()
         heads = DistillationHeads(teacher.embed_dim, teacher.embed_dim, weights)
-        for taught in (live.of(batch), stored.of(looked_up)):
+        for taught in (live.features(batch), stored.features(looked_up)):
             features = heads(image_BD, text_BD, taught)
             terms = loss_terms(features, teacher.logit_scale, taught, heads, weights)
             assert terms["crd"].item() < MAX_FEATURE_ERROR
@@ -711,7 +719,7 @@ def test_the_teacher_stays_as_it_was(tmp_path: Path, tiny_samples: TrainingSet, 
     teacher, student = load_model(teacher_folder), load_model(STUDENT, random_seed=0)
     before = {name: value.clone() for name, value in teacher.net.state_dict().items()}
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
-    distil(spec(steps=4), student, teacher, data, tmp_path, silent)
+    distill(Training(spec(steps=4), student, teacher, data), tmp_path, silent)
     assert not teacher.net.training
     assert all(parameter.grad is None for parameter in teacher.net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.net.state_dict().items())
@@ -723,9 +731,9 @@ def test_a_teacher_in_bfloat16_is_near_the_float32_one(
     said = []
     for precision in ("fp32", "bf16"):
         teacher, data = load_model(wide_teacher_folder), GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
-        (batch,) = feed(data, range(1), slice(None), load_model(STUDENT, random_seed=0), teacher, 0)
+        (batch,) = load_batches(data, range(1), slice(None), load_model(STUDENT, random_seed=0), teacher, 0)
         live = live_teacher(teacher, precision, torch.device("cpu"))  # type: ignore[arg-type]
-        said.append(live.of(batch))
+        said.append(live.features(batch))
         assert {p.dtype for p in teacher.net.parameters()} == {live.dtype}
     for name in ("image_BE", "text_BE"):
         exact_BE, near_BE = (getattr(taught, name) for taught in said)
@@ -747,7 +755,7 @@ def test_a_full_gpu_says_what_to_lower(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(distil_module, "_forward", full)
+    monkeypatch.setattr(Forward, "run", full)
     with pytest.raises(ClipkdError) as caught:
         train(tmp_path, tiny_samples, teacher_folder)
     assert str(caught.value) == (
@@ -779,13 +787,13 @@ def test_towers_run_in_16_bits_and_losses_in_32(
 ) -> None:
     student, teacher = load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder)
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
-    (batch,) = feed(data, range(1), slice(None), student, teacher, 0)
-    taught = live_teacher(teacher, "fp32", torch.device("cpu")).of(batch)
+    (batch,) = load_batches(data, range(1), slice(None), student, teacher, 0)
+    taught = live_teacher(teacher, "fp32", torch.device("cpu")).features(batch)
     asked = spec(precision=precision)
     trained = Trainee(student, teacher, asked, ALONE)
     seen: list[tuple[Tensor, Tensor]] = []
     with watched(student.net.visual, seen):  # type: ignore[arg-type]
-        done = _forward(trained, trained, student, batch, taught, asked, ALONE, 0, 0)
+        done = Forward(trained, trained, asked, ALONE, 0).run(batch, taught, 0)
     assert [output.dtype for _, output in seen] == [dtype]
     numbers = {"loss": done.loss, **done.terms, **done.scales}
     numbers |= {name: value for name, value in done.student._asdict().items() if value is not None}
@@ -812,13 +820,13 @@ def test_convolutional_towers_run_with_channels_last(
     """Also after a resume, of which the weights and the optimizer's moments come from a file."""
     folder = STUDENT if tower == "convolutional" else vit_folder
     with pytest.raises(Stop):
-        train(tmp_path, tiny_samples, None, stopping(3), student=folder, engine=EVERY_STEP)
+        train(tmp_path, tiny_samples, None, stopping(3), student=folder, options=EVERY_STEP)
     student, seen = load_model(folder, random_seed=0), []
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
     visual: Any = student.net.visual
-    student.settle()
+    student.probe_fast_paths()
     with watched(visual if tower == "convolutional" else visual.conv1, seen):
-        distil(spec(), student, None, data, tmp_path, silent)
+        distill(Training(spec(), student, None, data), tmp_path, silent)
     seen = [passed for passed in seen if len(passed[0]) == BATCH_SIZE]  # not what it is asked with before it trains
     assert len(seen) == STEPS - 2
     layout = torch.channels_last if tower == "convolutional" else torch.contiguous_format
@@ -951,9 +959,10 @@ def test_one_step_is_adamws(tmp_path: Path, tiny_samples: TrainingSet, wide_teac
     before = Trainee(student, teacher, asked, ALONE).train()
     start = {name: value.clone() for name, value in before.named_parameters()}
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
-    (batch,) = feed(data, range(1), slice(None), student, teacher, 0)
-    taught = live_teacher(teacher, "fp32", torch.device("cpu")).of(batch)
-    _forward(before, before, student, batch, taught, asked, ALONE, 0, 0).loss.backward()  # type: ignore[no-untyped-call]
+    (batch,) = load_batches(data, range(1), slice(None), student, teacher, 0)
+    taught = live_teacher(teacher, "fp32", torch.device("cpu")).features(batch)
+    loss = Forward(before, before, asked, ALONE, 0).run(batch, taught, 0).loss
+    loss.backward()  # type: ignore[no-untyped-call]
     train(tmp_path, tiny_samples, wide_teacher_folder, warmup=0, lr=1e-2, weight_decay=0.3, steps=1)
     saved = last_state(tmp_path)["trained"]
     for name, parameter in before.named_parameters():

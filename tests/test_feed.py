@@ -23,8 +23,9 @@ from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
 from toolchain.data.open import training_data
 from toolchain.data.webdataset_shards import ShardBatches
-from toolchain.distillation.loader import Fed, feed
+from toolchain.distillation.loader import PreparedBatch, load_batches
 from toolchain.distillation.teacher import live_teacher
+from toolchain.distillation.training_options import TrainingOptions
 from toolchain.errors import ClipkdError
 from toolchain.models import clip_model as models_module
 from toolchain.models.build import TOKENIZER_FILES, load_model
@@ -85,7 +86,7 @@ def data(tiny_samples: TrainingSet) -> GlyphBatches:
     return GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
 
 
-def assert_same(first: Fed, second: Fed) -> None:
+def assert_same(first: PreparedBatch, second: PreparedBatch) -> None:
     for name in ("student_pixels", "student_ids", "teacher_pixels", "teacher_ids"):
         ours, theirs = getattr(first, name), getattr(second, name)
         assert (ours is None) == (theirs is None), name
@@ -106,7 +107,7 @@ def test_every_distinct_thing_is_made_once(
     teacher = other_teacher(tmp_path / "teacher", geometry=geometry, tokenizer=tokenizer)
     counted, students, teachers = Counted(data), [], []  # type: ignore[var-annotated]
     ours, theirs = counting(student, students), counting(teacher, teachers)
-    fed = list(feed(counted, range(3), slice(None), ours, theirs, 0))  # type: ignore[arg-type]
+    fed = list(load_batches(counted, range(3), slice(None), ours, theirs, 0))  # type: ignore[arg-type]
     sizes = [student.geometry, OTHER_GEOMETRY] if geometry else [student.geometry]
     assert counted.asked == [(step, sizes) for step in range(3)]
     captions = [batch.captions_b for batch in fed]
@@ -123,7 +124,7 @@ def test_every_distinct_thing_is_made_once(
 
 def test_without_a_live_teacher_nothing_is_made_for_one(student: ClipModel, data: GlyphBatches) -> None:
     counted = Counted(data)
-    (batch,) = feed(counted, range(4, 5), slice(None), student, None, 0)  # type: ignore[arg-type]
+    (batch,) = load_batches(counted, range(4, 5), slice(None), student, None, 0)  # type: ignore[arg-type]
     assert (batch.teacher_pixels, batch.teacher_ids) == (None, None)
     assert counted.asked == [(4, [student.geometry])]
 
@@ -133,8 +134,8 @@ def test_a_teacher_sees_what_its_own_preprocessing_and_tokenizer_make(
 ) -> None:
     """Another image size, normalisation and tokenizer: its features are those of open_clip used plainly."""
     teacher = other_teacher(tmp_path / "teacher", geometry=True, tokenizer=True)
-    (batch,) = feed(data, range(2, 3), slice(None), student, teacher, 0)
-    taught = live_teacher(teacher, "fp32", torch.device("cpu")).of(batch)
+    (batch,) = load_batches(data, range(2, 3), slice(None), student, teacher, 0)
+    taught = live_teacher(teacher, "fp32", torch.device("cpu")).features(batch)
     assert batch.teacher_pixels is not None
     assert batch.teacher_ids is not None
     assert batch.teacher_pixels.shape == (BATCH_SIZE, 3, 48, 48)
@@ -162,25 +163,25 @@ def test_a_teacher_sees_what_its_own_preprocessing_and_tokenizer_make(
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than a small machine has cores
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_step_is_the_same_wherever_one_begins(student: ClipModel, data: GlyphBatches, workers: int) -> None:
-    whole = list(feed(data, range(12), slice(None), student, student, 0))
+    whole = list(load_batches(data, range(12), slice(None), student, student, 0))
     assert {batch.view for batch in whole} == {0, 1}
-    with closing(feed(data, range(5, 12), slice(None), student, student, workers)) as rest:
+    with closing(load_batches(data, range(5, 12), slice(None), student, student, workers)) as rest:
         for expected, batch in zip(whole[5:], rest, strict=True):
             assert_same(batch, expected)
 
 
 def test_no_steps_no_batches(student: ClipModel, data: GlyphBatches) -> None:
-    assert list(feed(data, range(7, 7), slice(None), student, None, 2)) == []
+    assert list(load_batches(data, range(7, 7), slice(None), student, None, 2)) == []
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_rows_put_together_are_the_batch(student: ClipModel, data: GlyphBatches, processes: int) -> None:
     share = BATCH_SIZE // processes
     for step in (0, 8):
-        (whole,) = feed(data, range(step, step + 1), slice(None), student, student, 0)
+        (whole,) = load_batches(data, range(step, step + 1), slice(None), student, student, 0)
         for rank in range(processes):
             rows = slice(rank * share, (rank + 1) * share)
-            (part,) = feed(data, range(step, step + 1), rows, student, student, 0)
+            (part,) = load_batches(data, range(step, step + 1), rows, student, student, 0)
             assert torch.equal(part.student_pixels, whole.student_pixels[rows])
             assert part.captions_b == whole.captions_b[rows]
             assert part.sample_b.tolist() == whole.sample_b[rows].tolist()
@@ -199,10 +200,10 @@ def test_shards_are_fed_alike(
     data = training_data(spec, seed=0, batch_size=4)
     assert isinstance(data, ShardBatches)
     expected = [data.batch(step, slice(None), [student.geometry]) for step in range(7)]
-    with closing(feed(data, range(7), slice(None), student, None, workers)) as fed:
+    with closing(load_batches(data, range(7), slice(None), student, None, workers)) as fed:
         for batch, wanted in zip(fed, expected, strict=True):
             assert torch.equal(batch.student_pixels, wanted.pixels[student.geometry])
-            assert torch.equal(batch.student_ids, student.ids_of(wanted.captions_B))
+            assert torch.equal(batch.student_ids, student.tokenize_trimmed(wanted.captions_B))
 
 
 def test_glyphs_are_glyphs(tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,13 +213,13 @@ def test_glyphs_are_glyphs(tiny_samples: TrainingSet, monkeypatch: pytest.Monkey
 
 
 def test_a_batch_moves_to_its_device_whole(student: ClipModel, data: GlyphBatches) -> None:
-    (batch,) = feed(data, range(1), slice(None), student, student, 0)
+    (batch,) = load_batches(data, range(1), slice(None), student, student, 0)
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))  # as good as a GPU here
     tensors = (moved.student_pixels, moved.student_ids, moved.teacher_pixels, moved.teacher_ids)
     assert [tensor.device.type for tensor in tensors if tensor is not None] == ["meta"] * 4
     assert (moved.captions_b, moved.view) == (batch.captions_b, batch.view)
-    (alone,) = feed(data, range(1), slice(None), student, None, 0)
+    (alone,) = load_batches(data, range(1), slice(None), student, None, 0)
     assert alone.to(torch.device("meta")).teacher_pixels is None
 
 
@@ -226,7 +227,7 @@ def test_a_batch_moves_to_its_device_whole(student: ClipModel, data: GlyphBatche
 def test_batches_are_pinned_for_the_gpu(student: ClipModel, data: GlyphBatches) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    with closing(feed(data, range(1), slice(None), student, student, 1)) as fed:
+    with closing(load_batches(data, range(1), slice(None), student, student, 1)) as fed:
         batch = next(fed)
     assert batch.student_pixels.is_pinned()
     assert batch.teacher_ids is not None
@@ -251,7 +252,7 @@ class Failing:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_is_raised_at_its_step_and_as_it_was(student: ClipModel, data: GlyphBatches, workers: int) -> None:
     failing: Any = Failing(data, 3)
-    with closing(feed(failing, range(6), slice(None), student, None, workers)) as fed:
+    with closing(load_batches(failing, range(6), slice(None), student, None, workers)) as fed:
         for _ in range(3):
             next(fed)
         with pytest.raises(ClipkdError) as caught:
@@ -275,7 +276,7 @@ def test_loaders_compute_in_one_thread_each(student: ClipModel, data: GlyphBatch
     """Torch sees to its own threads, open_clip to those of Hugging Face's tokenizers: neither is ours to forget."""
     torch.set_num_threads(2)  # until `one_thread` ends
     asking: Any = Asking(data)
-    with closing(feed(asking, range(2), slice(None), student, None, 2)) as fed:
+    with closing(load_batches(asking, range(2), slice(None), student, None, 2)) as fed:
         assert {caption for made in fed for caption in made.captions_b} == {"1 thread, tokenizers false"}
 
 
@@ -299,7 +300,7 @@ def test_loaders_leave_the_cores_to_training(
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setenv("WORLD_SIZE", str(size))
     specs = {"glyphs": GlyphsSpec(kind="glyphs"), "webdataset": WebdatasetSpec(kind="webdataset", shards=("a.tar",))}
-    assert stage_inputs.num_workers(specs[kind], stage_inputs.How(told), device) == expected
+    assert stage_inputs.num_workers(specs[kind], TrainingOptions(told), device) == expected
 
 
 def ended(processes: list[Any]) -> bool:
@@ -316,7 +317,7 @@ def test_loaders_leave_signals_to_the_process_they_work_for(
 ) -> None:
     """A terminal's Ctrl-C and a job's SIGTERM reach them too, and a loader that dies takes the run with it."""
     before = multiprocessing.active_children()
-    with closing(feed(data, range(40), slice(None), student, None, 2)) as fed:
+    with closing(load_batches(data, range(40), slice(None), student, None, 2)) as fed:
         next(fed)
         loaders = [child for child in multiprocessing.active_children() if child not in before]
         assert len(loaders) == 2
@@ -329,7 +330,7 @@ def test_loaders_leave_signals_to_the_process_they_work_for(
 
 def test_closed_early_no_loader_is_left(student: ClipModel, data: GlyphBatches) -> None:
     before = multiprocessing.active_children()
-    fed = feed(data, range(1000), slice(None), student, None, 2)
+    fed = load_batches(data, range(1000), slice(None), student, None, 2)
     next(fed)
     loaders = [child for child in multiprocessing.active_children() if child not in before]
     assert loaders
@@ -341,7 +342,7 @@ def test_no_loader_outlives_an_error_that_is_still_held(student: ClipModel, data
     """At its end a process waits for what it forked: it would never end, while the error's traceback is kept."""
     before = multiprocessing.active_children()
     failing: Any = Failing(data, 3)
-    fed = feed(failing, range(1000), slice(None), student, None, 2)
+    fed = load_batches(failing, range(1000), slice(None), student, None, 2)
     next(fed)
     loaders = [child for child in multiprocessing.active_children() if child not in before]
     assert loaders
@@ -360,6 +361,6 @@ def test_no_loader_asks_a_net_whether_its_text_is_trimmed(
     asked: list[int] = multiprocessing.Manager().list()  # type: ignore[assignment]
     real: Callable[[Tensor], bool] = models_module.is_trimmable
     monkeypatch.setattr(models_module, "is_trimmable", lambda net: (asked.append(os.getpid()), real(net))[1])
-    with closing(feed(data, range(4), slice(None), student, teacher, 2)) as fed:
+    with closing(load_batches(data, range(4), slice(None), student, teacher, 2)) as fed:
         assert len(list(fed)) == 4
     assert list(asked) == [os.getpid()] * 2, "once of each model"

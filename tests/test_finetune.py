@@ -9,7 +9,7 @@ from conftest import STUDENT
 
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
-from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, make_cache
+from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, CachePlan, make_cache
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, open_cache
 from toolchain.models.build import load_model
@@ -18,7 +18,8 @@ from toolchain.models.towers import unit_image_features
 from toolchain.quantization import quantize_student as finetune
 from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.nncf_backend import quantizers_of
-from toolchain.quantization.quantize_student import quantize_student
+from toolchain.quantization.quantize import Calibration, FineTuning
+from toolchain.quantization.quantize_student import Quantization, quantize_student
 from toolchain.recipe.distill import LossWeights
 from toolchain.recipe.quantize import QuantizeSpec
 
@@ -39,7 +40,7 @@ def quantized(
     student = load_model(STUDENT, random_seed=0)
     spec = QuantizeSpec(**({"steps": 2, "batch_size": 8, "calibration_samples": SAMPLES} | changes))
     data = GlyphBatches(samples, 0, 8, 2)
-    return student, quantize_student(spec, weights, student, teacher, data, folder, silent, seed=0)
+    return student, quantize_student(Quantization(spec, weights, student, teacher, data, 0), folder, silent)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +81,11 @@ def test_a_cache_teaches_what_the_teacher_does(
     data = GlyphBatches(tiny_samples, 0, 8, 2)
     (tmp_path / "cache").mkdir()
     live = live_teacher(load_model(teacher_folder), "fp32", torch.device("cpu"))
-    make_cache(live, data, tmp_path / "cache", ABOUT_CACHE, silent, dtype="float32", num_views=2, steps=2)
+    make_cache(live, data, tmp_path / "cache", CachePlan(ABOUT_CACHE, "float32", num_views=2, steps=2), silent)
     seen: list[list[Any]] = []
 
-    def keep(student: ClipModel, batches: Any, calibration: Any, **kept: Any) -> None:
-        seen.append([list(batches), kept["loss_of"]])
+    def keep(student: ClipModel, folder: Path, calibration: Any, fine_tuning: FineTuning, **_: Any) -> None:
+        seen.append([list(fine_tuning.batches), fine_tuning.loss_of])
 
     monkeypatch.setattr(finetune, "quantize", keep)
     weights = LossWeights(task=0, crd=1, fd=0, icl=0)
@@ -130,10 +131,11 @@ def test_without_a_labelled_set_the_budget_is_of_agreement(
 def test_calibration_sees_every_sample_as_a_view_and_undistorted(
     tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-    monkeypatch.setattr(finetune, "quantize", lambda student, batches, calibration, **_: calls.append(calibration))
+    calls: list[Calibration] = []
+    monkeypatch.setattr(finetune, "quantize", lambda student, folder, calibration, *_, **__: calls.append(calibration))
     student, _ = quantized(tmp_path / "int8", tiny_samples, None, LossWeights())
-    ((pixel_values, input_ids),) = calls
+    (calibration,) = calls
+    pixel_values, input_ids = calibration.pixel_values_BCHW, calibration.input_ids_BT
     assert len(pixel_values) == 2 * SAMPLES
     assert len(input_ids) == SAMPLES
     white = student.normalise(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0, :, 0, 0]
@@ -149,12 +151,10 @@ def test_the_anchor_is_the_distance_to_the_float_students_features(
     distances: dict[float, float] = {}
     for anchor in (0.0, 3.0):
 
-        def keep(
-            student: Any, batches: Any, calibration: Any, *, loss_of: Any, anchor: float = anchor, **_: Any
-        ) -> None:
-            batch = next(batches)
+        def keep(student: Any, folder: Path, calibration: Any, tuning: Any, anchor: float = anchor, **_: Any) -> None:
+            batch = next(tuning.batches)
             image_BD = torch.nn.functional.normalize(torch.ones(8, 128), dim=-1)
-            losses[anchor] = loss_of(image_BD, image_BD, batch).item()
+            losses[anchor] = tuning.loss_of(image_BD, image_BD, batch).item()
             own_BD = unit_image_features(student.net, batch[0])
             distances[anchor] = (image_BD - own_BD).square().sum(-1).mean().item()
 

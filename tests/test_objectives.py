@@ -17,12 +17,13 @@ from toolchain.distillation.objectives import (
     OBJECTIVES,
     DistillationHeads,
     StudentFeatures,
-    TeacherBatch,
-    gathered,
+    TeacherFeatures,
+    gather_features,
     loss_terms,
     paper_weight,
+    weights_on_unit_features,
 )
-from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.distill import NEED_CAPTIONS, LossWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +69,7 @@ def golden_terms(
     golden: Golden, names: list[str], *, reference_compat: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     heads, leaves = golden_heads(golden, names, reference_compat=reference_compat)
-    teacher = TeacherBatch(golden.teacher_image, golden.teacher_text, golden.teacher_scale)
+    teacher = TeacherFeatures(golden.teacher_image, golden.teacher_text, golden.teacher_scale)
     features = heads(leaves["s_img_raw"], leaves["s_txt_raw"], teacher)
     return loss_terms(features, leaves["s_scale"], teacher, heads, dict.fromkeys(names, 1.0)), leaves
 
@@ -97,7 +98,7 @@ def test_the_default_is_what_was_intended(case: str) -> None:
 def test_what_needs_no_correction_is_the_same_either_way(case: str, reference_compat: bool) -> None:
     golden = Golden(case)
     heads, leaves = golden_heads(golden, golden.objectives, reference_compat=reference_compat)
-    teacher = TeacherBatch(golden.teacher_image, golden.teacher_text, golden.teacher_scale)
+    teacher = TeacherFeatures(golden.teacher_image, golden.teacher_text, golden.teacher_scale)
     features = heads(leaves["s_img_raw"], leaves["s_txt_raw"], teacher)
     weights = dict.fromkeys(("task", "crd", "fd"), 1.0)
     for name, term in loss_terms(features, leaves["s_scale"], teacher, heads, weights).items():
@@ -170,17 +171,17 @@ def test_the_rows_of_a_rank_have_the_gradient_of_the_whole_batch(rank: int) -> N
 
 def made_batch(
     student_width: int = 6, teacher_width: int = 6, batch: int = 5, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, TeacherBatch, Tensor]:
+) -> tuple[Tensor, Tensor, TeacherFeatures, Tensor]:
     """The student's raw image and text features, the teacher's batch, and raw features of masked images."""
     generator = torch.Generator().manual_seed(3)
     raw = 3 * torch.randn(3, batch, student_width, generator=generator, dtype=torch.float64)
     unit = F.normalize(torch.randn(2, batch, teacher_width, generator=generator, dtype=torch.float64), dim=-1)
-    teacher = TeacherBatch(unit[0].to(dtype), unit[1].to(dtype), torch.tensor(21.0, dtype=dtype))
+    teacher = TeacherFeatures(unit[0].to(dtype), unit[1].to(dtype), torch.tensor(21.0, dtype=dtype))
     return raw[0].to(dtype), raw[1].to(dtype), teacher, raw[2].to(dtype)
 
 
 def terms_of(
-    heads: DistillationHeads, batch: tuple[Tensor, Tensor, TeacherBatch, Tensor], names: tuple[str, ...]
+    heads: DistillationHeads, batch: tuple[Tensor, Tensor, TeacherFeatures, Tensor], names: tuple[str, ...]
 ) -> dict[str, Tensor]:
     image, text, teacher, masked = batch
     features = heads(image, text, teacher, masked)
@@ -190,6 +191,38 @@ def terms_of(
 
 def test_the_objectives_are_those_that_a_recipe_weighs() -> None:
     assert [name for name in OBJECTIVES if name in LossWeights.model_fields] == list(LossWeights.model_fields)
+
+
+def test_a_recipe_knows_which_objectives_need_captions() -> None:
+    assert set(NEED_CAPTIONS) < set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_row_says_whether_its_loss_trains_the_students_scale(name: str) -> None:
+    image, text, teacher, masked = made_batch(6, 9)
+    heads = DistillationHeads(6, 9, {name: 1.0}).double()
+    scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    term = loss_terms(heads(image, text, teacher, masked), scale, teacher, heads, {name: 1.0})[name]
+    (gradient,) = torch.autograd.grad(term, scale, allow_unused=True)
+    assert (gradient is not None) == OBJECTIVES[name].reads_logit_scale
+
+
+@pytest.mark.parametrize(
+    ("weights", "same_width", "expected"),
+    [
+        ({"task": 1.0, "crd": 2.0, "fd": 3.0, "icl": 4.0}, True, {"task": 1.0, "crd": 2.0, "fd": 3.0, "icl": 4.0}),
+        ({"task": 1.0, "crd": 2.0, "fd": 3.0, "icl": 4.0}, False, {"task": 1.0, "crd": 2.0}),
+        ({"fd": 1.0, "mfd": 2.0}, True, {"fd": 3.0}),
+        ({"mfd": 2.0}, True, {"fd": 2.0}),
+        ({"afd": 1.0}, True, {"task": 1.0}),
+        (dict.fromkeys(("fd", "mfd", "gd", "icl", "cross_kd"), 1.0), False, {"task": 1.0}),
+    ],
+)
+def test_unit_features_take_the_objectives_that_need_no_heads(
+    weights: dict[str, float], same_width: bool, expected: dict[str, float]
+) -> None:
+    kept = weights_on_unit_features(weights, same_width=same_width)
+    assert {name: weight for name, weight in kept.items() if weight} == expected
 
 
 SUBSETS = [subset for size in range(len(OBJECTIVES) + 1) for subset in itertools.combinations(OBJECTIVES, size)]
@@ -443,19 +476,21 @@ def test_clamping_heads_without_scales_does_nothing() -> None:
 
 
 def split_batch(
-    batch: tuple[Tensor, Tensor, TeacherBatch, Tensor], rows: slice
-) -> tuple[Tensor, Tensor, TeacherBatch, Tensor]:
+    batch: tuple[Tensor, Tensor, TeacherFeatures, Tensor], rows: slice
+) -> tuple[Tensor, Tensor, TeacherFeatures, Tensor]:
     image, text, teacher, masked = batch
     return (
         image[rows],
         text[rows],
-        TeacherBatch(teacher.image_BE[rows], teacher.text_BE[rows], teacher.logit_scale),
+        TeacherFeatures(teacher.image_BE[rows], teacher.text_BE[rows], teacher.logit_scale),
         masked[rows],
     )
 
 
 @pytest.mark.parametrize("teacher_width", [6, 9])
-@pytest.mark.parametrize("names", [OBJECTIVES, ("task", "crd"), ("task", "fd", "icl"), ("task", "mfd"), ("afd",)])
+@pytest.mark.parametrize(
+    "names", [tuple(OBJECTIVES), ("task", "crd"), ("task", "fd", "icl"), ("task", "mfd"), ("afd",)]
+)
 def test_gathered_halves_have_the_terms_and_gradients_of_the_whole(teacher_width: int, names: tuple[str, ...]) -> None:
     image, text, teacher, masked = made_batch(6, teacher_width)
     leaves = [image.requires_grad_(), text.requires_grad_(), masked.requires_grad_()]
@@ -466,12 +501,12 @@ def test_gathered_halves_have_the_terms_and_gradients_of_the_whole(teacher_width
 
     halves = [heads(*split_batch((image, text, teacher, masked), rows)) for rows in (slice(0, 2), slice(2, None))]
     sent: list[Tensor] = []
-    gathered(halves[0], lambda x: sent.append(x) or x)
+    gather_features(halves[0], lambda x: sent.append(x) or x)
 
     def gather(x: Tensor) -> Tensor:
         return torch.cat([sent[0], x])
 
-    features = gathered(halves[1], gather)
+    features = gather_features(halves[1], gather)
     found = loss_terms(features, torch.tensor(14.0).double(), teacher, heads, dict.fromkeys(names, 0.5))
     assert list(found) == list(whole)
     for name, term in found.items():
@@ -504,7 +539,7 @@ def test_gathering_is_one_call_that_sends_nothing_twice(
     heads = DistillationHeads(6, teacher_width, weights, reference_compat=reference_compat).to(dtype)
     features = heads(image, text, teacher, masked)
     sent: list[Tensor] = []
-    received = gathered(features, lambda x: sent.append(x) or torch.cat([x, 2 * x]))
+    received = gather_features(features, lambda x: sent.append(x) or torch.cat([x, 2 * x]))
     assert [(x.shape, x.dtype) for x in sent] == [((5, columns), dtype)]
     for name, x in features._asdict().items():
         y = getattr(received, name)

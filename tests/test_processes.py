@@ -15,13 +15,14 @@ from golden import golden_values
 from torch import Tensor
 from two_processes import spawn
 
-from toolchain.distillation.distill import _forward
-from toolchain.distillation.loader import Fed
+from toolchain import torchrun
+from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.objectives import (
     OBJECTIVES,
     DistillationHeads,
-    TeacherBatch,
-    gathered,
+    TeacherFeatures,
+    gather_features,
     loss_terms,
     paper_weight,
 )
@@ -76,14 +77,14 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         net=net,
         embed_dim=STUDENT_WIDTH,
         normalise=lambda pixels: pixels.double() / 127.5 - 1,
-        settle=lambda: None,
+        probe_fast_paths=lambda: None,
         encode_image=lambda values: encode_class_token(net.visual, values),
         encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
     )
     trained = Trainee(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
     with torch.no_grad():
         net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
-    module = processes.together(trained.train())
+    module = processes.data_parallel(trained.train())
     random = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (BATCH, 3, 16, 16), generator=random, dtype=torch.uint8)
     ids = torch.randint(1, 63, (BATCH, TOKENS), generator=random)
@@ -91,9 +92,9 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
     unit = [torch.randn(BATCH, teacher_width, generator=random, dtype=torch.float64) for _ in range(2)]
     image_BE, text_BE = (torch.nn.functional.normalize(x, dim=-1) for x in unit)
     rows = processes.rows(BATCH)
-    batch = Fed(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
-    taught = TeacherBatch(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
-    done = _forward(module, trained, student, batch, taught, spec, processes, SEED, STEP)  # type: ignore[arg-type]
+    batch = PreparedBatch(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
+    taught = TeacherFeatures(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
+    done = Forward(trained, module, spec, processes, SEED).run(batch, taught, STEP)
     done.loss.backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad for name, p in trained.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in found.values()), [n for n, g in found.items() if g is None]
@@ -136,9 +137,9 @@ def golden_rows(processes: Processes) -> dict[str, Tensor]:
     heads = DistillationHeads(width, width, weights, reference_compat=True).double()
     with torch.no_grad():
         heads.log_cross_logit_scale.fill_(math.log(1 / 0.07))  # type: ignore[union-attr]
-    local = TeacherBatch(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
-    features = gathered(heads(image, text, local), processes.gather)
-    whole = TeacherBatch(processes.gather(local.image_BE), processes.gather(local.text_BE), local.logit_scale)
+    local = TeacherFeatures(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
+    features = gather_features(heads(image, text, local), processes.gather)
+    whole = TeacherFeatures(processes.gather(local.image_BE), processes.gather(local.text_BE), local.logit_scale)
     terms = loss_terms(features, inputs["s_scale"], whole, heads, weights)
     recipe = [weights[name] * term for name, term in terms.items() if name != "gd"]
     torch.stack(recipe).sum().backward()  # type: ignore[no-untyped-call]
@@ -171,10 +172,10 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 def test_alone_nothing_is_copied() -> None:
     rows = torch.randn(3, 2)
     assert ALONE.gather(rows) is rows
-    assert ALONE.together(torch.nn.Linear(1, 1)).__class__ is torch.nn.Linear
+    assert ALONE.data_parallel(torch.nn.Linear(1, 1)).__class__ is torch.nn.Linear
     assert ALONE.any(True)
     assert not ALONE.any(False)
-    assert ALONE.share("x") == "x"
+    assert ALONE.broadcast("x") == "x"
 
 
 def collectives(processes: Processes) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def collectives(processes: Processes) -> dict[str, Any]:
     return {
         "any": processes.any(processes.rank == 1),
         "none": processes.any(False),
-        "share": processes.share(f"from {processes.rank}"),
+        "share": processes.broadcast(f"from {processes.rank}"),
         "rows": processes.gather_rows(mine, 5),
     }
 
@@ -193,6 +194,15 @@ def test_collectives(both: dict[str, list[Any]]) -> None:
         assert found["none"] is False
         assert found["share"] == "from 0"
         assert found["rows"][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_rank_is_read_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (torchrun.rank(), torchrun.local_rank(), torchrun.world_size(), torchrun.leads()) == (0, 0, 1, True)
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert (torchrun.rank(), torchrun.local_rank(), torchrun.world_size(), torchrun.leads()) == (5, 1, 8, False)
 
 
 def test_processes_that_cannot_meet_say_how_to_start() -> None:

@@ -30,10 +30,10 @@ from toolchain.precisions import PRECISIONS
 from toolchain.quantization import checkpoint as checkpoint_module
 from toolchain.quantization import nncf_backend
 from toolchain.quantization import quantize as quantize_module
-from toolchain.quantization.checkpoint import load_quantized
+from toolchain.quantization.checkpoint import TOWERS, load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import decode_json, import_nncf, quantizers_of
-from toolchain.quantization.quantize import quantize
+from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NUM_SAMPLES = 24
@@ -70,20 +70,17 @@ def inputs(model):
 
 def forever(*batch):
     while True:
-        yield batch
+        yield FineTuningBatch(*batch)
 
 
-def quantized_folder(folder, model, inputs, targets=(None, None), **options):
+def quantized_folder(
+    folder, model, inputs, targets=(None, None), steps=0, *, loss_of=None, towers=TOWERS, signed_activations=False
+):
     losses = []
-    quantize(
-        model,
-        forever(*inputs, *targets),
-        inputs,
-        lr=1e-4,
-        folder=folder,
-        on_step=lambda step, loss: losses.append(loss),
-        **options,
-    )
+    calibration = Calibration(*inputs, towers=towers, signed_activations=signed_activations)
+    batches = forever(*inputs, *targets)
+    fine_tuning = FineTuning(batches, steps, 1e-4, loss_of, on_step=lambda step, loss: losses.append(loss))
+    quantize(model, folder, calibration, fine_tuning)
     for name in ("open_clip_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(STUDENT / name, folder / name)
     return losses
@@ -207,7 +204,7 @@ def test_faint_inputs_do_not_narrow_a_range(model, inputs, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         calibration = tuple(torch.cat(parts) for parts in zip(*([shown] if shown else []), inputs, strict=True))
-        quantize(model, forever(*inputs, None, None), calibration, steps=0, lr=1e-4, folder=folder)
+        quantize(model, folder, Calibration(*calibration))
         image_tower, _ = load_quantized(folder, model)
         ranges.append({name: quantizer.scale.detach() for name, quantizer in quantizers_of(image_tower)})
     alone, outnumbered = ranges
@@ -438,7 +435,7 @@ for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, unplugged)
 socket.getaddrinfo = socket.create_connection = unplugged
 from toolchain.models.build import load_model
-from toolchain.quantization.quantize import quantize
+from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 def refuse(*args, **kwargs): raise AssertionError("a compiler was called")
 torch.compile = refuse
 import torch.utils.cpp_extension as extension
@@ -446,7 +443,8 @@ extension.load = refuse
 model = load_model(pathlib.Path({str(STUDENT)!r}), random_seed=0)
 batch = torch.randn(4, 3, 32, 32), model.tokenize(["a", "b", "c", "d"])
 pathlib.Path("out").mkdir()
-quantize(model, iter([(*batch, None, None)] * 2), batch, steps=1, lr=1e-4, folder=pathlib.Path("out"))
+fine_tuning = FineTuning(iter([FineTuningBatch(*batch)] * 2), steps=1, lr=1e-4)
+quantize(model, pathlib.Path("out"), Calibration(*batch), fine_tuning)
 from nncf.telemetry.wrapper import NNCFTelemetryStub, telemetry
 assert isinstance(telemetry, NNCFTelemetryStub), telemetry
 assert os.environ["NNCF_CI"] == "1" and "openvino_telemetry" not in sys.modules

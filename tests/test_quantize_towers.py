@@ -20,7 +20,7 @@ from toolchain.models.towers import ImageTower, example_pixels
 from toolchain.quantization.checkpoint import float_towers, load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import calibrate, import_nncf, quantizers_of
-from toolchain.quantization.quantize import quantize
+from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 from toolchain.quantization.sensitivity import layers_of
 from toolchain.recipe.model import ModelSpec
 
@@ -100,7 +100,7 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     torch.testing.assert_close(prepared_BD, expected_BD, atol=MERGED_AND_FOLDED, rtol=0)
 
     calibration = pixel_values, model.tokenize(["a"] * 2)
-    quantize(model, iter(()), calibration, steps=0, lr=1e-4, folder=tmp_path, towers=("image",))
+    quantize(model, tmp_path, Calibration(*calibration, towers=("image",)))
     image_tower, _ = load_quantized(tmp_path, model)
     frozen = freeze(image_tower, example_pixels(model.net))
     path = tmp_path / "image.onnx"
@@ -132,12 +132,8 @@ def test_a_mobilevit_whose_blocks_share_quantizers_is_saved_restored_and_frozen(
     kept: list[nn.Module] = []
     quantize(
         model,
-        iter(()),
-        (pixel_values, model.tokenize(["a"] * 4)),
-        steps=0,
-        lr=1e-4,
-        folder=tmp_path,
-        towers=("image",),
+        tmp_path,
+        Calibration(pixel_values, model.tokenize(["a"] * 4), towers=("image",)),
         before_saving=lambda *towers: kept.extend(towers),
     )
     restored, _ = load_quantized(tmp_path, model)
@@ -180,11 +176,9 @@ def test_a_fine_tuned_tower_of_merged_branches_is_restored_exactly(tmp_path: Pat
     kept: list[nn.Module] = []
     quantize(
         model,
-        iter([(pixel_values, input_ids, None, None)] * 2),
-        (pixel_values, input_ids),
-        steps=2,
-        lr=1e-3,
-        folder=tmp_path,
+        tmp_path,
+        Calibration(pixel_values, input_ids),
+        FineTuning(iter([FineTuningBatch(pixel_values, input_ids)] * 2), steps=2, lr=1e-3),
         before_saving=lambda *towers: kept.extend(towers),
     )
     merged = float_towers(model.net, ["image"], None).image.state_dict()

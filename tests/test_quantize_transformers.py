@@ -24,7 +24,7 @@ from toolchain.quantization import quantize as quantize_module
 from toolchain.quantization.checkpoint import CONFIG, load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import quantizers_of
-from toolchain.quantization.quantize import quantize
+from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 from toolchain.quantization.sensitivity import layers_of
 from toolchain.recipe.model import ModelSpec
 
@@ -116,7 +116,7 @@ def test_one_loud_channel_costs_the_others_less(
 
     def noise(folder: Path) -> float:
         folder.mkdir()
-        quantize(model, iter(()), calibration, steps=0, lr=0.0, folder=folder, towers=("image",))
+        quantize(model, folder, Calibration(*calibration, towers=("image",)))
         with torch.no_grad():
             frozen = freeze(load_quantized(folder, model)[0], shown)
             return (frozen(shown) - expected_BD).square().sum().item()
@@ -127,15 +127,13 @@ def test_one_loud_channel_costs_the_others_less(
 
 
 def test_fine_tuned_towers_are_restored_to_the_bit_and_stay_plain_open_clip(model: ClipModel, tmp_path: Path) -> None:
-    batch = (*inputs(model), None, None)
+    batch = FineTuningBatch(*inputs(model))
     kept: list[nn.Module] = []
     quantize(
         model,
-        iter([batch] * 3),
-        inputs(model),
-        steps=3,
-        lr=1e-3,
-        folder=tmp_path,
+        tmp_path,
+        Calibration(*inputs(model)),
+        FineTuning(iter([batch] * 3), steps=3, lr=1e-3),
         before_saving=lambda *t: kept.extend(t),
     )
     plain = build_model(SPEC, seed=3)
@@ -172,12 +170,8 @@ def test_a_text_tower_from_transformers_is_quantized_and_restored(config: dict[s
     (tmp_path / "int8").mkdir()
     quantize(
         model,
-        iter(()),
-        calibration,
-        steps=0,
-        lr=0.0,
-        folder=tmp_path / "int8",
-        towers=("text",),
+        tmp_path / "int8",
+        Calibration(*calibration, towers=("text",)),
         before_saving=lambda *towers: kept.extend(towers),
     )
     tower = load_quantized(tmp_path / "int8", model)[1]
@@ -187,7 +181,7 @@ def test_a_text_tower_from_transformers_is_quantized_and_restored(config: dict[s
 
 
 def test_a_checkpoint_from_before_is_refused(model: ClipModel, tmp_path: Path) -> None:
-    quantize(model, iter(()), inputs(model), steps=0, lr=0.0, folder=tmp_path)
+    quantize(model, tmp_path, Calibration(*inputs(model)))
     config = json.loads((tmp_path / CONFIG).read_text())
     del config["moved"]
     (tmp_path / CONFIG).write_text(json.dumps(config))
@@ -200,8 +194,7 @@ def test_attention_is_rounded_only_if_asked_for(model: ClipModel, tmp_path: Path
     towers = {}
     for attention in (False, True):
         (tmp_path / str(attention)).mkdir()
-        kept = {"steps": 0, "lr": 0.0, "folder": tmp_path / str(attention), "towers": ("image",)}
-        quantize(model, iter(()), calibration, attention=attention, **kept)
+        quantize(model, tmp_path / str(attention), Calibration(*calibration, towers=("image",), attention=attention))
         towers[attention] = load_quantized(tmp_path / str(attention), model)[0]
     names = {attention: {name for name, _ in quantizers_of(tower)} for attention, tower in towers.items()}
     assert names[False] < names[True]

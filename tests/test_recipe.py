@@ -12,6 +12,7 @@ from conftest import REPOSITORY, STUDENT
 
 from toolchain.errors import UsageError
 from toolchain.recipe.data import WebdatasetSpec
+from toolchain.recipe.distill import DistillSpec, LossWeights, TeacherCacheSpec
 from toolchain.recipe.load import adopting, checked, load_recipe, recipe_path, shipped_recipes, teacher_recipe
 from toolchain.recipe.model import ModelSpec, TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, architectures, model_folder
@@ -516,3 +517,21 @@ def test_a_recipe_that_trains_nothing_has_no_more_than_it_needs(
     path: Path, changes: dict[str, object], said: str
 ) -> None:
     assert said in problem(path, **changes)
+
+
+def test_training_without_a_teacher_depends_on_nothing_that_concerns_one() -> None:
+    alone = {"steps": 9, "batch_size": 8, "lr": 1e-3, "warmup": 1}
+    taught = {
+        "loss_weights": LossWeights(task=2, mfd=1),
+        "teacher_cache": TeacherCacheSpec(dtype="int8"),
+        "teacher_precision": "bf16",
+        "reference_compat": True,
+    }
+    without = DistillSpec(**alone, **taught).without_teacher()
+    assert without == DistillSpec(**alone).without_teacher()
+    assert {name for name, weight in without.loss_weights.model_dump().items() if weight} == {"task"}
+
+
+@pytest.mark.parametrize(("length", "expected"), [({"steps": 9}, 9), ({"epochs": 3}, 21)])
+def test_a_training_has_steps_or_epochs(length: dict[str, int], expected: int) -> None:
+    assert DistillSpec(**length, batch_size=8, lr=1e-3, warmup=1).num_steps(7) == expected

@@ -23,8 +23,15 @@ from toolchain.quantization import sensitivity
 from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import quantizers_of
-from toolchain.quantization.quantize import quantize
-from toolchain.quantization.sensitivity import Probe, agreement_probe, headline_probe, layers_of, revert_worst, score_of
+from toolchain.quantization.quantize import Calibration, quantize
+from toolchain.quantization.sensitivity import (
+    Criterion,
+    agreement_criterion,
+    headline_criterion,
+    layers_of,
+    revert_worst,
+    score_towers,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +58,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     pixel_values = torch.randn(len(NAMES), 3, 32, 32, generator=generator)
     inputs = {"image": pixel_values, "text": model.tokenize(NAMES)}
     folder = tmp_path_factory.mktemp("int8")
-    quantize(model, iter(()), (inputs["image"], inputs["text"]), steps=0, lr=1e-4, folder=folder)
+    quantize(model, folder, Calibration(inputs["image"], inputs["text"]))
     return Case(model, folder, inputs)
 
 
@@ -68,7 +75,7 @@ def damaged(case: Case, towers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return towers
 
 
-def likeness(case: Case) -> Probe:
+def likeness(case: Case) -> Criterion:
     """Scores the mean cosine to the float student's features: finer than top-1 of random weights."""
     expected = [tower(case.model.net)(values) for tower, values in floats(case)]
 
@@ -76,7 +83,7 @@ def likeness(case: Case) -> Probe:
         cosines = [(x * y).sum(-1).mean().item() for x, y in zip((image_BD, text_BD), expected, strict=True)]
         return sum(cosines) / 2
 
-    return Probe("likeness", case.inputs["image"], case.inputs["text"], score)
+    return Criterion("likeness", case.inputs["image"], case.inputs["text"], score)
 
 
 def floats(case: Case) -> Iterator[tuple[Any, Tensor]]:
@@ -138,14 +145,14 @@ def layers_of_enabled(tower: nn.Module, inputs: Tensor) -> Any:
 
 
 def test_the_damaged_layer_and_no_other_goes_back_to_float(case: Case, damaged: dict[str, nn.Module]) -> None:
-    probe = likeness(case)
-    before = score_of(damaged, probe)
-    found = revert_worst(damaged, case.inputs, probe, 1.0, max_drop=BUDGET)
+    criterion = likeness(case)
+    before = score_towers(damaged, criterion)
+    found = revert_worst(damaged, case.inputs, criterion, 1.0, max_drop=BUDGET)
     assert [row["layer"] for row in found["reverted"]] == [DAMAGED]
     (row,) = found["reverted"]
     assert row["drop_before"] == found["drop_before"] == pytest.approx(1 - before, abs=1e-5)
     assert row["drop_before"] > BUDGET >= row["drop_after"] == found["drop"]
-    assert found["drop"] == pytest.approx(1 - score_of(damaged, probe), abs=1e-5), "as it is left"
+    assert found["drop"] == pytest.approx(1 - score_towers(damaged, criterion), abs=1e-5), "as it is left"
     frozen = freeze(damaged["image"], case.inputs["image"][:2])
     stored = [buffer for buffer in frozen.buffers() if buffer.dtype == torch.int8 and buffer.dim() == 4]
     assert len(stored) == 14, "15 convolutions, one of them in float"
@@ -172,7 +179,7 @@ def test_what_was_reverted_survives_saving(case: Case, tmp_path: Path) -> None:
         kept.extend(towers.values())
 
     calibration = case.inputs["image"], case.inputs["text"]
-    quantize(case.model, iter(()), calibration, steps=0, lr=1e-4, folder=tmp_path, before_saving=before_saving)
+    quantize(case.model, tmp_path, Calibration(*calibration), before_saving=before_saving)
     for tower, restored, values in zip(kept, load_quantized(tmp_path, case.model), calibration, strict=True):
         assert enabled(tower) == enabled(restored)
         with torch.no_grad():
@@ -192,33 +199,33 @@ def test_the_headline_is_scored_as_evaluation_scores_it(case: Case, monkeypatch:
     shown = glyphs.eval_set("novel")
     data = classes_set("novel", shown.images_KHWC[:40], shown.names[:40], glyphs.TEMPLATES)
     monkeypatch.setattr(sensitivity, "MAX_EFFECT_IMAGES", 10)
-    probe = headline_probe(case.model, data)
-    found = score_of({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, probe)
+    criterion = headline_criterion(case.model, data)
+    found = score_towers({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, criterion)
     assert found == headline_accuracy(data)(case.model, ALONE)["top1"]
-    assert probe.what == "top-1 on novel"
-    assert probe.few is not None
-    assert probe.few.what == "top-1 on novel, 10 images"
-    assert len(probe.few.pixel_values_BCHW) == 10
-    assert len(probe.few.input_ids_CT) == 10 * len(glyphs.TEMPLATES)
-    assert torch.equal(probe.few.pixel_values_BCHW[-1], probe.pixel_values_BCHW[-1])
-    assert torch.equal(probe.few.input_ids_CT[9], probe.input_ids_CT[39]), "the last class's first prompt"
+    assert criterion.what == "top-1 on novel"
+    assert criterion.subset is not None
+    assert criterion.subset.what == "top-1 on novel, 10 images"
+    assert len(criterion.subset.pixel_values_BCHW) == 10
+    assert len(criterion.subset.input_ids_CT) == 10 * len(glyphs.TEMPLATES)
+    assert torch.equal(criterion.subset.pixel_values_BCHW[-1], criterion.pixel_values_BCHW[-1])
+    assert torch.equal(criterion.subset.input_ids_CT[9], criterion.input_ids_CT[39]), "the last class's first prompt"
 
 
 def test_classes_of_many_images_all_stay(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = glyphs.eval_set("novel")
     data = classes_set("mine", shown.images_KHWC[:40], shown.names[:5], glyphs.TEMPLATES, np.arange(40) % 5)
     monkeypatch.setattr(sensitivity, "MAX_EFFECT_IMAGES", 10)
-    probe = headline_probe(case.model, data)
-    found = score_of({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, probe)
+    criterion = headline_criterion(case.model, data)
+    found = score_towers({"image": ImageTower(case.model.net), "text": TextTower(case.model.net)}, criterion)
     assert found == headline_accuracy(data)(case.model, ALONE)["top1"]
-    assert probe.few is not None
-    assert len(probe.few.pixel_values_BCHW) == 10
-    assert torch.equal(probe.few.input_ids_CT, probe.input_ids_CT)
+    assert criterion.subset is not None
+    assert len(criterion.subset.pixel_values_BCHW) == 10
+    assert torch.equal(criterion.subset.input_ids_CT, criterion.input_ids_CT)
 
 
 def test_agreement_is_the_share_of_equal_choices() -> None:
     text_CD = torch.eye(3)
     image_BD = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1]])
-    probe = agreement_probe("me", image_BD, torch.arange(3)[:, None], torch.tensor([0, 1, 2, 0]))
-    assert probe.what == "agreement with me"
-    assert probe.score(image_BD, text_CD) == 0.5
+    criterion = agreement_criterion("me", image_BD, torch.arange(3)[:, None], torch.tensor([0, 1, 2, 0]))
+    assert criterion.what == "agreement with me"
+    assert criterion.score(image_BD, text_CD) == 0.5

@@ -21,9 +21,9 @@ from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
 from toolchain.data.open import training_data
 from toolchain.distillation import make_teacher_cache as caching
-from toolchain.distillation.distill import _forward
-from toolchain.distillation.loader import feed
-from toolchain.distillation.make_teacher_cache import break_even, make_cache, needed_bytes
+from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.loader import load_batches
+from toolchain.distillation.make_teacher_cache import CachePlan, break_even, make_cache, needed_bytes
 from toolchain.distillation.objectives import OBJECTIVES
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, open_cache, shard_path
@@ -73,13 +73,13 @@ def test_cached_features_are_live_ones_of_the_same_view(
     guide, views = CachedTeacher(torch.tensor(cache.logit_scale)), set()
     steps = range(2 * data.steps_per_epoch + 1)
     both = zip(
-        feed(data, steps, slice(None), student, teacher, 0),
-        feed(data, steps, slice(None), student, cache, 0),
+        load_batches(data, steps, slice(None), student, teacher, 0),
+        load_batches(data, steps, slice(None), student, cache, 0),
         strict=True,
     )
     for shown, looked_up in both:
         views.add(shown.view)
-        for said, stored in zip(live.of(shown)[:2], guide.of(looked_up)[:2], strict=True):
+        for said, stored in zip(live.features(shown)[:2], guide.features(looked_up)[:2], strict=True):
             assert (said * stored).sum(-1).min().item() >= MIN_COSINE[dtype]
             assert stored.norm(dim=-1).sub(1).abs().max().item() < MAX_RELATIVE_TERM_ERROR
     assert views == {0, 1}
@@ -97,8 +97,9 @@ def test_every_objective_has_the_live_teachers_value(
         student = load_model(masked_folder, random_seed=0)
         torch.manual_seed(0)
         trained = Trainee(student, source, spec(loss_weights=weights), ALONE)
-        (batch,) = feed(glyphs, range(4, 5), slice(None), student, source, 0)
-        done = _forward(trained, trained, student, batch, guide.of(batch), spec(loss_weights=weights), ALONE, 0, 4)
+        (batch,) = load_batches(glyphs, range(4, 5), slice(None), student, source, 0)
+        forward = Forward(trained, trained, spec(loss_weights=weights), ALONE, 0)
+        done = forward.run(batch, guide.features(batch), 4)
         losses.append(done.loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=MAX_RELATIVE_TERM_ERROR)
 
@@ -149,7 +150,9 @@ def test_damaged_samples_are_counted_and_lose_no_other(
     (tmp_path / "holed").mkdir()
     live = live_teacher(teacher, "fp32", CPU)
     depends = {"views": 2, "dtype": "float32", "shard_samples": SHARD}
-    made = make_cache(live, data, tmp_path / "holed", depends, lambda *_: None, dtype="float32", num_views=2, steps=9)
+    made = make_cache(
+        live, data, tmp_path / "holed", CachePlan(depends, "float32", num_views=2, steps=9), lambda *_: None
+    )
     assert made["damaged"] == {"truncated picture": len(damaged)}
     assert made["samples"] == glyphs.num_samples
     holed = TeacherCache(tmp_path / "holed", depends | {"embed_dim": teacher.embed_dim, "logit_scale": 1.0})

@@ -18,7 +18,7 @@ from training import STEPS, TIMES, train
 
 from toolchain import terminal
 from toolchain.data.glyphs import TrainingSet
-from toolchain.distillation.training_log import LOG, TENSORBOARD, TrainingLog, logs
+from toolchain.distillation.training_log import LOG, TENSORBOARD, TrainingLog, is_logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +53,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.parametrize("steps", [1, 2, 11, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 12_345, 20_000, 401_900])
 def test_rows_are_even_and_not_too_many(steps: int) -> None:
-    logged = [step for step in range(steps) if logs(step, steps)]
+    logged = [step for step in range(steps) if is_logged(step, steps)]
     assert logged[0] == 0
     assert logged[-1] == steps - 1
     assert len(logged) <= MAX_ROWS + 1

@@ -26,7 +26,7 @@ from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.distillation import objectives
 from toolchain.distillation.checkpoints import Checkpoints
-from toolchain.distillation.distill import Engine, distil
+from toolchain.distillation.distill import Training, distill
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted
 from toolchain.evaluation import torch_encoders as module
@@ -174,11 +174,10 @@ def together(
     real, Checkpoints.save = Checkpoints.save, save  # type: ignore[method-assign]
     frozen = load_model(Path(teacher)) if teacher else None
     trained = load_model(Path(student), random_seed=0)
-    engine, asked = Engine(processes), spec(**evaluated | changes)
+    asked = spec(**evaluated | changes)
     try:
-        said: dict[str, Any] = distil(
-            asked, trained, frozen, tiny_data(), Path(folder), silent, engine=engine, accuracy=accuracy
-        )
+        training = Training(asked, trained, frozen, tiny_data(), accuracy=accuracy)
+        said: dict[str, Any] = distill(training, Path(folder), silent, processes=processes)
     except Interrupted as error:
         return {"interrupted": str(error), "step": last_state(Path(folder))["step"]}
     finally:
@@ -195,8 +194,8 @@ def evaluated(processes: Processes, folder: str) -> dict[str, Any]:
     for norm in norms:
         norm.momentum = 1.0  # the last batch's statistics alone, of which the two processes have seen a half each
     asked = spec(steps=6, evaluate_every=3, lr=1e-5)
-    engine = Engine(processes)
-    return distil(asked, student, None, tiny_data(), Path(folder), silent, engine=engine, accuracy=accuracy)
+    training = Training(asked, student, None, tiny_data(), accuracy=accuracy)
+    return distill(training, Path(folder), silent, processes=processes)
 
 
 def poisoned(processes: Processes, folder: str, teacher: str, factor: float) -> str:
@@ -206,7 +205,7 @@ def poisoned(processes: Processes, folder: str, teacher: str, factor: float) -> 
         objectives.fd_loss = lambda *features: _Poisoned.apply(real(*features), factor)
     student, frozen = load_model(STUDENT, random_seed=0), load_model(Path(teacher))
     try:
-        distil(spec(), student, frozen, tiny_data(), Path(folder), silent, engine=Engine(processes))
+        distill(Training(spec(), student, frozen, tiny_data()), Path(folder), silent, processes=processes)
     except ClipkdError as error:
         return str(error)
     finally:

@@ -1,4 +1,4 @@
-"""Training runs of a few dozen samples: what the tests of the engine share."""
+"""Training runs of a few dozen samples, which the tests of training share."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,11 +13,12 @@ from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
 from toolchain.distillation import make_teacher_cache as caching
 from toolchain.distillation.checkpoints import Checkpoints
-from toolchain.distillation.distill import CHECKPOINTS, Engine, distil
-from toolchain.distillation.make_teacher_cache import make_cache
+from toolchain.distillation.distill import CHECKPOINTS, Training, distill
+from toolchain.distillation.make_teacher_cache import CachePlan, make_cache
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import ABOUT, TeacherCache, open_cache
-from toolchain.distributed import Processes
+from toolchain.distillation.training_options import TrainingOptions
+from toolchain.distributed import ALONE, Processes
 from toolchain.models.build import load_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.recipe.distill import DistillSpec
@@ -29,7 +30,7 @@ STEPS = 11  # more than an epoch of the tiny samples, so that a second view is s
 TIMES = {"images_per_s", "data_fraction", "teacher_fraction"}
 """What of a row of the log is time, and differs from run to run."""
 
-USUAL, EVERY_STEP = Engine(), Engine(checkpoint_steps=1)
+USUAL, EVERY_STEP = TrainingOptions(), TrainingOptions(checkpoint_steps=1)
 """Checkpoints at the end alone, as few tests take a minute, and after every step."""
 
 
@@ -48,7 +49,8 @@ def train(
     progress: Callable[..., None] = silent,
     *,
     seed: int = 0,
-    engine: Engine = USUAL,
+    options: TrainingOptions = USUAL,
+    processes: Processes = ALONE,
     accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None,
     student: Path = STUDENT,
     cached: bool = False,
@@ -61,9 +63,10 @@ def train(
     data = GlyphBatches(samples, seed, BATCH_SIZE, 2)
     guide: ClipModel | TeacherCache | None = frozen
     if cached and frozen:
-        engine.processes.rows(BATCH_SIZE)
+        processes.rows(BATCH_SIZE)
         guide = cache_of(frozen, data, folder / SCRATCH / "cache", progress)
-    distil(spec(**changes), trained, guide, data, folder, progress, seed=seed, engine=engine, accuracy=accuracy)
+    training = Training(spec(**changes), trained, guide, data, seed=seed, accuracy=accuracy)
+    distill(training, folder, progress, options=options, processes=processes)
     return trained
 
 
@@ -77,7 +80,7 @@ def cache_of(
         views, dtype = data.num_views, changes.get("dtype", "float32")
         live = live_teacher(teacher, "fp32", torch.device("cpu"))
         depends = {"views": views, "dtype": dtype, "shard_samples": caching.SHARD_SAMPLES}
-        make_cache(live, data, folder, depends, progress, num_views=views, steps=STEPS, dtype=dtype)
+        make_cache(live, data, folder, CachePlan(depends, dtype, num_views=views, steps=STEPS), progress)
         (folder / "complete").touch()
     return open_cache(folder, {**json.loads((folder / ABOUT).read_text())})
 

@@ -11,11 +11,8 @@ CLIP-KD's released code leaves that factor out, so its student's gradients are 1
 
 Batch norms are the exception: each process normalises by its own b rows, as in the released code, and the first one's
 running statistics are those that are kept.
-
-    B batch of all processes   b rows of one process   D width   W number of processes
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from toolchain import torchrun
 from toolchain.errors import ClipkdError, UsageError
 
 _PATIENCE = timedelta(hours=2)  # while the first process indexes shards, say, or downloads the teacher
@@ -34,7 +32,7 @@ _PATIENCE = timedelta(hours=2)  # while the first process indexes shards, say, o
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together."""
+    """This process's rank among those that train together."""
 
     rank: int
     size: int
@@ -42,11 +40,11 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes, logs and reports."""
+        """True for rank 0, the process that writes, logs and reports."""
         return self.rank == 0
 
     def rows(self, batch_size: int) -> slice:
-        """This process's share of a batch.
+        """Return this rank's rows of a batch.
 
         Raises:
             UsageError: the batch cannot be shared evenly.
@@ -60,11 +58,11 @@ class Processes:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def gather(self, rows_bD: Tensor) -> Tensor:
-        """[B, D]: the rows of all processes in order of rank, with exact gradients (see the module)."""
+        """Return [B, D]: the rows of all ranks in order, with exact gradients (see the module)."""
         return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)
 
     def gather_rows(self, rows_bD: Tensor, count: int) -> Tensor:
-        """[count, D] without gradient: rows rank, rank + W, rank + 2 W, ... of every process, put in order."""
+        """Return [count, D] without gradient: rows rank, rank + W, rank + 2 W, ... of every rank, put in order."""
         if self.size == 1:
             return rows_bD
         share = -(-count // self.size)
@@ -74,45 +72,45 @@ class Processes:
         dist.all_gather_into_tensor(gathered_WbD.flatten(0, 1), padded_bD)
         return gathered_WbD.transpose(0, 1).flatten(0, 1)[:count]
 
-    def together(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over processes, and its parameters those of the first."""
+    def data_parallel(self, module: nn.Module) -> nn.Module:
+        """Return the module with its gradients averaged over ranks, and its parameters those of rank 0."""
         if self.size == 1:
             return module
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every process the first's buffers, batch norms' statistics above all: each has them of its own rows."""
+        """Give every rank the buffers of rank 0: each has batch norms' statistics of its own rows."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; every process must ask."""
+        """Return True if any rank passes True (a collective call)."""
         if self.size == 1:
             return flag
-        said = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(said, dist.ReduceOp.MAX)
-        return bool(said.item())
+        any_flag = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(any_flag, dist.ReduceOp.MAX)
+        return bool(any_flag.item())
 
-    def share(self, value: Any) -> Any:
-        """What the first process says; every process must ask."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of rank 0 (a collective call)."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def collect(self, value: Any) -> list[Any]:
-        """What every process says, by rank; every process must say something."""
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value of every rank, in order (a collective call)."""
         if self.size == 1:
             return [value]
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process enters and leaves before the others enter: what it writes, they find."""
+        """Let rank 0 enter and leave before the others enter: what it writes, they find."""
         if not self.leads:
             self.wait()
         yield
@@ -120,7 +118,7 @@ class Processes:
             self.wait()
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
@@ -130,15 +128,15 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def join_processes() -> Processes:
-    """This process among those that torchrun started, or alone; on its own GPU where there are any.
+    """Return this process's place among those that torchrun started, or alone; on its own GPU where there are any.
 
     Raises:
         ClipkdError: torchrun's processes do not find each other.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = torchrun.rank(), torchrun.world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", torchrun.local_rank())
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         try:

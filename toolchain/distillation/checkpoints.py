@@ -30,14 +30,14 @@ class Checkpoints:
     _saved_at: float = field(default_factory=time.monotonic)
 
     def due(self, step: int) -> bool:
-        """Whether one should be saved now that `step` steps are done."""
+        """Return True if a checkpoint should be saved now that `step` steps are done."""
         by_step = self.every_steps is not None and step % self.every_steps == 0
         return by_step or time.monotonic() - self._saved_at >= self.every_s
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps, then remove what is older than the last `keep`.
+        """Write the state after `step` steps, then remove all but the last `keep` checkpoints.
 
-        And what is as new: damaged ones, which `load` passed over when the run continued before them.
+        Those of later steps go too: they are damaged, and `load` passed over them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "checkpoint.partial"
@@ -53,7 +53,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def load(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest whole checkpoint, None where there is none.  One that fails its hash is passed over, and said so.
+        """Return the newest whole checkpoint, None where there is none; `say` reports those that fail their hash.
 
         Raises:
             ClipkdError: there are checkpoints and every one is damaged.

@@ -2,12 +2,11 @@
 
 from open_clip.coca_model import CoCa
 
+from toolchain.distillation.objectives import select
 from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.patch_masking import check_can_mask
 from toolchain.recipe.distill import LossWeights
-
-# What a model is, and which go together -------------------------------------------------------------------------------
 
 
 def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeights) -> None:
@@ -38,5 +37,6 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
             f"student {student.name}: has a logit_bias, made for a sigmoid loss; the losses here are softmax losses, "
             "in which a bias cancels and is never trained. Write student.model_cfg: {init_logit_bias: null}"
         )
-    if teacher is not None and weights.mfd > 0:
+    objectives = select(weights.model_dump(), with_teacher=teacher is not None).values()
+    if any(objective.on_whole_image for objective in objectives):
         check_can_mask(student.net.visual)  # type: ignore[arg-type]

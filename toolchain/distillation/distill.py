@@ -2,272 +2,287 @@
 
 The loop is one line of the paper after another: batch -> teacher's and student's features -> objectives -> one weighted
 sum -> step.  Batches, masks and the seed of anything else random are functions of the step, so that a run continues
-from any checkpoint exactly, with any number of loader workers, and with any number of processes (`processes.py`) sees
-the same batches.
-
-    B batch of all processes   b rows of one process   D student width   E teacher width   T tokens
+from any checkpoint exactly, with any number of loader workers, and sees the same batches with any number of ranks
+(distributed.py).
 """
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from toolchain.data.bad_samples import Ledger
+from toolchain.data.bad_samples import Damage, Ledger
 from toolchain.data.batch import TrainingData
 from toolchain.distillation.checkpoints import Checkpoints
-from toolchain.distillation.loader import Fed, feed
-from toolchain.distillation.objectives import TeacherBatch, gathered, loss_terms
-from toolchain.distillation.teacher import DTYPES, CachedTeacher, LiveTeacher, live_teacher
+from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.loader import PreparedBatch, load_batches
+from toolchain.distillation.non_finite import is_finite, non_finite_error
+from toolchain.distillation.objectives import TeacherFeatures, select
+from toolchain.distillation.teacher import open_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
-from toolchain.distillation.training_log import ForwardPass, StepClock, log_row, logs, open_log
+from toolchain.distillation.training_log import StepClock, is_logged, log_row, open_log
+from toolchain.distillation.training_options import TrainingOptions
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.models.build import save_model
 from toolchain.models.clip_model import ClipModel
-from toolchain.models.onednn import on_onednn
 from toolchain.progress import Progress
 from toolchain.recipe.data import MAX_DAMAGED
 from toolchain.recipe.distill import DistillSpec
-from toolchain.recipe.section import Precision
 from toolchain.stage import SCRATCH
 
 HEADS = "heads.safetensors"
 CHECKPOINTS = Path(SCRATCH, "checkpoints")
+_NO_OPTIONS = TrainingOptions()
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What decides where and how fast training runs, and no number of its result."""
+class Training:
+    """A student, its teacher, its data and a schedule: everything that decides the numbers of a run."""
 
-    processes: Processes = ALONE
-    workers: int = 0
-    """Loader processes beside each training process."""
+    spec: DistillSpec
+    student: ClipModel
+    """Trained in place."""
 
-    checkpoint_steps: int | None = None
-    checkpoint_s: float = 60.0
-    keep_checkpoints: int = 2
+    teacher: ClipModel | TeacherCache | None
+    data: TrainingData
+    seed: int = 0
     max_damaged: float = MAX_DAMAGED
     """Share of damaged samples above which training stops."""
 
-    say: Callable[[str], None] = lambda text: None
-    """Tells the user something that is neither progress nor an error."""
+    accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None
+    """Scores the student every `spec.evaluate_every` steps, every rank taking part."""
+
+    @property
+    def steps(self) -> int:
+        return self.spec.num_steps(self.data.steps_per_epoch)
 
 
-_PLAIN = Engine()
-
-
-def distil(
-    spec: DistillSpec,
-    student: ClipModel,
-    teacher: ClipModel | TeacherCache | None,
-    data: TrainingData,
+def distill(
+    training: Training,
     folder: Path,
     progress: Progress,
     *,
-    seed: int = 0,
-    engine: Engine = _PLAIN,
-    accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None,
+    options: TrainingOptions = _NO_OPTIONS,
+    processes: Processes = ALONE,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train `student` in place and save it in `folder`; returns what the manifest should say.
+    """Train the student and save it in `folder`; return what the manifest records.
 
-    Checkpoints are left in `folder`'s scratch, for whoever made the folder to remove: the same call continues from the
-    last, and where that is of the last step only saves again.  `accuracy` scores the student every
-    `spec.evaluate_every` steps, every process taking part.
+    Checkpoints stay in `folder`'s scratch, for whoever made the folder to remove: the same call continues from the
+    last, and where that is of the last step only saves again.  `say` takes messages that are no progress.
 
     Raises:
         ClipkdError: a loss or a gradient became NaN or infinite, or the memory of the GPU does not suffice.
         Interrupted: asked to stop, by SIGTERM or the keyboard; a checkpoint of the last step is saved.
     """
-    steps = spec.steps or (spec.epochs or 0) * data.steps_per_epoch
-    if spec.warmup >= steps:
-        raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
-    processes, weights = engine.processes, spec.loss_weights.model_dump()
-    rows = processes.rows(spec.batch_size)
-    if teacher is None and not weights["task"]:
-        raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
-    torch.manual_seed(seed)  # of the heads: alike in every process
-    trained = Trainee(student, teacher, spec, processes)
-    guide = _guide(spec, teacher, processes) if teacher else None
-    optimizer = make_optimizer(trained, spec)
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=spec.precision == "fp16")
+    spec, steps = training.spec, training.steps
+    rows = _check(training, processes)
+    say = say if processes.leads else lambda _: None
+    run = _start(training, folder, processes, say)
     checkpoints = Checkpoints(
-        folder / CHECKPOINTS, engine.keep_checkpoints, engine.checkpoint_steps, engine.checkpoint_s
+        folder / CHECKPOINTS, options.keep_checkpoints, options.checkpoint_steps, 60 * options.checkpoint_minutes
     )
-    say: Callable[[str], None] = engine.say if processes.leads else lambda _: None
-    ledger = Ledger(data.left_out, data.num_samples, engine.max_damaged)
-    if data.left_out:
-        ledger.check(data.num_samples)
-    step, before_s = _resume(checkpoints, trained, optimizer, scaler, ledger, say)
-    module = processes.together(trained)
-    batches = closing(feed(data, range(step, steps), rows, student, teacher, engine.workers))
+    step, elapsed_s = run.resume(checkpoints)
+    run = run.wrapped()
+    loaded = load_batches(
+        training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0
+    )
     clock = StepClock(processes.device)
-    started = time.monotonic()
-    trained.train()
+    started = time.monotonic() - elapsed_s
+    run.trainee.train()
     with (
-        batches as fed,
+        closing(loaded) as batches,
         open_log(folder, step, processes) as log,
         _stop_requests() as stop_requested,
-        _full_memory(spec),
+        _explain_full_memory(spec),
     ):
         while step < steps:
-            clock.restart()
-            with clock("data"):
-                batch = next(fed).to(processes.device)
-            if processes.any(bool(batch.damaged)):
-                for sentence in ledger.add(damage for part in processes.collect(batch.damaged) for damage in part):
-                    say(sentence)
-                ledger.check((step + 1) * spec.batch_size)
-            with clock("teacher"):
-                taught = guide.of(batch) if guide else None
-            done = _forward(module, trained, student, batch, taught, spec, processes, seed, step)
-            lr = learning_rate(spec, steps, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(done.loss).backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-            scaler.unscale_(optimizer)
-            grad_norm = clip_gradients(trained, spec.grad_clip_norm)
-            row = log_row(step, lr, grad_norm, done, weights)
-            if not _is_finite(row, scaler):
-                again = _forward(trained, trained, student, batch, taught, spec, processes, seed, step)
-                raise _not_finite(folder, row, trained, again, data, processes)
-            scaler.step(optimizer)
-            scaler.update()
-            trained.clamp_parameters_()
+            row = run.train_step(batches, step, clock)
             step += 1
             row |= clock.shares(spec.batch_size)
-            if accuracy and spec.evaluate_every and (step % spec.evaluate_every == 0 or step == steps):
-                trained.eval()
-                processes.share_buffers(trained)
-                row["accuracy"] = accuracy(student, processes)
-                trained.train()
+            if training.accuracy and spec.evaluate_every and (step % spec.evaluate_every == 0 or step == steps):
+                row["accuracy"] = run.evaluate(training.accuracy)
             if processes.leads:
-                if logs(step - 1, steps) or "accuracy" in row:
+                if is_logged(step - 1, steps) or "accuracy" in row:
                     log.write(row)
                 progress("training", step, steps, f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s")
             stopping = processes.any(stop_requested())
             if processes.leads and (checkpoints.due(step) or stopping or step == steps):
                 log.flush()
-                elapsed_s = before_s + time.monotonic() - started
-                checkpoints.save(step, _state(trained, optimizer, scaler, ledger, elapsed_s))
+                checkpoints.save(step, run.state(time.monotonic() - started))
             if stopping and step < steps:
                 processes.wait()  # for the checkpoint: torchrun ends the others when one process has ended
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
-    trained.eval()
-    train_s = before_s + time.monotonic() - started
-    if processes.leads:
-        save_model(student, folder)
-        if heads := trained.heads.state_dict():
-            save_file({name: value.detach().cpu().contiguous() for name, value in heads.items()}, folder / HEADS)
-    processes.wait()
-    return {
-        "train_s": round(train_s, 1),
-        "steps": steps,
-        "processes": processes.size,
-        "device": str(torch.cuda.get_device_name()) if processes.device.type == "cuda" else "cpu",
-    } | ledger.summary()
-
-
-def _forward(
-    module: nn.Module,
-    trained: "Trainee",
-    student: ClipModel,
-    batch: Fed,
-    taught: TeacherBatch | None,
-    spec: DistillSpec,
-    processes: Processes,
-    seed: int,
-    step: int,
-) -> ForwardPass:
-    torch.manual_seed(_seed_of(seed, step, processes.rank))  # of dropout, where a tower has any
-    masks = trained.masks(seed, batch.sample_b, step)
-    with _autocast(spec.precision, processes.device), on_onednn(processes.device, compiled=spec.compile):
-        rows, scales = module(student.normalise(batch.student_pixels), batch.student_ids, taught, *masks)
-    features = gathered(rows, processes.gather)
-    teacher = None
-    if taught is not None:
-        image_BE, text_BE = processes.gather(taught.image_BE), processes.gather(taught.text_BE)
-        teacher = TeacherBatch(image_BE, text_BE, taught.logit_scale)
-    weights = spec.loss_weights.model_dump()
-    terms = loss_terms(features, scales["logit_scale"], teacher, trained.heads, weights)
-    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-    return ForwardPass(loss, terms, scales, features, teacher)
+    train_s = time.monotonic() - started
+    run.save()
+    return run.summary(train_s)
 
 
 def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
-    """Linear warm-up, then half a cosine down to 0 (CLIP-KD's schedule)."""
+    """Return a step's rate: linear warm-up, then half a cosine down to 0 (CLIP-KD's schedule)."""
     if step < spec.warmup:
         return spec.lr * (step + 1) / spec.warmup
     done = (step - spec.warmup) / max(1, steps - spec.warmup)
     return spec.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else nullcontext()
+def _check(training: Training, processes: Processes) -> slice:
+    """Return this rank's rows of every batch.
+
+    Raises:
+        UsageError: the run cannot be trained as asked.
+    """
+    spec, steps = training.spec, training.steps
+    if spec.warmup >= steps:
+        raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
+    rows = processes.rows(spec.batch_size)
+    if not select(spec.loss_weights.model_dump(), with_teacher=training.teacher is not None):
+        raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
+    return rows
 
 
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+# A run and its state --------------------------------------------------------------------------------------------------
 
 
-# The teacher ----------------------------------------------------------------------------------------------------------
+def _start(training: Training, folder: Path, processes: Processes, say: Callable[[str], None]) -> "_Run":
+    """Return a run before its first step."""
+    spec = training.spec
+    torch.manual_seed(training.seed)  # the same initial heads on every rank
+    trainee = Trainee(training.student, training.teacher, spec, processes)
+    teacher = open_teacher(training.teacher, spec, processes.device) if training.teacher else None
+    optimizer = make_optimizer(trainee, spec)
+    scaler = torch.amp.GradScaler(processes.device.type, enabled=spec.precision == "fp16")
+    ledger = Ledger(training.data.left_out, training.data.num_samples, training.max_damaged)
+    if training.data.left_out:
+        ledger.check(training.data.num_samples)
+    forward = Forward(trainee, trainee, spec, processes, training.seed)
+    return _Run(training, folder, forward, teacher.features if teacher else None, optimizer, scaler, ledger, say)
 
 
-def _guide(spec: DistillSpec, teacher: ClipModel | TeacherCache, processes: Processes) -> LiveTeacher | CachedTeacher:
-    if isinstance(teacher, TeacherCache):
-        return CachedTeacher(torch.tensor(teacher.logit_scale, device=processes.device))
-    return live_teacher(teacher, spec.teacher_precision, processes.device, compiled=spec.compile)
+@dataclass(frozen=True)
+class _Run:
+    """One attempt at a training: the constants of its steps, and the state that they change."""
+
+    training: Training
+    folder: Path
+    forward: Forward
+    teacher_features: Callable[[PreparedBatch], TeacherFeatures] | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ledger: Ledger
+    say: Callable[[str], None]
+
+    @property
+    def trainee(self) -> Trainee:
+        return self.forward.trainee
+
+    @property
+    def processes(self) -> Processes:
+        return self.forward.processes
+
+    def wrapped(self) -> "_Run":
+        """Return the run with gradients averaged over ranks; the parameters become those of rank 0."""
+        module = self.processes.data_parallel(self.trainee)
+        return replace(self, forward=replace(self.forward, module=module))
+
+    def train_step(self, batches: Iterator[PreparedBatch], step: int, clock: StepClock) -> dict[str, Any]:
+        """Take one step and return its row of the log, without its times."""
+        spec, trainee = self.training.spec, self.trainee
+        clock.restart()
+        with clock("data"):
+            batch = next(batches).to(self.processes.device)
+        self._count_damage(batch.damaged, step)
+        with clock("teacher"):
+            teacher_features = self.teacher_features(batch) if self.teacher_features else None
+        forward_pass = self.forward.run(batch, teacher_features, step)
+        lr = learning_rate(spec, self.training.steps, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.scaler.scale(forward_pass.loss)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(trainee, spec.grad_clip_norm)
+        row = log_row(step, lr, grad_norm, forward_pass, spec.loss_weights.model_dump())
+        if not is_finite(row, self.scaler):
+            again = replace(self.forward, module=trainee).run(batch, teacher_features, step)
+            raise non_finite_error(self.folder, row, self.training.data, trainee, again, self.processes.any)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        trainee.clamp_parameters_()
+        return row
+
+    def _count_damage(self, damaged: Iterable[Damage], step: int) -> None:
+        """Count the damaged samples that any rank met; too many of them end the run."""
+        damaged = tuple(damaged)
+        if self.processes.any(bool(damaged)):
+            met = self.processes.gather_objects(damaged)
+            for sentence in self.ledger.add(damage for of_rank in met for damage in of_rank):
+                self.say(sentence)
+            self.ledger.check((step + 1) * self.training.spec.batch_size)
+
+    def evaluate(self, accuracy: Callable[[ClipModel, Processes], dict[str, float]]) -> dict[str, float]:
+        """Return the student's accuracy as it is now."""
+        self.trainee.eval()
+        self.processes.share_buffers(self.trainee)
+        found = accuracy(self.training.student, self.processes)
+        self.trainee.train()
+        return found
+
+    def state(self, elapsed_s: float) -> dict[str, Any]:
+        """Return everything a resumed run needs; batches need nothing, being functions of the step."""
+        return {
+            "trained": self.trainee.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "damaged": self.ledger.state(),
+            "elapsed_s": elapsed_s,
+        }
+
+    def resume(self, checkpoints: Checkpoints) -> tuple[int, float]:
+        """Load the last checkpoint; return the step to continue with and the seconds already spent."""
+        state = checkpoints.load(self.say)
+        if state is None:
+            return 0, 0.0
+        self.trainee.load_state_dict(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.ledger.restore(state["damaged"])
+        return int(state["step"]), float(state["elapsed_s"])
+
+    def save(self) -> None:
+        """Write the trained student, and the heads that trained it."""
+        self.trainee.eval()
+        if self.processes.leads:
+            save_model(self.training.student, self.folder)
+            if heads := self.trainee.heads.state_dict():
+                heads = {name: value.detach().cpu().contiguous() for name, value in heads.items()}
+                save_file(heads, self.folder / HEADS)
+        self.processes.wait()
+
+    def summary(self, train_s: float) -> dict[str, Any]:
+        """Return what the manifest records."""
+        device = str(torch.cuda.get_device_name()) if self.processes.device.type == "cuda" else "cpu"
+        found = {"train_s": round(train_s, 1), "steps": self.training.steps, "processes": self.processes.size}
+        return found | {"device": device} | self.ledger.summary()
 
 
-def _is_finite(row: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:
-    """fp16 gradients may overflow: the scaler then skips the step and halves its scale, until there is none left."""
-    if not math.isfinite(row["loss"]):
-        return False
-    if not math.isfinite(row["grad_norm"]):
-        row["grad_norm"] = None
-        return scaler.is_enabled() and scaler.get_scale() >= 1
-    return True
-
-
-def _not_finite(
-    folder: Path, row: dict[str, Any], trained: Trainee, again: ForwardPass, data: TrainingData, processes: Processes
-) -> ClipkdError:
-    """What to tell the user: the step, the terms to blame, and the samples."""
-    whole = data.batch(row["step"], slice(None), [trained.student.geometry])  # pictures too: damaged ones are replaced
-    sample_B = whole.sample_B
-    values = {name: term["unweighted"] for name, term in row["terms"].items()}
-    blamed = [name for name, value in values.items() if not math.isfinite(value)]
-    what = "loss"
-    if not blamed:
-        what = "gradient"
-        parameters = list(trained.parameters())
-        for name, term in again.terms.items():
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            # Each process has the gradient through its own rows.
-            if processes.any(not all(gradient is None or gradient.isfinite().all() for gradient in gradients)):
-                blamed.append(name)
-    more = " and others" if len(sample_B) > 8 else ""
-    return ClipkdError(
-        f"{folder}: the {what} is not finite at step {row['step']}: of {', '.join(blamed) or 'the weighted sum'} "
-        f"(terms {values}; samples {sample_B[:8].tolist()}{more}). The last checkpoint is intact; lower distill.lr"
-    )
+# What ends a run early ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ask whether SIGTERM or SIGINT has come; a second one acts at once."""
+    """Yield a function that returns True once SIGTERM or SIGINT has come; a second one acts at once."""
     asked: list[int] = []
     before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -285,7 +300,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _full_memory(spec: DistillSpec) -> Iterator[None]:
+def _explain_full_memory(spec: DistillSpec) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -293,37 +308,3 @@ def _full_memory(spec: DistillSpec) -> Iterator[None]:
         hints += ["set distill.precision: bf16"] if spec.precision == "fp32" else []
         hints += ["set distill.teacher_precision: bf16"] if spec.teacher_precision == "fp32" else []
         raise ClipkdError(f"the GPU's memory is full: {error}. Next: {'; or '.join(hints)}") from error
-
-
-# Checkpoints ----------------------------------------------------------------------------------------------------------
-
-
-def _state(
-    trained: Trainee,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ledger: Ledger,
-    elapsed_s: float,
-) -> dict[str, Any]:
-    """Everything a resumed run needs; batches need nothing, being functions of the step."""
-    parts = {"trained": trained.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    return parts | {"damaged": ledger.state(), "elapsed_s": elapsed_s}
-
-
-def _resume(
-    checkpoints: Checkpoints,
-    trained: Trainee,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ledger: Ledger,
-    say: Callable[[str], None],
-) -> tuple[int, float]:
-    """The step to continue with and the seconds already spent."""
-    state = checkpoints.load(say)
-    if state is None:
-        return 0, 0.0
-    trained.load_state_dict(state["trained"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    ledger.restore(state["damaged"])
-    return int(state["step"]), float(state["elapsed_s"])

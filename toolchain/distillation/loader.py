@@ -24,8 +24,8 @@ from toolchain.models.clip_model import ClipModel
 
 
 @dataclass(frozen=True)
-class Fed:
-    """A process's rows of a batch, prepared once for every distinct preprocessing and tokenizer."""
+class PreparedBatch:
+    """One rank's rows of a batch, prepared once for every distinct preprocessing and tokenizer."""
 
     student_pixels: Tensor
     """uint8 [b, 3, H, H]"""
@@ -42,29 +42,28 @@ class Fed:
     teacher_features: tuple[Tensor, Tensor] | None = None
     """Of images and texts [b, E] each, where a cache has them."""
 
-    def to(self, device: torch.device) -> "Fed":
+    def to(self, device: torch.device) -> "PreparedBatch":
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Fed":
+    def pin_memory(self) -> "PreparedBatch":
         """For the loader, so that copying to a GPU overlaps with computing."""
         return self._each(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Fed":
-        taught = [None if tensor is None else change(tensor) for tensor in (self.teacher_pixels, self.teacher_ids)]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PreparedBatch":
         features = self.teacher_features and (change(self.teacher_features[0]), change(self.teacher_features[1]))
         return replace(
             self,
             student_pixels=change(self.student_pixels),
             student_ids=change(self.student_ids),
-            teacher_pixels=taught[0],
-            teacher_ids=taught[1],
+            teacher_pixels=None if self.teacher_pixels is None else change(self.teacher_pixels),
+            teacher_ids=None if self.teacher_ids is None else change(self.teacher_ids),
             teacher_features=features,
         )
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[Fed | ClipkdError]):
-    """Batches by step, for a loader to make in any process; or why there is none.
+class _Batches(Dataset[PreparedBatch | ClipkdError]):
+    """Batches by step, for a loader to prepare in any process; in place of a batch, the error that prevents it.
 
     An error is a result here, because a loader's process would wrap it in a traceback of torch's.
     """
@@ -75,7 +74,7 @@ class _Steps(Dataset[Fed | ClipkdError]):
     teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
     cache: TeacherCache | None
 
-    def __getitem__(self, step: int) -> Fed | ClipkdError:
+    def __getitem__(self, step: int) -> PreparedBatch | ClipkdError:
         geometry, tokenize = self.student
         wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
         try:
@@ -88,34 +87,42 @@ class _Steps(Dataset[Fed | ClipkdError]):
         if self.teacher:
             teacher_pixels = batch.pixels[self.teacher[0]]
             teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
-        pixels, captions_b, sample_b = batch.pixels[geometry], batch.captions_B, batch.sample_B
-        view, damaged = batch.view, batch.damaged
-        return Fed(pixels, ids_bT, teacher_pixels, teacher_ids_bT, captions_b, sample_b, view, damaged, features)
+        return PreparedBatch(
+            student_pixels=batch.pixels[geometry],
+            student_ids=ids_bT,
+            teacher_pixels=teacher_pixels,
+            teacher_ids=teacher_ids_bT,
+            captions_b=batch.captions_B,
+            sample_b=batch.sample_B,
+            view=batch.view,
+            damaged=batch.damaged,
+            teacher_features=features,
+        )
 
 
-def feed(
+def load_batches(
     data: TrainingData,
     steps: range,
     rows: slice,
     student: ClipModel,
     teacher: ClipModel | TeacherCache | None,
     workers: int,
-) -> Generator[Fed, None, None]:
-    """A process's rows of the batches of some steps, for a student and a teacher, live or cached.
+) -> Generator[PreparedBatch, None, None]:
+    """Yield one rank's rows of the batches of some steps, for a student and a teacher, live or cached.
 
-    To be closed, which is what ends the loaders' processes: they heed no signal.
+    Close the generator to end the loader's processes: they ignore signals.
 
     Raises:
         ClipkdError: a sample cannot be read.
     """
-    taught, cache = None, teacher if isinstance(teacher, TeacherCache) else None
+    prepare_for_teacher, cache = None, teacher if isinstance(teacher, TeacherCache) else None
     if isinstance(teacher, ClipModel):
-        tokenize = student.ids_of if teacher.tokenizes_like(student) else teacher.ids_of
-        taught = teacher.geometry, tokenize
+        tokenize = student.tokenize_trimmed if teacher.tokenizes_like(student) else teacher.tokenize_trimmed
+        prepare_for_teacher = teacher.geometry, tokenize
     for model in (student, teacher):
         if isinstance(model, ClipModel):
-            model.settle()
-    dataset = _Steps(data, rows, (student.geometry, student.ids_of), taught, cache)
+            model.probe_fast_paths()
+    dataset = _Batches(data, rows, (student.geometry, student.tokenize_trimmed), prepare_for_teacher, cache)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -123,24 +130,24 @@ def feed(
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available() and workers > 0,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_ignore_signals,
         # Python 3.14 would have a server fork them, whose end of the run they never notice, and copy the nets to them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    with _held_signals():
+    with _hold_signals():
         loaded = iter(loader)  # starts the processes, which inherit what is held
     try:
-        for fed in loaded:
-            if isinstance(fed, ClipkdError):
-                raise fed
-            yield fed
+        for batch in loaded:
+            if isinstance(batch, ClipkdError):
+                raise batch
+            yield batch
     finally:
         del loaded  # which ends them: an error's traceback would keep it, and they would keep the run from ending
 
 
 @contextmanager
-def _held_signals() -> Iterator[None]:
-    """Signals that come while loaders start wait: one that does not ignore them yet would die of them."""
+def _hold_signals() -> Iterator[None]:
+    """Delay signals while loaders start: a loader that does not ignore them yet would die of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -151,7 +158,7 @@ def _held_signals() -> Iterator[None]:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _leave_signals(worker: int) -> None:
-    """A loader's process leaves them to the one it works for: Ctrl-C reaches both, and a dead loader ends a run."""
+def _ignore_signals(worker: int) -> None:
+    """Leave signals to the process that a loader works for: Ctrl-C reaches both, and a dead loader ends a run."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

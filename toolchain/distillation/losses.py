@@ -2,13 +2,11 @@
 
 All come from CLIP-KD (arXiv:2307.12732) and CLIP (arXiv:2103.00020).  A loss takes features, never logits, so that the
 B x B similarities can be swept in blocks of rows without a change of signature.  Gathering over devices, the weights
-of the losses and the learnable heads are the caller's; no gradient is stopped here, so hand over teacher features
-that carry none.
+of the losses and the learnable heads are the caller's; no gradient is stopped here, so pass teacher features
+without gradient.
 
 Arithmetic is float32 or wider whatever the input and whatever autocast says: the features are unit vectors multiplied
 by a scale of up to 100, and bfloat16 would leave logits with steps of 0.5.  float64 stays float64.  NaN stays NaN.
-
-    B batch   D student width   E teacher width   K candidates of a row   1 broadcast
 
 Features are one per row; logits have anchors in rows and candidates in columns.  A `logit_scale` is the multiplier,
 its logarithm is always called `log_logit_scale`.
@@ -158,15 +156,15 @@ def cross_kd_loss(
     return (image_anchored + _mean_kl(teacher_text_BB, _logits(text_BD, teacher_image_BD, cross_logit_scale))) / 2
 
 
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is that."""
+def widen(x: Tensor) -> Tensor:
+    """Return `x` in float32, or in float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logits(anchor_BD: Tensor, candidate_KD: Tensor, logit_scale: Tensor | float) -> Tensor:
     """[B, K] scaled similarities."""
     with torch.autocast(anchor_BD.device.type, enabled=False):  # it would multiply in 16 bits
-        return logit_scale * (widened(anchor_BD) @ widened(candidate_KD).T)
+        return logit_scale * (widen(anchor_BD) @ widen(candidate_KD).T)
 
 
 def _both_directions(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -177,7 +175,7 @@ def _both_directions(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | fl
 def _scaled_gradients(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
     """B times the gradients of `_mean_cross_entropy` in the anchors and in the candidates, in closed form."""
     with torch.autocast(anchor_BD.device.type, enabled=False):
-        anchor_BD, candidate_BD = widened(anchor_BD), widened(candidate_BD)
+        anchor_BD, candidate_BD = widen(anchor_BD), widen(candidate_BD)
         probability_BB = _logits(anchor_BD, candidate_BD, logit_scale).softmax(-1)
         of_anchors_BD = logit_scale * (probability_BB @ candidate_BD - candidate_BD)
         return of_anchors_BD, logit_scale * (probability_BB.T @ anchor_BD - anchor_BD)
@@ -197,4 +195,4 @@ def _mean_kl(p_logits_BK: Tensor, q_logits_BK: Tensor) -> Tensor:
 
 def _mean_square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     """Mean over rows of |a - b|^2, which near zero keeps the digits that 2 - 2 cos cancels."""
-    return (widened(a_BD) - widened(b_BD)).square().sum(-1).mean()
+    return (widen(a_BD) - widen(b_BD)).square().sum(-1).mean()

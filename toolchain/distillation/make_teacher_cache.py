@@ -1,9 +1,7 @@
-"""Running a frozen teacher once over every stored view and caption: how a teacher cache is made, and what it is worth.
+"""Make a teacher cache: run a frozen teacher once over every stored view and caption, and measure what storing costs.
 
 A shard is a function of the teacher, the data and its number: any process makes any shard, and one that is killed
 leaves whole shards only, which the next attempt keeps.
-
-    B batch   L leading tokens   E teacher width   N samples of a shard   V views   C distinct captions of a shard
 """
 
 import json
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from toolchain.data.bad_samples import LeftOut
 from toolchain.data.batch import TrainingData
 from toolchain.distillation.teacher import LiveTeacher
-from toolchain.distillation.teacher_cache import ABOUT, STORED, TeacherCache, narrowed, shard_path
+from toolchain.distillation.teacher_cache import ABOUT, STORED, TeacherCache, encode_features, shard_path
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError
 from toolchain.filesystem import replacing
@@ -35,13 +33,26 @@ SHARD_SAMPLES = 4096
 CHUNK = 256
 """Samples or captions per forward pass."""
 
-_STRETCHES, _STRETCH_SAMPLES = 8, 128  # whose captions say how many those of all samples are
+_STRETCHES, _STRETCH_SAMPLES = 8, 128  # their captions stand for those of all samples
 _CHECKED_SAMPLES = 256
-_CHECKED_TOGETHER = 64  # candidates of the matching that fidelity is measured by
+_CHECKED_TOGETHER = 64  # candidates in the matching that measures fidelity
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The features of a teacher to store, and their format."""
+
+    depends: Mapping[str, Any]
+    """Everything that decides the features' bytes; it is kept beside them."""
+
+    dtype: StoredDtype
+    num_views: int
+    steps: int
+    """Steps of the training that is to read them, for the message on what storing saves."""
 
 
 def break_even(data: TrainingData, num_views: int, steps: int) -> str:
-    """What a cache saves and costs, in passes of the teacher over an image and its caption."""
+    """Return what a cache saves and costs, in passes of the teacher over an image and its caption."""
     samples = data.num_samples
     epochs = steps / data.steps_per_epoch
     saved, spent = round(epochs * samples), num_views * samples
@@ -50,60 +61,55 @@ def break_even(data: TrainingData, num_views: int, steps: int) -> str:
 
 
 def needed_bytes(data: TrainingData, num_views: int, embed_dim: int, dtype: StoredDtype) -> int:
-    """An upper bound, by the captions of some stretches of samples: of those that repeat, a shard repeats more."""
+    """Return an upper bound, from the captions of some stretches of samples: a whole shard repeats more of them."""
     stretch = min(_STRETCH_SAMPLES, SHARD_SAMPLES, data.num_samples)
-    samples, captions, distinct = 0, 0, 0
+    samples, num_captions, distinct = 0, 0, 0
     for start in np.unique(np.linspace(0, data.num_samples - stretch, _STRETCHES).astype(np.int64)).tolist():
         captions_N = data.captions_of(np.arange(start, start + stretch))
-        samples, captions = samples + stretch, captions + sum(map(len, captions_N))
-        distinct += len({caption for said in captions_N for caption in said})
+        samples, num_captions = samples + stretch, num_captions + sum(map(len, captions_N))
+        distinct += len({caption for captions in captions_N for caption in captions})
     row = embed_dim * STORED[dtype].itemsize + (4 if dtype == "int8" else 0)
-    return round(data.num_samples * (num_views * (row + 1) + distinct / samples * row + captions / samples * 4 + 8))
+    return round(data.num_samples * (num_views * (row + 1) + distinct / samples * row + num_captions / samples * 4 + 8))
 
 
 def make_cache(
     live: LiveTeacher,
     data: TrainingData,
     folder: Path,
-    depends: Mapping[str, Any],
+    plan: CachePlan,
     progress: Progress,
     *,
-    dtype: StoredDtype,
-    num_views: int,
-    steps: int,
     processes: Processes = ALONE,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write every shard that is not there yet; returns what the manifest should say.
-
-    `depends`: what decides the features' bytes, kept beside them.  `steps`: of the training that is to read them.
+    """Write every shard that is not there yet; return what the manifest records.
 
     Raises:
         ClipkdError: the disk has too little room.
     """
     embed_dim = live.model.embed_dim
-    about = {**depends, "embed_dim": embed_dim, "logit_scale": live.logit_scale.item()}
+    about = {**plan.depends, "embed_dim": embed_dim, "logit_scale": live.logit_scale.item()}
     numbers = range(-(-data.num_samples // SHARD_SAMPLES))
     todo = [number for number in numbers[processes.rank :: processes.size] if not shard_path(folder, number).exists()]
     processes.wait()  # until every process has looked
     if processes.leads:
-        bytes_needed = needed_bytes(data, num_views, embed_dim, dtype)
-        say(break_even(data, num_views, steps))
+        bytes_needed = needed_bytes(data, plan.num_views, embed_dim, plan.dtype)
+        say(break_even(data, plan.num_views, plan.steps))
         _refuse_small_disk(folder, bytes_needed, say)
         _write(folder / ABOUT, json.dumps(about, indent=1, sort_keys=True) + "\n")
-    counted = _Counted(progress, len(todo) * min(SHARD_SAMPLES, data.num_samples) * num_views, processes)
+    counted = _Counted(progress, len(todo) * min(SHARD_SAMPLES, data.num_samples) * plan.num_views, processes)
     for number in todo:
-        _write_shard(live, data, folder, number, dtype, num_views, counted)
+        _write_shard(live, data, folder, number, plan, counted)
     processes.wait()
     if not processes.leads:
         return {}
     cache = TeacherCache(folder, about)
-    damaged = _damaged(folder, numbers, data.left_out)
-    fidelity = measured_fidelity(live, data, cache)
+    damaged = _count_damaged(folder, numbers, data.left_out)
+    fidelity = measure_fidelity(live, data, cache)
     say(
-        f"teacher cache in {dtype}: cosine to live features, image {fidelity['image_cosine_worst']:.6f} at the worst, "
-        f"text {fidelity['text_cosine_worst']:.6f}; same top-1 caption for {100 * fidelity['top1_agreement']:.1f} % "
-        f"of {fidelity['samples']} images"
+        f"teacher cache in {plan.dtype}: cosine to live features, image {fidelity['image_cosine_worst']:.6f} at the "
+        f"worst, text {fidelity['text_cosine_worst']:.6f}; same top-1 caption for "
+        f"{100 * fidelity['top1_agreement']:.1f} % of {fidelity['samples']} images"
     )
     size_bytes = sum(shard_path(folder, number).stat().st_size for number in numbers)
     return {"samples": data.num_samples, "damaged": damaged, "bytes": size_bytes, "fidelity": fidelity}
@@ -145,22 +151,16 @@ def _size(number: float) -> str:
 
 @torch.inference_mode()
 def _write_shard(
-    live: LiveTeacher,
-    data: TrainingData,
-    folder: Path,
-    number: int,
-    dtype: StoredDtype,
-    num_views: int,
-    counted: _Counted,
+    live: LiveTeacher, data: TrainingData, folder: Path, number: int, plan: CachePlan, counted: _Counted
 ) -> None:
-    """The teacher over one shard's samples."""
+    """Run the teacher over one shard's samples."""
     device, geometry = live.logit_scale.device, live.model.geometry
     start = number * SHARD_SAMPLES
     sample_N = np.arange(start, min(start + SHARD_SAMPLES, data.num_samples))
-    image_VNE = torch.zeros(num_views, len(sample_N), live.model.embed_dim)
-    present_VN = torch.zeros(num_views, len(sample_N), dtype=torch.bool)
+    image_VNE = torch.zeros(plan.num_views, len(sample_N), live.model.embed_dim)
+    present_VN = torch.zeros(plan.num_views, len(sample_N), dtype=torch.bool)
     damaged: dict[int, str] = {}
-    for view in range(num_views):
+    for view in range(plan.num_views):
         for first in range(0, len(sample_N), CHUNK):
             batch = data.view_of(sample_N[first : first + CHUNK], view, [geometry])
             damaged |= {damage.sample: damage.reason for damage in batch.damaged}
@@ -174,10 +174,10 @@ def _write_shard(
     text_CE = torch.zeros(len(text_of), live.model.embed_dim)
     texts = list(text_of)  # short ones together, which need few tokens
     for first in range(0, len(texts), CHUNK):
-        ids_BL = live.model.ids_of(texts[first : first + CHUNK]).to(device)
+        ids_BL = live.model.tokenize_trimmed(texts[first : first + CHUNK]).to(device)
         text_CE[first : first + CHUNK] = live.text_features(ids_BL).cpu()
     texts_N = [[text_of[caption] for caption in captions] for captions in captions_N]
-    write_shard(shard_path(folder, number), image_VNE, text_CE, present_VN, texts_N, dtype=dtype, damaged=damaged)
+    write_shard(shard_path(folder, number), image_VNE, text_CE, present_VN, texts_N, dtype=plan.dtype, damaged=damaged)
 
 
 def write_shard(
@@ -190,10 +190,10 @@ def write_shard(
     dtype: StoredDtype,
     damaged: Mapping[int, str],
 ) -> None:
-    """A shard's file, complete or not there at all; `texts_N`: for each sample the rows of its captions."""
+    """Write a shard's file, complete or not at all; `texts_N`: for each sample the rows of its captions."""
     arrays = {
-        **narrowed("image", image_VNE, dtype),
-        **narrowed("text", text_CE, dtype),
+        **encode_features("image", image_VNE, dtype),
+        **encode_features("text", text_CE, dtype),
         "present": present_VN,
         "text_of_caption": torch.tensor([text for texts in texts_N for text in texts], dtype=torch.int32),
         "first_caption": torch.tensor(np.cumsum([0, *map(len, texts_N)]), dtype=torch.int64),
@@ -211,8 +211,8 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) -> dict[str, int]:
-    """How many samples have no features, by reason, each counted once; and what was left out before."""
+def _count_damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) -> dict[str, int]:
+    """Return how many samples have no features, by reason, each counted once, with what was left out before."""
     reason_of: dict[int, str] = {}
     for number in numbers:
         with safe_open(shard_path(folder, number), "pt") as file:
@@ -227,17 +227,17 @@ def _damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) -> dict[
 
 
 @torch.inference_mode()
-def measured_fidelity(live: LiveTeacher, data: TrainingData, cache: TeacherCache) -> dict[str, float]:
-    """Cosines of stored features to those computed now, and how often both find the same caption for an image.
+def measure_fidelity(live: LiveTeacher, data: TrainingData, cache: TeacherCache) -> dict[str, float]:
+    """Return cosines of stored features to those computed now, and how often both find the same caption for an image.
 
     Over samples spread evenly, in batches of other samples than those the cache was made in, each of another view.
     """
     agreed, total = 0, 0
     cosines: dict[str, list[Tensor]] = {"image": [], "text": []}
-    for said_BE, stored_BE in _pairs(live, data, cache):
-        for part, said, stored in zip(cosines, said_BE, stored_BE, strict=True):
-            cosines[part].append(nn.functional.cosine_similarity(said.double(), stored.double(), dim=-1))
-        matches = [(image_BE @ text_BE.T).argmax(-1) for image_BE, text_BE in (said_BE, stored_BE)]
+    for live_BE, stored_BE in _pairs(live, data, cache):
+        for part, computed, stored in zip(cosines, live_BE, stored_BE, strict=True):
+            cosines[part].append(nn.functional.cosine_similarity(computed.double(), stored.double(), dim=-1))
+        matches = [(image_BE @ text_BE.T).argmax(-1) for image_BE, text_BE in (live_BE, stored_BE)]
         agreed, total = agreed + int((matches[0] == matches[1]).sum()), total + len(matches[0])
     found: dict[str, float] = {"samples": total, "top1_agreement": agreed / total if total else float("nan")}
     for part, values in cosines.items():
@@ -257,5 +257,5 @@ def _pairs(
         batch = data.view_of(sample_N[first : first + _CHECKED_TOGETHER], view, [geometry])
         if len(batch.sample_B):
             image_BE = live.image_features(batch.pixels[geometry].to(device)).cpu()
-            text_BE = live.text_features(live.model.ids_of(batch.captions_B).to(device)).cpu()
+            text_BE = live.text_features(live.model.tokenize_trimmed(batch.captions_B).to(device)).cpu()
             yield (image_BE, text_BE), cache.features(batch.sample_B, batch.pick_B, view)

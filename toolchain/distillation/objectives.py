@@ -1,16 +1,18 @@
-"""The objectives of CLIP-KD (arXiv:2307.12732): what each reads of student and teacher, and what it learns beside them.
+"""The objectives of CLIP-KD (arXiv:2307.12732) in one table, and the heads that a student learns beside them.
 
-A batch goes `DistillationHeads` -> `StudentFeatures` -> (`gathered`, where several processes share a batch) ->
+A batch goes `DistillationHeads` -> `StudentFeatures` -> (`gather_features`, where several ranks share a batch) ->
 `loss_terms` -> one weighted sum.  An objective whose weight is 0 costs nothing: its features are not made, its
 parameters do not exist and its loss is not computed.
 
-    B batch   D student width   E teacher width
+To add one: a function in losses.py, a row in `OBJECTIVES`, and its weight in recipe/distill.py, which also lists the
+objectives that need pairs of image and caption.
 
 Features are one per row and of unit norm, except `raw_...`, which are what the towers return.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,32 +28,14 @@ from toolchain.distillation.losses import (
     fd_loss,
     gd_loss,
     icl_loss,
-    widened,
+    widen,
 )
 
-OBJECTIVES = ("task", "crd", "fd", "mfd", "gd", "icl", "afd", "cross_kd")
-"""In the order in which they are computed, summed and logged."""
-
-_IN_TEACHER_WIDTH = ("fd", "mfd", "gd", "icl", "cross_kd")
-_CROSS_SCALED = ("icl", "cross_kd")
 _INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP (arXiv:2103.00020), section 2.5
 
 
-def paper_weight(objective: str, *, width: int = 512) -> float:
-    """The weight that makes an objective count as in CLIP-KD's recipes, `width` being the teacher's.
-
-    The recipes say 1 for `task`, `crd`, `icl` and `afd`, 2000 for `fd` and `mfd`, 1e8 for `gd` at a batch of 1024, and
-    leave `cross_kd` out.  Their FD and GD are means over the width, GD also falls with the square of the batch; here
-    both are sums (see `fd_loss` and `gd_loss`), so that what is 3.9 and 0.186 at D = 512 is right at any batch.  GD's
-    belongs to their inverted temperature (`reference_compat`): with the equation's, the term is far larger.
-    """
-    weights = dict.fromkeys(OBJECTIVES, 1.0) | {"cross_kd": 0.0}
-    weights |= {"fd": 2000 / width, "mfd": 2000 / width, "gd": 1e8 / (1024**2 * width)}
-    return weights[objective]
-
-
-class TeacherBatch(NamedTuple):
-    """What the teacher says of one batch; rows of unit norm, `logit_scale` the multiplier."""
+class TeacherFeatures(NamedTuple):
+    """The teacher's features of one batch; rows of unit norm, `logit_scale` the multiplier."""
 
     image_BE: Tensor
     text_BE: Tensor
@@ -59,7 +43,7 @@ class TeacherBatch(NamedTuple):
 
 
 class StudentFeatures(NamedTuple):
-    """What the objectives read of one batch of the student: rows of unit norm, in float32 at least.
+    """The student's features of one batch that objectives read: rows of unit norm, in float32 at least.
 
     Where the widths agree and nothing is projected, `image_BE` is the very tensor `image_BD`.
     """
@@ -73,10 +57,10 @@ class StudentFeatures(NamedTuple):
     fused_text_BD: Tensor | None = None
 
 
-def gathered(features: StudentFeatures, gather: Callable[[Tensor], Tensor]) -> StudentFeatures:
-    """The features of all processes' samples, by one call of `gather`.
+def gather_features(features: StudentFeatures, gather: Callable[[Tensor], Tensor]) -> StudentFeatures:
+    """Return the features of all ranks' samples, by one call of `gather`.
 
-    `gather` takes the rows of one process and returns those of all; the gradient is as exact as its own.  It gets all
+    `gather` takes the rows of one rank and returns those of all; the gradient is as exact as its own.  It gets all
     features side by side [B, sum of widths] in their common dtype, each tensor once however many names it has.
     """
     distinct = {id(x): x for x in features if x is not None}
@@ -84,6 +68,173 @@ def gathered(features: StudentFeatures, gather: Callable[[Tensor], Tensor]) -> S
     columns = torch.split(everything, [x.shape[1] for x in distinct.values()], dim=1)
     found = dict(zip(distinct, columns, strict=True))
     return StudentFeatures._make(None if x is None else found[id(x)] for x in features)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Everything a loss may read of one batch.  Reading what the heads did not make is an AssertionError."""
+
+    features: StudentFeatures
+    logit_scale: Tensor
+    """The student's multiplier."""
+
+    teacher_features: TeacherFeatures | None
+    heads: "DistillationHeads"
+
+    @property
+    def student(self) -> tuple[Tensor, Tensor]:
+        """Image and text features in the student's own width."""
+        return self.features.image_BD, self.features.text_BD
+
+    @property
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """Image and text features in the teacher's width."""
+        return _require(self.features.image_BE), _require(self.features.text_BE)
+
+    @property
+    def masked(self) -> tuple[Tensor, Tensor]:
+        """As `projected`, the image seen in part."""
+        return _require(self.features.masked_image_BE), _require(self.features.text_BE)
+
+    @property
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """Both models' image features and both models' text features, joined."""
+        return _require(self.features.fused_image_BD), _require(self.features.fused_text_BD)
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """The teacher's image and text features."""
+        assert self.teacher_features is not None
+        return self.teacher_features.image_BE, self.teacher_features.text_BE
+
+    @property
+    def teacher_logit_scale(self) -> Tensor:
+        assert self.teacher_features is not None
+        return self.teacher_features.logit_scale
+
+    @property
+    def gradient_scales(self) -> tuple[Tensor, Tensor]:
+        """The multipliers of student and teacher in GD: inverted, as in the released code, under `reference_compat`."""
+        if self.heads.reference_compat:
+            return 1 / self.logit_scale, 1 / self.teacher_logit_scale
+        return self.logit_scale, self.teacher_logit_scale
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective: its loss, and what that reads."""
+
+    loss: Callable[[LossInputs], Tensor]
+
+    paper_weight: float
+    """In CLIP-KD's recipes, in their units; 0 where they leave it out."""
+
+    is_mean_over_width: bool = False
+    """True where the paper's term is a mean over the width and ours a sum: the weight falls with the width."""
+
+    needs_teacher: bool = True
+    in_teacher_width: bool = False
+    """True if it reads features in the teacher's width, which a projection makes where the widths differ."""
+
+    reads_logit_scale: bool = False
+    """True if it trains the student's own scale."""
+
+    reads_cross_scale: bool = False
+    """True if it needs the learnt scale of similarities between the two models."""
+
+    fuses: bool = False
+    """True if it needs learnt fusions of both models' features, and a scale of their own."""
+
+    on_whole_image: str | None = None
+    """Set if it shows the student some patches only: the objective that has the same loss on the whole image."""
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "task": Objective(
+        lambda x: clip_loss(*x.student, x.logit_scale),
+        paper_weight=1,
+        needs_teacher=False,
+        reads_logit_scale=True,
+    ),
+    "crd": Objective(
+        lambda x: crd_loss(*x.student, x.logit_scale, *x.teacher, x.teacher_logit_scale),
+        paper_weight=1,
+        reads_logit_scale=True,
+    ),
+    "fd": Objective(
+        lambda x: fd_loss(*x.projected, *x.teacher),
+        paper_weight=2000,
+        is_mean_over_width=True,
+        in_teacher_width=True,
+    ),
+    "mfd": Objective(
+        lambda x: fd_loss(*x.masked, *x.teacher),
+        paper_weight=2000,
+        is_mean_over_width=True,
+        in_teacher_width=True,
+        on_whole_image="fd",
+    ),
+    "gd": Objective(
+        lambda x: gd_loss(*x.projected, x.gradient_scales[0], *x.teacher, x.gradient_scales[1]),
+        paper_weight=1e8 / 1024**2,  # a mean over a batch of 1024, squared
+        is_mean_over_width=True,
+        in_teacher_width=True,
+        reads_logit_scale=True,
+    ),
+    "icl": Objective(
+        lambda x: icl_loss(*x.projected, *x.teacher, x.heads.cross_logit_scale),
+        paper_weight=1,
+        in_teacher_width=True,
+        reads_cross_scale=True,
+    ),
+    "afd": Objective(
+        lambda x: afd_loss(*x.fused, x.heads.fusion_logit_scale),
+        paper_weight=1,
+        fuses=True,
+    ),
+    "cross_kd": Objective(
+        lambda x: cross_kd_loss(*x.projected, *x.teacher, x.heads.cross_logit_scale, x.teacher_logit_scale),
+        paper_weight=0,
+        in_teacher_width=True,
+        reads_cross_scale=True,
+    ),
+}
+"""In the order in which they are computed, summed and logged."""
+
+
+def select(weights: Mapping[str, float], *, with_teacher: bool = True) -> dict[str, Objective]:
+    """Return the objectives with a weight, in the order of `OBJECTIVES`; without a teacher, those that need none."""
+    return {
+        name: objective
+        for name, objective in OBJECTIVES.items()
+        if weights.get(name, 0.0) != 0 and (with_teacher or not objective.needs_teacher)
+    }
+
+
+def paper_weight(objective: str, *, width: int = 512) -> float:
+    """Return the weight that makes an objective count as in CLIP-KD's recipes, `width` being the teacher's.
+
+    The recipes say 1 for `task`, `crd`, `icl` and `afd`, 2000 for `fd` and `mfd`, 1e8 for `gd` at a batch of 1024, and
+    leave `cross_kd` out.  Their FD and GD are means over the width, GD also falls with the square of the batch; here
+    both are sums (see `fd_loss` and `gd_loss`), so that what is 3.9 and 0.186 at D = 512 is right at any batch.  GD's
+    belongs to their inverted temperature (`reference_compat`): with the equation's, the term is far larger.
+    """
+    row = OBJECTIVES[objective]
+    return row.paper_weight / width if row.is_mean_over_width else float(row.paper_weight)
+
+
+def weights_on_unit_features(weights: Mapping[str, float], *, same_width: bool) -> dict[str, float]:
+    """Return the weights with which to fine-tune a student that gives unit features of whole images only.
+
+    New fusions would teach nothing, so objectives that fuse are left out.  A masked objective goes on with the whole
+    image.  Where the widths differ, objectives in the teacher's width are left out too: the learnt projections start
+    from raw features.  The task stands in where nothing is left.
+    """
+    kept = dict.fromkeys(OBJECTIVES, 0.0)
+    for name, objective in select(weights).items():
+        if not objective.fuses and (same_width or not objective.in_teacher_width):
+            kept[objective.on_whole_image or name] += weights[name]
+    return kept if any(kept.values()) else kept | {"task": 1.0}
 
 
 class DistillationHeads(nn.Module):
@@ -106,10 +257,13 @@ class DistillationHeads(nn.Module):
     ) -> None:
         super().__init__()
         assert set(weights) <= set(OBJECTIVES), f"unknown objectives: {sorted(set(weights) - set(OBJECTIVES))}"
-        self.objectives = tuple(name for name in OBJECTIVES if weights.get(name, 0.0) != 0)
+        objectives = select(weights).values()
         self.reference_compat = reference_compat
-        projects = self._any_of(_IN_TEACHER_WIDTH) and student_width != teacher_width
-        fuses, crosses = self._any_of(("afd",)), self._any_of(_CROSS_SCALED)
+        self._in_teacher_width = any(objective.in_teacher_width for objective in objectives)
+        self._masks_image = any(objective.on_whole_image for objective in objectives)
+        projects = self._in_teacher_width and student_width != teacher_width
+        fuses = any(objective.fuses for objective in objectives)
+        crosses = any(objective.reads_cross_scale for objective in objectives)
         self.image_projection = nn.Linear(student_width, teacher_width) if projects else None
         self.text_projection = nn.Linear(student_width, teacher_width) if projects else None
         self.image_fusion = nn.Linear(student_width + teacher_width, student_width) if fuses else None
@@ -117,13 +271,10 @@ class DistillationHeads(nn.Module):
         self.log_cross_logit_scale = nn.Parameter(torch.tensor(_INITIAL_LOG_LOGIT_SCALE)) if crosses else None
         self.log_fusion_logit_scale = nn.Parameter(torch.tensor(_INITIAL_LOG_LOGIT_SCALE)) if fuses else None
 
-    def _any_of(self, names: tuple[str, ...]) -> bool:
-        return any(name in self.objectives for name in names)
-
     @property
     def reads_masked_image(self) -> bool:
-        """Whether `forward` needs the features of the masked image: not where the released code ignores its mask."""
-        return "mfd" in self.objectives and not self.reference_compat
+        """True if `forward` needs the features of the masked image: not where the released code ignores its mask."""
+        return self._masks_image and not self.reference_compat
 
     @property
     def cross_logit_scale(self) -> Tensor:
@@ -132,12 +283,12 @@ class DistillationHeads(nn.Module):
         The gradient is zero beyond the bounds, so a training loop also clamps the parameter after each step
         (`clamp_parameters_`), as CLIP does with its own.
         """
-        return self._multiplier(_present(self.log_cross_logit_scale))
+        return self._multiplier(_require(self.log_cross_logit_scale))
 
     @property
     def fusion_logit_scale(self) -> Tensor:
         """The multiplier of `afd_loss`, in [1, 100]; its gradient as that of `cross_logit_scale`."""
-        return self._multiplier(_present(self.log_fusion_logit_scale))
+        return self._multiplier(_require(self.log_fusion_logit_scale))
 
     def _multiplier(self, log_scale: Tensor) -> Tensor:
         if self.reference_compat:
@@ -159,10 +310,10 @@ class DistillationHeads(nn.Module):
         self,
         raw_image_BD: Tensor,
         raw_text_BD: Tensor,
-        teacher: TeacherBatch | None,
+        teacher: TeacherFeatures | None,
         raw_masked_image_BD: Tensor | None = None,
     ) -> StudentFeatures:
-        """What the objectives with a weight read of a batch; without a teacher, what the task reads.
+        """Return what the objectives with a weight read of a batch; without a teacher, what the task reads.
 
             u = normalize(x)
             p = normalize(W x + b),   or u when the widths agree
@@ -170,87 +321,58 @@ class DistillationHeads(nn.Module):
 
         x: the student's RAW features, before normalisation, of the image tower and the text tower.  Their length
         matters in p because of the bias.  `raw_masked_image_BD` is x of an image of which the student saw some
-        patches (`masking.masked_image_features`), wanted if `reads_masked_image`.  In float32 at least, also under
+        patches (`masked_image_features`), wanted if `reads_masked_image`.  In float32 at least, also under
         autocast.
         """
         with torch.autocast(raw_image_BD.device.type, enabled=False):
-            raw_image_BD, raw_text_BD = widened(raw_image_BD), widened(raw_text_BD)
+            raw_image_BD, raw_text_BD = widen(raw_image_BD), widen(raw_text_BD)
             features = StudentFeatures(F.normalize(raw_image_BD, dim=-1), F.normalize(raw_text_BD, dim=-1))
             if teacher is None:
                 return features
-            if self._any_of(_IN_TEACHER_WIDTH):
+            if self._in_teacher_width:
                 features = features._replace(
-                    image_BE=_projected(self.image_projection, raw_image_BD, features.image_BD),
-                    text_BE=_projected(self.text_projection, raw_text_BD, features.text_BD),
+                    image_BE=_project(self.image_projection, raw_image_BD, features.image_BD),
+                    text_BE=_project(self.text_projection, raw_text_BD, features.text_BD),
                 )
             if self.reads_masked_image:
-                raw_BD = widened(_present(raw_masked_image_BD))
+                raw_BD = widen(_require(raw_masked_image_BD))
                 masked_BD = F.normalize(raw_BD, dim=-1)
-                features = features._replace(masked_image_BE=_projected(self.image_projection, raw_BD, masked_BD))
-            elif "mfd" in self.objectives:
+                features = features._replace(masked_image_BE=_project(self.image_projection, raw_BD, masked_BD))
+            elif self._masks_image:
                 features = features._replace(masked_image_BE=features.image_BE)
-            if "afd" in self.objectives:
+            if self.image_fusion is not None and self.text_fusion is not None:
                 features = features._replace(
-                    fused_image_BD=_fused(self.image_fusion, features.image_BD, teacher.image_BE),
-                    fused_text_BD=_fused(self.text_fusion, features.text_BD, teacher.text_BE),
+                    fused_image_BD=_fuse(self.image_fusion, features.image_BD, teacher.image_BE),
+                    fused_text_BD=_fuse(self.text_fusion, features.text_BD, teacher.text_BE),
                 )
             return features
 
 
-def _projected(projection: nn.Linear | None, raw_BD: Tensor, unit_BD: Tensor) -> Tensor:
+def _project(projection: nn.Linear | None, raw_BD: Tensor, unit_BD: Tensor) -> Tensor:
     return unit_BD if projection is None else F.normalize(projection(raw_BD), dim=-1)
 
 
-def _fused(fusion: nn.Linear | None, student_BD: Tensor, teacher_BE: Tensor) -> Tensor:
-    assert fusion is not None
+def _fuse(fusion: nn.Linear, student_BD: Tensor, teacher_BE: Tensor) -> Tensor:
     return F.normalize(fusion(torch.cat([student_BD, teacher_BE.to(student_BD.dtype)], dim=-1)), dim=-1)
 
 
 def loss_terms(
     student: StudentFeatures,
     logit_scale: Tensor,
-    teacher: TeacherBatch | None,
+    teacher: TeacherFeatures | None,
     heads: DistillationHeads,
     weights: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """The unweighted terms with a weight, in the order of `OBJECTIVES`; without a teacher, the task's alone.
+    """Return the unweighted terms with a weight, in the order of `OBJECTIVES`; without a teacher, those that need none.
 
     `student` comes from `heads`; `logit_scale`: the student's multiplier.  The heads must have been made for the same
     objectives, or more.
     """
-    names = [name for name in OBJECTIVES if weights.get(name, 0.0) != 0 and (teacher is not None or name == "task")]
-    return {name: _term(name, student, logit_scale, teacher, heads) for name in names}
+    inputs = LossInputs(student, logit_scale, teacher, heads)
+    selected = select(weights, with_teacher=teacher is not None)
+    return {name: objective.loss(inputs) for name, objective in selected.items()}
 
 
-def _term(
-    name: str, student: StudentFeatures, logit_scale: Tensor, teacher: TeacherBatch | None, heads: DistillationHeads
-) -> Tensor:
-    if name == "task":
-        return clip_loss(student.image_BD, student.text_BD, logit_scale)
-    assert teacher is not None
-    if name == "crd":
-        return crd_loss(student.image_BD, student.text_BD, logit_scale, *teacher)
-    if name == "afd":
-        return afd_loss(_present(student.fused_image_BD), _present(student.fused_text_BD), heads.fusion_logit_scale)
-    projected = _present(student.image_BE), _present(student.text_BE)
-    match name:
-        case "fd":
-            return fd_loss(*projected, teacher.image_BE, teacher.text_BE)
-        case "mfd":
-            return fd_loss(_present(student.masked_image_BE), projected[1], teacher.image_BE, teacher.text_BE)
-        case "gd":
-            scales = logit_scale, teacher.logit_scale
-            if heads.reference_compat:
-                scales = 1 / logit_scale, 1 / teacher.logit_scale
-            return gd_loss(*projected, scales[0], teacher.image_BE, teacher.text_BE, scales[1])
-        case "icl":
-            return icl_loss(*projected, teacher.image_BE, teacher.text_BE, heads.cross_logit_scale)
-        case "cross_kd":
-            candidates = teacher.image_BE, teacher.text_BE
-            return cross_kd_loss(*projected, *candidates, heads.cross_logit_scale, teacher.logit_scale)
-    raise AssertionError(name)
-
-
-def _present(x: Tensor | None) -> Tensor:
+def _require(x: Tensor | None) -> Tensor:
     assert x is not None, "the heads were made without this objective, or were given no masked image"
     return x

@@ -1,7 +1,4 @@
-"""What a frozen teacher says of a batch: computed on the spot, or looked up.
-
-B batch   E teacher width   T tokens
-"""
+"""A frozen teacher's features of a batch: computed on the spot, or looked up."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolchain.distillation.loader import Fed
-from toolchain.distillation.objectives import TeacherBatch
+from toolchain.distillation.loader import PreparedBatch
+from toolchain.distillation.objectives import TeacherFeatures
+from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn
 from toolchain.models.towers import compile_towers
+from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.section import Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,21 +28,21 @@ class LiveTeacher:
     compiled: bool = False
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
-    def of(self, batch: Fed) -> TeacherBatch:
-        """What it says of a batch."""
+    def features(self, batch: PreparedBatch) -> TeacherFeatures:
+        """Return the features of a batch, computed now."""
         assert batch.teacher_pixels is not None
         assert batch.teacher_ids is not None
         image_bE = self.image_features(batch.teacher_pixels)
-        return TeacherBatch(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
+        return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """[B, E] float32, unit rows, of uint8 pixels."""
+        """Return [B, E] float32, unit rows, of uint8 pixels."""
         with on_onednn(pixels.device, compiled=self.compiled):
             raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
         return nn.functional.normalize(raw_BE.float(), dim=-1)
 
     def text_features(self, input_ids_BT: Tensor) -> Tensor:
-        """[B, E] float32, unit rows."""
+        """Return [B, E] float32, unit rows."""
         with on_onednn(input_ids_BT.device, compiled=self.compiled):
             raw_BE = self.model.encode_text(input_ids_BT)
         return nn.functional.normalize(raw_BE.float(), dim=-1)
@@ -55,16 +54,25 @@ class CachedTeacher:
 
     logit_scale: Tensor
 
-    def of(self, batch: Fed) -> TeacherBatch:
-        """What it said of a batch."""
+    def features(self, batch: PreparedBatch) -> TeacherFeatures:
+        """Return the stored features of a batch."""
         assert batch.teacher_features is not None
-        return TeacherBatch(*batch.teacher_features, self.logit_scale)
+        return TeacherFeatures(*batch.teacher_features, self.logit_scale)
+
+
+def open_teacher(
+    teacher: ClipModel | TeacherCache, spec: DistillSpec, device: torch.device
+) -> LiveTeacher | CachedTeacher:
+    """Return what gives the teacher's features in training."""
+    if isinstance(teacher, TeacherCache):
+        return CachedTeacher(torch.tensor(teacher.logit_scale, device=device))
+    return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile)
 
 
 def live_teacher(
     teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
 ) -> LiveTeacher:
-    """The teacher, frozen, its weights in the precision it computes in; its features are float32 again."""
+    """Return the teacher frozen, its weights in the precision it computes in; its features are float32 again."""
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if compiled:

@@ -6,8 +6,6 @@
 A shard is a function of the teacher, the data and its number: any process makes any shard, and a killed one leaves
 whole shards only.  The texts of a shard are stored once each and found by (sample, which of its captions), so that
 nothing ever holds the captions of all samples.
-
-    B batch   E teacher width   N samples of a shard   V views   C distinct captions of a shard   P captions of samples
 """
 
 import json
@@ -50,7 +48,7 @@ class TeacherCache:
         return float(self.about["logit_scale"])
 
     def features(self, sample_B: NDArray[np.int64], pick_B: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
-        """Image and text features [B, E] each, float32, unit rows.
+        """Return image and text features [B, E] each, float32, unit rows.
 
         Raises:
             ClipkdError: a sample had none when the cache was made.
@@ -62,7 +60,7 @@ class TeacherCache:
             place_b = np.flatnonzero(shard_B == number)
             row_b = torch.from_numpy(row_B[place_b])
             path = shard_path(self.folder, number)
-            shard = _opened(path, path.stat().st_mtime_ns)
+            shard = _open_shard(path, path.stat().st_mtime_ns)
             stored_b = shard["present"][view, row_b]
             first_b = shard["first_caption"][row_b]
             caption_b = first_b + torch.from_numpy(pick_B[place_b])
@@ -74,8 +72,8 @@ class TeacherCache:
                     "cache was made, and can be now. Remove this cache and repeat the command to make it again"
                 )
             place = torch.from_numpy(place_b)
-            image_BE[place] = _widened(shard, "image", (view, row_b))
-            text_BE[place] = _widened(shard, "text", (shard["text_of_caption"][caption_b].long(),))
+            image_BE[place] = _decode_features(shard, "image", (view, row_b))
+            text_BE[place] = _decode_features(shard, "text", (shard["text_of_caption"][caption_b].long(),))
         return image_BE, text_BE
 
 
@@ -84,10 +82,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def open_cache(folder: Path, expected: Mapping[str, Any]) -> TeacherCache:
-    """A finished cache, which must be what is expected.
+    """Open a finished cache, which must be what is expected.
 
     Raises:
-        ArtifactError: there is none, or it belongs to something else; what differs is said.
+        ArtifactError: there is none, or it belongs to something else; the message lists the differences.
     """
     refuse_foreign(folder, expected)
     try:
@@ -101,7 +99,7 @@ def refuse_foreign(folder: Path, expected: Mapping[str, Any]) -> None:
     """Leave a cache alone that was made, or begun, for something else: it may have taken days.
 
     Raises:
-        ArtifactError: it was; what differs is said.
+        ArtifactError: it was; the message lists the differences.
     """
     for place in (folder, partial_path(folder)):
         try:
@@ -128,8 +126,8 @@ def _flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def narrowed(name: str, features_XE: Tensor, dtype: StoredDtype) -> dict[str, Tensor]:
-    """Features as they are stored; int8 with a scale for each row."""
+def encode_features(name: str, features_XE: Tensor, dtype: StoredDtype) -> dict[str, Tensor]:
+    """Return features as they are stored; int8 with a scale for each row."""
     if dtype != "int8":
         return {name: features_XE.to(STORED[dtype])}
     scale_X1 = features_XE.abs().amax(-1, keepdim=True) / 127
@@ -137,8 +135,8 @@ def narrowed(name: str, features_XE: Tensor, dtype: StoredDtype) -> dict[str, Te
     return {name: whole_XE, f"{name}_scale": scale_X1[..., 0].contiguous()}
 
 
-def _widened(shard: Mapping[str, Tensor], name: str, index: tuple[Any, ...]) -> Tensor:
-    """[B, E] float32 rows, of unit norm again where storage rounded them."""
+def _decode_features(shard: Mapping[str, Tensor], name: str, index: tuple[Any, ...]) -> Tensor:
+    """Return [B, E] float32 rows, of unit norm again where storage rounded them."""
     stored_BE = shard[name][index]
     if stored_BE.dtype == torch.float32:
         return stored_BE
@@ -149,8 +147,8 @@ def _widened(shard: Mapping[str, Tensor], name: str, index: tuple[Any, ...]) -> 
 
 
 @lru_cache(maxsize=_OPEN_SHARDS)
-def _opened(path: Path, written_ns: int) -> dict[str, Tensor]:
-    """The arrays of a shard, mapped: nothing is read before it is asked for, and no file stays open.
+def _open_shard(path: Path, written_ns: int) -> dict[str, Tensor]:
+    """Map the arrays of a shard: nothing is read before it is asked for, and no file stays open.
 
     `written_ns` tells a shard from one of that name before it.
     """

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import DistillationHeads, StudentFeatures, TeacherBatch
+from toolchain.distillation.objectives import DistillationHeads, StudentFeatures, TeacherFeatures, select
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
@@ -17,10 +17,7 @@ from toolchain.models.patch_masking import kept_patches, masked_image_features, 
 from toolchain.models.towers import compile_towers, is_vision_transformer
 from toolchain.recipe.distill import DistillSpec
 
-_HEADS_WEIGHT_DECAY = 0.01  # of the projections that distillation adds: the released code leaves AdamW's default
-
-
-# What is trained ------------------------------------------------------------------------------------------------------
+_HEADS_WEIGHT_DECAY = 0.01  # for the projections that distillation adds: the released code leaves AdamW's default
 
 
 class Trainee(nn.Module):
@@ -30,7 +27,7 @@ class Trainee(nn.Module):
         self, student: ClipModel, teacher: ClipModel | TeacherCache | None, spec: DistillSpec, processes: Processes
     ) -> None:
         super().__init__()
-        student.settle()
+        student.probe_fast_paths()
         self.net = student.net
         self.student = student
         weights = spec.loss_weights.model_dump()
@@ -39,10 +36,10 @@ class Trainee(nn.Module):
             student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
         )
         # data-parallel training refuses parameters without a gradient
-        reads_scale = any(weights[name] for name in (("task", "crd", "gd") if teacher else ("task",)))
-        self.net.logit_scale.requires_grad_(reads_scale)
+        objectives = select(weights, with_teacher=teacher is not None).values()
+        self.net.logit_scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives))
         if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
-            bias.requires_grad_(False)  # of a sigmoid loss, which is not ours
+            bias.requires_grad_(False)  # belongs to a sigmoid loss, which is not ours
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
@@ -54,11 +51,11 @@ class Trainee(nn.Module):
         self,
         pixel_values: Tensor,
         input_ids_bT: Tensor,
-        teacher: TeacherBatch | None,
+        teacher: TeacherFeatures | None,
         shown_bK: Tensor | None,
         kept_bK: Tensor | None,
     ) -> tuple[StudentFeatures, dict[str, Tensor]]:
-        """A process's rows of everything the objectives read, and the multipliers by name."""
+        """Return one rank's rows of everything the objectives read, and the multipliers by name."""
         net: Any = self.net
         encode = self.student.encode_image
         if kept_bK is None:
@@ -77,9 +74,9 @@ class Trainee(nn.Module):
         return features, scales
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
-        """[b, K] each: the patches MFD shows the student, and those a tower's own patch dropout keeps; None without.
+        """Return [b, K] each: the patches MFD shows, and those a tower's own patch dropout keeps; None without.
 
-        Drawn by seed, sample and step, so that they do not depend on how a batch is shared among processes.
+        Drawn by seed, sample and step, so that they do not depend on how a batch is shared among ranks.
         """
         visual: Any = self.net.visual
 
@@ -96,16 +93,16 @@ class Trainee(nn.Module):
         self.heads.clamp_parameters_()
 
 
-def make_optimizer(trained: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
-    """AdamW with CLIP-KD's groups.
+def make_optimizer(trainee: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
+    """Return AdamW with CLIP-KD's groups of parameters.
 
     Of the student, matrices decay and vectors, biases and scales do not; of the heads the projections decay by AdamW's
     own default.  Transformers have faster moments than convolutional towers (CLIP-KD's scripts, from CLIP).
     """
-    named = [(name, p) for name, p in trained.net.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in trainee.net.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim >= 2 and "bias" not in name]  # Swin has tables of biases
     free = [p for name, p in named if p.ndim < 2 or "bias" in name]
-    heads = list(trained.heads.parameters())
+    heads = list(trainee.heads.parameters())
     vectors_decay = _HEADS_WEIGHT_DECAY if spec.reference_compat else 0.0
     groups = [
         {"params": decayed, "weight_decay": spec.weight_decay},
@@ -113,7 +110,7 @@ def make_optimizer(trained: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
         {"params": [p for p in heads if p.ndim >= 2], "weight_decay": _HEADS_WEIGHT_DECAY},
         {"params": [p for p in heads if p.ndim < 2], "weight_decay": vectors_decay},
     ]
-    transformer = is_vision_transformer(trained.net.visual)  # type: ignore[arg-type]
+    transformer = is_vision_transformer(trainee.net.visual)  # type: ignore[arg-type]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=spec.lr,
@@ -123,10 +120,10 @@ def make_optimizer(trained: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
     )
 
 
-def clip_gradients(trained: Trainee, max_norm: float | None) -> Tensor:
-    """The norm of all gradients together, which are then scaled down to `max_norm` at the most."""
-    gradients = [p.grad for p in trained.parameters() if p.grad is not None]
+def clip_gradients(trainee: Trainee, max_norm: float | None) -> Tensor:
+    """Return the norm of all gradients together, then scale them down to `max_norm` at the most."""
+    gradients = [p.grad for p in trainee.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(trained.parameters(), max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(trainee.parameters(), max_norm, norm)
     return norm

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from toolchain.distillation.objectives import StudentFeatures, TeacherBatch
+from toolchain.distillation.forward_pass import ForwardPass
+from toolchain.distillation.objectives import StudentFeatures, TeacherFeatures
 from toolchain.distributed import Processes
 from toolchain.filesystem import replacing
 
@@ -21,13 +22,13 @@ LOG, TENSORBOARD = "train.jsonl", "tensorboard"
 _MAX_ROWS = 10_000
 
 
-def logs(step: int, steps: int) -> bool:
-    """Whether a step of so many has a row: every one up to 10,000 steps, evenly spread ones beyond, and the last."""
+def is_logged(step: int, steps: int) -> bool:
+    """Return True if a step has a row: every one up to 10,000 steps, evenly spread ones beyond, and the last."""
     return step % max(1, -(-steps // _MAX_ROWS)) == 0 or step == steps - 1
 
 
 class TrainingLog:
-    """Open for the length of a run; rows at or beyond `step`, left by an interrupted attempt, are dropped."""
+    """The log of a run, open while it lasts; rows at or beyond `step`, left by an interrupted attempt, are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / LOG
@@ -39,18 +40,18 @@ class TrainingLog:
         with replacing(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._curves = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)
+        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
-        for name, value in _curves_of(row):
-            self._curves.add_scalar(name, value, row["step"])
+        for name, value in _curves(row):
+            self._tensorboard.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
-        """Before a checkpoint is saved: a checkpoint's rows are on disk when it is."""
+        """Write all rows to disk; call it before a checkpoint is saved."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._curves.flush()
+        self._tensorboard.flush()
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -59,10 +60,10 @@ class TrainingLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._curves.close()
+        self._tensorboard.close()
 
 
-def _curves_of(row: dict[str, Any]) -> list[tuple[str, float]]:
+def _curves(row: dict[str, Any]) -> list[tuple[str, float]]:
     curves = []
     for name, value in row.items():
         if name == "terms":
@@ -74,37 +75,30 @@ def _curves_of(row: dict[str, Any]) -> list[tuple[str, float]]:
     return curves
 
 
-class ForwardPass(NamedTuple):
-    """One step's forward pass, over the batch of all processes."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    """Unweighted, those whose weight is not zero."""
-
-    scales: dict[str, Tensor]
-    student: StudentFeatures
-    teacher: TeacherBatch | None
-
-
-# What is logged and what stops a run ----------------------------------------------------------------------------------
-
-
-def log_row(step: int, lr: float, grad_norm: Tensor, done: ForwardPass, weights: dict[str, float]) -> dict[str, Any]:
-    """A step's row of the log, brought from the device in one piece."""
-    similarity = _similarity(done.student, done.teacher) if done.teacher else {}
-    tensors = {"loss": done.loss, "grad_norm": grad_norm, **done.scales, **done.terms, **similarity}
+def log_row(
+    step: int, lr: float, grad_norm: Tensor, forward_pass: ForwardPass, weights: dict[str, float]
+) -> dict[str, Any]:
+    """Return a step's row of the log, brought from the device in one piece."""
+    similarity = _similarity(forward_pass.student, forward_pass.teacher) if forward_pass.teacher else {}
+    tensors = {
+        "loss": forward_pass.loss,
+        "grad_norm": grad_norm,
+        **forward_pass.scales,
+        **forward_pass.terms,
+        **similarity,
+    }
     numbers = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
     row = {"step": step, "loss": numbers["loss"], "lr": lr, "grad_norm": numbers["grad_norm"]}
-    row |= {name: numbers[name] for name in done.scales}
-    terms = {name: numbers[name] for name in done.terms}
+    row |= {name: numbers[name] for name in forward_pass.scales}
+    terms = {name: numbers[name] for name in forward_pass.terms}
     row["terms"] = {name: {"unweighted": value, "weighted": weights[name] * value} for name, value in terms.items()}
     if similarity:
         row["similarity"] = {name: numbers[name] for name in similarity}
     return row
 
 
-def _similarity(student: StudentFeatures, teacher: TeacherBatch) -> dict[str, Tensor]:
-    """Mean cosines of the student's features, in the teacher's width, to the teacher's; empty where no head maps it."""
+def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str, Tensor]:
+    """Return mean cosines of the student's features to the teacher's, in its width; empty where no head maps them."""
     image_BE, text_BE = student.image_BE, student.text_BE
     if image_BE is None or text_BE is None:
         if student.image_BD.shape[-1] != teacher.image_BE.shape[-1]:
@@ -115,7 +109,7 @@ def _similarity(student: StudentFeatures, teacher: TeacherBatch) -> dict[str, Te
 
 
 class StepClock:
-    """Seconds of a step, and of its parts; on a GPU of what it computed, not of what was asked for."""
+    """Seconds of a step and of its parts; on a GPU the time it computed, not the time it took to ask."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -140,7 +134,7 @@ class StepClock:
         self._parts[part] = time.monotonic() - started
 
     def shares(self, batch_size: int) -> dict[str, float]:
-        """What a row says of time, once the step's numbers have been read from the device."""
+        """Return a row's times, once the step's numbers have been read from the device."""
         for part, (begin, end) in self._events.items():
             self._parts[part] = begin.elapsed_time(end) / 1e3
         seconds = time.monotonic() - self._started
@@ -154,6 +148,7 @@ def _event() -> torch.cuda.Event:
 
 @contextmanager
 def open_log(folder: Path, step: int, processes: Processes) -> Iterator[Any]:
+    """Yield the log on rank 0 and None elsewhere."""
     if not processes.leads:
         yield None
         return

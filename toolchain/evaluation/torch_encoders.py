@@ -35,7 +35,10 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
         with torch.inference_mode():
             image_ND = _encode(model.encode_image, _read_pixels(data, my_images, model, readable), processes)
             text_PKD = torch.stack(
-                [_encode(model.encode_text, torch.split(model.ids_of(row), _CHUNK), processes) for row in prompts]
+                [
+                    _encode(model.encode_text, torch.split(model.tokenize_trimmed(row), _CHUNK), processes)
+                    for row in prompts
+                ]
             )
         text_KD = text_PKD[0]
         if data.has_classes:
@@ -71,7 +74,7 @@ class TorchEncoders:
         return self._unit(self.model.encode_image, torch.from_numpy(pixel_values_BCHW))
 
     def encode_texts(self, texts: list[str], /) -> NDArray[np.float32]:
-        return self._unit(self.model.encode_text, self.model.ids_of(texts))
+        return self._unit(self.model.encode_text, self.model.tokenize_trimmed(texts))
 
     def _unit(self, encode: Any, inputs: Tensor) -> NDArray[np.float32]:
         with torch.inference_mode():

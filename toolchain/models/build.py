@@ -38,11 +38,8 @@ TOKENIZER_FILES = (
 )
 
 
-# Building -------------------------------------------------------------------------------------------------------------
-
-
 def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lambda _: None) -> ClipModel:
-    """The model of a loaded recipe, in evaluation mode, in float32, on the CPU.
+    """Return the model of a loaded recipe, in evaluation mode, in float32, on the CPU.
 
     `spec.is_random`: initialised from `seed`, which also seeds torch's global generator; otherwise with its weights.
     `say` is told before anything is downloaded.
@@ -61,15 +58,15 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
         tag = _tag(spec) if spec.pretrained else {}
         config = _architecture(spec.model, tag)
     config = {
-        "model_cfg": _merged(config["model_cfg"], spec.model_cfg),
-        "preprocess_cfg": _merged(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
+        "model_cfg": _merge(config["model_cfg"], spec.model_cfg),
+        "preprocess_cfg": _merge(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
     }
     weights = None if spec.is_random else weights_file(spec, folder, tag, say)
     changed_tokenizer = "hf_tokenizer_name" in spec.model_cfg.get("text_cfg", {})
     with tempfile.TemporaryDirectory() as staging:
         tokenizer = _tokenizer_files(config, None if changed_tokenizer else folder, Path(staging), say)
     changed = bool(spec.model_cfg or spec.preprocess_cfg)
-    model = _assembled(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
+    model = _assemble(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
     if weights is not None:
         load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg)
     return model
@@ -86,7 +83,7 @@ def load_model(folder: Path, *, random_seed: int | None = None) -> ClipModel:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a local-dir's open_clip_config.json."""
+    """Return the content of a local-dir's open_clip_config.json."""
     if not (folder / CONFIG).is_file():
         raise ArtifactError(f"{folder}: no {CONFIG}; expected an open_clip local-dir")
     return _read_json(folder / CONFIG, ("model_cfg", "preprocess_cfg"))
@@ -103,10 +100,10 @@ def save_model(model: ClipModel, folder: Path) -> None:
     _write_configuration(folder, model.config, model.tokenizer_files)
 
 
-def _assembled(
+def _assemble(
     name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None, changed: bool
 ) -> ClipModel:
-    """The model that plain open_clip makes of this configuration, its weights drawn at random.
+    """Return the model that plain open_clip makes of this configuration, its weights drawn at random.
 
     `changed`: by the recipe, which then is to blame for what open_clip does not take.
     """
@@ -147,7 +144,7 @@ def _write_configuration(folder: Path, config: dict[str, Any], tokenizer: Mappin
 
 
 def _check_input_size(visual: Any, name: str, changed: bool) -> None:
-    """timm's towers of patches are built for one size, and open_clip does not tell them another."""
+    """Refuse an image size that timm's tower of patches is not built for: open_clip does not pass it on."""
     patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     built, asked = getattr(patches, "img_size", None), visual.image_size
     if built is not None and getattr(patches, "strict_img_size", False) and tuple(built) != tuple(asked):
@@ -158,7 +155,7 @@ def _check_input_size(visual: Any, name: str, changed: bool) -> None:
 
 
 def _architecture(name: str, tag: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of an architecture of its own, as a tag's weights were trained."""
+    """Return open_clip's configuration of an architecture of its own, as a tag's weights were trained."""
     model_cfg = get_model_config(name)
     if model_cfg is None:
         near = suggestion(name, open_clip.list_models())
@@ -171,7 +168,7 @@ def _architecture(name: str, tag: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tag(spec: ModelSpec) -> dict[str, Any]:
-    """What open_clip knows of an architecture's weights of this name: preprocessing, activation, where they are."""
+    """Return open_clip's record of an architecture's weights: preprocessing, activation, where they are."""
     assert spec.pretrained is not None
     tag: dict[str, Any] = open_clip_pretrained.get_pretrained_cfg(spec.model, spec.pretrained)
     if tag:
@@ -191,19 +188,19 @@ def _known_tags(tags: list[str]) -> str:
     return f"it has {', '.join(tags)}" if tags else "it has none"
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` in place of what it says, section by section."""
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` put in, section by section."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
 def _tokenizer_files(
     config: Mapping[str, Any], folder: Path | None, staging: Path, say: Callable[[str], None]
 ) -> dict[str, bytes]:
-    """The files of a tokenizer that is not open_clip's own: those of the folder, or else of the Hub.
+    """Return the files of a tokenizer that is not open_clip's own: those of the folder, or else of the Hub.
 
     Raises:
         ArtifactError: the Hub's tokenizer cannot be had, or does not tokenize as before once it is saved.
@@ -250,7 +247,7 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip narrates every look-up on the root logger."""
+    """Silence open_clip, which logs every look-up on the root logger."""
     root, level = logging.getLogger(), logging.getLogger().level
     root.setLevel(logging.ERROR)
     try:

@@ -18,7 +18,7 @@ from toolchain.models.towers import is_convolutional
 
 @dataclass(frozen=True)
 class ClipModel:
-    """A model and what turns pictures and words into its inputs."""
+    """A model, and what makes its inputs of images and captions."""
 
     net: nn.Module
     name: str
@@ -71,40 +71,40 @@ class ClipModel:
         return log_logit_scale.exp().reshape(())  # some models keep it as a vector of one
 
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
-        """uint8 images of the model's own size to pixel_values on the same device, as `preprocess` makes them."""
+        """Convert uint8 images of the model's own size to pixel_values, on the same device, as `preprocess` does."""
         cfg = self.config["preprocess_cfg"]
         scale_311, shift_311 = _statistics(tuple(cfg["mean"]), tuple(cfg["std"]), pixels_BCHW.device)
         layout = torch.channels_last if self._is_convolutional else torch.contiguous_format
         return torch.addcmul(shift_311, pixels_BCHW.to(torch.float32, memory_format=layout), scale_311)
 
-    def settle(self) -> None:
-        """Find out now what of the model can be computed for less, which is else found out at the first use.
+    def probe_fast_paths(self) -> None:
+        """Test now which fast paths give identical features; otherwise the first use does.
 
-        Before the net is masked, and before it is in a loader's process, which has no GPU.
+        Call it before the net is masked, and before it is in a loader's process, which has no GPU.
         """
-        _ = self._reads_class_token, self._trims
+        _ = self._reads_class_token, self._is_trimmable
 
     def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
-        """[B, D] features, as open_clip's encode_image gives them."""
+        """Return [B, D] features, as open_clip's encode_image gives them."""
         if self._reads_class_token:
             return encode_class_token(self.net.visual, pixel_values_BCHW)  # type: ignore[arg-type]
         features_BD: Tensor = self.net.encode_image(pixel_values_BCHW)  # type: ignore[operator]
         return features_BD
 
-    def ids_of(self, captions: list[str]) -> Tensor:
-        """input_ids [B, L] of captions, without the padding that their features do not depend on."""
+    def tokenize_trimmed(self, captions: list[str]) -> Tensor:
+        """Return input_ids [B, L] of captions, without the padding that their features do not depend on."""
         input_ids_BT = self.tokenize(captions)
-        return trim_tokens(self.net, input_ids_BT) if self._trims else input_ids_BT
+        return trim_tokens(self.net, input_ids_BT) if self._is_trimmable else input_ids_BT
 
     def encode_text(self, input_ids_BL: Tensor) -> Tensor:
-        """[B, D] features of whole or trimmed input_ids, as open_clip's encode_text gives them of whole ones."""
-        if self._trims:
+        """Return [B, D] features of whole or trimmed input_ids, as open_clip's encode_text gives them of whole ones."""
+        if self._is_trimmable:
             return encode_tokens(self.net, input_ids_BL)
         features_BD: Tensor = self.net.encode_text(input_ids_BL)  # type: ignore[operator]
         return features_BD
 
     def tokenizes_like(self, other: "ClipModel") -> bool:
-        """Whether both make the same input_ids of the same captions."""
+        """Return True if both make the same input_ids of the same captions."""
         sections = [model.config["model_cfg"].get("text_cfg", {}) for model in (self, other)]
         keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "context_length")
         settings = [[section.get(key) for key in keys] for section in sections]
@@ -112,7 +112,7 @@ class ClipModel:
             settings[0] == settings[1]
             and self.context_length == other.context_length
             and self.tokenizer_files == other.tokenizer_files
-            and self._trims == other._trims
+            and self._is_trimmable == other._is_trimmable
         )
 
     @cached_property
@@ -120,7 +120,7 @@ class ClipModel:
         return reads_class_token(self.net.visual)  # type: ignore[arg-type]
 
     @cached_property
-    def _trims(self) -> bool:
+    def _is_trimmable(self) -> bool:
         return is_trimmable(self.net)
 
     @cached_property
@@ -130,7 +130,7 @@ class ClipModel:
 
 @lru_cache(maxsize=16)
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What to multiply a byte by, and then to add, for (byte / 255 - mean) / std."""
+    """Return what to multiply a byte by, and then to add, for (byte / 255 - mean) / std."""
     with torch.inference_mode(False):  # the cache outlives the mode it is filled in
         mean_311, std_311 = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         return (1 / (255 * std_311)).float().to(device), (-mean_311 / std_311).float().to(device)

@@ -114,7 +114,7 @@ def move_gains(tower: nn.Module, example: Tensor) -> list[str]:
 
 
 class _Readers(TorchFunctionMode):
-    """How many functions that return tensors read each tensor, by its id; and what linear layers with a bias read."""
+    """Count the functions that read each tensor, by its id, and note what linear layers with a bias read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class _Readers(TorchFunctionMode):
 
 
 def merge_branches(tower: ImageTower, example: Tensor) -> bool:
-    """Merge, in place, the parallel branches that a tower only trains with, as FastViT's; whether it had any."""
+    """Merge, in place, the parallel branches that a tower only trains with, as FastViT's; return True if it had any."""
     assert isinstance(tower.visual, nn.Module)
     if not any(hasattr(module, name) for module in tower.visual.modules() for name in _MERGES_BRANCHES):
         return False

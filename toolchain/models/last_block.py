@@ -1,10 +1,8 @@
-"""A transformer's last block, for the one token that its features are read from.
+"""Run a transformer's last block for the one token that its features are read from.
 
 CLIP reads an image at the class token and a caption at its end token.  What the last block makes of every other token
 is thrown away, so it needs the keys and values of all tokens, but the query, the projection and the MLP of one: a sixth
 of its work.  Of twelve blocks that saves seven in a hundred of a forward and a backward pass, exactly.
-
-    B batch   T tokens   W token width   H heads
 """
 
 import copy
@@ -19,7 +17,7 @@ _MAX_ERROR = 1e-6  # of unit features in float32: products of other shapes are s
 
 
 def block_at(block: nn.Module, x_BTW: Tensor, position_B: Tensor, mask_TT: Tensor | None) -> Tensor:
-    """[B, W] the block's output at one position of each row; `mask_TT` is added to the attention's logits."""
+    """Return [B, W], the block's output at one position of each row; `mask_TT` is added to the attention's logits."""
     rows_B = torch.arange(len(x_BTW), device=x_BTW.device)
     if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
         whole_BTW: Tensor = block(x_BTW, attn_mask=mask_TT)
@@ -36,7 +34,7 @@ def block_at(block: nn.Module, x_BTW: Tensor, position_B: Tensor, mask_TT: Tenso
 
 
 def encode_class_token(visual: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:
-    """[B, D] features of an image tower that `reads_class_token` has passed."""
+    """Return [B, D] features of an image tower that `reads_class_token` has passed."""
     parts: Any = visual
     x_BTW = parts._embeds(pixel_values_BCHW)
     *blocks, last = parts.transformer.resblocks
@@ -48,7 +46,7 @@ def encode_class_token(visual: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:
 
 
 def reads_class_token(visual: nn.Module) -> bool:
-    """Whether `encode_class_token` gives an image tower's features: held against the tower itself, not assumed."""
+    """Return True if `encode_class_token` gives an image tower's features: compared with the tower, not assumed."""
     if type(visual) is not VisionTransformer or visual.attn_pool is not None or visual.pool_type != "tok":
         return False
     if visual.output_tokens:

@@ -1,11 +1,9 @@
-"""Linear layers and attention on an x86 CPU, handed to oneDNN in the shapes that it is fast at.
+"""Hand linear layers and attention on an x86 CPU to oneDNN, in the shapes that it is fast at.
 
 PyTorch gives a float32 matrix product to MKL, which on AMD's processors reaches half of what oneDNN does (200 against
 450 GFLOP/s on two cores of an EPYC with AVX-512), and a convolution to oneDNN.  A linear layer is a convolution of size
 1 over its rows: the same sums in another order, and so are its gradients.  And nn.MultiheadAttention transposes its
 input, of which PyTorch then makes a product for every token, copying the weights.
-
-    B batch   T tokens   L of them that ask   W width   N, K a layer's widths   H heads, of d
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ _FEW_PRODUCTS = 1 << 25  # of numbers: in so small a layer, as glyphs' are, the 
 
 
 def on_onednn(device: torch.device, *, compiled: bool = False) -> AbstractContextManager[object]:
-    """Within it, linear layers and attention run so on a CPU.
+    """Return a context in which linear layers and attention run in oneDNN on a CPU.
 
     On a GPU, under autocast and in towers that torch.compile has made its own, nothing changes.
     """
@@ -74,7 +72,7 @@ def _is_plain(
     use_separate_proj_weight: bool = False,
     **__: Any,
 ) -> bool:
-    """Whether a call of F.multi_head_attention_forward is as open_clip's blocks make it."""
+    """Return True if a call of F.multi_head_attention_forward is as open_clip's blocks make it."""
     extras = (bias_k is not None, add_zero_attn, dropout and training, key_padding_mask is not None, need_weights)
     return query.dim() == 3 and in_weight is not None and not use_separate_proj_weight and not any(extras)
 

@@ -4,8 +4,6 @@ The patches are left out between the positional embedding and the first block, w
 that open_clip builds have a slot for patch dropout; class and register tokens stay.  Which patches is hashed from what
 identifies the sample, as its views are (`random_numbers.py`), so neither its company in the batch nor the process,
 the worker or a resume changes them.
-
-    B batch   L patches   K kept patches   P class and register tokens   W token width   D feature width
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ _STREAM = int.from_bytes(b"mfd-mask", "big")  # apart from the numbers that shap
 
 
 def kept_patches(seed: int, sample_B: NDArray[np.int64], draw: int, *, num_patches: int, mask_ratio: float) -> Tensor:
-    """[B, K] indices of the patches that the student sees, int64, hashed from (seed, sample, draw).
+    """Return [B, K] indices of the patches that the student sees, int64, hashed from (seed, sample, draw).
 
     K = int(L (1 - mask_ratio)).  `draw` tells apart the times a sample is shown with new patches: its view, the step.
 
@@ -39,7 +37,7 @@ def kept_patches(seed: int, sample_B: NDArray[np.int64], draw: int, *, num_patch
 
 
 def patches_of_least_noise(noise_BL: Tensor, mask_ratio: float) -> Tensor:
-    """[B, K] indices of the K = int(L (1 - mask_ratio)) patches with the least noise, in its order.
+    """Return [B, K] indices of the K = int(L (1 - mask_ratio)) patches with the least noise, in its order.
 
     MAE (arXiv:2111.06377), section 3, and CLIP-KD's code choose so.
 
@@ -65,7 +63,7 @@ def check_can_mask(visual: nn.Module) -> None:
 
 
 def num_patches(visual: nn.Module) -> int:
-    """L of an image tower.
+    """Return the number of patches of an image tower.
 
     Raises:
         UsageError: as `check_can_mask`.
@@ -79,7 +77,7 @@ def masked_image_features(
     kept_BK: Tensor,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Raw features [B, D] of an image tower that sees the patches `kept_BK` of each image, at their own positions.
+    """Return raw features [B, D] of an image tower that sees the patches `kept_BK` of each image at their positions.
 
     `encode` runs the tower; by default the tower runs itself.
 
@@ -90,14 +88,14 @@ def masked_image_features(
     """
     slot = _slot_of(visual)
     keep = _KeepPatches(slot.num_prefix_tokens, kept_BK)
-    with _in_place(slot, keep):
+    with _replace(slot, keep):
         features_BD: Tensor = (encode or visual)(pixel_values_BCHW)
     assert keep.calls == 1, f"{type(visual).__name__} passed its patch-dropout slot {keep.calls} times"
     return features_BD
 
 
 class _Slot(NamedTuple):
-    """Where an image tower drops patches."""
+    """The module of an image tower that drops patches."""
 
     owner: nn.Module
     name: str
@@ -121,7 +119,7 @@ def _slot_of(visual: nn.Module) -> _Slot:
 
 
 class _KeepPatches(nn.Module):
-    """Tokens [B, P + L, W] to the prefix and the kept patches [B, P + K, W]."""
+    """Reduces tokens [B, P + L, W] to the prefix and the kept patches [B, P + K, W]."""
 
     def __init__(self, num_prefix_tokens: int, kept_BK: Tensor) -> None:
         super().__init__()
@@ -137,7 +135,7 @@ class _KeepPatches(nn.Module):
 
 
 @contextmanager
-def _in_place(slot: _Slot, module: nn.Module) -> Iterator[None]:
+def _replace(slot: _Slot, module: nn.Module) -> Iterator[None]:
     own = getattr(slot.owner, slot.name)
     setattr(slot.owner, slot.name, module)
     try:

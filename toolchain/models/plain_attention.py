@@ -2,8 +2,6 @@
 
 torch's nn.MultiheadAttention moves the batch behind the positions and back, and stacks queries, keys and values before
 it takes them apart: 5 copies a layer, between which OpenVINO still finds attention, and ONNX Runtime carries out each.
-
-    B batch   L positions   E width   H heads   D width of a head
 """
 
 from typing import Any

@@ -1,10 +1,7 @@
-"""Text towers without their padding: captions fill a fifth of the 77 tokens that CLIP always runs.
+"""Run text towers without padding: captions fill a fifth of the 77 tokens that CLIP always runs.
 
 With a causal mask, and the end token's feature as the caption's, what follows the end token has no effect.  Then the
 tower need run no further than the last end token of a batch, and gives the same features and gradients.
-
-    B batch   D width   T tokens, the context length   L the leading tokens that are used
-    E embedding width
 """
 
 import copy
@@ -24,9 +21,9 @@ _MAX_ERROR = 1e-6  # of unit features in float32: products of other shapes are s
 
 
 def is_trimmable(net: nn.Module) -> bool:
-    """Whether a net's text features depend on no token behind the end token: then `encode_tokens` may be given fewer.
+    """Return True if no token behind the end token changes a net's text features: `encode_tokens` may be given fewer.
 
-    That is not assumed of any model: here it is held against the whole forward pass on made-up captions, in float32 on
+    That is not assumed of any model: it is compared with the whole forward pass on made-up captions, in float32 on
     the CPU, wherever and in whatever precision the net itself is.  Not trimmed, whatever they would compute: text
     towers of transformers, CoCa's, and those without a causal mask or with another pooling than the end token.
     """
@@ -49,7 +46,7 @@ def is_trimmable(net: nn.Module) -> bool:
 
 
 def trim_tokens(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
-    """[B, L] the tokens up to the last end token of the batch; only for nets that `is_trimmable` has passed.
+    """Return [B, L], the tokens up to the last end token of the batch; only for nets that `is_trimmable` has passed.
 
     On a GPU this would wait for the device: cut ids while they are on the CPU.
     """
@@ -59,9 +56,9 @@ def trim_tokens(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
 
 
 def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
-    """[B, D] text features of captions in as many tokens as are given, every caption's end token among them.
+    """Return [B, D] text features of captions in as many tokens as are given, every caption's end token among them.
 
-    What open_clip's encode_text computes at full length, but that the last block and what follows it run for the end
+    They are what open_clip's encode_text computes at full length; the last block and what follows it run for the end
     tokens alone.  On a CPU, captions of like length run together, so that one long caption does not make all of them
     long; a GPU is better served by one large batch, and would have to be waited for to know the lengths.
     """
@@ -80,7 +77,7 @@ def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
 
 
 def groups_of_like_length(ascending: list[int]) -> list[tuple[int, int]]:
-    """Where to cut captions, in order of length, into groups [start, end) that each run at their longest's length.
+    """Return groups [start, end) of captions in order of length, each of which runs at its longest's length.
 
     A cut is made where it saves the most tokens, and where that is more than what another pass costs.
     """
@@ -123,7 +120,7 @@ class _TextTower:
 
 
 def _text_tower(net: Any) -> _TextTower | None:
-    """The net's text tower, if it is causal, of open_clip's own kind, and reads a caption at its end token."""
+    """Return the net's text tower, if it is causal, of open_clip's own kind, and reads a caption at its end token."""
     if type(net) is CLIP:
         tower = _TextTower(net, net.text_pool_type, net.text_eos_id)
     elif type(net) is CustomTextCLIP and type(net.text) is TextTransformer:
@@ -145,13 +142,13 @@ def _parameters(tower: _TextTower) -> list[Tensor]:
 
 
 def _end_positions(tower: _TextTower, input_ids_BT: Tensor) -> Tensor:
-    """[B] where open_clip reads each caption: its first end token, which is the largest id or one of its own."""
+    """Return [B], where open_clip reads each caption: its first end token, the largest id or one of its own."""
     ends_BT = input_ids_BT if tower.pool_type == "argmax" else (input_ids_BT == tower.eos_id).int()
     return ends_BT.argmax(dim=-1)
 
 
 def _made_up_captions(tower: _TextTower) -> Tensor:
-    """input_ids [3, T] with end tokens at different places, none beyond the middle, and anything behind them."""
+    """Return input_ids [3, T] with end tokens at different places, none beyond the middle, and anything behind them."""
     context, vocabulary = len(tower.parts.positional_embedding), tower.parts.token_embedding.num_embeddings
     end = vocabulary - 1 if tower.pool_type == "argmax" else tower.eos_id
     words = [word for word in range(min(vocabulary - 1, 1000)) if word != end]

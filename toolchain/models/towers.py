@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def is_vision_transformer(visual: nn.Module) -> bool:
-    """Whether an image tower attends over all its patches, as far as AdamW's betas and epsilon care.
+    """Return True if an image tower attends over all its patches, as far as AdamW's betas and epsilon care.
 
     CLIP (arXiv:2103.00020, table 19) trains ViTs with beta2 0.98 and epsilon 1e-6, ResNets with 0.999 and 1e-8.
     CLIP-KD's released code decides by whether "vit" is in the model's name.  This decides by what the tower is made of:
@@ -29,12 +29,12 @@ def is_vision_transformer(visual: nn.Module) -> bool:
 
 
 def is_convolutional(visual: nn.Module) -> bool:
-    """Whether an image tower convolves beyond cutting its patches, and so runs faster with channels last."""
+    """Return True if an image tower convolves beyond cutting its patches, and so runs faster with channels last."""
     return sum(isinstance(module, nn.Conv2d) for module in visual.modules()) > 1
 
 
 def compile_towers(net: nn.Module) -> None:
-    """torch.compile in place: block by block where a tower is a stack of equal blocks, so that one compilation serves
+    """Compile towers in place: block by block where a tower is a stack of equal blocks, so that one compilation serves
     all of them, and as a whole where it is not."""
     stacks = [module for module in net.modules() if isinstance(module, Transformer)]
     for stack in stacks:
@@ -45,17 +45,17 @@ def compile_towers(net: nn.Module) -> None:
 
 
 def unit_image_features(net: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:
-    """[B, D] float32 rows of unit norm."""
+    """Return [B, D] float32 rows of unit norm."""
     return F.normalize(net.encode_image(pixel_values_BCHW).float(), dim=-1)  # type: ignore[operator]
 
 
 def unit_text_features(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
-    """[B, D] float32 rows of unit norm."""
+    """Return [B, D] float32 rows of unit norm."""
     return F.normalize(net.encode_text(input_ids_BT).float(), dim=-1)  # type: ignore[operator]
 
 
 def num_parameters(net: nn.Module) -> tuple[int, int]:
-    """Parameters of the image tower, and of everything else (the text tower and the scale)."""
+    """Return the parameters of the image tower, and of everything else (the text tower and the scale)."""
     visual: nn.Module = net.visual  # type: ignore[assignment]  # nn.Module types attributes loosely
     image = sum(parameter.numel() for parameter in visual.parameters())
     return image, sum(parameter.numel() for parameter in net.parameters()) - image
@@ -97,7 +97,7 @@ def without_attention_fast_path() -> Iterator[None]:
 
 
 def example_pixels(net: nn.Module, batch: int = 2) -> Tensor:
-    """Random pixel_values of the model's input shape."""
+    """Return random pixel_values of the model's input shape."""
     size = net.visual.image_size  # type: ignore[union-attr]
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     parameter = next(net.parameters())

@@ -1,70 +1,107 @@
 """The stage that makes the int8 student."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.data.open import fingerprint as fingerprint_data
-from toolchain.pipeline.stage_inputs import data_fields
-from toolchain.pipeline.teacher_cache import cached_or_live_teacher, stored_dtype
+from toolchain.pipeline.stage_inputs import data_fields, training_inputs
+from toolchain.pipeline.teacher_cache import CacheInputs, find_cache, open_found_cache
 from toolchain.progress import Screen
+from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.evaluate import EvaluateSpec
+from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, run_stage
 
 
+@dataclass(frozen=True)
+class QuantizeInputs:
+    """The sections of a recipe that quantizing reads, all of them there, and the stages made before."""
+
+    role: str
+    """Of the float model: student, or adopted."""
+
+    spec: QuantizeSpec
+    data: DataSpec
+    loss_weights: LossWeights
+    scoring: EvaluateSpec | None
+    """The evaluate section, if its headline set is to hold `quantize.max_drop`."""
+
+    seed: int
+    student: Stage
+    teacher: Stage | None
+    cache: CacheInputs | None
+    """The teacher's stored features, if they are there."""
+
+
 def quantize_checkpoint(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """The int8 student, calibrated and fine-tuned against the teacher."""
-    spec = recipe.quantize
-    if spec is None or not recipe.export.is_quantized:
+    """Make the int8 student, calibrated and fine-tuned against the teacher; nothing where the recipe asks for none."""
+    inputs = _quantize_inputs(recipe, out, made)
+    if inputs is None:
         return {}
-    role = "student" if recipe.distill else "adopted"
-    name, student, teacher = f"{role}-int8", made[role], made.get("teacher")
-    data_spec = recipe.data
-    assert data_spec is not None
-    weights = recipe.distill.loss_weights if recipe.distill else LossWeights()
-    judged: dict[str, str] = {}
-    if spec.max_drop is not None and recipe.evaluate is not None:
-        from toolchain.evaluation.open_sets import fingerprint
-
-        judged["headline"] = fingerprint(recipe.evaluate.headline_set)
-
-    def work(folder: Path) -> dict[str, Any]:
-        from toolchain.data.open import training_data
-        from toolchain.models.build import load_model
-        from toolchain.quantization.quantize_student import quantize_student
-
-        data = training_data(data_spec, seed=recipe.seed, batch_size=spec.batch_size)
-        frozen = cached_or_live_teacher(recipe, out, teacher) if teacher else None
-        float_student, probe = load_model(student.path), None
-        if judged and recipe.evaluate is not None:
-            from toolchain.evaluation.open_sets import open_set
-            from toolchain.quantization.sensitivity import headline_probe
-
-            probe = headline_probe(float_student, open_set(recipe.evaluate.headline_set))
-        quantized = quantize_student(
-            spec, weights, float_student, frozen, data, folder, screen.progress, seed=recipe.seed, headline=probe
-        )
-        return {"role": role} | quantized
-
+    name = f"{inputs.role}-int8"
     screen.starts(name)
-    stage = run_stage(
-        StageSpec(
-            out / name,
-            kind="quantize",
-            version=6,
-            fields={
-                "seed": recipe.seed,
-                "data": data_fields(data_spec),
-                "quantize": spec.model_dump(),
-                "loss_weights": weights.model_dump(),
-                "teacher_features": stored_dtype(recipe, out)
-                or "float32",  # computed anew, they are nearly the same bits
-            }
-            | ({"headline": recipe.evaluate.headline} if judged and recipe.evaluate else {}),
-            fingerprints={"data": fingerprint_data(data_spec)} | judged,
-            inputs={"student": student} | ({"teacher": teacher} if teacher else {}),
-        ),
-        work,
-    )
+    stage = run_stage(_stage_spec(inputs, out / name), lambda folder: _quantize(inputs, folder, screen))
     screen.done(name, stage)
     return {name: stage}
+
+
+def _quantize_inputs(recipe: Recipe, out: Path, made: dict[str, Stage]) -> QuantizeInputs | None:
+    if recipe.quantize is None or recipe.data is None or not recipe.export.is_quantized:
+        return None
+    role = "student" if recipe.distill else "adopted"
+    teacher = made.get("teacher")
+    return QuantizeInputs(
+        role,
+        recipe.quantize,
+        recipe.data,
+        recipe.distill.loss_weights if recipe.distill else LossWeights(),
+        scoring=recipe.evaluate if recipe.quantize.max_drop is not None else None,
+        seed=recipe.seed,
+        student=made[role],
+        teacher=teacher,
+        cache=find_cache(training_inputs(recipe), out, teacher) if teacher else None,
+    )
+
+
+def _stage_spec(inputs: QuantizeInputs, path: Path) -> StageSpec:
+    fields = {
+        "seed": inputs.seed,
+        "data": data_fields(inputs.data),
+        "quantize": inputs.spec.model_dump(),
+        "loss_weights": inputs.loss_weights.model_dump(),
+        # computed anew, they are nearly the same bits as stored in float32
+        "teacher_features": inputs.cache.spec.dtype if inputs.cache else "float32",
+    }
+    fingerprints = {"data": fingerprint_data(inputs.data)}
+    if inputs.scoring:
+        from toolchain.evaluation.open_sets import fingerprint
+
+        fields["headline"] = inputs.scoring.headline
+        fingerprints["headline"] = fingerprint(inputs.scoring.headline_set)
+    stages = {"student": inputs.student} | ({"teacher": inputs.teacher} if inputs.teacher else {})
+    return StageSpec(path, kind="quantize", version=6, fields=fields, fingerprints=fingerprints, inputs=stages)
+
+
+def _quantize(inputs: QuantizeInputs, folder: Path, screen: Screen) -> dict[str, Any]:
+    """Do the work of the stage; return what its manifest records."""
+    from toolchain.data.open import training_data
+    from toolchain.models.build import load_model
+    from toolchain.quantization.quantize_student import Quantization, quantize_student
+
+    data = training_data(inputs.data, seed=inputs.seed, batch_size=inputs.spec.batch_size)
+    frozen: Any = None
+    if inputs.cache:
+        frozen = open_found_cache(inputs.cache)
+    elif inputs.teacher:
+        frozen = load_model(inputs.teacher.path)
+    float_student, headline = load_model(inputs.student.path), None
+    if inputs.scoring:
+        from toolchain.evaluation.open_sets import open_set
+        from toolchain.quantization.sensitivity import headline_criterion
+
+        headline = headline_criterion(float_student, open_set(inputs.scoring.headline_set))
+    task = Quantization(inputs.spec, inputs.loss_weights, float_student, frozen, data, inputs.seed, headline)
+    return {"role": inputs.role} | quantize_student(task, folder, screen.progress)

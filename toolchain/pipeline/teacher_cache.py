@@ -1,87 +1,115 @@
 """The stages that store a teacher's features, and how a later stage opens them."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolchain import torchrun
 from toolchain.data.open import fingerprint as fingerprint_data
-from toolchain.pipeline.stage_inputs import How, data_fields, run_stage_on_ranks
+from toolchain.pipeline.stage_inputs import TrainingInputs, data_fields, run_stage_on_ranks
 from toolchain.progress import Screen
-from toolchain.recipe.recipe import Recipe
+from toolchain.recipe.distill import TeacherCacheSpec
+from toolchain.recipe.model_names import CONFIG, WEIGHTS
 from toolchain.stage import Stage, StageSpec, open_stage
 
 
-def make_cache_stage(recipe: Recipe, out: Path, name: str, teacher: Stage, screen: Screen, how: How) -> Stage:
-    """A teacher's features of every view and caption."""
+@dataclass(frozen=True)
+class CacheInputs:
+    """A teacher, the training that reads its stored features, and where those lie."""
+
+    training: TrainingInputs
+    spec: TeacherCacheSpec
+    teacher: Stage
+    out: Path
+    """The run."""
+
+    name: str = "teacher"
+
+    @property
+    def own_folder(self) -> Path:
+        """The folder in which this run stores them."""
+        return self.out / "teacher-cache" / self.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which they are read: this run's, or another run's."""
+        return self.own_folder if self.spec.path is None else Path(self.spec.path)
+
+
+def make_cache_stage(inputs: CacheInputs, screen: Screen) -> Stage:
+    """Store a teacher's features of every view and caption."""
     from toolchain.distillation.teacher_cache import refuse_foreign
 
-    spec, data_spec = recipe.distill, recipe.data
-    assert spec is not None
-    assert spec.teacher_cache is not None
-    assert data_spec is not None
-    path, dtype = out / "teacher-cache" / name, spec.teacher_cache.dtype
-    depends = _cache_depends(recipe, teacher)
-    refuse_foreign(path, depends)
-
-    def work(folder: Path) -> dict[str, Any]:
-        from toolchain.data.open import training_data
-        from toolchain.distillation.make_teacher_cache import make_cache
-        from toolchain.distillation.teacher import live_teacher
-        from toolchain.distributed import join_processes
-        from toolchain.models.build import load_model
-
-        processes = join_processes()
-        live = live_teacher(load_model(teacher.path), spec.teacher_precision, processes.device, compiled=spec.compile)
-        with processes.first_alone():  # shards are indexed once
-            data = training_data(
-                data_spec, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
-            )
-        steps = spec.steps or (spec.epochs or 0) * data.steps_per_epoch
-        return make_cache(
-            live,
-            data,
-            folder,
-            depends,
-            screen.progress,
-            dtype=dtype,
-            num_views=depends["views"],
-            steps=steps,
-            processes=processes,
-            say=screen.say,
-        )
-
-    screen.starts(f"teacher-cache/{name}")
-    stage = run_stage_on_ranks(how, StageSpec(path, kind="teacher-cache", version=1, fields=depends), work)
-    screen.done(f"teacher-cache/{name}", stage)
+    depends = _depends(inputs)
+    refuse_foreign(inputs.own_folder, depends)
+    name = f"teacher-cache/{inputs.name}"
+    screen.starts(name)
+    spec = StageSpec(inputs.own_folder, kind="teacher-cache", version=1, fields=depends)
+    stage = run_stage_on_ranks(spec, lambda folder: _store_features(inputs, depends, folder, screen))
+    screen.done(name, stage)
     return stage
 
 
-def open_or_make_cache(recipe: Recipe, out: Path, teacher: Stage, screen: Screen, how: How) -> tuple[Any, float]:
-    """The cache that a student learns from, made first if it is this run's, and the seconds that making it took."""
+def _store_features(inputs: CacheInputs, depends: dict[str, Any], folder: Path, screen: Screen) -> dict[str, Any]:
+    """Run the teacher; return what the manifest records."""
+    from toolchain.data.open import training_data
+    from toolchain.distillation.make_teacher_cache import CachePlan, make_cache
+    from toolchain.distillation.teacher import live_teacher
+    from toolchain.distributed import join_processes
+    from toolchain.models.build import load_model
+
+    training = inputs.training
+    distill, seed = training.distill, training.seed
+    processes = join_processes()
+    teacher = load_model(inputs.teacher.path)
+    live = live_teacher(teacher, distill.teacher_precision, processes.device, compiled=distill.compile)
+    with processes.first_alone():  # shards are indexed once
+        data = training_data(
+            training.data, seed=seed, batch_size=distill.batch_size, progress=screen.progress, say=screen.say
+        )
+    steps = distill.num_steps(data.steps_per_epoch)
+    plan = CachePlan(depends, inputs.spec.dtype, num_views=depends["views"], steps=steps)
+    return make_cache(live, data, folder, plan, screen.progress, processes=processes, say=screen.say)
+
+
+def open_or_make_cache(inputs: CacheInputs, screen: Screen) -> tuple[Any, float]:
+    """Return the cache that a student learns from, made first if it is this run's, and the seconds its making took."""
     from toolchain.distillation.teacher_cache import open_cache
 
-    assert recipe.distill is not None
-    assert recipe.distill.teacher_cache is not None
-    elsewhere = recipe.distill.teacher_cache.path
-    depends = _cache_depends(recipe, teacher)
-    if elsewhere is not None:
-        cache = open_cache(Path(elsewhere), depends)
-        if how.leads:
-            open_stage(Path(elsewhere))
+    if inputs.spec.path is not None:
+        cache = open_cache(inputs.folder, _depends(inputs))
+        if torchrun.leads():
+            open_stage(inputs.folder)
         return cache, 0.0
-    stage = make_cache_stage(recipe, out, "teacher", teacher, screen, how)
-    return open_cache(stage.path, depends), float(stage.manifest["took_s"])
+    stage = make_cache_stage(inputs, screen)
+    return open_cache(stage.path, _depends(inputs)), float(stage.manifest["took_s"])
 
 
-def _cache_depends(recipe: Recipe, teacher: Stage) -> dict[str, Any]:
-    """What decides the bytes of a teacher's features."""
+def find_cache(inputs: TrainingInputs, out: Path, teacher: Stage) -> CacheInputs | None:
+    """Return the stored features that the student learnt from, if they are still there."""
+    if inputs.distill.teacher_cache is None:
+        return None
+    cache = CacheInputs(inputs, inputs.distill.teacher_cache, teacher, out)
+    return cache if cache.folder.is_dir() else None
+
+
+def open_found_cache(inputs: CacheInputs) -> Any:
+    """Open stored features that `find_cache` found.
+
+    Raises:
+        ArtifactError: they belong to something else.
+    """
+    from toolchain.distillation.teacher_cache import open_cache
+
+    return open_cache(inputs.folder, _depends(inputs))
+
+
+def _depends(inputs: CacheInputs) -> dict[str, Any]:
+    """Return what decides the bytes of a teacher's features."""
     from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES
-    from toolchain.recipe.model_names import CONFIG, WEIGHTS
 
-    spec, data_spec = recipe.distill, recipe.data
-    assert spec is not None
-    assert spec.teacher_cache is not None
-    assert data_spec is not None
+    training, teacher = inputs.training, inputs.teacher
     config = json.loads((teacher.path / CONFIG).read_text(encoding="utf-8"))
     files = dict(teacher.manifest["files"])
     tokenizer = {name: digest for name, digest in files.items() if name.startswith(("tokenizer", "vocab", "merges"))}
@@ -91,38 +119,11 @@ def _cache_depends(recipe: Recipe, teacher: Stage) -> dict[str, Any]:
             "architecture": config["model_cfg"],
             "transform": config["preprocess_cfg"],
             "tokenizer": tokenizer,
-            "precision": spec.teacher_precision,
+            "precision": training.distill.teacher_precision,
         },
-        "data": {**data_fields(data_spec), "fingerprint": fingerprint_data(data_spec)},
-        "seed": recipe.seed,
-        "views": data_spec.views,
-        "dtype": spec.teacher_cache.dtype,
+        "data": {**data_fields(training.data), "fingerprint": fingerprint_data(training.data)},
+        "seed": training.seed,
+        "views": training.data.views,
+        "dtype": inputs.spec.dtype,
         "shard_samples": SHARD_SAMPLES,
     }
-
-
-def cached_or_live_teacher(recipe: Recipe, out: Path, teacher: Stage) -> Any:
-    """The features that the student learnt from, where they are still there; a few dozen batches pay for no new ones.
-
-    Raises:
-        ArtifactError: they belong to something else.
-    """
-    from toolchain.distillation.teacher_cache import open_cache
-    from toolchain.models.build import load_model
-
-    if stored_dtype(recipe, out) is not None:
-        return open_cache(_cache_folder(recipe, out), _cache_depends(recipe, teacher))
-    return load_model(teacher.path)
-
-
-def _cache_folder(recipe: Recipe, out: Path) -> Path:
-    assert recipe.distill is not None
-    assert recipe.distill.teacher_cache is not None
-    elsewhere = recipe.distill.teacher_cache.path
-    return out / "teacher-cache" / "teacher" if elsewhere is None else Path(elsewhere)
-
-
-def stored_dtype(recipe: Recipe, out: Path) -> str | None:
-    """The number format of the teacher's stored features, if they are there."""
-    spec = recipe.distill.teacher_cache if recipe.distill else None
-    return spec.dtype if spec is not None and _cache_folder(recipe, out).is_dir() else None

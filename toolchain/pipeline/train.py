@@ -3,74 +3,80 @@
 Heavy packages are imported inside the work, so that a run whose stages are all complete needs none of them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from toolchain import torchrun
 from toolchain.data.open import fingerprint as fingerprint_data
+from toolchain.distillation.training_options import TrainingOptions
 from toolchain.errors import UsageError
 from toolchain.pipeline.stage_inputs import (
-    How,
+    TrainingInputs,
     data_fields,
     num_workers,
     run_stage_on_ranks,
+    training_inputs,
 )
-from toolchain.pipeline.teacher_cache import make_cache_stage, open_or_make_cache
+from toolchain.pipeline.teacher_cache import CacheInputs, make_cache_stage, open_or_make_cache
 from toolchain.progress import Screen
-from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model import ModelSpec, TeacherSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec
 
+_NO_OPTIONS = TrainingOptions()
 
-def train_checkpoints(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stage]:
-    """The frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it.
+
+def train_checkpoints(
+    recipe: Recipe, out: Path, screen: Screen, options: TrainingOptions = _NO_OPTIONS
+) -> dict[str, Stage]:
+    """Make the frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it.
 
     Where the recipe trains nothing: the model it adopts.
     """
     if recipe.distill is None:
-        return {"adopted": _adopt(recipe, recipe.student, out, "adopted", screen, how)}
-
+        return {"adopted": _adopt(recipe.student, recipe.seed, out, "adopted", screen)}
+    inputs = training_inputs(recipe)
     if not (out / "student").exists():
-        _refuse_misfits(recipe, screen)
+        _refuse_misfits(inputs, recipe.teacher, screen)
     if recipe.teacher is None:
-        return {"student": _train_one(recipe, out, "student", None, screen, how)}
-    teacher = _teacher(recipe, out, screen, how)
+        return {"student": _train_one(inputs, out, "student", None, screen, options)}
+    teacher = _make_teacher(recipe.teacher, recipe.seed, out, screen, options)
     made = {"teacher": teacher}
     if recipe.baseline:
-        made["baseline"] = _train_one(recipe, out, "baseline", None, screen, how)
-    return made | {"student": _train_one(recipe, out, "student", teacher, screen, how)}
+        made["baseline"] = _train_one(inputs, out, "baseline", None, screen, options)
+    return made | {"student": _train_one(inputs, out, "student", teacher, screen, options)}
 
 
-def _refuse_misfits(recipe: Recipe, screen: Screen) -> None:
-    """Say that models cannot be trained together before anything is read, downloaded or trained for them."""
+def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, screen: Screen) -> None:
+    """Report that models cannot be trained together before anything is read, downloaded or trained for them."""
     from toolchain.distillation.compatibility import check_pair
     from toolchain.models.build import build_model
     from toolchain.recipe.load import teacher_recipe
 
     without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
-    student = build_model(recipe.student.model_copy(update=without_weights), seed=0, say=screen.say)
+    student = build_model(inputs.student.model_copy(update=without_weights), seed=0, say=screen.say)
     teacher = None
-    if recipe.teacher is not None:
-        spec = teacher_recipe(recipe.teacher).student if recipe.teacher.recipe else recipe.teacher
+    if teacher_spec is not None:
+        spec = teacher_recipe(teacher_spec).student if teacher_spec.recipe else teacher_spec
         teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
-    assert recipe.distill is not None
-    check_pair(student, teacher, recipe.distill.loss_weights)
+    check_pair(student, teacher, inputs.distill.loss_weights)
 
 
-def _adopt(recipe: Recipe, spec: ModelSpec, out: Path, name: str, screen: Screen, how: How) -> Stage:
-    """A model from wherever it comes, as an open_clip local-dir in the run."""
+def _adopt(spec: ModelSpec, seed: int, out: Path, name: str, screen: Screen) -> Stage:
+    """Save a model from wherever it comes as an open_clip local-dir in the run."""
     from toolchain.recipe.model_names import fingerprint
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.models.build import build_model, save_model
 
-        if how.leads:
-            save_model(build_model(spec, seed=recipe.seed, say=screen.say), folder)
+        if torchrun.leads():
+            save_model(build_model(spec, seed=seed, say=screen.say), folder)
         return {"role": name, "source": spec.model_dump(exclude_defaults=True), "train_s": None}
 
     screen.starts(name)
-    fields = {"seed": recipe.seed} if spec.is_random else {}
+    fields = {"seed": seed} if spec.is_random else {}
     stage = run_stage_on_ranks(
-        how,
         StageSpec(out / name, kind="adopt", version=2, fields=fields, fingerprints={"model": fingerprint(spec)}),
         work,
     )
@@ -78,103 +84,113 @@ def _adopt(recipe: Recipe, spec: ModelSpec, out: Path, name: str, screen: Screen
     return stage
 
 
-def _train_one(recipe: Recipe, out: Path, name: str, teacher: Stage | None, screen: Screen, how: How) -> Stage:
+def _train_one(
+    inputs: TrainingInputs, out: Path, name: str, teacher: Stage | None, screen: Screen, options: TrainingOptions
+) -> Stage:
+    """Train a student, with its teacher or alone."""
     from toolchain.recipe.model_names import fingerprint
 
-    spec, data_spec = recipe.distill, recipe.data
-    assert spec is not None
-    assert data_spec is not None
     if teacher is None:  # nothing it reads depends on the weights of losses it does not have
-        alone = type(spec.loss_weights)(**dict.fromkeys(spec.loss_weights.model_dump(), 0.0) | {"task": 1.0})
-        changes = {"loss_weights": alone, "teacher_cache": None, "teacher_precision": "fp32"}
-        spec = spec.model_copy(update=changes | {"reference_compat": False})
-
-    def work(folder: Path) -> dict[str, Any]:
-        from toolchain.data.open import training_data
-        from toolchain.distillation.distill import Engine, distil
-        from toolchain.distributed import join_processes
-        from toolchain.evaluation.open_sets import open_set
-        from toolchain.evaluation.torch_encoders import headline_accuracy
-        from toolchain.models.build import build_model, load_model
-
-        student = build_model(recipe.student, seed=recipe.seed, say=screen.say)
-        frozen: Any = None
-        caching_s = 0.0
-        if teacher and spec.teacher_cache:
-            frozen, caching_s = open_or_make_cache(recipe, out, teacher, screen, how)
-            screen.starts(name)
-        elif teacher:
-            frozen = load_model(teacher.path)
-        processes = join_processes()
-        with processes.first_alone():  # shards are indexed once
-            data = training_data(
-                data_spec, seed=recipe.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
-            )
-        accuracy = None
-        if spec.evaluate_every and recipe.evaluate:
-            accuracy = headline_accuracy(open_set(recipe.evaluate.headline_set))
-        engine = Engine(
-            processes,
-            num_workers(data_spec, how, processes.device.type),
-            how.checkpoint_steps,
-            60 * how.checkpoint_minutes,
-            how.keep_checkpoints,
-            data_spec.max_damaged,
-            screen.say,
-        )
-        progress = screen.progress
-        trained = distil(
-            spec, student, frozen, data, folder, progress, seed=recipe.seed, engine=engine, accuracy=accuracy
-        )
-        train_s = round(trained["train_s"] + caching_s, 1)  # what the student cost, the teacher's part included
-        return {"role": name, "teacher_s": caching_s} | trained | {"train_s": train_s}
-
+        inputs = inputs.without_teacher()
     screen.starts(name)
-    evaluated = {"headline": recipe.evaluate.headline} if spec.evaluate_every and recipe.evaluate else {}
-    stage = run_stage_on_ranks(
-        how,
-        StageSpec(
-            out / name,
-            kind="distil",
-            version=3,
-            fields={
-                "seed": recipe.seed,
-                "data": data_fields(data_spec),
-                "distill": spec.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # they change no feature
-            }
-            | evaluated,
-            fingerprints={"data": fingerprint_data(data_spec), "student": fingerprint(recipe.student)},
-            inputs={"teacher": teacher} if teacher else {},
-        ),
-        work,
+    scoring = {"headline": inputs.scoring.headline} if inputs.scoring else {}
+    spec = StageSpec(
+        out / name,
+        kind="distil",
+        version=3,
+        fields={
+            "seed": inputs.seed,
+            "data": data_fields(inputs.data),
+            "distill": inputs.distill.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # they change no feature
+        }
+        | scoring,
+        fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)},
+        inputs={"teacher": teacher} if teacher else {},
     )
+    stage = run_stage_on_ranks(spec, lambda folder: _train(inputs, spec, folder, teacher, screen, options))
     screen.done(name, stage)
     return stage
 
 
-def cache_teachers(recipe: Recipe, out: Path, screen: Screen, how: How) -> dict[str, Stage]:
-    """The features of the recipe's teacher, and of those it names beside it: a stage for each."""
+def _train(
+    inputs: TrainingInputs,
+    stage: StageSpec,
+    folder: Path,
+    teacher: Stage | None,
+    screen: Screen,
+    options: TrainingOptions,
+) -> dict[str, Any]:
+    """Do the work of a training stage; return what its manifest records."""
+    from toolchain.data.open import training_data
+    from toolchain.distillation.distill import Training, distill
+    from toolchain.distributed import join_processes
+    from toolchain.evaluation.open_sets import open_set
+    from toolchain.evaluation.torch_encoders import headline_accuracy
+    from toolchain.models.build import build_model, load_model
+
+    out, name, spec = stage.path.parent, stage.path.name, inputs.distill
+    student = build_model(inputs.student, seed=inputs.seed, say=screen.say)
+    frozen: Any = None
+    caching_s = 0.0
+    if teacher and spec.teacher_cache:
+        frozen, caching_s = open_or_make_cache(CacheInputs(inputs, spec.teacher_cache, teacher, out), screen)
+        screen.starts(name)
+    elif teacher:
+        frozen = load_model(teacher.path)
+    processes = join_processes()
+    with processes.first_alone():  # shards are indexed once
+        data = training_data(
+            inputs.data, seed=inputs.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
+        )
+    training = Training(
+        spec,
+        student,
+        frozen,
+        data,
+        seed=inputs.seed,
+        max_damaged=inputs.data.max_damaged,
+        accuracy=headline_accuracy(open_set(inputs.scoring.headline_set)) if inputs.scoring else None,
+    )
+    workers = num_workers(inputs.data, options, processes.device.type)
+    trained = distill(
+        training,
+        folder,
+        screen.progress,
+        options=replace(options, workers=workers),
+        processes=processes,
+        say=screen.say,
+    )
+    train_s = round(trained["train_s"] + caching_s, 1)  # what the student cost, the teacher's part included
+    return {"role": name, "teacher_s": caching_s} | trained | {"train_s": train_s}
+
+
+def cache_teachers(
+    recipe: Recipe, out: Path, screen: Screen, options: TrainingOptions = _NO_OPTIONS
+) -> dict[str, Stage]:
+    """Store the features of the recipe's teacher, and of those it names beside it: a stage for each."""
     spec = recipe.distill
-    if spec is None or spec.teacher_cache is None:
+    if spec is None or spec.teacher_cache is None or recipe.teacher is None:
         raise UsageError(
             f"recipe {recipe.name} has no distill.teacher_cache; add one, as in --set distill.teacher_cache={{}}, and "
             "data.views: the number of augmentations of each sample to store"
         )
     if spec.teacher_cache.path is not None:
         raise UsageError("distill.teacher_cache.path names a cache that is made already; remove it to make one")
-    made = {"teacher": _teacher(recipe, out, screen, how)}
+    made = {"teacher": _make_teacher(recipe.teacher, recipe.seed, out, screen, options)}
     for number, further in enumerate(spec.teacher_cache.also, 2):
         name = f"teacher-{number}"
-        made[name] = _adopt(recipe, further, out, name, screen, how)
+        made[name] = _adopt(further, recipe.seed, out, name, screen)
+    inputs = training_inputs(recipe)
     return {
-        f"teacher-cache/{name}": make_cache_stage(recipe, out, name, stage, screen, how) for name, stage in made.items()
+        f"teacher-cache/{name}": make_cache_stage(CacheInputs(inputs, spec.teacher_cache, stage, out, name), screen)
+        for name, stage in made.items()
     }
 
 
-def _teacher(recipe: Recipe, out: Path, screen: Screen, how: How) -> Stage:
+def _make_teacher(spec: TeacherSpec, seed: int, out: Path, screen: Screen, options: TrainingOptions) -> Stage:
+    """Train the teacher by its own recipe, or save it as it is."""
     from toolchain.recipe.load import teacher_recipe
 
-    assert recipe.teacher is not None
-    if recipe.teacher.recipe is not None:
-        return _train_one(teacher_recipe(recipe.teacher), out, "teacher", None, screen, how)
-    return _adopt(recipe, recipe.teacher, out, "teacher", screen, how)
+    if spec.recipe is not None:
+        return _train_one(training_inputs(teacher_recipe(spec)), out, "teacher", None, screen, options)
+    return _adopt(spec, seed, out, "teacher", screen)

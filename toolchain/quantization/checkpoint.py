@@ -1,4 +1,4 @@
-"""Save and load int8 checkpoints."""
+"""Save and load int8 checkpoints: an open_clip local-dir with the quantizers beside it."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ TOWERS = ("image", "text")
 
 
 def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
-    """The image and text tower that `quantize` left in `folder`, with fake quantization, exactly as they were.
+    """Return the image and text tower that `quantize` left in `folder`, with fake quantization, exactly as they were.
 
     `source` gives the architecture only; `load_model(folder)` will do.
 
@@ -39,33 +39,8 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
             raise ArtifactError(
                 f"{folder}: no {name}; expected an int8 checkpoint. Make one with: clipkd quantize {folder.parent}"
             )
-    net = copy.deepcopy(source.net)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        for name in (WEIGHTS, QUANTIZERS):
-            if file_sha256(folder / name) != config["sha256"][name]:
-                raise ArtifactError(
-                    f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
-                    f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
-                )
-        net.load_state_dict(load_file(folder / WEIGHTS))
-        made = float_towers(net, [name for name in TOWERS if name in config], source.tokenize(["a", "b"]))
-        if set(config.get("moved", ())) != made.moved:
-            raise ArtifactError(
-                f"{folder}: its layer norms keep their gains, as in checkpoints of an older clipkd. Quantize again: "
-                f"clipkd quantize {folder.parent}"
-            )
-        saved = load_file(folder / QUANTIZERS)
-        towers: list[nn.Module] = []
-        for name, tower in (("image", made.image), ("text", made.text)):
-            if name not in config:  # left float
-                towers.append(tower.eval())
-                continue
-            quantized = nncf.torch.load_from_config(tower.eval(), decode_json(config[name]))
-            state = {key: value for key, value in quantized.state_dict().items() if not is_quantizer_key(key)}
-            state |= {key.removeprefix(f"{name}."): v for key, v in saved.items() if key.startswith(f"{name}.")}
-            quantized.load_state_dict(state)
-            towers.append(quantized.eval())
+        return _restore_towers(folder, source)
     except (
         RuntimeError,
         LookupError,
@@ -77,10 +52,41 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
         nncf.InternalError,
     ) as error:  # state of another architecture, JSON of another version, or a module that is not NNCF's
         raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
-    return towers[0], towers[1]
 
 
-class _FloatTowers(NamedTuple):
+def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for name in (WEIGHTS, QUANTIZERS):
+        if file_sha256(folder / name) != config["sha256"][name]:
+            raise ArtifactError(
+                f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
+                f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
+            )
+    net = copy.deepcopy(source.net)
+    net.load_state_dict(load_file(folder / WEIGHTS))
+    prepared = float_towers(net, [name for name in TOWERS if name in config], source.tokenize(["a", "b"]))
+    if set(config.get("moved", ())) != prepared.moved:
+        raise ArtifactError(
+            f"{folder}: its layer norms keep their gains, as in checkpoints of an older clipkd. Quantize again: "
+            f"clipkd quantize {folder.parent}"
+        )
+    saved = load_file(folder / QUANTIZERS)
+    image_tower = _restore_tower("image", prepared.image.eval(), config, saved)
+    return image_tower, _restore_tower("text", prepared.text.eval(), config, saved)
+
+
+def _restore_tower(name: str, tower: nn.Module, config: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
+    """Return a float tower with the quantizers that were saved for it; one that was left float as it is."""
+    if name not in config:
+        return tower
+    quantized: nn.Module = import_nncf().torch.load_from_config(tower, decode_json(config[name]))
+    state = {key: value for key, value in quantized.state_dict().items() if not is_quantizer_key(key)}
+    state |= {key.removeprefix(f"{name}."): v for key, v in saved.items() if key.startswith(f"{name}.")}
+    quantized.load_state_dict(state)
+    return quantized.eval()
+
+
+class FloatTowers(NamedTuple):
     """Copies of a student's towers, ready to be quantized."""
 
     image: ImageTower
@@ -99,8 +105,11 @@ class _FloatTowers(NamedTuple):
         return bool(self.folded) or self.is_merged
 
 
-def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor | None) -> _FloatTowers:
-    """Gains move only in `towers`: another is to stay as it is.  `input_ids_BT` are those of any texts, for "text"."""
+def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor | None) -> FloatTowers:
+    """Return copies of a net's towers with batch norms folded, branches merged and gains moved.
+
+    Gains move only in `towers`: another is to stay as it is.  `input_ids_BT` are those of any texts, for "text".
+    """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     plain_attention(net)
     image_tower, text_tower, example = ImageTower(net), TextTower(net), example_pixels(net)
@@ -113,14 +122,15 @@ def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor |
         assert input_ids_BT is not None
         moved_in_text = move_gains(text_tower, input_ids_BT.to(example.device))
         moved.update(name.removeprefix("clip.") for name in moved_in_text)
-    return _FloatTowers(image_tower, text_tower, folded, moved, is_merged)
+    return FloatTowers(image_tower, text_tower, folded, moved, is_merged)
 
 
 def save_quantized(
-    image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, student: ClipModel, folder: Path
+    image_tower: nn.Module, text_tower: nn.Module, prepared: FloatTowers, student: ClipModel, folder: Path
 ) -> None:
+    """Write the float weights, the quantizers and their places."""
     nncf = import_nncf()
-    save_file(_float_state(image_tower, text_tower, made, student.net), folder / WEIGHTS)
+    save_file(_float_state(image_tower, text_tower, prepared, student.net), folder / WEIGHTS)
     towers = {"image": image_tower, "text": text_tower}
     quantized = {name: tower for name, tower in towers.items() if quantizers_of(tower)}
     save_file(
@@ -128,31 +138,31 @@ def save_quantized(
             f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)  # some are shared
             for name, tower in quantized.items()
             for key, value in tower.state_dict().items()
-            if is_quantizer_key(key) or (made.is_merged and name == "image")
+            if is_quantizer_key(key) or (prepared.is_merged and name == "image")
         },
         folder / QUANTIZERS,
     )
     config = {name: nncf.torch.get_config(tower) for name, tower in quantized.items()}
-    config["moved"] = sorted(made.moved)
+    config["moved"] = sorted(prepared.moved)
     config["sha256"] = {name: file_sha256(folder / name) for name in (WEIGHTS, QUANTIZERS)}
     write_json(folder / CONFIG, config)
 
 
 def _float_state(
-    image_tower: nn.Module, text_tower: nn.Module, made: _FloatTowers, net: nn.Module
+    image_tower: nn.Module, text_tower: nn.Module, prepared: FloatTowers, net: nn.Module
 ) -> dict[str, Tensor]:
-    """The fine-tuned float weights under the original model's names; a merged image tower as it was before.
+    """Return the fine-tuned float weights under the original model's names; a merged image tower as it was before.
 
     A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps; a
     layer norm whose gain moved as one with a gain of 1 and a bias of 0.
     """
     trained = {key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()}
     folded: dict[str, str] = {}
-    moved = made.moved
-    if made.is_merged:
+    moved = prepared.moved
+    if prepared.is_merged:
         moved = {name for name in moved if not name.startswith("visual.")}
     else:
-        trained, folded = trained | image_tower.state_dict(), made.folded
+        trained, folded = trained | image_tower.state_dict(), prepared.folded
     state = {}
     for key, value in net.state_dict().items():
         module, _, leaf = key.rpartition(".")

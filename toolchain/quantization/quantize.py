@@ -1,4 +1,4 @@
-"""Make a student int8: calibrate with NNCF, fine-tune with fake quantization, save, restore, freeze for export.
+"""Make a student int8: calibrate with NNCF, fine-tune with fake quantization, and save.
 
 Each tower is quantized by itself, because NNCF sees only what its root `forward` calls.  Weights are int8 per output
 channel, activations 8 bits per tensor, all zero points are zero.  An activation that calibration never saw negative
@@ -16,45 +16,80 @@ linear layers that read them.
 
 NNCF is imported inside functions: exporting a float model must not need it, and its telemetry has to be refused before
 its import.  Its compiled extension is never built: what NNCF would compile is computed in plain torch.
-
-    B batch   D embedding width   T tokens   CHW image
 """
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, TextTower, example_pixels, without_attention_fast_path
-from toolchain.quantization.checkpoint import TOWERS, float_towers, save_quantized
-from toolchain.quantization.freeze import freeze
-from toolchain.quantization.nncf_backend import calibrate, explain_extension_errors, import_nncf, quantizers_of
+from toolchain.quantization.checkpoint import TOWERS, FloatTowers, float_towers, save_quantized
+from toolchain.quantization.freeze import freeze, sign_activations
+from toolchain.quantization.nncf_backend import calibrate, explain_extension_errors, import_nncf
 
-Batch = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""pixel_values [B,3,H,W], input_ids [B,T], the teacher's unit image and text features [B,D] or None."""
 
-LossOf = Callable[[Tensor, Tensor, Batch], Tensor]
+class FineTuningBatch(NamedTuple):
+    """Inputs of both towers, and the unit features to tie them to."""
+
+    pixel_values_BCHW: Tensor
+    input_ids_BT: Tensor
+    image_target_BD: Tensor | None = None
+    """The teacher's; None stands for the float student's own."""
+
+    text_target_BD: Tensor | None = None
+
+
+LossOf = Callable[[Tensor, Tensor, FineTuningBatch], Tensor]
+"""The loss of image features [B, D], text features [B, D] and their batch."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The towers that become int8, and the inputs that set the ranges of their activations."""
+
+    pixel_values_BCHW: Tensor
+    """All that the model will meet, the most contrasting images included."""
+
+    input_ids_BT: Tensor
+    towers: Collection[str] = TOWERS
+    """Another tower stays as it is, and is not trained."""
+
+    attention: bool = False
+    """Quantize the products of queries and keys, and of softmax and values, too, and the last projection; not where
+    plain_attention.py leaves attention fused."""
+
+    signed_activations: bool = False
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """AdamW with the rounding in the loop, at a rate that falls from `lr` to 0 along half a cosine."""
+
+    batches: Iterator[FineTuningBatch]
+    steps: int
+    lr: float
+    loss_of: LossOf | None = None
+    """Absent: mean(1 - cos) to the batch's targets."""
+
+    on_step: Callable[[int, float], None] = lambda step, loss: None
+    """Receives each step and its loss."""
 
 
 def quantize(
     student: ClipModel,
-    batches: Iterator[Batch],
-    calibration: tuple[Tensor, Tensor],
-    *,
-    steps: int,
-    lr: float,
     folder: Path,
-    towers: Collection[str] = TOWERS,
-    attention: bool = False,
-    loss_of: LossOf | None = None,
-    signed_activations: bool = False,
-    on_step: Callable[[int, float], None] | None = None,
+    calibration: Calibration,
+    fine_tuning: FineTuning | None = None,
+    *,
     before_saving: Callable[[nn.Module, nn.Module], None] | None = None,
 ) -> None:
-    """Calibrate on `calibration` (pixel_values, input_ids), fine-tune for `steps`, and write into `folder`:
+    """Calibrate, fine-tune, and write into `folder`:
 
         open_clip_model.safetensors   the float weights that int8 rounds, in plain open_clip's own layout
         nncf.safetensors, nncf.json   scales and places of the quantizers
@@ -62,86 +97,88 @@ def quantize(
     Where branches were merged, open_clip's layout has no place for what fine-tuning made of them: the first file then
     has the image tower as it was, and the second has it whole.
 
-    `calibration` has to hold what the model will meet, the most contrasting inputs included: it sets the ranges.
-    `towers` says which become int8; another stays as it is, and is not trained.  With `attention`, the products of
-    queries and keys, and of softmax and values, read 8 bits too, as does the last projection; not where attention.py
-    leaves attention fused.
-    `loss_of(image_features_BD, text_features_BD, batch)` is minimised with AdamW at a rate that falls from `lr` to 0
-    along half a cosine.  By default it is mean(1 - cos) to the batch's teacher features, or where the batch has none,
-    to the float student's own.
     `before_saving(image_tower, text_tower)` may switch quantizers off (see sensitivity.py).
 
     Raises:
         MissingDependency: NNCF is not there, or asks for a compiler that is not.
     """
-    nncf = import_nncf()
-    device = next(student.net.parameters()).device
-    made = float_towers(student.net, towers, calibration[1][:2])
-    pixel_values_BCHW, input_ids_BT = (values.to(device) for values in calibration)
+    import_nncf()  # before its errors are explained
+    prepared = float_towers(student.net, calibration.towers, calibration.input_ids_BT[:2])
     with without_attention_fast_path(), explain_extension_errors():
-        image_tower: nn.Module = made.image.requires_grad_("image" in towers)
-        text_tower: nn.Module = made.text.requires_grad_("text" in towers)
-        if "image" in towers:
-            image_tower = calibrate(
-                nncf, image_tower, pixel_values_BCHW, is_convolutional=made.is_convolutional, attention=attention
-            )
-        if "text" in towers:
-            text_tower = calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False, attention=attention)
-        if signed_activations:
-            for _, quantizer in (*quantizers_of(image_tower), *quantizers_of(text_tower)):
-                quantizer.signed = True  # the scale stays: it is the largest positive value either way
-        trained = [*image_tower.parameters(), *text_tower.parameters()]
-        optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=lr, weight_decay=0.0)
-        own_features = _frozen_features(student.net)
-        for step in range(steps):
-            pixel_values, input_ids, image_target_BD, text_target_BD = next(batches)
-            batch = (pixel_values.to(device), input_ids.to(device), image_target_BD, text_target_BD)
-            features = image_tower(batch[0]), text_tower(batch[1])
-            loss = loss_of(*features, batch) if loss_of else _cosine_loss(*features, batch, own_features)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if on_step:
-                on_step(step, loss.item())
+        image_tower, text_tower = _calibrate_towers(prepared, calibration)
+        if fine_tuning is not None:
+            _fine_tune(image_tower, text_tower, student.net, fine_tuning)
         if before_saving:
             before_saving(image_tower, text_tower)
-    save_quantized(image_tower, text_tower, made, student, folder)
+    save_quantized(image_tower, text_tower, prepared, student, folder)
+
+
+def _calibrate_towers(prepared: FloatTowers, calibration: Calibration) -> tuple[nn.Module, nn.Module]:
+    """Return the image and the text tower with fake quantization, ready for fine-tuning."""
+    nncf, attention = import_nncf(), calibration.attention
+    image_tower: nn.Module = prepared.image.requires_grad_("image" in calibration.towers)
+    text_tower: nn.Module = prepared.text.requires_grad_("text" in calibration.towers)
+    device = next(image_tower.parameters()).device
+    if "image" in calibration.towers:
+        pixel_values_BCHW = calibration.pixel_values_BCHW.to(device)
+        image_tower = calibrate(
+            nncf,
+            image_tower,
+            pixel_values_BCHW,
+            is_convolutional=prepared.is_convolutional,
+            attention=attention,
+        )
+    if "text" in calibration.towers:
+        input_ids_BT = calibration.input_ids_BT.to(device)
+        text_tower = calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False, attention=attention)
+    if calibration.signed_activations:
+        sign_activations(image_tower, text_tower)
+    return image_tower, text_tower
+
+
+def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tuning: FineTuning) -> None:
+    """Train the towers in place; `net` is the float student."""
+    device = next(net.parameters()).device
+    trained = [*image_tower.parameters(), *text_tower.parameters()]
+    optimizer = torch.optim.AdamW([p for p in trained if p.requires_grad], lr=tuning.lr, weight_decay=0.0)
+    own_towers = ImageTower(net), TextTower(net)
+    for step in range(tuning.steps):
+        batch = next(tuning.batches)
+        pixel_values_BCHW, input_ids_BT = batch.pixel_values_BCHW.to(device), batch.input_ids_BT.to(device)
+        batch = batch._replace(pixel_values_BCHW=pixel_values_BCHW, input_ids_BT=input_ids_BT)
+        features = image_tower(pixel_values_BCHW), text_tower(input_ids_BT)
+        loss = tuning.loss_of(*features, batch) if tuning.loss_of else _cosine_loss(*features, batch, own_towers)
+        for group in optimizer.param_groups:
+            group["lr"] = tuning.lr * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        tuning.on_step(step, loss.item())
 
 
 def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:
-    """The image tower of a net in int8, calibrated and not fine-tuned, frozen for export.
+    """Return the image tower of a net in int8, calibrated and not fine-tuned, frozen for export.
 
     Raises:
         MissingDependency: NNCF is not there, or asks for a compiler that is not.
     """
-    nncf, made = import_nncf(), float_towers(net, ["image"], None)
+    nncf, prepared = import_nncf(), float_towers(net, ["image"], None)
     with without_attention_fast_path(), explain_extension_errors():
-        tower = calibrate(nncf, made.image, pixel_values_BCHW, is_convolutional=made.is_convolutional)
+        tower = calibrate(nncf, prepared.image, pixel_values_BCHW, is_convolutional=prepared.is_convolutional)
         return freeze(tower, example_pixels(net))
-
-
-def _frozen_features(net: nn.Module) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-    image_tower, text_tower = ImageTower(net), TextTower(net)
-
-    @torch.no_grad()
-    def features(batch: Batch) -> tuple[Tensor, Tensor]:
-        return image_tower(batch[0]), text_tower(batch[1])
-
-    return features
 
 
 def _cosine_loss(
     image_features_BD: Tensor,
     text_features_BD: Tensor,
-    batch: Batch,
-    own_features: Callable[[Batch], tuple[Tensor, Tensor]],
+    batch: FineTuningBatch,
+    own_towers: tuple[ImageTower, TextTower],
 ) -> Tensor:
-    """mean_i (1 - cos) of images plus that of texts, to the batch's targets; in [0, 4]."""
-    image_target_BD, text_target_BD = batch[2], batch[3]
+    """Return mean_i (1 - cos) of images plus that of texts, to the batch's targets; in [0, 4]."""
+    image_target_BD, text_target_BD = batch.image_target_BD, batch.text_target_BD
     if image_target_BD is None or text_target_BD is None:
-        image_target_BD, text_target_BD = own_features(batch)
+        with torch.no_grad():
+            image_target_BD, text_target_BD = own_towers[0](batch.pixel_values_BCHW), own_towers[1](batch.input_ids_BT)
     image_cosine_B = (image_features_BD * image_target_BD.to(image_features_BD)).sum(-1)
     text_cosine_B = (text_features_BD * text_target_BD.to(text_features_BD)).sum(-1)
     return (1 - image_cosine_B).mean() + (1 - text_cosine_B).mean()

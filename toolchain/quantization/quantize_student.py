@@ -1,11 +1,9 @@
-"""The int8 student of a run: calibrated on training samples, fine-tuned with the objectives that distilled it.
-
-B batch   D student width   E guide's width
-"""
+"""Make the int8 student of a run: calibrate on training samples, fine-tune with the objectives that distilled it."""
 
 import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from toolchain.data.batch import Batch as Shown
-from toolchain.data.batch import Geometry, TrainingData
+from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.distillation.losses import fd_loss
-from toolchain.distillation.objectives import DistillationHeads, TeacherBatch, loss_terms
+from toolchain.distillation.objectives import (
+    DistillationHeads,
+    TeacherFeatures,
+    loss_terms,
+    weights_on_unit_features,
+)
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.errors import ClipkdError
@@ -24,27 +26,38 @@ from toolchain.models.build import save_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, TextTower, unit_image_features, unit_text_features
 from toolchain.progress import Progress
-from toolchain.quantization.quantize import Batch, quantize
-from toolchain.quantization.sensitivity import Probe, agreement_probe, revert_worst, score_of
+from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
+from toolchain.quantization.sensitivity import Criterion, agreement_criterion, revert_worst, score_towers
 from toolchain.recipe.distill import LossWeights
 from toolchain.recipe.quantize import QuantizeSpec
 
-_SENSITIVITY_SAMPLES = 64  # of calibration, for each layer's SQNR
+_SENSITIVITY_SAMPLES = 64  # calibration samples used for each layer's SQNR
 
 
-def quantize_student(
-    spec: QuantizeSpec,
-    loss_weights: LossWeights,
-    student: ClipModel,
-    teacher: ClipModel | TeacherCache | None,
-    data: TrainingData,
-    folder: Path,
-    progress: Progress,
-    *,
-    seed: int,
-    headline: Probe | None = None,
-) -> dict[str, Any]:
-    """Write the int8 checkpoint into `folder`; returns what the manifest should say.
+@dataclass(frozen=True)
+class Quantization:
+    """A float student, its teacher and the data: everything that decides the int8 student."""
+
+    spec: QuantizeSpec
+    loss_weights: LossWeights
+    student: ClipModel
+    """The float student."""
+
+    teacher: ClipModel | TeacherCache | None
+    """None: the float student teaches."""
+
+    data: TrainingData
+    seed: int
+    headline: Criterion | None = None
+    """The score that `spec.max_drop` bounds; None: how often the int8 student chooses the teacher's caption."""
+
+    @property
+    def steps(self) -> int:
+        return (self.spec.steps or 0) if self.spec.method == "qat" else 0
+
+
+def quantize_student(task: Quantization, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Write the int8 checkpoint into `folder`; return what the manifest records.
 
     Calibration shows each of its samples twice, as a view and undistorted, as evaluation will: of glyphs, black on
     white drives activations further than any view of 16,000 does.
@@ -53,115 +66,152 @@ def quantize_student(
     Without that anchor, a few steps of an optimizer that starts anew undo some of what a long, annealed training
     reached.  The teacher runs live, or its features are looked up; without one, the float student teaches.
 
-    With `spec.max_drop`, layers go back to float until the int8 student holds it, on `headline`, or without one in how
-    often it chooses the teacher's caption among those of the calibration samples.
+    With `spec.max_drop`, layers go back to float until the int8 student holds it.
 
     Raises:
         GateError: `spec.max_drop` does not hold even with every layer in float.
     """
     started = time.monotonic()
-    steps = (spec.steps or 0) if spec.method == "qat" else 0
-    guide = teacher or copy.deepcopy(student)
-    taught, logit_scale_of_guide, geometries = _taught_by(guide, student.geometry)
-    # A fresh fusion layer would teach nothing, and the graphs have no slot for a mask: MFD goes on without one.
-    weights = loss_weights.model_dump()
-    weights |= {"fd": weights["fd"] + weights.get("mfd", 0.0), "mfd": 0.0, "afd": 0.0}
-    if student.embed_dim != guide.embed_dim:  # the towers end in unit features, learnt projections start from raw ones
-        weights |= dict.fromkeys(("fd", "gd", "icl", "cross_kd"), 0.0)
-    if not any(weights.values()):
-        weights["task"] = 1.0  # all that distilled this student needs its trained heads
-    heads = DistillationHeads(student.embed_dim, guide.embed_dim, weights)
-
-    def batches() -> Iterator[Batch]:
-        for step in range(steps):
-            batch = data.batch(step, slice(None), geometries)
-            pixel_values_BCHW = student.normalise(batch.pixels[student.geometry])
-            yield pixel_values_BCHW, student.tokenize(batch.captions_B), *taught(batch)
-
-    logit_scale = student.logit_scale.detach()
-
-    def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: Batch) -> Tensor:
-        assert batch[2] is not None
-        assert batch[3] is not None
-        guided = TeacherBatch(batch[2], batch[3], logit_scale_of_guide)
-        features = heads(image_features_BD, text_features_BD, guided)
-        terms = loss_terms(features, logit_scale, guided, heads, weights)
-        own_BD = batch[2], batch[3]  # of the student that teaches itself
-        if teacher is not None:
-            with torch.no_grad():
-                own_BD = unit_image_features(student.net, batch[0]), unit_text_features(student.net, batch[1])
-        distance = fd_loss(image_features_BD, text_features_BD, *own_BD)
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum() + spec.anchor * distance
-
-    sample_B = np.random.default_rng(seed).permutation(data.num_samples)[: spec.calibration_samples]
-    shown = data.view_of(sample_B, 0, geometries)
-    if not len(shown.sample_B):
-        raise ClipkdError(
-            f"all of {len(sample_B)} samples to calibrate with are damaged; the first: {shown.damaged[0].reason}: "
-            f"{shown.damaged[0].where}. Mend the data, or raise quantize.calibration_samples"
-        )
-    pixels_B3HH = torch.cat([shown.pixels[student.geometry], data.undistorted(sample_B, student.geometry)])
-    calibration = {"image": student.normalise(pixels_B3HH), "text": student.tokenize(shown.captions_B)}
+    spec, student, steps = task.spec, task.student, task.steps
+    teacher = _open_teacher(task.teacher or copy.deepcopy(student), student.geometry)
+    loss_of = _fine_tuning_loss(task, teacher)
+    samples, calibration = _calibration(task, teacher.geometries)
     found: dict[str, Any] = {}
 
-    def before_saving(image_tower: nn.Module, text_tower: nn.Module) -> None:
-        if spec.max_drop is None:
-            return
-        probe = headline or _agreement(
-            student, "the float student" if teacher is None else "the teacher", shown, *taught(shown)
-        )
-        float_score = score_of({"image": ImageTower(student.net), "text": TextTower(student.net)}, probe)
-        found["sensitivity"] = revert_worst(
-            {"image": image_tower, "text": text_tower},
-            {name: inputs[:_SENSITIVITY_SAMPLES] for name, inputs in calibration.items()},
-            probe,
-            float_score,
-            spec.max_drop,
-            progress,
-        )
+    def revert(image_tower: nn.Module, text_tower: nn.Module) -> None:
+        if spec.max_drop is not None:
+            towers = {"image": image_tower, "text": text_tower}
+            criterion = task.headline or _agreement(task, samples, teacher)
+            found["sensitivity"] = _hold_budget(towers, task, calibration, criterion, progress)
 
     progress("calibrating", 0, steps)
     save_model(student, folder)  # configuration and tokenizer; quantize replaces the weights
-    quantize(
-        student,
-        batches(),
-        (calibration["image"], calibration["text"]),
-        steps=steps,
-        lr=spec.lr,
-        folder=folder,
-        towers=spec.towers,
-        attention=spec.attention,
-        loss_of=loss_of,
-        before_saving=before_saving,
+    fine_tuning = FineTuning(
+        _fine_tuning_batches(task, teacher),
+        steps,
+        spec.lr,
+        loss_of,
         on_step=lambda step, loss: progress("fine-tuning", step + 1, steps, f"loss {loss:.3f}"),
     )
+    quantize(student, folder, calibration, fine_tuning, before_saving=revert)
     return {"train_s": round(time.monotonic() - started, 1), "steps": steps} | found
 
 
-def _taught_by(
-    guide: ClipModel | TeacherCache, of_student: Geometry
-) -> tuple[Callable[[Shown], tuple[Tensor, Tensor]], Tensor, list[Geometry]]:
-    """What gives the guide's unit features [B, E] of a batch, its multiplier, and the geometries the batch needs."""
-    if isinstance(guide, TeacherCache):
-        looked_up = guide.features
-        return (
-            lambda batch: looked_up(batch.sample_B, batch.pick_B, batch.view),
-            torch.tensor(guide.logit_scale),
-            [of_student],
+# The teacher ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A teacher's unit features of a batch, live or looked up."""
+
+    features: Callable[[Batch], tuple[Tensor, Tensor]]
+    logit_scale: Tensor
+    embed_dim: int
+    geometries: list[Geometry]
+    """The preparations of a batch that teacher and student need."""
+
+
+def _open_teacher(teacher: ClipModel | TeacherCache, student: Geometry) -> _Teacher:
+    if isinstance(teacher, TeacherCache):
+        stored = teacher.features
+        return _Teacher(
+            lambda batch: stored(batch.sample_B, batch.pick_B, batch.view),
+            torch.tensor(teacher.logit_scale),
+            teacher.embed_dim,
+            [student],
         )
-    model, live = guide, live_teacher(guide, "fp32", torch.device("cpu"))
+    model, live = teacher, live_teacher(teacher, "fp32", torch.device("cpu"))
 
     @torch.no_grad()
-    def computed(batch: Shown) -> tuple[Tensor, Tensor]:
+    def compute(batch: Batch) -> tuple[Tensor, Tensor]:
         image_BE = live.image_features(batch.pixels[model.geometry])
-        return image_BE, live.text_features(model.ids_of(batch.captions_B))
+        return image_BE, live.text_features(model.tokenize_trimmed(batch.captions_B))
 
-    return computed, live.logit_scale, list({of_student, model.geometry})
+    return _Teacher(compute, live.logit_scale, model.embed_dim, list({student, model.geometry}))
 
 
-def _agreement(student: ClipModel, whose: str, shown: Shown, image_BE: Tensor, text_BE: Tensor) -> Probe:
-    """Which of the samples' captions the teacher, by `whose` name, chooses for each of their pictures."""
-    first_C = {caption: row for row, caption in reversed(list(enumerate(shown.captions_B)))}
+# Fine-tuning ----------------------------------------------------------------------------------------------------------
+
+
+def _fine_tuning_batches(task: Quantization, teacher: _Teacher) -> Iterator[FineTuningBatch]:
+    student = task.student
+    for step in range(task.steps):
+        batch = task.data.batch(step, slice(None), teacher.geometries)
+        pixel_values_BCHW = student.normalise(batch.pixels[student.geometry])
+        yield FineTuningBatch(pixel_values_BCHW, student.tokenize(batch.captions_B), *teacher.features(batch))
+
+
+def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor, Tensor, FineTuningBatch], Tensor]:
+    """Return the objectives that distilled the student, those that unit features allow, plus the anchor."""
+    student, same_width = task.student, task.student.embed_dim == teacher.embed_dim
+    weights = weights_on_unit_features(task.loss_weights.model_dump(), same_width=same_width)
+    heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
+    logit_scale = student.logit_scale.detach()
+
+    def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
+        assert batch.image_target_BD is not None
+        assert batch.text_target_BD is not None
+        own_BD = batch.image_target_BD, batch.text_target_BD  # of the student that teaches itself
+        teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale)
+        features = heads(image_features_BD, text_features_BD, teacher_features)
+        terms = loss_terms(features, logit_scale, teacher_features, heads, weights)
+        if task.teacher is not None:
+            with torch.no_grad():
+                image_own_BD = unit_image_features(student.net, batch.pixel_values_BCHW)
+                own_BD = image_own_BD, unit_text_features(student.net, batch.input_ids_BT)
+        distance = fd_loss(image_features_BD, text_features_BD, *own_BD)
+        return torch.stack([weights[name] * term for name, term in terms.items()]).sum() + task.spec.anchor * distance
+
+    return loss_of
+
+
+# Calibration and the budget -------------------------------------------------------------------------------------------
+
+
+def _calibration(task: Quantization, geometries: list[Geometry]) -> tuple[Batch, Calibration]:
+    """Return the samples to calibrate on, and what quantizing reads of them.
+
+    Raises:
+        ClipkdError: all of them are damaged.
+    """
+    spec, student, data = task.spec, task.student, task.data
+    sample_B = np.random.default_rng(task.seed).permutation(data.num_samples)[: spec.calibration_samples]
+    samples = data.view_of(sample_B, 0, geometries)
+    if not len(samples.sample_B):
+        raise ClipkdError(
+            f"all of {len(sample_B)} samples to calibrate with are damaged; the first: {samples.damaged[0].reason}: "
+            f"{samples.damaged[0].where}. Mend the data, or raise quantize.calibration_samples"
+        )
+    pixels_B3HH = torch.cat([samples.pixels[student.geometry], data.undistorted(sample_B, student.geometry)])
+    return samples, Calibration(
+        student.normalise(pixels_B3HH),
+        student.tokenize(samples.captions_B),
+        towers=spec.towers,
+        attention=spec.attention,
+    )
+
+
+def _hold_budget(
+    towers: dict[str, nn.Module],
+    task: Quantization,
+    calibration: Calibration,
+    criterion: Criterion,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Switch the worst layers back to float until `max_drop` holds; return what was found."""
+    assert task.spec.max_drop is not None
+    net = task.student.net
+    float_score = score_towers({"image": ImageTower(net), "text": TextTower(net)}, criterion)
+    inputs = {"image": calibration.pixel_values_BCHW, "text": calibration.input_ids_BT}
+    few = {name: values[:_SENSITIVITY_SAMPLES] for name, values in inputs.items()}
+    return revert_worst(towers, few, criterion, float_score, task.spec.max_drop, progress)
+
+
+def _agreement(task: Quantization, samples: Batch, teacher: _Teacher) -> Criterion:
+    """Return which of the samples' captions the teacher chooses for each of their images."""
+    whose, student = "the float student" if task.teacher is None else "the teacher", task.student
+    image_BE, text_BE = teacher.features(samples)
+    first_C = {caption: row for row, caption in reversed(list(enumerate(samples.captions_B)))}
     choice_B = (image_BE @ text_BE[list(first_C.values())].T).argmax(-1)
-    pixel_values_BCHW = student.normalise(shown.pixels[student.geometry])
-    return agreement_probe(whose, pixel_values_BCHW, student.tokenize(list(first_C)), choice_B)
+    pixel_values_BCHW = student.normalise(samples.pixels[student.geometry])
+    return agreement_criterion(whose, pixel_values_BCHW, student.tokenize(list(first_C)), choice_B)

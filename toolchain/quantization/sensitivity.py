@@ -1,10 +1,8 @@
-"""Which layers 8 bits damage, and which go back to float so that a budget of accuracy holds.
+"""Find the layers that 8 bits damage, and switch them back to float until a budget of accuracy holds.
 
 A layer is an operator with a quantized weight (a convolution, linear layer or embedding), together with the quantizers
 of what it reads.  One that no such operator reads, as of a residual branch on its way to an addition, belongs to the
 layers whose output it is.  A quantizer is off when all layers it belongs to are in float.
-
-    B samples, N images   D embedding width   K texts: classes or captions   C prompts   P templates   CHW image
 """
 
 import math
@@ -29,10 +27,10 @@ EXACT_DB = 150.0
 """Reported where nothing differs: float32 resolves 24 bits, which is 144 dB."""
 
 MAX_EFFECT_IMAGES = 512
-"""Of the set, evenly spread, that each layer's own effect is measured on."""
+"""Images of the set, evenly spread, on which each layer's own effect is measured."""
 
 MAX_BUDGET_IMAGES = 4096
-"""That the budget is checked on: their pixels are held in memory, 2.5 GB at 224 x 224."""
+"""Images on which the budget is checked: their pixels are held in memory, 2.5 GB at 224 x 224."""
 
 _CHUNK = 256  # inputs per forward
 
@@ -41,28 +39,35 @@ Quantizers = Mapping[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Inputs, and how good the features are that two towers make of them."""
+class Criterion:
+    """Inputs, and a score of the features that two towers make of them."""
 
     what: str
-    """In words, for the manifest: top-1 on stix."""
+    """What is scored, for the manifest: top-1 on stix."""
 
     pixel_values_BCHW: Tensor
     input_ids_CT: Tensor
     score: Callable[[Tensor, Tensor], float]
-    """Of image features [B, D] and text features [C, D], as a fraction."""
+    """Takes image features [B, D] and text features [C, D], returns a fraction."""
 
-    few: "Probe | None" = None
+    subset: "Criterion | None" = None
     """The same on fewer images, for the effect of each layer; None where these are few."""
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """By tower."""
+        return {"image": self.pixel_values_BCHW, "text": self.input_ids_CT}
 
-def headline_probe(model: ClipModel, data: EvalSet) -> Probe:
-    """Top-1 on an evaluation set, as evaluate.py scores it, on at most `MAX_BUDGET_IMAGES` of it."""
-    return replace(_set_probe(model, data, MAX_BUDGET_IMAGES), few=_set_probe(model, data, MAX_EFFECT_IMAGES))
+
+def headline_criterion(model: ClipModel, data: EvalSet) -> Criterion:
+    """Return top-1 on an evaluation set, as zero_shot.py scores it, on at most `MAX_BUDGET_IMAGES` of it."""
+    return replace(
+        _criterion_on_set(model, data, MAX_BUDGET_IMAGES), subset=_criterion_on_set(model, data, MAX_EFFECT_IMAGES)
+    )
 
 
-def _set_probe(model: ClipModel, data: EvalSet, max_images: int) -> Probe:
-    """Evenly spread images; where each class has one, these classes."""
+def _criterion_on_set(model: ClipModel, data: EvalSet, max_images: int) -> Criterion:
+    """Return top-1 on evenly spread images; where each class has one, among these classes."""
     kept = np.linspace(0, len(data) - 1, min(max_images, len(data))).round().astype(np.int64)
     pictures = data.pictures[kept] if isinstance(data.pictures, np.ndarray) else [data.pictures[i] for i in kept]
     shown = replace(data, pictures=pictures, image_group_N=data.image_group_N[kept])
@@ -77,7 +82,7 @@ def _set_probe(model: ClipModel, data: EvalSet, max_images: int) -> Probe:
         text_KD = F.normalize(text_PKD.double().mean(0), dim=-1).float()
         return float((image_ranks(shown, image_features_ND.numpy(), text_KD.numpy(), unreadable_N) < 1).mean())
 
-    return Probe(
+    return Criterion(
         f"top-1 on {data.name}" + (f", {len(shown)} images" if len(shown) < len(data) else ""),
         torch.stack([model.preprocess(image or BLANK) for image in images]),
         torch.cat([model.tokenize([template.format(text) for text in shown.texts]) for template in templates]),
@@ -85,17 +90,17 @@ def _set_probe(model: ClipModel, data: EvalSet, max_images: int) -> Probe:
     )
 
 
-def agreement_probe(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Tensor, choice_B: Tensor) -> Probe:
-    """The share of images for which the towers choose the text that somebody, by `whose` name, chose."""
+def agreement_criterion(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Tensor, choice_B: Tensor) -> Criterion:
+    """Return the share of images for which the towers choose the text that `whose` model chose."""
 
     def score(image_features_BD: Tensor, text_features_CD: Tensor) -> float:
         return (image_features_BD @ text_features_CD.T).argmax(-1).eq(choice_B).double().mean().item()
 
-    return Probe(f"agreement with {whose}", pixel_values_BCHW, input_ids_CT, score)
+    return Criterion(f"agreement with {whose}", pixel_values_BCHW, input_ids_CT, score)
 
 
 def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
-    """The layers of a quantized tower in the order in which they run; none of a float one."""
+    """Return the layers of a quantized tower in the order in which they run; none of a float one."""
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
     quantizers = dict(quantizers_of(tower, every_place=True))  # the graph may know a shared one by any of its names
@@ -147,13 +152,13 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
 def revert_worst(
     towers: Mapping[str, nn.Module],
     calibration: Mapping[str, Tensor],
-    probe: Probe,
+    criterion: Criterion,
     float_score: float,
     max_drop: float,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Switch the worst layers of fake-quantized "image" and "text" towers to float until `probe` scores at least
-    `float_score - max_drop`; returns what was found and done, for the manifest.
+    """Switch the worst layers of fake-quantized "image" and "text" towers to float until `criterion` scores at least
+    `float_score - max_drop`; return what was found and done, for the manifest.
 
     Worst is the least SQNR of the tower's features on `calibration` with this layer alone in int8, the tower in float
     being the signal:   SQNR = 10 log10( sum |f|^2 / sum |f - q|^2 )  dB.  Equal ones go in the order of their names.
@@ -166,23 +171,10 @@ def revert_worst(
         for tower, net in towers.items()
         for name, quantizers in layers_of(net, calibration[tower][:2]).items()
     }
-    few = probe.few or probe
-    in_float = _features(towers, few, layers, ())
-    few_float = few.score(in_float["image"], in_float["text"])
-    signal = {name: _features_of(net, calibration[name], layers, ()) for name, net in towers.items()}
-    rows = []
-    for done, (layer, (tower, _)) in enumerate(layers.items()):
-        progress("layers", done, len(layers))
-        sqnr_db = _sqnr_db(signal[tower], _features_of(towers[tower], calibration[tower], layers, [layer]))
-        inputs = few.pixel_values_BCHW if tower == "image" else few.input_ids_CT
-        alone = in_float | {tower: _features_of(towers[tower], inputs, layers, [layer])}
-        effect = few_float - few.score(alone["image"], alone["text"])
-        rows.append({"layer": layer, "sqnr_db": round(sqnr_db, 1), "drop": round(effect, 5)})
-    rows.sort(key=lambda row: (row["sqnr_db"], row["layer"]))
-
+    rows = _measure_layers(towers, calibration, criterion, layers, progress)
     on = list(layers)
-    features = _features(towers, probe, layers, on)
-    drop = float_score - probe.score(features["image"], features["text"])
+    features = _features(towers, criterion, layers, on)
+    drop = float_score - criterion.score(features["image"], features["text"])
     first_drop, reverted = drop, []
     for row in rows:
         if drop <= max_drop:
@@ -190,19 +182,18 @@ def revert_worst(
         layer = str(row["layer"])
         tower = layers[layer][0]
         on.remove(layer)
-        inputs = probe.pixel_values_BCHW if tower == "image" else probe.input_ids_CT
-        features[tower] = _features_of(towers[tower], inputs, layers, on)
-        before, drop = drop, float_score - probe.score(features["image"], features["text"])
+        features[tower] = _features_of(towers[tower], criterion.inputs[tower], layers, on)
+        before, drop = drop, float_score - criterion.score(features["image"], features["text"])
         reverted.append(row | {"drop_before": round(before, 5), "drop_after": round(drop, 5)})
     if not drop <= max_drop:  # not `>`: NaN must fail
         raise GateError(
-            f"quantize.max_drop: {probe.what} is {drop:.4f} below the float student's {float_score:.4f} with every "
+            f"quantize.max_drop: {criterion.what} is {drop:.4f} below the float student's {float_score:.4f} with every "
             f"layer back in float, allowed is {max_drop:g}: fine-tuning itself costs that much. "
             "Lower quantize.lr, or calibrate only: --set quantize.method=ptq"
         )
     _switch(layers, on)
     return {
-        "measure": probe.what,
+        "measure": criterion.what,
         "max_drop": max_drop,
         "float": round(float_score, 5),
         "drop_before": round(first_drop, 5),
@@ -212,17 +203,39 @@ def revert_worst(
     }
 
 
-def score_of(towers: Mapping[str, nn.Module], probe: Probe) -> float:
-    """What the probe says of two towers as they are."""
-    features = _features(towers, probe, {}, ())
-    return probe.score(features["image"], features["text"])
+def _measure_layers(
+    towers: Mapping[str, nn.Module],
+    calibration: Mapping[str, Tensor],
+    criterion: Criterion,
+    layers: "_Layers",
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Return each layer's SQNR and its effect on the score with this layer alone in int8, the worst first."""
+    few = criterion.subset or criterion
+    in_float = _features(towers, few, layers, ())
+    score_in_float = few.score(in_float["image"], in_float["text"])
+    signal = {name: _features_of(net, calibration[name], layers, ()) for name, net in towers.items()}
+    rows = []
+    for done, (layer, (tower, _)) in enumerate(layers.items()):
+        progress("layers", done, len(layers))
+        sqnr_db = _sqnr_db(signal[tower], _features_of(towers[tower], calibration[tower], layers, [layer]))
+        alone = in_float | {tower: _features_of(towers[tower], few.inputs[tower], layers, [layer])}
+        effect = score_in_float - few.score(alone["image"], alone["text"])
+        rows.append({"layer": layer, "sqnr_db": round(sqnr_db, 1), "drop": round(effect, 5)})
+    return sorted(rows, key=lambda row: (row["sqnr_db"], row["layer"]))
+
+
+def score_towers(towers: Mapping[str, nn.Module], criterion: Criterion) -> float:
+    """Return the score of two towers as they are."""
+    features = _features(towers, criterion, {}, ())
+    return criterion.score(features["image"], features["text"])
 
 
 _Layers = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
 def _switch(layers: _Layers, on: Sequence[str]) -> None:
-    """Quantizers of the layers `on` on, all others off."""
+    """Switch the quantizers of the layers `on` on, all others off."""
     for _, quantizers in layers.values():
         for quantizer in quantizers:
             quantizer.enabled.fill_(0)
@@ -231,9 +244,10 @@ def _switch(layers: _Layers, on: Sequence[str]) -> None:
             quantizer.enabled.fill_(1)
 
 
-def _features(towers: Mapping[str, nn.Module], probe: Probe, layers: _Layers, on: Sequence[str]) -> dict[str, Tensor]:
-    inputs = {"image": probe.pixel_values_BCHW, "text": probe.input_ids_CT}
-    return {name: _features_of(tower, inputs[name], layers, on) for name, tower in towers.items()}
+def _features(
+    towers: Mapping[str, nn.Module], criterion: Criterion, layers: _Layers, on: Sequence[str]
+) -> dict[str, Tensor]:
+    return {name: _features_of(tower, criterion.inputs[name], layers, on) for name, tower in towers.items()}
 
 
 @torch.no_grad()

@@ -1,4 +1,8 @@
-"""The `distill` section: objectives, schedule, teacher cache."""
+"""The `distill` section: objectives, schedule, teacher cache.
+
+The weights of the objectives stand here, and which of them need captions; everything else about an objective stands in
+distillation/objectives.py.
+"""
 
 from typing import Annotated
 
@@ -40,6 +44,10 @@ class LossWeights(Section):
     """Relational distillation of the similarities between the two models."""
 
 
+NEED_CAPTIONS = ("task", "gd", "icl", "afd")
+"""Objectives that hold an image and its caption to belong together."""
+
+
 class TeacherCacheSpec(Section):
     """The teacher's features of every view of `data.views` and every caption, computed once (docs/teacher_cache.md)."""
 
@@ -54,7 +62,7 @@ class TeacherCacheSpec(Section):
     """Further teachers that `clipkd cache` stores the features of, for other recipes."""
 
     @model_validator(mode="after")
-    def _further_teachers_are_there(self) -> "TeacherCacheSpec":
+    def _check_further_teachers(self) -> "TeacherCacheSpec":
         if any(spec.recipe is not None for spec in self.also):
             raise ValueError("also: a teacher that a recipe trains is trained by that recipe; name its run as model")
         return self
@@ -101,8 +109,18 @@ class DistillSpec(Section):
     evaluate_every: Positive | None = None
     """Steps between zero-shot evaluations of the student on the headline set."""
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps."""
+        return self.steps or (self.epochs or 0) * steps_per_epoch
+
+    def without_teacher(self) -> "DistillSpec":
+        """Return the same training without a teacher: contrastive, and independent of every field that concerns one."""
+        task_alone = LossWeights(**dict.fromkeys(LossWeights.model_fields, 0.0) | {"task": 1.0})
+        changes = {"loss_weights": task_alone, "teacher_cache": None, "teacher_precision": "fp32"}
+        return self.model_copy(update=changes | {"reference_compat": False})
+
     @model_validator(mode="after")
-    def _it_ends(self) -> "DistillSpec":
+    def _check_length(self) -> "DistillSpec":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
         if self.steps is not None and self.warmup >= self.steps:

@@ -96,11 +96,11 @@ def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     changes: dict[str, Any] = {"student": anchored(recipe.student, folder, "student")}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
-        changes["teacher"] = _anchored_recipe(recipe.teacher, folder)
+        changes["teacher"] = _anchor_recipe(recipe.teacher, folder)
     elif recipe.teacher is not None:
         changes["teacher"] = anchored(recipe.teacher, folder, "teacher")
     if recipe.evaluate is not None:
-        sets = tuple(_anchored_set(spec, folder) for spec in recipe.evaluate.sets)
+        sets = tuple(_anchor_set(spec, folder) for spec in recipe.evaluate.sets)
         changes["evaluate"] = recipe.evaluate.model_copy(update={"sets": sets})
     if recipe.distill is not None and recipe.distill.teacher_cache is not None:
         cache = recipe.distill.teacher_cache
@@ -116,7 +116,7 @@ def teacher_recipe(spec: TeacherSpec) -> Recipe:
     return load_recipe(recipe_path(spec.recipe))
 
 
-def _anchored_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
+def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
     """The same recipe by a name that ships or by an absolute path, once it is known to be one that trains a teacher.
 
     Raises:
@@ -140,7 +140,7 @@ def _anchored_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
     return spec if spec.recipe in shipped_recipes() else spec.model_copy(update={"recipe": str(path)})
 
 
-def _anchored_set(spec: EvalSetSpec, folder: Path) -> EvalSetSpec:
+def _anchor_set(spec: EvalSetSpec, folder: Path) -> EvalSetSpec:
     """The same set by absolute paths, beside the recipe or else in the current folder."""
     if isinstance(spec, str):
         return spec

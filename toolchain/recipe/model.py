@@ -33,11 +33,11 @@ class ModelSpec(Section):
 
     @property
     def is_random(self) -> bool:
-        """Whether the model starts from the seed and not from weights."""
+        """True if the model starts from the seed and not from weights."""
         return self.init == "random" or (self.init is None and self.pretrained is None and self.checkpoint is None)
 
     @model_validator(mode="after")
-    def _one_source_of_weights(self) -> "ModelSpec":
+    def _check_weights(self) -> "ModelSpec":
         if self.pretrained is not None and self.checkpoint is not None:
             raise ValueError("pretrained and checkpoint both name weights; keep one")
         if self.init == "random" and (self.pretrained or self.checkpoint):
@@ -53,11 +53,11 @@ class TeacherSpec(ModelSpec):
 
     @property
     def is_random(self) -> bool:
-        """Whether the teacher's weights are drawn from the seed, as only a test of the machinery would want."""
+        """True if the teacher's weights are drawn from the seed, as only a test of the machinery would want."""
         return self.init == "random"
 
     @model_validator(mode="after")
-    def _model_or_recipe(self) -> "TeacherSpec":
+    def _check_source(self) -> "TeacherSpec":
         if bool(self.model) == bool(self.recipe):
             raise ValueError("give either model or recipe")
         if self.recipe and (self.pretrained or self.checkpoint or self.model_cfg or self.preprocess_cfg or self.init):

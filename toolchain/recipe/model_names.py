@@ -1,4 +1,4 @@
-"""Where a model comes from: what a recipe may name, and what a stage that uses it depends on.
+"""Names of models: resolve those that a recipe may use, and fingerprint what a stage that uses one depends on.
 
 A model is an architecture and perhaps weights.  The architecture is a folder that ships with clipkd, a folder of one's
 own (an open_clip local-dir, or a run of clipkd's), a repository of the Hugging Face Hub, or one that open_clip knows by
@@ -40,7 +40,7 @@ def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
     Raises:
         UsageError: nothing of this name is known, or what is there is no model.
     """
-    model = _anchored_model(spec.model, recipe_folder, role)
+    model = _anchor_model(spec.model, recipe_folder, role)
     if spec.pretrained is not None and (model.startswith(HUB) or local_folder(model)):
         raise UsageError(
             f"{role}: pretrained is a tag of open_clip's for an architecture of its own, and {spec.model} is none. "
@@ -50,13 +50,13 @@ def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
     if spec.checkpoint is not None:
         path = resolved(spec.checkpoint, recipe_folder)
         if not path.is_file():
-            raise UsageError(f"{role}.checkpoint '{spec.checkpoint}': no file at {path}{_or_here(path)}")
+            raise UsageError(f"{role}.checkpoint '{spec.checkpoint}': no file at {path}{_other_place(path)}")
         changes["checkpoint"] = str(path)
     return spec.model_copy(update=changes)
 
 
 def model_folder(spec: "ModelSpec") -> Path | None:
-    """Where an anchored model lies; None: in the Hub, or among open_clip's own."""
+    """Return the folder of an anchored model; None: in the Hub, or among open_clip's own."""
     return local_folder(spec.model)
 
 
@@ -68,7 +68,7 @@ def local_folder(model: str) -> Path | None:
 
 
 def fingerprint(spec: "ModelSpec") -> str:
-    """What a stage that uses an anchored model depends on: the content of its files, and the names of all else.
+    """Return what a stage that uses an anchored model depends on: the content of its files, and the names of all else.
 
     A name stands for what it meant when the stage was made: nothing asks the Hub whether that has changed since.
     """
@@ -105,7 +105,7 @@ def suggestion(name: str, known: list[str] | tuple[str, ...]) -> str | None:
     return folded[near[0]] if near else None
 
 
-def _anchored_model(model: str, recipe_folder: Path, role: str) -> str:
+def _anchor_model(model: str, recipe_folder: Path, role: str) -> str:
     if model in shipped_models() or model in architectures():
         return model
     if model.startswith(HUB):
@@ -115,7 +115,7 @@ def _anchored_model(model: str, recipe_folder: Path, role: str) -> str:
     written = model.removeprefix(LOCAL_DIR)
     path = resolved(written, recipe_folder)
     if path.is_dir():
-        return str(_opened(path, role))
+        return str(_folder_of_model(path, role))
     if path.is_file():
         raise UsageError(
             f"{role}.model '{model}': {path} is a file; weights need their architecture. "
@@ -129,14 +129,14 @@ def _anchored_model(model: str, recipe_folder: Path, role: str) -> str:
     near = suggestion(spelled, [*shipped_models(), *architectures()])
     hint = f"Did you mean {near}? " if near else ""
     raise UsageError(
-        f"{role}.model '{model}': no such model, and no folder at {path}{_or_here(path)}. {hint}"
+        f"{role}.model '{model}': no such model, and no folder at {path}{_other_place(path)}. {hint}"
         f"A model is one that ships ({', '.join(shipped_models())}), "
         f"an architecture of open_clip's (ViT-B-16), {HUB}ORG/NAME, or a folder"
     )
 
 
-def _opened(folder: Path, role: str) -> Path:
-    """The folder of the model that a directory is or holds: a local-dir itself, of a run the student."""
+def _folder_of_model(folder: Path, role: str) -> Path:
+    """Return the folder of the model that a directory is or holds: a local-dir itself, of a run the student."""
     if (folder / CONFIG).is_file():
         if _stage_kind(folder) == "quantize":
             raise UsageError(
@@ -166,11 +166,11 @@ def _stage_kind(folder: Path) -> str | None:
 
 
 def resolved(path: str, recipe_folder: Path) -> Path:
-    """The absolute path of what a recipe names, beside the recipe or else in the current folder."""
+    """Return the absolute path of what a recipe names, beside the recipe or else in the current folder."""
     places = [(folder / Path(path).expanduser()).resolve() for folder in (recipe_folder, Path.cwd())]
     return next((place for place in places if place.exists()), places[0])
 
 
-def _or_here(path: Path) -> str:
-    """The other place where a path was looked for, for a message."""
+def _other_place(path: Path) -> str:
+    """Return the other place where a path was looked for, for a message."""
     return "" if path.is_relative_to(Path.cwd()) else f", nor in {Path.cwd()}"

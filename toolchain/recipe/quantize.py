@@ -36,7 +36,7 @@ class QuantizeSpec(Section):
     Absent: none does."""
 
     @model_validator(mode="after")
-    def _qat_takes_steps(self) -> "QuantizeSpec":
+    def _check_method(self) -> "QuantizeSpec":
         if self.method == "qat" and self.steps is None:
             raise ValueError("method: qat needs steps, of its optimizer; or calibrate only, with method: ptq")
         if len(set(self.towers)) < len(self.towers):

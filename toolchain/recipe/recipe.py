@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from toolchain.recipe.data import DataSpec
-from toolchain.recipe.distill import DistillSpec
+from toolchain.recipe.distill import NEED_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
 from toolchain.recipe.model import ModelSpec, TeacherSpec
@@ -39,7 +39,7 @@ class Recipe(Section):
     profile: ProfileSpec = ProfileSpec()
 
     @model_validator(mode="after")
-    def _training_has_what_it_needs(self) -> "Recipe":
+    def _check_training(self) -> "Recipe":
         if self.distill is not None:
             if self.data is None:
                 raise ValueError("there is no data section to train on")
@@ -64,12 +64,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pictures_without_captions_have_their_objectives(self) -> "Recipe":
+    def _check_objectives_without_captions(self) -> "Recipe":
         kind = self.data.captionless_kind if self.data else None
         if self.distill is None or kind is None:
             return self
         weights = self.distill.loss_weights.model_dump()
-        wrong = [name for name in ("task", "gd", "icl", "afd") if weights[name]]
+        wrong = [name for name in NEED_CAPTIONS if weights[name]]
         if self.teacher is None or self.baseline:
             raise ValueError(f"data of kind {kind} has no captions: it needs a teacher, and no baseline can be trained")
         if wrong:
@@ -81,19 +81,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _int8_needs_quantize(self) -> "Recipe":
+    def _check_int8(self) -> "Recipe":
         if self.export.is_quantized and self.quantize is None and self.export.auto is None:
             raise ValueError("export.precisions has int8 but there is no quantize section; add one or drop int8")
         return self
 
     @model_validator(mode="after")
-    def _baseline_needs_a_teacher(self) -> "Recipe":
+    def _check_baseline(self) -> "Recipe":
         if self.baseline and self.teacher is None:
             raise ValueError("baseline: true asks for the student without its teacher, and there is no teacher")
         return self
 
     @model_validator(mode="after")
-    def _evaluating_needs_a_set(self) -> "Recipe":
+    def _check_evaluating(self) -> "Recipe":
         if self.distill is not None and self.distill.evaluate_every and self.evaluate is None:
             raise ValueError("distill.evaluate_every needs an evaluate section, which names the headline set")
         return self

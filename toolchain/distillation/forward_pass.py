@@ -1,0 +1,69 @@
+"""A step's forward pass: a batch to the features of student and teacher, to the objectives, to one weighted sum."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from toolchain.distillation.loader import PreparedBatch
+from toolchain.distillation.objectives import StudentFeatures, TeacherFeatures, gather_features, loss_terms
+from toolchain.distillation.teacher import DTYPES
+from toolchain.distillation.trainee import Trainee
+from toolchain.distributed import Processes
+from toolchain.models.onednn import on_onednn
+from toolchain.recipe.distill import DistillSpec
+from toolchain.recipe.section import Precision
+
+
+class ForwardPass(NamedTuple):
+    """The result of one step's forward pass, over the batch of all ranks."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    """Unweighted, those whose weight is not zero."""
+
+    scales: dict[str, Tensor]
+    student: StudentFeatures
+    teacher: TeacherFeatures | None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass of a run: its constants, which every step shares."""
+
+    trainee: Trainee
+    module: nn.Module
+    """The trainee itself, or what averages its gradients over the ranks."""
+
+    spec: DistillSpec
+    processes: Processes
+    seed: int
+
+    def run(self, batch: PreparedBatch, teacher_features: TeacherFeatures | None, step: int) -> ForwardPass:
+        """Return the loss of one rank's rows of a batch, computed over the rows of all ranks (a collective call)."""
+        spec, device, student = self.spec, self.processes.device, self.trainee.student
+        torch.manual_seed(_step_seed(self.seed, step, self.processes.rank))  # for dropout, where a tower has any
+        masks = self.trainee.masks(self.seed, batch.sample_b, step)
+        with _autocast(spec.precision, device), on_onednn(device, compiled=spec.compile):
+            pixel_values = student.normalise(batch.student_pixels)
+            rows, scales = self.module(pixel_values, batch.student_ids, teacher_features, *masks)
+        features = gather_features(rows, self.processes.gather)
+        teacher = None
+        if teacher_features is not None:
+            image_BE, text_BE = map(self.processes.gather, (teacher_features.image_BE, teacher_features.text_BE))
+            teacher = TeacherFeatures(image_BE, text_BE, teacher_features.logit_scale)
+        weights = spec.loss_weights.model_dump()
+        terms = loss_terms(features, scales["logit_scale"], teacher, self.trainee.heads, weights)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return ForwardPass(loss, terms, scales, features, teacher)
+
+
+def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else nullcontext()
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
