@@ -155,7 +155,13 @@ def test_compiled_computes_and_is_timed(run: Path) -> None:
     np.testing.assert_allclose(
         compiled.encode_texts(texts), open_exported(exported).encode_texts(texts), atol=SAME_FEATURE, rtol=0
     )
-    command = [sys.executable, REPOSITORY / "export" / "runner.py", "--runtime", "pytorch", "--compiled"]
+    command = [
+        sys.executable,
+        REPOSITORY / "export" / "device_programs" / "runner.py",
+        "--runtime",
+        "pytorch",
+        "--compiled",
+    ]
     command += ["--model", run / "student" / "open_clip_model.safetensors", "--input", "input_ids"]
     command += ["--shape", "1,20", "--dtype", "int64", "--threads", "1", "--min-seconds", "0.05", "--batches", "2,4"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
