@@ -36,6 +36,7 @@ def _foreign_package() -> str | None:
 try:
     from toolchain import torchrun
     from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
+    from toolchain.precisions import SAFEST_FIRST
     from toolchain.terminal import (
         TerminalScreen,
         open_screen,
@@ -219,7 +220,7 @@ def export(
         bool, typer.Option("--build/--no-build", help="Build engines here; --no-build leaves them to the device.")
     ] = True,
     precision: Annotated[
-        str | None, typer.Option(help="Of the student, comma-separated: fp32, fp16, bf16, int8, int8-fp16, int8-bf16.")
+        str | None, typer.Option(help=f"Of the student, comma-separated: {', '.join(SAFEST_FIRST)}.")
     ] = None,
     auto: Annotated[
         bool | None,

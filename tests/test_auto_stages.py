@@ -467,6 +467,15 @@ def test_kits_are_left_out_and_said(clipkd: Clipkd, run: Path, monkeypatch: pyte
     assert "add --onnx or --openvino" in ended.err
 
 
+def test_a_kit_that_set_leaves_out_is_refused(clipkd: Clipkd, run: Path) -> None:
+    ended = clipkd("export", run, "--trt", "--no-build", "--set", "export.runtimes=[openvino]")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--trt asks for tensorrt, which --set export.runtimes leaves out" in ended.err
+    ended = clipkd("export", run, "--trt", "--no-build", "--set", "export.auto={}")
+    assert (ended.code, ended.out) == (2, "")
+    assert "a tensorrt engine runs on its device; export kits apart" in ended.err
+
+
 def test_run_chooses_where_its_recipe_says_so(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(measure_module, "measure_models", lambda *_: {})

@@ -85,9 +85,9 @@ def test_titles() -> None:
     assert runtime_title("ncnn") == "ncnn", "a row measured elsewhere names any runtime"
 
 
-def test_students_are_measured_as_before() -> None:
-    assert STUDENT_PRECISIONS == ("fp32", "fp16", "bf16", "int8")
-    assert STUDENT_RUNTIMES == ("onnxruntime", "openvino")
+def test_students_are_measured_in_what_runs_graphs_as_they_are() -> None:
+    assert STUDENT_PRECISIONS[:4] == ("fp32", "fp16", "bf16", "int8")
+    assert set(STUDENT_RUNTIMES) == set(runner._OPEN)
 
 
 @pytest.mark.parametrize("precision", [name for name in SAFEST_FIRST if runtime_that_computes_alone(name) is None])

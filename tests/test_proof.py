@@ -226,7 +226,12 @@ def test_a_graph_that_preprocesses_wrongly_fails(uint8, tmp_path, name, change, 
 
 
 def test_the_runner_times_openvino_and_refuses_absent_devices(fp32):
-    command = [sys.executable, str(REPOSITORY / "export" / "runner.py"), "--model", str(fp32 / "image.onnx")]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "export" / "device_programs" / "runner.py"),
+        "--model",
+        str(fp32 / "image.onnx"),
+    ]
     command += ["--input", "pixel_values", "--shape", "1,3,32,32", "--dtype", "float32", "--threads", "1"]
     command += ["--runtime", "openvino", "--min-seconds", "0.02", "--max-warm-up", "0.02"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}

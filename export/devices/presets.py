@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+from toolchain.precisions import PrecisionName
+from toolchain.runtimes import RuntimeName
+
 
 @dataclass(frozen=True)
 class Preset:
-    """What a common board supports; None where it depends on what is installed."""
+    """A common board, and what it supports; None where that depends on what is installed."""
 
     title: str
-    runtimes: tuple[str, ...]
-    precisions: tuple[str, ...]
+    runtimes: tuple[RuntimeName, ...]
+    precisions: tuple[PrecisionName, ...]
     tensorrt: str | None = None
     """The TensorRT its system software brings."""
 

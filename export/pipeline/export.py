@@ -5,6 +5,7 @@ Heavy packages are imported inside the work, so that a run whose stages are all 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,9 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
             continue  # `quantize` said why
         checkpoint = made[planned.checkpoint]
         spec = _stage_of(planned, recipe, out, checkpoint, headline)
-
-        def work(folder: Path, planned: PlannedExport = planned, checkpoint: Stage = checkpoint) -> dict[str, Any]:
-            return {**_export_and_prove(planned, recipe, checkpoint, folder, screen)}
-
         screen.starts(planned.name)
         try:
-            exported[planned.name] = run_stage(spec, work)
+            exported[planned.name] = run_stage(spec, partial(_export_and_prove, planned, recipe, checkpoint, screen))
         except ClipkdError as error:  # the others are still worth having
             is_candidate = recipe.export.auto is not None and planned.role == shipped_role(recipe)
             if not (is_of_the_model(error) if is_candidate else isinstance(error, GateError | UnavailableBackend)):
@@ -83,9 +80,11 @@ def _stage_of(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Sta
 
 
 def _export_and_prove(
-    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, folder: Path, screen: Screen
-) -> ExportSummary:
+    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, screen: Screen, folder: Path
+) -> dict[str, Any]:
     """Write one exported model into `folder`, with its card and, if it is a kit, what its device needs.
+
+    Returns its `ExportSummary`.
 
     Raises:
         GateError: a graph does not compute in its runtime what PyTorch does, or fp16 cannot hold it.
@@ -120,7 +119,7 @@ def _export_and_prove(
     write_card(folder, f"{recipe.name}: {planned.name}", summary, _provenance(recipe, checkpoint))
     if planned.in_runtime.is_kit:
         write_sums(folder)
-    return summary
+    return {**summary}
 
 
 def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) -> FrozenTowers:
