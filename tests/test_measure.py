@@ -13,14 +13,13 @@ import torch
 from conftest import REPOSITORY, STUDENT, Ended
 from PIL import Image
 
-from export.device_programs.runner import fixed_batch
+from export.device_programs.runner import fixed_batch, open_checkpoint
 from export.devices import describe
 from export.graphs.export_onnx import export_onnx
 from export.model_folder import exported_of
 from export.pipeline.measure_model import measure_reference
 from export.pipeline.plan import exports, references
 from export.profiling.protocol import Effort, Target, profile
-from export.proof import prove as proof
 from export.runtime.exported_model import open_exported
 from export.runtime.remote_model import reference_encoders
 from toolchain.errors import GateError, MissingDependency, UsageError
@@ -131,7 +130,7 @@ def test_what_is_timed_is_what_open_clip_gives(run: Path, monkeypatch: pytest.Mo
             return pixels
 
     monkeypatch.setattr("open_clip.create_model", lambda name, **_: Net())
-    graph = proof.open_checkpoint(run / "student", "pixel_values", compiled=False, threads=None)
+    graph = open_checkpoint(run / "student", "pixel_values", compiled=False, threads=None)
     graph.run(np.zeros((1, 3), np.float32))
     assert seen == [(True, True, True)]
     assert fixed_batch(graph) is None
