@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import onnx
@@ -18,7 +19,9 @@ from export.device_programs import runner
 from export.device_programs.machine import describe_machine
 from export.device_programs.runner import open_graph
 from export.devices import describe, run_runner
+from export.devices.documents import Machine, RunnerDocument
 from export.profiling import interleaved
+from export.profiling.documents import Latency, ProfileDocument
 from export.profiling.protocol import Effort, profile, profile_together
 from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99, bootstrap_interval, summarise
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
@@ -343,6 +346,17 @@ def test_the_runner_runs_alone_and_prints_one_document(folder, tmp_path):
     assert set(result["versions"]) == {"python", "numpy", "onnxruntime"}
     assert result["peak_rss_bytes"] > 10 << 20
     assert isinstance(result["steady"], bool)
+
+
+def test_types_name_what_programs_print(folder):
+    assert set(describe_machine()) == set(get_type_hints(Machine))
+    command = [sys.executable, str(RUNNER), "--model", str(folder / "image.onnx"), "--input", "pixel_values"]
+    command += ["--shape", "1,3,8,8", "--dtype", "float32", "--threads", "1", "--min-seconds", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert set(json.loads(done.stdout)) == set(get_type_hints(RunnerDocument)) - {"e2e"}, "a whole path has images"
+    found = documents([1.0])
+    assert set(summarise(found)) == set(get_type_hints(Latency)) == TOWER_KEYS
+    assert set(get_type_hints(ProfileDocument)) == KEYS
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import Ended
@@ -17,7 +17,9 @@ from export.profiling import interleaved
 from export.students import measure as module
 from export.students.candidates import CANDIDATES, Candidate, candidates
 from export.students.chart import render_students
+from export.students.documents import MeasuredStudent, is_measured
 from export.students.measure import WORTH, measure_students
+from export.students.table import students_table
 from toolchain.errors import ArtifactError, ClipkdError, UnavailableBackend, UsageError
 from toolchain.recipe.model_names import architectures, model_folder
 
@@ -168,6 +170,25 @@ def test_the_front_is_of_one_precision_and_of_each_worth(told: list[str], unbuil
     top1 = "published_fp32_top1"
     assert on_front == {"a": list(WORTH), "b": [], "c": [], "d": [top1]}, "all have as many parameters and GMACs"
     assert {row["name"]: row["front"] for row in rows if row["precision"] == "int8"} == on_front
+
+
+def test_the_table_of_students_has_a_source_for_each_published_number(told: list[str], unbuilt: list[str]) -> None:
+    wanted = [Candidate("a", 0.3, "x"), Candidate("b"), Candidate("c", 0.2, "y")]
+    rows = [row for row in measure_students(wanted, ["fp32", "int8"], **QUICK) if is_measured(row)]
+    assert set(rows[0]) == set(get_type_hints(MeasuredStudent))
+    headers, cells, notes = students_table(rows)
+    shown = {(row[0], row[1]): dict(zip(headers, row, strict=True)) for row in cells}
+    assert shown["a", "fp32"] == {
+        **{"student": "a", "": "fp32", "p50 ms": "1", "95 %": "1-1", "params M": "0.00 ★", "GMACs": "0.50 ★"},
+        **{"MB": "5e-06", "top-1 %": "30.0 [1] ★", "grade": rows[0]["grade"]},
+    }
+    published = {key: row["top-1 %"].strip() for key, row in shown.items()}
+    assert published["b", "fp32"] == ""
+    assert published["a", "int8"] == "(30.0) [1] ★"
+    assert published["c", "int8"] == "(20.0) [2]"
+    assert notes[0] == "on cpu, onnxruntime, 1 thread(s), batch 1, image towers alone"
+    assert notes[-2:] == ["[1] x", "[2] y"]
+    assert students_table([])[1:] == ([], [])
 
 
 def test_what_cannot_be_built_is_a_row_and_is_tried_again(told: list[str], unbuilt: list[str]) -> None:

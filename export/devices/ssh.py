@@ -119,19 +119,12 @@ def run_on(
         copying_s = sum(sizes[sha] for sha in missing) / _MIN_BYTES_PER_S
         with link.patience(_ANSWER_S + copying_s):
             copied_bytes = _copy([paths[sha] for sha in missing], link)
-        lines: list[str] = []
-        message: dict[str, Any] = {}
         with link.patience(_ANSWER_S + timeout_s + copying_s):
-            while "returncode" not in message:
-                message = link.receive()
-                if "line" in message:
-                    lines.append(message["line"])
-                    on_line(message["line"])
+            message, said = _hear(link, on_line)
             for name, size in message["files"]:
                 link.receive_file((fetch.into if fetch else Path()) / _relative(name), size)
     if message["timed_out"]:
         raise TimedOut(f"{device.name}: the program took longer than {timeout_s:g} s and was ended")
-    said = "\n".join(lines)
     if message["returncode"] and "No space left on device" in said:
         raise _full(device, said.splitlines()[-1], None)
     return Ended(message["returncode"], message["stdout"], said, copied_bytes)
@@ -146,6 +139,18 @@ def _copy(paths: Sequence[Path], link: _Link) -> int:
                 link.write(chunk)
                 copied_bytes += len(chunk)
     return copied_bytes
+
+
+def _hear(link: _Link, on_line: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Return the message that the program has ended, and all it wrote to stderr until then."""
+    lines: list[str] = []
+    message: dict[str, Any] = {}
+    while "returncode" not in message:
+        message = link.receive()
+        if "line" in message:
+            lines.append(message["line"])
+            on_line(message["line"])
+    return message, "\n".join(lines)
 
 
 def carry(arguments: Sequence[str | Path]) -> tuple[dict[str, Path], list[str]]:

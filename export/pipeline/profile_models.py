@@ -92,13 +92,7 @@ def profile_models(
         raise UsageError("--evaluate is for other devices than cpu; here, use clipkd evaluate")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out names a folder")
-    failures: dict[int, ClipkdError] = {}
-    places: dict[int, _Place | None] = {}
-    for index, model in enumerate(models):
-        try:
-            places[index] = _place(model, target, effort, scored, screen)
-        except ClipkdError as error:
-            failures[index] = error
+    places, failures = _places(models, target, effort, scored, screen)
 
     @cache
     def timed() -> dict[int, Profile | ClipkdError]:
@@ -211,8 +205,22 @@ def _target(device: str) -> _Where:
     return _Where(found["name"], None, found["what"], json.dumps(machine() | {"device": found["what"]}, sort_keys=True))
 
 
+def _places(
+    models: Sequence[Path], target: _Where, effort: Effort, scored: bool, screen: Screen
+) -> tuple[dict[int, _Place | None], dict[int, ClipkdError]]:
+    """Return where each model's measurement is kept, and the errors of those that cannot be measured."""
+    places: dict[int, _Place | None] = {}
+    failures: dict[int, ClipkdError] = {}
+    for index, model in enumerate(models):
+        try:
+            places[index] = _place(model, target, effort, scored, screen)
+        except ClipkdError as error:
+            failures[index] = error
+    return places, failures
+
+
 def _place(model: Path, target: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
-    """Where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
+    """Return where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
     if is_checkpoint(model) and target.name != "cpu":
         raise UsageError(
             f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; name an export of it instead"
