@@ -16,6 +16,7 @@ from conftest import REPOSITORY, Ended, jpeg, make_picture, write_tar
 from numpy.typing import NDArray
 from PIL import Image
 
+from toolchain.data.images import IMAGE_SUFFIXES
 from toolchain.distributed import ALONE
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.evaluation import zero_shot as module
@@ -381,6 +382,22 @@ def test_pairs_from_shards(tmp_path: Path) -> None:
     assert data.texts == ["caption 0", "caption 1"]
     with pytest.raises(UsageError, match=r"^evaluate\.sets 'x'\.shards: 1 of 3 shards are not there"):
         open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/{{00..02}}.tar",)))
+
+
+def test_shards_hold_every_image_that_training_reads_and_webp_comes_first(tmp_path: Path) -> None:
+    images = {}
+    for suffix in IMAGE_SUFFIXES:
+        Image.new("RGB", (4, 4), (10 * len(images), 0, 0)).save(tmp_path / f"x.{suffix}")
+        images[suffix] = (tmp_path / f"x.{suffix}").read_bytes()
+    members = [(f"{suffix}.{suffix}", content) for suffix, content in images.items()]
+    members += [(f"{suffix}.txt", suffix.encode()) for suffix in images]
+    members += [(f"all.{suffix}", content) for suffix, content in images.items()] + [("all.txt", b"webp")]
+    write_tar(tmp_path / "a.tar", members)
+    data = open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/a.tar",)))
+    assert data.texts == [*images, "webp"]
+    pictures = [picture for picture in data.pictures if isinstance(picture, Picture)]
+    assert [picture.member.rpartition(".")[2] for picture in pictures] == data.texts
+    assert all(data.image(index) is not None for index in range(len(data)))
 
 
 # Scores, by definition

@@ -38,24 +38,26 @@ _NAMED = 3  # examples in a message
 
 
 def open_set(spec: EvalSetSpec) -> EvalSet:
-    """The set that an entry of a recipe's evaluate.sets names; its pictures are not read yet.
+    """Open the set that an entry of a recipe's evaluate.sets names; its pictures are not read yet.
 
     Raises:
         UsageError: files are missing, do not belong, or contradict one another; with the file.
         MissingDependency: ImageNet's names are wanted, and timm or open_clip is not installed.
     """
-    if isinstance(spec, str):
-        glyph = glyphs.eval_set(spec)
-        return classes_set(spec, glyph.images_KHWC, glyph.names, glyphs.TEMPLATES)
-    if isinstance(spec, FolderSet):
-        return _open_folder(spec)
-    if isinstance(spec, ImagenetSet):
-        return _open_imagenet(spec)
-    if isinstance(spec, ClipBenchmarkSet):
-        return _open_clip_benchmark(spec)
-    if isinstance(spec, KarpathySet):
-        return _open_karpathy(spec)
-    return _open_pairs(spec)
+    match spec:
+        case str():
+            glyph = glyphs.eval_set(spec)
+            return classes_set(spec, glyph.images_KHWC, glyph.names, glyphs.TEMPLATES)
+        case FolderSet():
+            return _open_folder(spec)
+        case ImagenetSet():
+            return _open_imagenet(spec)
+        case ClipBenchmarkSet():
+            return _open_clip_benchmark(spec)
+        case KarpathySet():
+            return _open_karpathy(spec)
+        case PairsSet():
+            return _open_pairs(spec)
 
 
 def fingerprint(spec: EvalSetSpec) -> str:
