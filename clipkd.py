@@ -37,20 +37,13 @@ try:
     from toolchain import torchrun
     from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
     from toolchain.precisions import SAFEST_FIRST
-    from toolchain.terminal import (
-        TerminalScreen,
-        open_screen,
-        print_line,
-        print_note,
-        print_result,
-    )
+    from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result
     from toolchain.text_table import Note, TextTable
 except ImportError:  # somebody else's toolchain, which `main` would refuse
     sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
 
 if TYPE_CHECKING:
-    from export.pipeline.choose_precision import AutoDocument
     from toolchain.recipe.recipe import Recipe
     from toolchain.report.row import Report
     from toolchain.stage import Stage
@@ -86,7 +79,7 @@ def run(
 
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
-    from export.pipeline.choose_precision import choose_precisions, without_failed
+    from export.pipeline.choose_precision import choose_precisions, require_choices, without_failed
     from export.pipeline.export import export_models
     from export.pipeline.measure import measure_models, measure_references, require_references
     from export.pipeline.quantize import quantize_or_reject
@@ -106,10 +99,10 @@ def run(
         measured = measure_models(loaded, out, sound, screen)  # accuracy and latency of what ships
         measured |= measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
         if not exported:
-            _require_choices(chosen, out)  # there is nothing to report
+            require_choices(chosen, out)  # there is nothing to report
         document = report_run(out, screen)  # the table, and the front
     _print_report(document, out, as_json)
-    _require_choices(chosen, out)
+    require_choices(chosen, out)
 
 
 @app.command()
@@ -252,7 +245,8 @@ def export(
 
     Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build --precision fp32,fp16,int8,int8-fp16[/]
     """
-    from export.pipeline.choose_precision import choose_precisions
+    from export.pipeline.choices_table import describe_choices
+    from export.pipeline.choose_precision import choose_precisions, require_choices
     from export.pipeline.engines import build_engines
     from export.pipeline.export import export_models
     from export.pipeline.quantize import quantize_or_reject
@@ -288,8 +282,8 @@ def export(
     if chosen is None:
         _print_stages(exported, as_json)
     else:
-        _print_chosen(chosen, run, as_json)
-    _require_choices(chosen, run)
+        print_result(chosen, as_json, *describe_choices(chosen, run))
+    require_choices(chosen, run)
 
 
 @app.command()
@@ -530,17 +524,12 @@ def students(
     """
     from export.devices.doctor import device_named
     from export.students.candidates import candidates
-    from export.students.choose import choose_students
-    from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES
+    from export.students.choose import choose_students, parse_precisions, require_runtime
     from export.students.table import students_table
 
     _refuse_torchrun()
-    precisions = list(dict.fromkeys(part.strip() for part in precision.split(",") if part.strip()))
-    for part in precisions or [""]:
-        if part not in STUDENT_PRECISIONS:
-            raise UsageError(f"--precision '{precision}': {part!r} is none of {', '.join(STUDENT_PRECISIONS)}")
-    if runtime not in (None, *STUDENT_RUNTIMES):
-        raise UsageError(f"--runtime {runtime}: expected one of {', '.join(STUDENT_RUNTIMES)}")
+    precisions = parse_precisions(precision)
+    require_runtime(runtime)
     where = device_named(device)
     with open_screen() as screen:
         screen.starts("students")
@@ -756,11 +745,9 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from toolchain.recipe.load import shipped_recipes
-    from toolchain.recipe.model_names import SHIPPED
+    from toolchain.recipe.load import recipe_headlines
 
-    described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
-    headlines = {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
+    headlines = recipe_headlines()
     table = TextTable(["recipe", "what it does"], list(headlines.items()), no_wrap=["recipe"])
     print_result(headlines, as_json, table)
 
@@ -868,25 +855,6 @@ def _print_report(document: "Report", out: Path, as_json: bool) -> None:
     from toolchain.report.tables import terminal_table
 
     print_result(document, as_json, terminal_table(document), Note(str(out / "report.html")))
-
-
-def _print_chosen(document: "AutoDocument", run: Path, as_json: bool) -> None:
-    from export.pipeline.choices_table import choices_table
-
-    for runtime, found in document["runtimes"].items() if not as_json else ():
-        shipped = f"{found['precision']}  {run / found['model']}" if found["model"] else "nothing to ship"
-        print_line(f"{runtime}: {shipped}")
-        for warning in found["warnings"]:
-            print_note(f"warning: {runtime}: {warning}")
-    print_result(document, as_json, choices_table(document))
-
-
-def _require_choices(document: "AutoDocument | None", run: Path) -> None:
-    """Raises: GateError for a runtime in which not even fp32 can be shipped."""
-    runtimes = document["runtimes"].items() if document is not None else ()
-    without = [runtime for runtime, found in runtimes if found["model"] is None]
-    if without:
-        raise GateError(f"{run / 'auto.json'}: nothing to ship for {', '.join(without)}, not even fp32; it says why")
 
 
 def main() -> NoReturn:

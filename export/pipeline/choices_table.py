@@ -1,22 +1,33 @@
 """The table of `clipkd export --auto`: each runtime's candidates and why they were chosen or rejected."""
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-from toolchain.text_table import TextTable
+from export.pipeline.choose_precision import AutoDocument
+from toolchain.text_table import Note, TextTable
 
 HEADERS = ["runtime", "precision", "verdict", "top-1 drop, pp", "p50 ms", "grade", "why"]
 
 
-def choices_table(document: Mapping[str, Any]) -> TextTable:
-    """Return a row for each candidate of auto.json."""
+def _candidates_table(document: AutoDocument) -> TextTable:
     rows = []
     for runtime, found in document["runtimes"].items():
         for row in found["candidates"]:
             drop, p50_ms = row["top1_drop_vs_fp32"], row["p50_ms"]
-            around = [100 * row[f"top1_drop_vs_fp32_{end}"] for end in ("low", "high")] if drop is not None else []
-            lost = "-" if drop is None else f"{100 * drop:.2f} [{around[0]:.2f}, {around[1]:.2f}]"
+            low, high = row["top1_drop_vs_fp32_low"], row["top1_drop_vs_fp32_high"]
+            lost = "-"
+            if drop is not None and low is not None and high is not None:
+                lost = f"{100 * drop:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
             took = "-" if p50_ms is None else f"{p50_ms:.4g} [{row['p50_low_ms']:.4g}, {row['p50_high_ms']:.4g}]"
             grade = " ".join(filter(None, [row["grade"] or "-", ", ".join(row["flags"])]))
             rows.append([runtime, row["precision"], row["verdict"], lost, took, grade, row["reason"]])
     return TextTable(HEADERS, rows)
+
+
+def describe_choices(document: AutoDocument, run: Path) -> list[str | Note | TextTable]:
+    """Return the model to ship in each runtime, the warnings, and the table of all candidates."""
+    parts: list[str | Note | TextTable] = []
+    for runtime, found in document["runtimes"].items():
+        shipped = f"{found['precision']}  {run / found['model']}" if found["model"] else "nothing to ship"
+        parts.append(f"{runtime}: {shipped}")
+        parts += [Note(f"warning: {runtime}: {warning}") for warning in found["warnings"]]
+    return [*parts, _candidates_table(document)]

@@ -19,7 +19,7 @@ from export.pipeline.precision_verdicts import (
     doubts,
     too_far,
 )
-from toolchain.errors import ClipkdError
+from toolchain.errors import ClipkdError, GateError
 from toolchain.filesystem import partial_path, write_json
 from toolchain.pipeline.stage_inputs import evaluated
 from toolchain.precisions import PRECISIONS, REFERENCE
@@ -130,6 +130,18 @@ def without_failed(exported: Models, chosen: AutoDocument) -> dict[str, Stage]:
     candidates = [candidate for runtime in chosen["runtimes"].values() for candidate in runtime["candidates"]]
     failed = {Path(candidate["model"]).name for candidate in candidates if candidate["verdict"] == "failed"}
     return {name: stage for name, stage in exported.items() if name not in failed}
+
+
+def require_choices(document: AutoDocument | None, run: Path) -> None:
+    """Refuse a choice that leaves a runtime with nothing to ship, not even fp32; None where nothing was chosen.
+
+    Raises:
+        GateError: there is such a runtime.
+    """
+    runtimes = document["runtimes"].items() if document is not None else ()
+    without = [runtime for runtime, found in runtimes if found["model"] is None]
+    if without:
+        raise GateError(f"{run / AUTO}: nothing to ship for {', '.join(without)}, not even fp32; it says why")
 
 
 def _score(

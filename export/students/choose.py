@@ -8,8 +8,8 @@ from export.devices.registry import Device
 from export.students.candidates import Candidate
 from export.students.chart import render_students
 from export.students.documents import MeasuredStudent, StudentRow, is_measured
-from export.students.measure import measure_students
-from toolchain.errors import ClipkdError, GateError
+from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES, measure_students
+from toolchain.errors import ClipkdError, GateError, UsageError
 from toolchain.filesystem import write_json
 from toolchain.progress import Progress, no_progress
 
@@ -32,6 +32,29 @@ class Students:
     def rows(self) -> list[StudentRow]:
         """The content of students.json."""
         return [*self.fit, *self.failed]
+
+
+def parse_precisions(text: str) -> list[str]:
+    """Return the precisions of a comma-separated list, each once.
+
+    Raises:
+        UsageError: there is none, or one that untrained students are not measured in.
+    """
+    precisions = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for part in precisions or [""]:
+        if part not in STUDENT_PRECISIONS:
+            raise UsageError(f"--precision '{text}': {part!r} is none of {', '.join(STUDENT_PRECISIONS)}")
+    return precisions
+
+
+def require_runtime(name: str | None) -> None:
+    """Refuse a runtime that untrained students are not measured in.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if name not in (None, *STUDENT_RUNTIMES):
+        raise UsageError(f"--runtime {name}: expected one of {', '.join(STUDENT_RUNTIMES)}")
 
 
 def choose_students(

@@ -40,6 +40,12 @@ def shipped_recipes() -> list[str]:
     return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
+def recipe_headlines() -> dict[str, str]:
+    """Return the first sentence of the header of each recipe that ships, by name."""
+    described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
+    return {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
+
+
 def load_recipe(
     path: Path, overrides: list[str] | None = None, *, changes: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Recipe:
