@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from claims import claim, finish
 
-from export.export_types import PlannedExport
+from export.documents import PlannedExport
 from export.graphs.export_onnx import FrozenTowers, export_onnx
 from export.proof.prove import prove
 from toolchain.errors import ClipkdError

@@ -80,7 +80,7 @@ def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[s
 
 def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
     """Quantize the run's student one way, and export it."""
-    from export.export_types import PlannedExport
+    from export.documents import PlannedExport
     from export.graphs.export_onnx import FrozenTowers, export_onnx
     from export.proof.parity import check_parity
     from toolchain.data import glyphs

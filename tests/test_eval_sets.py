@@ -783,7 +783,7 @@ def test_a_run_on_sets_of_ones_own(own_run: Path, own: FolderSet, clipkd: Clipkd
 @pytest.mark.usefixtures("one_thread")
 def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> None:
     """Pictures of any size, one of them broken, and no classes: parity holds, and the file scores as PyTorch does."""
-    from export.export_types import PlannedExport
+    from export.documents import PlannedExport
     from export.graphs.export_onnx import export_onnx
     from export.pipeline.measure_model import evaluate_models
     from export.proof.parity import check_parity

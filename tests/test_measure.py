@@ -15,7 +15,7 @@ from PIL import Image
 
 from export.device_programs.runner import fixed_batch, open_checkpoint
 from export.devices import describe
-from export.export_types import PlannedExport
+from export.documents import PlannedExport
 from export.graphs.export_onnx import export_onnx
 from export.model_folder import exported_of
 from export.pipeline.measure_model import measure_reference

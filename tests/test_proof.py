@@ -14,7 +14,7 @@ import torch
 from conftest import make_picture
 
 from export.devices.registry import Device
-from export.export_types import PlannedExport
+from export.documents import PlannedExport
 from export.graphs.export_onnx import export_onnx
 from export.graphs.precision import MAX_HALF_ACTIVATION, prepare_tower, require_half_range
 from export.proof import prove as proof

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from export.export_types import PlannedExport
+from export.documents import PlannedExport
 from export.graphs.export_onnx import FrozenTowers, export_onnx
 from export.graphs.onnx_graph import write_graph
 from export.graphs.precision import convert_frozen_tower

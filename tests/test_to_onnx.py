@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.export_types import PlannedExport
+from export.documents import PlannedExport
 from export.graphs.export_onnx import class_embeddings, export_onnx
 from export.graphs.onnx_graph import write_graph
 from export.graphs.parity_samples import _spread

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
-from export.export_types import GraphSummary, PlannedExport
+from export.documents import GraphSummary, PlannedExport
 from export.graphs.onnx_graph import write_graph, write_uint8_graph
 from export.graphs.parity_samples import in_chunks, write_parity_samples
 from export.graphs.precision import convert_frozen_tower, is_half, prepare_tower, require_half_range

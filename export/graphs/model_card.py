@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.export_types import ExportSummary, Parity, Uint8Parity
+from export.documents import ExportSummary, Parity, Uint8Parity
 from toolchain.filesystem import file_sha256
 
 CARD = "MODEL_CARD.md"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.export_types import export_summary
+from export.documents import export_summary
 from toolchain.errors import ClipkdError
 from toolchain.progress import Screen
 from toolchain.recipe.recipe import Recipe

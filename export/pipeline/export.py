@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.export_types import ExportSummary, PlannedExport
+from export.documents import ExportSummary, PlannedExport
 from export.pipeline.plan import FAILED, is_of_the_model, mark_failed, plan_exports, shipped_role
 from toolchain.errors import ClipkdError, GateError, UnavailableBackend
 from toolchain.pipeline.stage_inputs import evaluated

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.export_types import export_summary
+from export.documents import export_summary
 from export.pipeline.plan import plan_references
 from toolchain.pipeline.stage_inputs import evaluated
 from toolchain.progress import Screen

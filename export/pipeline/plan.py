@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.export_types import PlannedExport
+from export.documents import PlannedExport
 from toolchain.errors import ArtifactError, ClipkdError, Interrupted, MissingDependency, UsageError
 from toolchain.filesystem import partial_path, write_json
 from toolchain.precisions import REFERENCE

@@ -17,7 +17,7 @@ from export.devices.describe import describe_device
 from export.devices.doctor import local_device
 from export.devices.registry import Device, find_device, is_local
 from export.devices.ssh import build_engines_on
-from export.export_types import Parity
+from export.documents import Parity
 from export.model_folder import is_checkpoint, run_of
 from export.pipeline.engines import engines_of
 from export.pipeline.measure_model import score

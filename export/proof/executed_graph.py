@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from export.device_programs.runner import onnxruntime_options
-from export.export_types import ExecutedGraph
+from export.documents import ExecutedGraph
 from export.runtime.exported_model import open_tower
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize")

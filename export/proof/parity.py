@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.device_programs.runner import as_pair, as_triple
-from export.export_types import Comparison, Parity, TowerParity, Uint8Parity
+from export.documents import Comparison, Parity, TowerParity, Uint8Parity
 from export.model_folder import UINT8_GRAPH
 from export.runtime.exported_model import ExportedEncoders, open_exported
 from toolchain.errors import ArtifactError, GateError

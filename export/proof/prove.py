@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from export.device_programs.runner import as_pair
-from export.export_types import Proof
+from export.documents import Proof
 from export.model_folder import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, UINT8_GRAPH, UINT8_INPUT
 from export.proof.executed_graph import read_executed_graph
 from export.proof.parity import check_parity, check_uint8_input
