@@ -104,6 +104,7 @@ TORCH_FREE = [
     "export.devices.registry",
     "export.devices.ssh",
     "export.devices.doctor",
+    "export.students.choose",
     "export.students.measure",
     *(f"export.pipeline.{path.stem}" for path in sorted(REPOSITORY.glob("export/pipeline/[!_]*.py"))),
     "clipkd",

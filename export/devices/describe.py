@@ -39,7 +39,7 @@ def look_at(on: Device | None) -> tuple[Machine, Iterator[float | None]]:
 
 
 def describe_device(device: Device | None) -> DeviceIdentity:
-    """Return what of a device reached by ssh, or of this machine, stays the same from one measurement to the next."""
+    """Return what stays the same from one measurement of a device, None for this machine, to the next."""
     machine = cast(Machine, describe_machine()) if device is None else _describe(device, 0.0)["machine"]
     identity: DeviceIdentity = {
         "name": machine["name"],

@@ -67,7 +67,7 @@ class Hardware(TypedDict):
 
 
 class Machine(Hardware):
-    """What `machine.py` describes."""
+    """A machine as `machine.py` describes it."""
 
     to_lock_clocks: list[str]
     """The commands that would lock the clocks."""
@@ -79,7 +79,7 @@ class _Reached(TypedDict, total=False):
 
 
 class DeviceIdentity(_Reached):
-    """What of a device stays the same from one measurement to the next."""
+    """The facts of a device that stay the same from one measurement to the next."""
 
     name: str
     architecture: str
@@ -87,7 +87,7 @@ class DeviceIdentity(_Reached):
 
 
 class MachineDocument(TypedDict):
-    """What `machine.py` prints."""
+    """The document that `machine.py` prints."""
 
     machine: Machine
     other_cpu_share: float | None

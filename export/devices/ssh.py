@@ -61,7 +61,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Fetch:
-    """What to bring back from the device once the program has succeeded."""
+    """Files to bring back from the device once the program has succeeded."""
 
     names: Sequence[str]
     """Files that the program writes, or folders of such."""

@@ -1,4 +1,4 @@
-"""What `clipkd profile` does: time several models on one device, and keep in its run what belongs to one.
+"""Implement `clipkd profile`: time models on one device, and keep each result in the run that owns the model.
 
 The models of a call are timed together, so that their processes take turns.  One that fails is a row with its reason.
 """
@@ -87,12 +87,12 @@ def profile_models(
         UnavailableBackend: there is no such device, or it cannot be reached.
         UsageError: nobody knows the device, or `out` is a file.
     """
-    target = _target(device)
-    if scored and target.name == "cpu":
+    where = _find(device)
+    if scored and where.name == "cpu":
         raise UsageError("--evaluate is for other devices than cpu; here, use clipkd evaluate")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out names a folder")
-    places, failures = _places(models, target, effort, scored, screen)
+    places, failures = _places(models, where, effort, scored, screen)
 
     @cache
     def timed() -> dict[int, Profile | ClipkdError]:
@@ -102,7 +102,7 @@ def profile_models(
             for index, place in places.items()
             if index not in failures and (place is None or not is_made(place.stage))
         }
-        found = _time([models[index] for index in to_do], list(to_do.values()), target, effort, screen)
+        found = _time([models[index] for index in to_do], list(to_do.values()), where, effort, screen)
         return dict(zip(to_do, found, strict=True))
 
     def timed_one(index: int) -> Profile:
@@ -117,11 +117,11 @@ def profile_models(
     for index, place in places.items():
         own = None if out is None else out / f"samples-{index + 1}.npz"
         try:
-            measured[index] = _row(models[index], place, target, own, partial(timed_one, index), screen)
+            measured[index] = _row(models[index], place, where, own, partial(timed_one, index), screen)
         except ClipkdError as error:
             failures[index] = error
     rows = [
-        measured[index] if index in measured else _failed_row(model, target, failures[index])
+        measured[index] if index in measured else _failed_row(model, where, failures[index])
         for index, model in enumerate(models)
     ]
     if out is not None:
@@ -130,25 +130,25 @@ def profile_models(
 
 
 def _time(
-    models: Sequence[Path], places: Sequence[_Place | None], target: _Where, effort: Effort, screen: Screen
+    models: Sequence[Path], places: Sequence[_Place | None], where: _Where, effort: Effort, screen: Screen
 ) -> list[Profile | ClipkdError]:
     screen.starts(models[0].name if len(models) == 1 else f"{len(models)} models")
     engines = {
         model: place.engines.path for model, place in zip(models, places, strict=True) if place and place.engines
     }
-    where = Target(target.name if target.on is None else "cpu", target.on, engines)
-    found = profile_together(models, effort, where, progress=screen.progress)
+    timed_on = Target(where.name if where.on is None else "cpu", where.on, engines)
+    found = profile_together(models, effort, timed_on, progress=screen.progress)
     for one in found:
-        if isinstance(one, Profile) and target.on is None and target.name != "cpu":
+        if isinstance(one, Profile) and where.on is None and where.name != "cpu":
             described = one.document["machine"]
-            described["name"] = f"{target.what}, {described['name']}"
+            described["name"] = f"{where.what}, {described['name']}"
     return found
 
 
 def _row(
     model: Path,
     place: _Place | None,
-    target: _Where,
+    where: _Where,
     own: Path | None,
     timed: Callable[[], Profile],
     screen: Screen,
@@ -160,9 +160,9 @@ def _row(
         if own is not None:
             np.savez(own, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
     else:
-        name = f"measured/{model.name}/{target.name}"
+        name = f"measured/{model.name}/{where.name}"
         with run_lock(place.run):
-            stage = run_stage(place.stage, partial(_measure, name, place, target, timed, screen))
+            stage = run_stage(place.stage, partial(_measure, name, place, where, timed, screen))
         screen.done(name, stage)
         document = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
         samples = stage.path / "samples.npz"
@@ -170,34 +170,34 @@ def _row(
             samples = Path(shutil.copyfile(samples, own))
     return {
         "model": str(model),
-        "device": target.name,
+        "device": where.name,
         "status": "ok",
         **document,
         "samples": None if samples is None else str(samples),
     }
 
 
-def _failed_row(model: Path, target: _Where, failure: ClipkdError) -> FailedRow:
-    return {"model": str(model), "device": target.name, "status": str(failure), "exit_code": failure.exit_code}
+def _failed_row(model: Path, where: _Where, failure: ClipkdError) -> FailedRow:
+    return {"model": str(model), "device": where.name, "status": str(failure), "exit_code": failure.exit_code}
 
 
 def _measure(
-    name: str, place: _Place, target: _Where, timed: Callable[[], Profile], screen: Screen, folder: Path
+    name: str, place: _Place, where: _Where, timed: Callable[[], Profile], screen: Screen, folder: Path
 ) -> dict[str, Any]:
     """Write parity.json, evaluation.json where it is scored, profile.json and samples.npz; returns the headline."""
     screen.starts(name)
     screen.progress("parity", 0, 1)
-    write_json(folder / "parity.json", _proven(place, target))  # a wrong model is not worth timing
+    write_json(folder / "parity.json", _proven(place, where))  # a wrong model is not worth timing
     samples: dict[str, Any] = {}
     if place.spec is not None:
-        samples, _ = score(_encoders(place, target), folder, place.spec, screen.progress)
+        samples, _ = score(_encoders(place, where), folder, place.spec, screen.progress)
     found = timed()
     write_json(folder / "profile.json", found.document)
     np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # as above
     return {"p50_ms": found.document["image"]["p50_ms"]}
 
 
-def _target(device: str) -> _Where:
+def _find(device: str) -> _Where:
     if not is_local(device):
         on = find_device(device)
         return _Where(on.name, on, "", json.dumps(describe_device(on), sort_keys=True))
@@ -206,29 +206,29 @@ def _target(device: str) -> _Where:
 
 
 def _places(
-    models: Sequence[Path], target: _Where, effort: Effort, scored: bool, screen: Screen
+    models: Sequence[Path], where: _Where, effort: Effort, scored: bool, screen: Screen
 ) -> tuple[dict[int, _Place | None], dict[int, ClipkdError]]:
     """Return where each model's measurement is kept, and the errors of those that cannot be measured."""
     places: dict[int, _Place | None] = {}
     failures: dict[int, ClipkdError] = {}
     for index, model in enumerate(models):
         try:
-            places[index] = _place(model, target, effort, scored, screen)
+            places[index] = _place(model, where, effort, scored, screen)
         except ClipkdError as error:
             failures[index] = error
     return places, failures
 
 
-def _place(model: Path, target: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
+def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
     """Return where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
-    if is_checkpoint(model) and target.name != "cpu":
+    if is_checkpoint(model) and where.name != "cpu":
         raise UsageError(
             f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; name an export of it instead"
         )
     run, is_kit = run_of(model), (model / "build_engine.py").is_file()
-    if is_kit and target.on is None and target.name != "cuda:0":
+    if is_kit and where.on is None and where.name != "cuda:0":
         raise UnavailableBackend(
-            f"{model}: a TensorRT kit, which the {target.name} of this machine cannot run; its engines run on the "
+            f"{model}: a TensorRT kit, which the {where.name} of this machine cannot run; its engines run on the "
             "first NVIDIA GPU, --device cuda:0, or on a device of `clipkd devices`"
         )
     if run is None and is_kit:
@@ -237,12 +237,12 @@ def _place(model: Path, target: _Where, effort: Effort, scored: bool, screen: Sc
         )
     if run is None and scored:
         raise UsageError(f"{model}: in no run whose recipe would name the sets to score it on")
-    if run is None or target.name == "cpu":
+    if run is None or where.name == "cpu":
         return None
     with run_lock(run):
         stage = open_stage(model)
-        engines = _engines(stage, run, target, screen) if is_kit else None
-    path = run / "measured" / model.name / target.name
+        engines = _engines(stage, run, where, screen) if is_kit else None
+    path = run / "measured" / model.name / where.name
     scored = scored or (path / "evaluation.json").is_file()  # what was once scored does not lose its scores
     spec = evaluated(load_recipe(run / "recipe.yaml")) if scored else None
     made = StageSpec(
@@ -250,24 +250,24 @@ def _place(model: Path, target: _Where, effort: Effort, scored: bool, screen: Sc
         kind="profile",
         version=2,
         fields={**effort._asdict(), "evaluate": spec and spec.model_dump(mode="json")},
-        fingerprints={"machine": target.fingerprint} | ({"sets": fingerprints(spec.sets)} if spec else {}),
+        fingerprints={"machine": where.fingerprint} | ({"sets": fingerprints(spec.sets)} if spec else {}),
         inputs={"model": stage} | ({"engines": engines} if engines else {}),
     )
     return _Place(run, made, stage, engines, spec)
 
 
-def _engines(kit: Stage, run: Path, target: _Where, screen: Screen) -> Stage:
-    """A kit's engines for a GPU of this machine, or for that of a device reached by ssh, built there."""
-    if target.on is None:
+def _engines(kit: Stage, run: Path, where: _Where, screen: Screen) -> Stage:
+    """Return a kit's engines for a GPU of this machine, or for that of a device reached by ssh, built there."""
+    if where.on is None:
         return engines_of(kit, run, can_build(), screen)
-    device, name = target.on, f"engines/{kit.path.name}@{target.name}"
+    device, name = where.on, f"engines/{kit.path.name}@{where.name}"
 
     def build(folder: Path) -> dict[str, Any]:
         made = build_engines_on(device, kit.path, folder, on_line=lambda line: screen.progress(line.strip(), 0, 1))
         return {"runtime": "tensorrt"} | made
 
     screen.starts(name)
-    there = {"machine": target.fingerprint}
+    there = {"machine": where.fingerprint}
     stage = run_stage(
         StageSpec(run / name, kind="engines", version=1, fingerprints=there, inputs={"model": kit}), build
     )
@@ -275,22 +275,22 @@ def _engines(kit: Stage, run: Path, target: _Where, screen: Screen) -> Stage:
     return stage
 
 
-def _proven(place: _Place, target: _Where) -> Parity:
+def _proven(place: _Place, where: _Where) -> Parity:
     """Parity on the device, in a process that may crash.
 
     Raises:
         GateError: the model does not compute on the device what it computed in PyTorch.
     """
     summary = place.model.manifest["summary"]
-    if target.on is None and place.engines is None:
+    if where.on is None and place.engines is None:
         how = {"runtime": summary["runtime"], "precision": summary["precision"]}
-        return prove(place.model.path, **how, device=target.name)["parity"]
-    return check_parity(place.model.path, precision=summary["precision"], encoders=_encoders(place, target))
+        return prove(place.model.path, **how, device=where.name)["parity"]
+    return check_parity(place.model.path, precision=summary["precision"], encoders=_encoders(place, where))
 
 
-def _encoders(place: _Place, target: _Where) -> ExportedEncoders:
+def _encoders(place: _Place, where: _Where) -> ExportedEncoders:
     model, engines = place.model.path, place.engines.path if place.engines else None
-    if target.on is not None:
+    if where.on is not None:
         precision = place.model.manifest["summary"]["precision"]
-        return encoders_on(target.on, model, precision=precision, engines=engines)
-    return open_exported(model, device=target.name) if engines is None else open_tensorrt(model, engines)
+        return encoders_on(where.on, model, precision=precision, engines=engines)
+    return open_exported(model, device=where.name) if engines is None else open_tensorrt(model, engines)

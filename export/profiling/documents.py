@@ -6,7 +6,7 @@ from export.devices.documents import Hardware
 
 
 class Latency(TypedDict):
-    """What one graph takes at batch 1, over the processes that timed it."""
+    """Latency of one graph at batch 1, over the processes that timed it."""
 
     p50_ms: float
     """The median over processes of the medians of their samples."""
@@ -36,7 +36,7 @@ class TextLatency(Latency):
 
 
 class Grade(TypedDict):
-    """How far a measurement can be trusted."""
+    """A grade for how far a measurement can be trusted."""
 
     grade: Literal["A", "B", "C"]
     """A: clocks locked, no flags.  B: no flags.  C: a flag."""

@@ -23,7 +23,7 @@ _NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in th
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """How the runner times a graph."""
+    """The runner's options for timing a graph."""
 
     seconds: float
     """Measured time of one process at batch 1; its warm-up takes no longer."""

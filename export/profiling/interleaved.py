@@ -34,13 +34,13 @@ class Job:
     """Errors name these two."""
 
     arguments: list[str]
-    """The runner's."""
+    """The runner's arguments."""
 
     title: str = ""
-    """What progress shows while the job runs; without one, progress shows only how many have run."""
+    """Shown by progress while the job runs; without one, progress shows only how many have run."""
 
     num_done: int = 0
-    """How many of its processes ran before an interruption."""
+    """The number of its processes that ran before an interruption."""
 
     once: Sequence[Path] = ()
     """Files that a device need not keep after the last process."""

@@ -1,4 +1,4 @@
-"""How fast and how big an exported model is on a machine, and how sure we are.
+"""Measure how fast and how big an exported model is on a machine, and how sure we are.
 
 Every number comes from `runner.py` in fresh processes.  Image and text tower take turns, so that drift of the machine
 hits both.  The protocol follows MLPerf's single stream (github.com/mlcommons/inference_policies) and, for repeating
@@ -34,7 +34,7 @@ from toolchain.progress import Progress, no_progress
 
 
 class Effort(NamedTuple):
-    """How long a model is measured."""
+    """The time spent on measuring a model."""
 
     processes: int = 3
     """Fresh processes for each tower."""
@@ -44,7 +44,7 @@ class Effort(NamedTuple):
 
 
 BRIEF = Effort()
-"""What is taken unless told."""
+"""The default."""
 
 QUICK = Effort(3, 6.0)
 """A first look: 2 s in each of three processes."""
@@ -79,7 +79,7 @@ CPU = Target()
 
 @dataclass(frozen=True)
 class Profile:
-    """What one exported model takes."""
+    """The measurement of one exported model."""
 
     document: ProfileDocument
     """The content of profile.json."""

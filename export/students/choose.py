@@ -1,4 +1,4 @@
-"""What `clipkd students` does: measure candidates, keep those that are fast enough, and write both down."""
+"""Implement `clipkd students`: measure candidates, keep those that are fast enough, and write both down."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

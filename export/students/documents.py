@@ -8,7 +8,7 @@ Worth = Literal["params_image", "gmacs", "published_fp32_top1"]
 
 
 class GraphFacts(TypedDict):
-    """What is known of an image tower without running it."""
+    """Facts of an image tower that are known without running it."""
 
     params_image: int
     gmacs: float
@@ -19,7 +19,7 @@ class GraphFacts(TypedDict):
 
 
 class Timing(GraphFacts, Latency, Grade):
-    """What an image tower takes on a device."""
+    """Latency, memory and facts of an image tower on a device."""
 
     status: Literal["ok"]
     peak_memory_bytes: int

@@ -1,4 +1,4 @@
-"""Which student to train: what candidates take on a device, measured before any of them is trained.
+"""Measure what candidate students take on a device, before any of them is trained.
 
 Latency does not depend on weights, so an afternoon of GPU time need not be spent to learn that a model is too slow.
 Every candidate's image tower is built here with random weights, exported, and timed where it will run, in fresh
@@ -61,7 +61,7 @@ class _Bench:
 
 
 class _State(TypedDict, total=False):
-    """What is known of a pair: `row`; or, before it has had all its processes, `facts` and `documents`; or `status`."""
+    """State of a pair: `row`; or, before it has had all its processes, `facts` and `documents`; or `status`."""
 
     row: Timing
     facts: GraphFacts
