@@ -500,7 +500,11 @@ def test_the_size_of_chunks_changes_nothing_and_bounds_what_is_held(monkeypatch:
     table.largest = 0
     result, samples = evaluate(table, [data], headline="made")
     assert result == whole[0]
-    assert all((samples[name] == whole[1][name]).all() for name in whole[1])
+    for name, values in whole[1].items():
+        if name.endswith("_cosine"):  # BLAS adds in another order for another number of rows, on AVX2 at least
+            np.testing.assert_allclose(samples[name], values, rtol=0, atol=1e-6)
+        else:
+            assert (samples[name] == values).all()
     assert table.largest <= 7
     assert max(largest) == 7 * len(data.texts), "the scores of a chunk, and never of the set"
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import STUDENT
 from torch import Tensor, nn
 
+from export.device_programs.machine import describe_machine
 from export.graphs.onnx_graph import write_graph
 from toolchain.models.build import build_model
 from toolchain.models.clip_model import ClipModel
@@ -32,6 +33,10 @@ MERGED_AND_FOLDED = 1e-4  # of a unit feature: float32 rounding of up to a hundr
 # Least signal-to-noise ratio of all samples together, ONNX Runtime's int8 features against the float tower's, in dB.
 # Random weights amplify a disturbance from layer to layer, as trained ones do not; a wrong scale leaves 3 dB or less.
 MIN_SQNR_DB = {"transformer": 30.0, "resnet": 15.0, "depthwise": 8.0}
+# x86 without VNNI (AVX2, AVX-512F) adds pairs of 8-bit products in 16 bits, which saturate: 23 dB measured on AVX2,
+# where the frozen tower has 43.  ONNX Runtime's way out, session.x64quantprecision, fails on tied weights (1.31).
+if not any("vnni" in name for name in describe_machine()["isa"]):
+    MIN_SQNR_DB["transformer"] = 20.0
 
 VIT = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
 RESNET_50 = {"timm_model_name": None, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None}
