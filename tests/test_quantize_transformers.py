@@ -20,7 +20,6 @@ from toolchain.models.folding import move_gains
 from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower, TextTower
 from toolchain.quantization import checkpoint
-from toolchain.quantization import quantize as quantize_module
 from toolchain.quantization.checkpoint import CONFIG, load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import quantizers_of
@@ -137,7 +136,7 @@ def test_fine_tuned_towers_are_restored_to_the_bit_and_stay_plain_open_clip(mode
         before_saving=lambda *t: kept.extend(t),
     )
     plain = build_model(SPEC, seed=3)
-    plain.net.load_state_dict(quantize_module.load_file(tmp_path / quantize_module.WEIGHTS))
+    plain.net.load_state_dict(checkpoint.load_file(tmp_path / checkpoint.WEIGHTS))
     assert torch.equal(
         plain.net.visual.transformer.resblocks[0].ln_1.weight, torch.ones_like(model.net.visual.ln_post.weight)
     )

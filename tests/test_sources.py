@@ -294,4 +294,4 @@ print(sorted({"torch", "numpy", "open_clip", "timm", "safetensors", "huggingface
 
 
 def test_the_recipes_lie_where_the_package_does() -> None:
-    assert Path(sources.__file__).parents[1] / "recipes" == SHIPPED
+    assert Path(sources.__file__).parents[2] / "recipes" == SHIPPED
