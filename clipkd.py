@@ -1,6 +1,6 @@
-"""The command line: the only module that parses arguments, prints, or exits.
+"""The command line: the only module that parses arguments or exits.
 
-`run` is the map of the system.  Every other command is one of its lines, on the run directory the line before wrote.
+`run` is the map of the system.  Commands such as distill, quantize and export run one step of it.
 Heavy packages are imported inside the functions that need them, so that help and cached runs start at once.
 """
 
@@ -82,14 +82,14 @@ def run(
     from export.pipeline.choose_precision import choose_precisions, require_choices, without_failed
     from export.pipeline.export import export_models
     from export.pipeline.measure import measure_models, measure_references, require_references
-    from export.pipeline.quantize import quantize_or_reject
+    from export.pipeline.quantize_or_reject import quantize_or_reject
     from export.pipeline.report import report_run
     from toolchain.distillation.training_options import TrainingOptions
-    from toolchain.pipeline.stage_inputs import evaluated
+    from toolchain.pipeline.stage_inputs import require_evaluation
     from toolchain.pipeline.train import train_checkpoints
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
-        evaluated(loaded)  # before hours of training
+        require_evaluation(loaded)  # before hours of training
         require_references(loaded)
         checkpoints = train_checkpoints(loaded, out, screen, TrainingOptions(workers))  # teacher, baseline, student
         checkpoints |= quantize_or_reject(loaded, out, checkpoints, screen)  # student-int8
@@ -249,7 +249,7 @@ def export(
     from export.pipeline.choose_precision import choose_precisions, require_choices
     from export.pipeline.engines import build_engines
     from export.pipeline.export import export_models
-    from export.pipeline.quantize import quantize_or_reject
+    from export.pipeline.quantize_or_reject import quantize_or_reject
     from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.train import train_checkpoints
     from toolchain.recipe.export import ExportFlags, export_overrides
@@ -385,14 +385,14 @@ def evaluate(
     from export.model_folder import run_of
     from export.pipeline.measure_model import evaluate_models
     from toolchain.evaluation.table import evaluation_table, unreadable_images
-    from toolchain.pipeline.stage_inputs import evaluated
+    from toolchain.pipeline.stage_inputs import require_evaluation
 
     _refuse_torchrun()
     run = run_of(models[0])
     if recipe is None and run is None:
         raise UsageError(f"{models[0]}: in no run whose recipe would name the sets; name one: --recipe RECIPE")
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
-    spec = evaluated(loaded)
+    spec = require_evaluation(loaded)
     with open_screen() as screen:
         screen.starts("evaluate")
         document = evaluate_models(models, spec, screen.progress)

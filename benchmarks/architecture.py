@@ -20,8 +20,8 @@ PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture
 BEGIN, END = "<!-- import order: written by benchmarks/architecture.py -->", "<!-- end of import order -->"
 INK, QUIET, ARROW = "#1a1d21", "#5c636b", "#b34700"
 LANES = {  # name: (bottom, top, colour)
-    "toolchain/: the training machine": (2.55, 5.55, "#f3f6fb"),
-    "export/: what leaves it": (-0.75, 2.25, "#f4f8f2"),
+    "toolchain/: training and reporting": (2.55, 5.55, "#f3f6fb"),
+    "export/: exporting and measuring": (-0.75, 2.25, "#f4f8f2"),
 }
 BOXES = {  # package: the middle of its box
     "recipe": (0.0, 4.0),
@@ -50,11 +50,11 @@ FLOWS = [  # from, to, the value, and where its name stands beside the middle of
     ("graphs", "runtime", "exported model", (0, 0.16)),
     ("runtime", "proof", "Encoders", (0, 0.16)),
     ("runtime", "evaluation", "Encoders", (0.5, 0)),
-    ("proof", "profiling", "parity.json", (0, 0.16)),
+    ("proof", "report", "parity.json", (-0.75, 0.2)),
     ("devices", "profiling", "runner's\ndocument", (-0.55, 0)),
     ("device_programs", "devices", "programs", (0, 0.16)),
     ("evaluation", "report", "evaluation.json", (0, 0.16)),
-    ("profiling", "report", "profile.json", (0.7, 0.1)),
+    ("profiling", "report", "profile.json", (0.6, 0.3)),
     ("models", "students", "untrained\nClipModel", (0.6, 0)),
 ]
 WIDTH, HEIGHT = 1.6, 0.56
@@ -89,7 +89,6 @@ def draw() -> Figure:
         style = "round,pad=0,rounding_size=0.12"
         axes.add_patch(FancyBboxPatch((-1.0, bottom), 16.3, top - bottom, boxstyle=style, fc=colour, ec="none"))
         axes.text(-0.85, top - 0.12, title, va="top", color=QUIET, fontsize=11)
-        axes.text(-0.85, bottom + 0.12, "pipeline/ makes each a stage", color=QUIET, fontsize=9)
     for name, (x, y) in BOXES.items():
         corner, style = (x - WIDTH / 2, y - HEIGHT / 2), "round,pad=0,rounding_size=0.08"
         axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, fc="white", ec=INK, lw=1.1, zorder=3))

@@ -36,8 +36,8 @@ from toolchain.distillation.losses import clip_loss, crd_loss, fd_loss, icl_loss
 from toolchain.distillation.make_teacher_cache import write_shard
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, shard_path
-from toolchain.distillation.trainee import Trainee, make_optimizer
 from toolchain.distillation.training_log import log_row
+from toolchain.distillation.training_module import TrainingModule, make_optimizer
 from toolchain.distributed import ALONE
 from toolchain.models.build import build_model
 from toolchain.models.clip_model import ClipModel
@@ -204,7 +204,7 @@ def ours(
 ) -> Callable[[int, Any], dict[str, float]]:
     """The training loop's step, piece by piece as its loop has them."""
     torch.manual_seed(0)
-    trained = Trainee(student, cache or guide.model, spec, ALONE)
+    trained = TrainingModule(student, cache or guide.model, spec, ALONE)
     optimizer = make_optimizer(trained, spec)
     for group in optimizer.param_groups:
         group["lr"] = 1e-5

@@ -19,7 +19,7 @@ from test_report import edit, make_run
 
 import clipkd as command
 from export.pipeline import export as deployment_stages
-from export.pipeline import quantize as quantize_module
+from export.pipeline import quantize_or_reject as quantize_module
 from export.pipeline import report as report_module
 from toolchain.errors import ClipkdError
 from toolchain.pipeline import train as training_stages

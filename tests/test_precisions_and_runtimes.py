@@ -8,7 +8,7 @@ from export.device_programs import probes, runner
 from export.devices.doctor import CAPABILITIES
 from export.graphs.model_card import uint8_snippet
 from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES
-from toolchain.precisions import PRECISIONS, REFERENCE, SAFEST_FIRST, PrecisionName
+from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION, SAFEST_FIRST, PrecisionName
 from toolchain.recipe.export import ExportSpec
 from toolchain.runtimes import RUNTIMES, RuntimeName, runtime_of, runtime_that_computes_alone, runtime_title
 
@@ -29,7 +29,7 @@ def test_a_recipe_may_name_every_precision_and_runtime_and_no_other() -> None:
 def test_precisions_are_ranked_and_told_apart() -> None:
     rows = PRECISIONS.values()
     assert sorted(row.safety_rank for row in rows) == list(range(len(rows)))
-    assert SAFEST_FIRST[0] == REFERENCE
+    assert SAFEST_FIRST[0] == REFERENCE_PRECISION
     for shapes in (
         [row.marker for row in rows],
         [row.symbol for row in rows],

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import test_exported_folders
-import test_profile
+import test_profiling
 from conftest import REPOSITORY, Ended
 from onnx import TensorProto, helper
 
@@ -26,8 +26,8 @@ from toolchain.report.collect import collect
 from toolchain.stage import RESOLVED, StageSpec, open_stage, run_stage
 
 Clipkd = Callable[..., Ended]
-folder = test_profile.folder
-quiet_machine = test_profile.quiet_machine
+folder = test_profiling.folder
+quiet_machine = test_profiling.quiet_machine
 
 SHORT = ("--processes", "1", "--seconds", "0.03")
 BAD_RUNNER = """
@@ -66,8 +66,8 @@ def exhaust_memory(model: Path) -> None:
 @pytest.fixture
 def bad_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner, but it crashes on models whose names say so; what is called gpu is the CPU."""
-    source = BAD_RUNNER.format(runner=str(test_profile.RUNNER))
-    test_profile.replace_runner(monkeypatch, tmp_path, source)
+    source = BAD_RUNNER.format(runner=str(test_profiling.RUNNER))
+    test_profiling.replace_runner(monkeypatch, tmp_path, source)
 
 
 @pytest.mark.usefixtures("quiet_machine", "bad_runner")
@@ -262,7 +262,7 @@ def test_a_kit_is_built_for_this_machines_gpu(
     monkeypatch.setattr("export.runtime.tensorrt_engines.build", build)
     monkeypatch.setattr("export.pipeline.profile_models.open_tensorrt", lambda kit, engines: engines)
     monkeypatch.setattr("export.pipeline.profile_models.check_parity", lambda kit, **settings: {})
-    test_profile.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)
+    test_profiling.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)
     ended = clipkd("profile", model, "--device", "cuda", *SHORT, "--json")
     assert ended.code == 0, ended.err
     (row,) = json.loads(ended.out)
@@ -273,9 +273,9 @@ def test_a_kit_is_built_for_this_machines_gpu(
 
 
 def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = test_profile.describe_machine() | {"clocks_locked": True, "to_lock_clocks": ["sudo cpupower"]}
+    locked = test_profiling.describe_machine() | {"clocks_locked": True, "to_lock_clocks": ["sudo cpupower"]}
     jetson = locked | {"to_lock_clocks": ["sudo nvpmodel -m 0", "sudo jetson_clocks"]}
-    monkeypatch.setattr(interleaved, "runner_here", lambda *_: test_profile.documents([1.0])[0])
+    monkeypatch.setattr(interleaved, "runner_here", lambda *_: test_profiling.documents([1.0])[0])
     monkeypatch.setattr(describe, "other_cpu_share", lambda duration_s: iter([None, 0.0]))
     for suffix in ("image.engine", "text.engine"):
         (folder / suffix).write_bytes(b"")
@@ -294,8 +294,8 @@ def test_the_clocks_of_a_gpu_count_as_floating(folder: Path, monkeypatch: pytest
 
 
 def test_the_table_has_what_the_protocol_promises() -> None:
-    machine = test_profile.describe_machine()
-    results = {tower: test_profile.documents([1.0, 1.25, 2.0], n=40) for tower in ("image", "text")}
+    machine = test_profiling.describe_machine()
+    results = {tower: test_profiling.documents([1.0, 1.25, 2.0], n=40) for tower in ("image", "text")}
     files = {"image": Path(__file__), "text": Path(__file__)}
     found = profile_module._profile_of(files, results, machine, 2, "cpu", [], "0").document
     headers, (shown, failed), *_ = profiles_table(
@@ -325,13 +325,13 @@ def test_the_table_has_what_the_protocol_promises() -> None:
 def test_models_that_took_turns_are_held_against_each_other_turn_by_turn(calls: tuple[str, str], said: str) -> None:
     """On a machine that drifts by a fifth, which hides a tenth from whoever does not know what ran beside what."""
     drift = np.exp(0.2 * np.sin(np.arange(12)))
-    machine = test_profile.describe_machine()
+    machine = test_profiling.describe_machine()
     files = {"image": Path(__file__), "text": Path(__file__)}
     rows = [
         {"model": call, "status": "ok"}
         | profile_module._profile_of(
             files,
-            {tower: test_profile.documents((slower * drift).tolist(), n=40) for tower in ("image", "text")},
+            {tower: test_profiling.documents((slower * drift).tolist(), n=40) for tower in ("image", "text")},
             *(machine, 2, "cpu", [], call),
         ).document
         for call, slower in zip(calls, (1.0, 1.1), strict=True)

@@ -27,7 +27,7 @@ from toolchain.distillation.make_teacher_cache import CachePlan, break_even, mak
 from toolchain.distillation.objectives import OBJECTIVES
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, open_cache, shard_path
-from toolchain.distillation.trainee import Trainee
+from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import ALONE
 from toolchain.errors import ArtifactError, ClipkdError
 from toolchain.models.build import load_model, save_model
@@ -96,7 +96,7 @@ def test_every_objective_has_the_live_teachers_value(
     for guide, source in ((live, teacher), (CachedTeacher(torch.tensor(cache.logit_scale)), cache)):
         student = load_model(masked_folder, random_seed=0)
         torch.manual_seed(0)
-        trained = Trainee(student, source, spec(loss_weights=weights), ALONE)
+        trained = TrainingModule(student, source, spec(loss_weights=weights), ALONE)
         (batch,) = load_batches(glyphs, range(4, 5), slice(None), student, source, 0)
         forward = Forward(trained, trained, spec(loss_weights=weights), ALONE, 0)
         done = forward.run(batch, guide.features(batch), 4)

@@ -132,7 +132,7 @@ PRECISIONS: Mapping[str, Precision] = {
 }
 """By name, in the order in which a report lists them."""
 
-REFERENCE: PrecisionName = "fp32"
+REFERENCE_PRECISION: PrecisionName = "fp32"
 """The precision that the others are compared with."""
 
 SAFEST_FIRST: tuple[PrecisionName, ...] = tuple(

@@ -24,7 +24,7 @@ from toolchain.filesystem import file_sha256, held, partial_path, write_json
 from toolchain.provenance import machine, revision, versions
 
 MANIFEST = "manifest.json"
-REFERENCE = "reference"  # the kind of a stage that measured a checkpoint in PyTorch: nothing of it was exported
+REFERENCE_KIND = "reference"  # the kind of a stage that measured a checkpoint in PyTorch: nothing of it was exported
 RESOLVED = "resolved by clipkd:"  # in the header of a run's recipe.yaml
 _FORMAT = 1
 SCRATCH = ".scratch"

@@ -1,4 +1,4 @@
-"""Known kinds of device: how they are reached, how their clocks are locked, which runtime they ship."""
+"""Known kinds of device: the runtimes and precisions that they support."""
 
 from dataclasses import dataclass
 

@@ -2,7 +2,7 @@
 
 Precision is a property of the exported graph, decided here: fp16 and bf16 store half-precision weights and compute in
 them (inputs, outputs and the final normalisation stay fp32, LayerNormalization sums in fp32), int8 stores what
-quantize.freeze rounded, int8-fp16 that with everything else as in fp16, and int8-bf16 the graph of int8, of which
+freeze.py rounded, int8-fp16 that with everything else as in fp16, and int8-bf16 the graph of int8, of which
 OpenVINO computes everything else in bfloat16.
 """
 
@@ -32,7 +32,7 @@ from toolchain.models.towers import ImageTower, TextTower, example_pixels, num_p
 
 
 class FrozenTowers(NamedTuple):
-    """The towers of an int8 student as `quantize.freeze` returns them, in float32."""
+    """The towers of an int8 student as `quantization/freeze.py` returns them, in float32."""
 
     image: nn.Module
     text: nn.Module

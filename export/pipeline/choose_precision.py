@@ -21,8 +21,8 @@ from export.pipeline.precision_verdicts import (
 )
 from toolchain.errors import ClipkdError, GateError
 from toolchain.filesystem import partial_path, write_json
-from toolchain.pipeline.stage_inputs import evaluated
-from toolchain.precisions import PRECISIONS, REFERENCE
+from toolchain.pipeline.stage_inputs import require_evaluation
+from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION
 from toolchain.progress import Screen
 from toolchain.provenance import machine
 from toolchain.recipe.recipe import Recipe
@@ -93,7 +93,7 @@ def choose_precisions(recipe: Recipe, out: Path, exported: Models, measured: Mod
         names = {planned.precision: planned.name for planned in ours if planned.runtime == runtime}
         candidates = _score(recipe, out, names, exported, measured, screen)
         profiles: Profiles = {}
-        if candidates[REFERENCE].problem is None:
+        if candidates[REFERENCE_PRECISION].problem is None:
             within = {of: exported[names[of]] for of in candidates if too_far(candidates[of], max_drop) is None}
             profiles, problems = _time(recipe, out, runtime, within, screen)
             candidates |= {of: replace(candidates[of], problem=problem) for of, problem in problems.items()}
@@ -111,7 +111,7 @@ def choose_precisions(recipe: Recipe, out: Path, exported: Models, measured: Mod
     document: AutoDocument = {
         "schema": 1,
         "max_drop": max_drop,
-        "headline": evaluated(recipe).headline,
+        "headline": require_evaluation(recipe).headline,
         "runtimes": runtimes,
     }
     write_json(out / AUTO, document, allow_nan=False)
@@ -163,8 +163,12 @@ def _score(
                 raise
             candidates[precision] = Candidate(precision, problem=str(error))
             continue
-        right[precision] = _right_answers(stage, evaluated(recipe).headline)
-        drop = paired_drop(right[REFERENCE], right[precision]) if len(right) > 1 and REFERENCE in right else None
+        right[precision] = _right_answers(stage, require_evaluation(recipe).headline)
+        drop = (
+            paired_drop(right[REFERENCE_PRECISION], right[precision])
+            if len(right) > 1 and REFERENCE_PRECISION in right
+            else None
+        )
         candidates[precision] = Candidate(precision, drop=drop)
     return candidates
 
@@ -210,7 +214,7 @@ def _time(recipe: Recipe, out: Path, runtime: str, models: Models, screen: Scree
     try:
         stage = run_stage(spec, work)
     except ClipkdError as error:
-        if REFERENCE in failed or error not in failed.values():
+        if REFERENCE_PRECISION in failed or error not in failed.values():
             raise
         left = {of: model for of, model in models.items() if of not in failed}
         profiles, problems = _time(recipe, out, runtime, left, screen)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from export.documents import ExportSummary, PlannedExport
 from export.pipeline.plan import FAILED, is_of_the_model, mark_failed, plan_exports, shipped_role
 from toolchain.errors import ClipkdError, GateError, UnavailableBackend
-from toolchain.pipeline.stage_inputs import evaluated
+from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.precisions import PRECISIONS
 from toolchain.progress import Screen
 from toolchain.recipe.recipe import Recipe
@@ -30,12 +30,12 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     One that fails is marked failed, and the others are still made.
 
     Raises:
-        GateError, UnavailableBackend: at the end, a model failed that `export.auto` does not choose among.
+        GateError, UnavailableBackend: at the end, if a model failed that is no candidate of `export.auto`.
     """
     from toolchain.evaluation.open_sets import fingerprint
 
     exported: dict[str, Stage] = {}
-    headline = fingerprint(evaluated(recipe).headline_set)
+    headline = fingerprint(require_evaluation(recipe).headline_set)
     failures: list[ClipkdError] = []
     for planned in plan_exports(recipe):
         if planned.in_precision.is_quantized and planned.checkpoint not in made:
@@ -71,7 +71,7 @@ def _stage_of(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Sta
             "opset": planned.opset,
             "batch": planned.batch,
             "uint8_input": planned.uint8_input,
-            "headline": evaluated(recipe).headline,
+            "headline": require_evaluation(recipe).headline,
             "provenance": _provenance(recipe, checkpoint),
         },
         fingerprints={"headline": headline},
@@ -107,7 +107,7 @@ def _export_and_prove(
     model = load_model(checkpoint.path)
     frozen = _freeze_towers(planned, checkpoint, model) if planned.in_precision.is_quantized else None
     screen.progress("to ONNX", 0, 2)
-    graphs = export_onnx(model, folder, planned, open_set(evaluated(recipe).headline_set), frozen)
+    graphs = export_onnx(model, folder, planned, open_set(require_evaluation(recipe).headline_set), frozen)
     screen.progress("parity", 1, 2)
     # A kit's graphs are proven where they can be run: its engines do not exist yet.
     proven_in = planned.in_runtime.graphs_open_in

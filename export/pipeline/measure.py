@@ -6,17 +6,17 @@ from typing import Any
 
 from export.documents import export_summary
 from export.pipeline.plan import plan_references
-from toolchain.pipeline.stage_inputs import evaluated
+from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.progress import Screen
 from toolchain.recipe.recipe import Recipe
 from toolchain.runtimes import RUNTIMES
-from toolchain.stage import REFERENCE, Stage, StageSpec, run_stage
+from toolchain.stage import REFERENCE_KIND, Stage, StageSpec, run_stage
 
 
 def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """Return parity, accuracy and latency of each exported model, in its own runtime on this machine."""
     measured = {}
-    accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
+    accuracy, fields, fingerprints = require_evaluation(recipe), _measured_by(recipe), _measured_on(recipe)
     for name, model in exported.items():
         if RUNTIMES[export_summary(model)["runtime"]].is_kit:
             continue  # a kit runs where its engines are built
@@ -57,7 +57,7 @@ def require_references(recipe: Recipe) -> None:
 def measure_references(
     recipe: Recipe, out: Path, made: dict[str, Stage], exported: dict[str, Stage], screen: Screen
 ) -> dict[str, Stage]:
-    """Return the same of the checkpoint that ships in PyTorch, as often as the recipe asks for it.
+    """Measure the checkpoint of the shipped model in PyTorch, once for each mode in `profile.pytorch`.
 
     Raises:
         MissingDependency: it is to be compiled, and there is no C++ compiler.
@@ -66,7 +66,7 @@ def measure_references(
     planned_references = plan_references(recipe)
     if not planned_references:
         return measured
-    accuracy, fields, fingerprints = evaluated(recipe), _measured_by(recipe), _measured_on(recipe)
+    accuracy, fields, fingerprints = require_evaluation(recipe), _measured_by(recipe), _measured_on(recipe)
     for planned in planned_references:
         if planned.beside not in exported:
             continue  # it failed, and has said why
@@ -84,7 +84,7 @@ def measure_references(
         measured[planned.name] = run_stage(
             StageSpec(
                 out / "measured" / planned.name / "cpu",
-                kind=REFERENCE,
+                kind=REFERENCE_KIND,
                 version=1,
                 fields={**fields, "pytorch": planned.mode},
                 fingerprints=fingerprints,
@@ -99,7 +99,7 @@ def measure_references(
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that any measurement reads."""
     return {
-        "evaluate": evaluated(recipe).model_dump(mode="json"),
+        "evaluate": require_evaluation(recipe).model_dump(mode="json"),
         "profile": recipe.profile.model_dump(exclude={"pytorch"}),
     }
 
@@ -109,4 +109,4 @@ def _measured_on(recipe: Recipe) -> dict[str, str]:
     from toolchain.evaluation.open_sets import fingerprints
     from toolchain.provenance import machine
 
-    return {"sets": fingerprints(evaluated(recipe).sets), "machine": json.dumps(machine(), sort_keys=True)}
+    return {"sets": fingerprints(require_evaluation(recipe).sets), "machine": json.dumps(machine(), sort_keys=True)}

@@ -59,7 +59,7 @@ def measure_reference(
     samples say whether this is the same model.
 
     Raises:
-        GateError: PyTorch does not compute so what its export was held against.
+        GateError: PyTorch's features differ from those in parity.npz.
         MissingDependency: compiled, and there is no C++ compiler.
     """
     compiled = mode == "compiled"

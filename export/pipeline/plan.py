@@ -6,7 +6,7 @@ from pathlib import Path
 from export.documents import PlannedExport
 from toolchain.errors import ArtifactError, ClipkdError, Interrupted, MissingDependency, UsageError
 from toolchain.filesystem import partial_path, write_json
-from toolchain.precisions import REFERENCE
+from toolchain.precisions import REFERENCE_PRECISION
 from toolchain.recipe.recipe import Recipe
 from toolchain.runtimes import RUNTIMES
 
@@ -40,7 +40,7 @@ def plan_exports(recipe: Recipe) -> list[PlannedExport]:
     spec, shipped = recipe.export, shipped_role(recipe)
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
     first = next((runtime for runtime in spec.runtimes if not RUNTIMES[runtime].is_kit), None)
-    pairs = [(role, REFERENCE) for role in others] + [(shipped, precision) for precision in spec.precisions]
+    pairs = [(role, REFERENCE_PRECISION) for role in others] + [(shipped, precision) for precision in spec.precisions]
     return [
         PlannedExport(
             role,
@@ -76,7 +76,9 @@ def plan_references(recipe: Recipe) -> list[PlannedReference]:
     """Return every checkpoint that a recipe measures in PyTorch; none where its fp32 is not exported."""
     shipped = shipped_role(recipe)
     beside = [
-        planned.name for planned in plan_exports(recipe) if (planned.role, planned.precision) == (shipped, REFERENCE)
+        planned.name
+        for planned in plan_exports(recipe)
+        if (planned.role, planned.precision) == (shipped, REFERENCE_PRECISION)
     ]
     return [PlannedReference(shipped, mode, beside[0]) for mode in recipe.profile.pytorch if beside]
 

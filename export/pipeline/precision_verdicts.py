@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from toolchain.precisions import PRECISIONS, REFERENCE
+from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION
 from toolchain.significance import PairedDrop
 
 MAX_DROP = 0.01
@@ -67,7 +67,7 @@ def too_far(candidate: Candidate, max_drop: float) -> Verdict | None:
     """
     if candidate.problem is not None:
         return Verdict("failed", candidate.problem)
-    if candidate.precision == REFERENCE:
+    if candidate.precision == REFERENCE_PRECISION:
         return None
     if candidate.drop is None or not candidate.drop.drop <= max_drop:  # not `>`: NaN must fail
         return Verdict("accuracy", f"top-1 drops by {_said(candidate.drop)}, more than {100 * max_drop:g} pp")
@@ -82,9 +82,9 @@ def decide(candidates: Sequence[Candidate], max_drop: float) -> dict[str, Verdic
     """
     ordered = sorted(candidates, key=lambda candidate: PRECISIONS[candidate.precision].safety_rank)
     rejected = {candidate.precision: too_far(candidate, max_drop) or _untimed(candidate) for candidate in ordered}
-    reference = rejected.get(REFERENCE, Verdict("failed", "it is not among the candidates"))
+    reference = rejected.get(REFERENCE_PRECISION, Verdict("failed", "it is not among the candidates"))
     if reference is not None:
-        return {REFERENCE: reference} | _without_reference(ordered)
+        return {REFERENCE_PRECISION: reference} | _without_reference(ordered)
     chosen = ordered[0]  # nothing is safer than fp32
     for candidate in ordered[1:]:
         if rejected[candidate.precision] is not None:
@@ -104,8 +104,8 @@ def decide(candidates: Sequence[Candidate], max_drop: float) -> dict[str, Verdic
 
 def _without_reference(candidates: Sequence[Candidate]) -> dict[str, Verdict]:
     """Return the verdicts on the others where fp32 failed: their own problem, or the lack of fp32."""
-    alone = f"there is no {REFERENCE} in this runtime to hold it against"
-    others = [candidate for candidate in candidates if candidate.precision != REFERENCE]
+    alone = f"there is no {REFERENCE_PRECISION} in this runtime to hold it against"
+    others = [candidate for candidate in candidates if candidate.precision != REFERENCE_PRECISION]
     return {other.precision: Verdict("failed", alone if other.problem is None else other.problem) for other in others}
 
 

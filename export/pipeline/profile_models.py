@@ -31,7 +31,7 @@ from export.runtime.tensorrt_engines import can_build, open_tensorrt
 from toolchain.errors import ClipkdError, UnavailableBackend, UsageError
 from toolchain.evaluation.open_sets import fingerprints
 from toolchain.filesystem import write_json
-from toolchain.pipeline.stage_inputs import evaluated
+from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.progress import Screen
 from toolchain.provenance import machine
 from toolchain.recipe.evaluate import EvaluateSpec
@@ -244,7 +244,7 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
         engines = _engines(stage, run, where, screen) if is_kit else None
     path = run / "measured" / model.name / where.name
     scored = scored or (path / "evaluation.json").is_file()  # what was once scored does not lose its scores
-    spec = evaluated(load_recipe(run / "recipe.yaml")) if scored else None
+    spec = require_evaluation(load_recipe(run / "recipe.yaml")) if scored else None
     made = StageSpec(
         path,
         kind="profile",

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from toolchain.progress import Screen
-from toolchain.report.record import read_recorded
+from toolchain.report.cached_report import read_recorded
 from toolchain.report.row import Report
 
 
 def report_run(out: Path, screen: Screen) -> Report:
-    """Return report.json, which is written with its readable forms unless they are of what the run has now."""
+    """Return report.json; write it and its readable forms unless they are up to date."""
     screen.starts("report")
     recorded = read_recorded(out)
     if recorded is not None:

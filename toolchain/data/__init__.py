@@ -1,7 +1,7 @@
-"""Training data: from a recipe's `data` section to batches that are pure functions of (seed, step), in any process.
+"""Read training data: from a recipe's `data` section to batches that are pure functions of (seed, step) on any rank.
 
-In flow specs of toolchain/recipe/data.py and files on a disk; out flow `TrainingData`, whose `Batch` holds images,
+Specs of toolchain/recipe/data.py and files on a disk go in; `TrainingData` comes out, whose `Batch` holds images,
 captions and which samples were corrupt, and for inspecting and packing the samples as they are stored.
-A new data source is a spec in toolchain/recipe/data.py with the facts about it, one file here, and its cases in
+A new kind of data is a spec in toolchain/recipe/data.py with the facts about it, one file here, and its cases in
 open.py.
 """

@@ -1,6 +1,7 @@
 """Open data by its kind: the one module that knows every kind of data.
 
-Training batches, stored samples and fingerprints each have one `match` over the kinds; a new kind is a case in each.
+Training batches, listings, stored samples and fingerprints each have one `match` over the kinds; a new kind is a case
+in each.  `source_spec` says which kinds a path alone can name.
 Importing this needs no torch: only `training_data` does.
 """
 

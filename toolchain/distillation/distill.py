@@ -28,8 +28,8 @@ from toolchain.distillation.non_finite import is_finite, non_finite_error
 from toolchain.distillation.objectives import TeacherFeatures, select
 from toolchain.distillation.teacher import open_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
-from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
 from toolchain.distillation.training_log import StepClock, is_logged, log_row, open_log
+from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
@@ -158,14 +158,14 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
     """Return a run before its first step."""
     spec = training.spec
     torch.manual_seed(training.seed)  # the same initial heads on every rank
-    trainee = Trainee(training.student, training.teacher, spec, processes)
+    module = TrainingModule(training.student, training.teacher, spec, processes)
     teacher = open_teacher(training.teacher, spec, processes.device) if training.teacher else None
-    optimizer = make_optimizer(trainee, spec)
+    optimizer = make_optimizer(module, spec)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=spec.precision == "fp16")
     ledger = Ledger(training.data.left_out, training.data.num_samples, training.max_damaged)
     if training.data.left_out:
         ledger.check(training.data.num_samples)
-    forward = Forward(trainee, trainee, spec, processes, training.seed)
+    forward = Forward(module, module, spec, processes, training.seed)
     return _Run(training, folder, forward, teacher.features if teacher else None, optimizer, scaler, ledger, say)
 
 
@@ -183,7 +183,7 @@ class _Run:
     say: Callable[[str], None]
 
     @property
-    def trainee(self) -> Trainee:
+    def trainee(self) -> TrainingModule:
         return self.forward.trainee
 
     @property

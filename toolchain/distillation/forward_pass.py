@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.objectives import StudentFeatures, TeacherFeatures, gather_features, loss_terms
 from toolchain.distillation.teacher import DTYPES
-from toolchain.distillation.trainee import Trainee
+from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import Processes
 from toolchain.models.onednn import on_onednn
 from toolchain.recipe.distill import DistillSpec
@@ -34,7 +34,7 @@ class ForwardPass(NamedTuple):
 class Forward:
     """The forward pass of a run: its constants, which every step shares."""
 
-    trainee: Trainee
+    trainee: TrainingModule
     module: nn.Module
     """The trainee itself, or what averages its gradients over the ranks."""
 

@@ -9,7 +9,7 @@ import torch
 
 from toolchain.data.batch import TrainingData
 from toolchain.distillation.forward_pass import ForwardPass
-from toolchain.distillation.trainee import Trainee
+from toolchain.distillation.training_module import TrainingModule
 from toolchain.errors import ClipkdError
 
 _NAMED_SAMPLES = 8
@@ -32,7 +32,7 @@ def non_finite_error(
     folder: Path,
     row: dict[str, Any],
     data: TrainingData,
-    trainee: Trainee,
+    trainee: TrainingModule,
     forward_pass: ForwardPass,
     on_any_rank: Callable[[bool], bool],
 ) -> ClipkdError:

@@ -63,10 +63,10 @@ def ranks(
     candidate_group_K: NDArray[np.int64] | None = None,
     alike_K: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
-    """[Q]: how many wrong candidates score at least as high as the best right one: those of the query's group.
+    """Return [Q] how many wrong candidates score at least as high as the best right one.
 
-    0 is best; ties count against the model, within `TIE`.  Scores that are NaN or infinite count as ahead of the right
-    one, and where no right one has another score the rank is `UNRANKED`.  Absent groups are 0, 1, 2, ...: query q's
+    Candidates in the query's group are right.  0 is best; ties count against the model, within `TIE`.  Scores that are
+    NaN or infinite count as ahead of the right one, and where no right one has another score the rank is `UNRANKED`.  Absent groups are 0, 1, 2, ...: query q's
     one right candidate is q.  Of candidates that are the same text, said by equal `alike_K`, only the earlier are ahead
     of the later.  Memory grows with K, never with Q K.
     """

@@ -88,7 +88,7 @@ def run_stage_on_ranks(spec: StageSpec, work: Work) -> Stage:
     return open_stage(spec.path)
 
 
-def evaluated(recipe: Recipe) -> EvaluateSpec:
+def require_evaluation(recipe: Recipe) -> EvaluateSpec:
     """Return the recipe's evaluate section, whose sets are all there.
 
     Raises:

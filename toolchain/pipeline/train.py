@@ -30,9 +30,9 @@ _NO_OPTIONS = TrainingOptions()
 def train_checkpoints(
     recipe: Recipe, out: Path, screen: Screen, options: TrainingOptions = _NO_OPTIONS
 ) -> dict[str, Stage]:
-    """Make the frozen teacher, the student it teaches, and if asked for the same student, seed and batches without it.
+    """Make the frozen teacher, the student and, with `baseline: true`, the same student trained without the teacher.
 
-    Where the recipe trains nothing: the model it adopts.
+    A recipe that trains nothing makes the model that it adopts.
     """
     if recipe.distill is None:
         return {"adopted": _adopt(recipe.student, recipe.seed, out, "adopted", screen)}

@@ -29,7 +29,7 @@ class DataSection(Section):
 
     @property
     def captionless_kind(self) -> str | None:
-        """The kind whose images are shown beside texts that say nothing of them; None if all images have captions."""
+        """The kind of data that has images without captions; None if all images have captions."""
         return None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from toolchain.errors import UsageError
-from toolchain.precisions import PRECISIONS, REFERENCE, SAFEST_FIRST, PrecisionName
+from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION, SAFEST_FIRST, PrecisionName
 from toolchain.recipe.section import Positive, Section
 from toolchain.runtimes import RUNTIMES, RuntimeName
 
@@ -45,8 +45,10 @@ class ExportSpec(Section):
 
     @model_validator(mode="after")
     def _auto_has_something_to_weigh(self) -> "ExportSpec":
-        if self.auto is not None and REFERENCE not in self.precisions:
-            raise ValueError(f"auto holds every precision against {REFERENCE}; add {REFERENCE} to precisions")
+        if self.auto is not None and REFERENCE_PRECISION not in self.precisions:
+            raise ValueError(
+                f"auto holds every precision against {REFERENCE_PRECISION}; add {REFERENCE_PRECISION} to precisions"
+            )
         kits = [runtime for runtime in self.runtimes if RUNTIMES[runtime].is_kit]
         if self.auto is not None and kits:
             raise ValueError(
@@ -109,7 +111,7 @@ def export_overrides(recorded: ExportSpec, flags: ExportFlags) -> dict[str, Any]
                 "add --onnx or --openvino"
             )
         precisions = SAFEST_FIRST if flags.precisions is None else flags.precisions
-        changes["precisions"] = list(dict.fromkeys((REFERENCE, *precisions)))
+        changes["precisions"] = list(dict.fromkeys((REFERENCE_PRECISION, *precisions)))
         changes["auto"] = {"max_drop": flags.max_drop}
     elif kits or flags.auto is not None:
         changes["auto"] = None

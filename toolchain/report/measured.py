@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ArtifactError
-from toolchain.stage import MANIFEST, REFERENCE
+from toolchain.stage import MANIFEST, REFERENCE_KIND
 
 Document = Mapping[str, Any]
 
@@ -131,7 +131,7 @@ def _references(run: Path) -> Iterator[Measured]:
     """Yield every checkpoint that was measured in PyTorch."""
     for manifest in sorted(run.glob(f"measured/*/[!.]*/{MANIFEST}")):
         content = read_json(manifest)
-        if content.get("kind") == REFERENCE:
+        if content.get("kind") == REFERENCE_KIND:
             summary = content.get("summary", {})
             checkpoint = run / str(summary.get("role")) / MANIFEST
             digest = read_json(checkpoint).get("digest") if checkpoint.exists() else None

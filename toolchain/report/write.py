@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.filesystem import replacing
+from toolchain.report.cached_report import report_spec, write_record
 from toolchain.report.collect import collect
-from toolchain.report.record import report_spec, write_record
 from toolchain.report.row import Report
 from toolchain.report.tables import render_csv, render_markdown
 

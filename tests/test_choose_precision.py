@@ -18,12 +18,12 @@ from export.pipeline import choose_precision as auto_stages
 from export.pipeline import export as deployment_stages
 from export.pipeline import measure as measure_module
 from export.pipeline import precision_verdicts as auto
-from export.pipeline import quantize as rejecting_module
+from export.pipeline import quantize_or_reject as rejecting_module
 from export.pipeline import report as report_module
 from export.pipeline.choose_precision import choose_precisions, without_failed
 from export.pipeline.export import export_models
 from export.pipeline.plan import mark_failed, stage_paths
-from export.pipeline.quantize import quantize_or_reject
+from export.pipeline.quantize_or_reject import quantize_or_reject
 from export.profiling import protocol as profile_module
 from export.profiling.protocol import Profile
 from toolchain.errors import ArtifactError, ClipkdError, GateError, UsageError

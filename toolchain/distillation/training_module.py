@@ -20,7 +20,7 @@ from toolchain.recipe.distill import DistillSpec
 _HEADS_WEIGHT_DECAY = 0.01  # for the projections that distillation adds: the released code leaves AdamW's default
 
 
-class Trainee(nn.Module):
+class TrainingModule(nn.Module):
     """The student and the heads that distillation adds: everything the optimizer moves and a checkpoint holds."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainee(nn.Module):
         self.heads.clamp_parameters_()
 
 
-def make_optimizer(trainee: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
+def make_optimizer(trainee: TrainingModule, spec: DistillSpec) -> torch.optim.AdamW:
     """Return AdamW with CLIP-KD's groups of parameters.
 
     Of the student, matrices decay and vectors, biases and scales do not; of the heads the projections decay by AdamW's
@@ -120,7 +120,7 @@ def make_optimizer(trainee: Trainee, spec: DistillSpec) -> torch.optim.AdamW:
     )
 
 
-def clip_gradients(trainee: Trainee, max_norm: float | None) -> Tensor:
+def clip_gradients(trainee: TrainingModule, max_norm: float | None) -> Tensor:
     """Return the norm of all gradients together, then scale them down to `max_norm` at the most."""
     gradients = [p.grad for p in trainee.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

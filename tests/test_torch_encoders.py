@@ -17,7 +17,7 @@ import torch
 from conftest import REPOSITORY, STUDENT, tiny_training_set
 from numpy.typing import NDArray
 from PIL import Image
-from test_distil import _Poisoned
+from test_distill import _Poisoned
 from torch import Tensor
 from training import BATCH_SIZE, STEPS, assert_same_run, configured, last_state, rows, silent, spec, train
 from two_processes import spawn

@@ -19,7 +19,7 @@ from export.pipeline.precision_verdicts import (
     too_far,
 )
 from export.profiling.summary import bootstrap_interval
-from toolchain.precisions import PRECISIONS, REFERENCE, SAFEST_FIRST
+from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION, SAFEST_FIRST
 from toolchain.recipe.export import ExportSpec
 from toolchain.significance import PairedDrop
 
@@ -28,7 +28,7 @@ NAN = math.nan
 
 
 def timed(precision: str, ms: float, half: float = 0.1, drop: float = 0.0) -> Candidate:
-    lost = None if precision == REFERENCE else PairedDrop(drop, drop - 0.002, drop + 0.002, 0.5)
+    lost = None if precision == REFERENCE_PRECISION else PairedDrop(drop, drop - 0.002, drop + 0.002, 0.5)
     return Candidate(precision, drop=lost, latency=Latency(ms, ms - half, ms + half))
 
 
@@ -137,16 +137,16 @@ def test_whatever_was_measured(candidates: list[Candidate], random: Random) -> N
     known = {candidate.precision: candidate for candidate in candidates}
     chosen = [precision for precision, verdict in found.items() if verdict.count == "chosen"]
     assert len(chosen) <= 1
-    assert set(found) == {*known, REFERENCE}
+    assert set(found) == {*known, REFERENCE_PRECISION}
     assert all(verdict.reason for precision, verdict in found.items() if precision not in chosen)
     random.shuffle(candidates)
     assert decide(candidates, MAX_DROP) == found
     for precision in chosen:
-        best, fp32 = known[precision], known[REFERENCE]
+        best, fp32 = known[precision], known[REFERENCE_PRECISION]
         assert best.problem is None
         assert best.latency is not None
         assert fp32.latency is not None
-        if precision != REFERENCE:
+        if precision != REFERENCE_PRECISION:
             assert best.drop is not None
             assert best.drop.drop <= MAX_DROP
             assert best.latency.high_ms < fp32.latency.low_ms

@@ -26,7 +26,7 @@ from toolchain.distillation.objectives import (
     loss_terms,
     paper_weight,
 )
-from toolchain.distillation.trainee import Trainee
+from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import UsageError
 from toolchain.models.last_block import encode_class_token
@@ -81,7 +81,7 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         encode_image=lambda values: encode_class_token(net.visual, values),
         encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
     )
-    trained = Trainee(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
+    trained = TrainingModule(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
     with torch.no_grad():
         net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
     module = processes.data_parallel(trained.train())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ssh_server
 import test_exported_folders
-import test_profile
+import test_profiling
 from conftest import Ended
 
 from export.devices.registry import Device, add_device
@@ -420,7 +420,7 @@ print(json.dumps({"engines": 1}))
         build_engines_on(board, kit, out, on_line=heard.append)
 
 
-folder = test_profile.folder
+folder = test_profiling.folder
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def test_a_profile_of_a_device_is_that_of_a_machine(board: Device, folder: Path)
     found = profile(folder, Effort(2, 0.06), Target(on=board), threads=1)
     result = found.document
     assert len(found.samples["image_ms"]) == result["image"]["n"]
-    assert set(result) == test_profile.KEYS
+    assert set(result) == test_profiling.KEYS
     assert result["device"] == "board"
     assert result["machine"]["numpy"]
     assert isinstance(result["to_lock_clocks"], list)
@@ -463,7 +463,7 @@ def test_what_a_device_lacks_is_named_with_the_line_that_mends_it(
 def test_a_runner_that_hangs_on_a_device_is_an_error_of_the_model(
     board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test_profile.replace_runner(monkeypatch, tmp_path, "import time\ntime.sleep(600)\n")
+    test_profiling.replace_runner(monkeypatch, tmp_path, "import time\ntime.sleep(600)\n")
     monkeypatch.setattr("export.devices.run_runner.TIMEOUT_S", 1.0)
     with pytest.raises(ClipkdError, match=r"image\.onnx: on board: the program took longer than 1\.12 s"):
         profile(folder, Effort(1, 0.02), Target(on=board))
@@ -537,7 +537,7 @@ def test_models_take_turns_on_a_device(
         device: Device, model: Path, tower: str, arguments: list[str], *, once: Sequence[Path]
     ) -> dict[str, object]:
         turns.append((device.name, model.name, tower))
-        return test_profile.documents([1.0])[0]
+        return test_profiling.documents([1.0])[0]
 
     monkeypatch.setattr("export.profiling.interleaved.runner_on", runner_on)
     words = ("--device", "board", "--processes", "2", "--out", tmp_path / "kept", "--json")
@@ -585,7 +585,7 @@ def test_a_kit_is_built_where_it_is_measured(
     """Stand-ins for TensorRT: the engines are built there, kept in the run, opened there beside their manifest."""
     (folder / "build_engine.py").write_text(FAKE_BUILD)
     model = a_run(tmp_path / "run", folder, "tensorrt")
-    test_profile.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)
+    test_profiling.replace_runner(monkeypatch, tmp_path, FAKE_RUNNER)
     words = ("profile", model, "--device", "board", "--processes", "2", "--json")
     ended = clipkd(*words)
     assert ended.code == 0, ended.err
@@ -620,7 +620,7 @@ def test_students_are_built_here_timed_there_and_not_kept_there(
     assert left_behind(board) == []
     kept = {file.read_bytes() for file in (Path(str(board.workdir)) / "files").iterdir()}
     assert (folder / "image.onnx").read_bytes() not in kept
-    assert Path(test_profile.RUNNER).read_bytes() in kept
+    assert Path(test_profiling.RUNNER).read_bytes() in kept
     monkeypatch.setattr("export.profiling.interleaved.runner_on", lambda *_: pytest.fail("timed again"))
     assert json.loads(clipkd(*words).out) == [row]
 

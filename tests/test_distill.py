@@ -49,8 +49,8 @@ from toolchain.distillation.objectives import (
     loss_terms,
 )
 from toolchain.distillation.teacher import CachedTeacher, LiveTeacher, live_teacher
-from toolchain.distillation.trainee import Trainee, clip_gradients, make_optimizer
 from toolchain.distillation.training_log import _similarity
+from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
@@ -790,7 +790,7 @@ def test_towers_run_in_16_bits_and_losses_in_32(
     (batch,) = load_batches(data, range(1), slice(None), student, teacher, 0)
     taught = live_teacher(teacher, "fp32", torch.device("cpu")).features(batch)
     asked = spec(precision=precision)
-    trained = Trainee(student, teacher, asked, ALONE)
+    trained = TrainingModule(student, teacher, asked, ALONE)
     seen: list[tuple[Tensor, Tensor]] = []
     with watched(student.net.visual, seen):  # type: ignore[arg-type]
         done = Forward(trained, trained, asked, ALONE, 0).run(batch, taught, 0)
@@ -890,7 +890,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
     assert learning_rate(spec(warmup=0, lr=0.5), STEPS, 0) == 0.5
 
 
-def groups(trained: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def groups(trained: TrainingModule, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The weight decay of every parameter by name; every trained one is in one group."""
     decay = [(id(p), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for name, p in trained.named_parameters() if p.requires_grad}
@@ -901,7 +901,7 @@ def groups(trained: Trainee, optimizer: torch.optim.Optimizer) -> dict[str, floa
 @pytest.mark.parametrize("reference_compat", [False, True])
 def test_matrices_decay_and_vectors_do_not(wide_teacher_folder: Path, reference_compat: bool) -> None:
     asked = spec(weight_decay=0.3, reference_compat=reference_compat)
-    trained = Trainee(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), asked, ALONE)
+    trained = TrainingModule(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), asked, ALONE)
     decay = groups(trained, make_optimizer(trained, asked))
     for name, parameter in trained.named_parameters():
         if name.startswith("heads."):
@@ -930,7 +930,7 @@ STUDENTS = {
 def test_groups_and_moments_are_the_papers(name: str) -> None:
     """Its rule is by name too; the counts of ViT-T/16 were taken from its own optimizer."""
     asked = spec(weight_decay=0.1)
-    trained = Trainee(load_model(REPOSITORY / "recipes" / name, random_seed=0), None, asked, ALONE)
+    trained = TrainingModule(load_model(REPOSITORY / "recipes" / name, random_seed=0), None, asked, ALONE)
     optimizer = make_optimizer(trained, asked)
     decay = groups(trained, optimizer)
     for parameter_name, parameter in trained.net.named_parameters():
@@ -956,7 +956,7 @@ def test_one_step_is_adamws(tmp_path: Path, tiny_samples: TrainingSet, wide_teac
     asked = spec(warmup=0, lr=1e-2, weight_decay=0.3, steps=1)
     student, teacher = load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder)
     torch.manual_seed(0)  # of the heads, as distil does
-    before = Trainee(student, teacher, asked, ALONE).train()
+    before = TrainingModule(student, teacher, asked, ALONE).train()
     start = {name: value.clone() for name, value in before.named_parameters()}
     data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
     (batch,) = load_batches(data, range(1), slice(None), student, teacher, 0)
@@ -977,7 +977,7 @@ def test_one_step_is_adamws(tmp_path: Path, tiny_samples: TrainingSet, wide_teac
 
 
 def test_clipping_bounds_the_norm_of_everything(wide_teacher_folder: Path) -> None:
-    trained = Trainee(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), spec(), ALONE)
+    trained = TrainingModule(load_model(STUDENT, random_seed=0), load_model(wide_teacher_folder), spec(), ALONE)
     random = torch.Generator().manual_seed(0)
     for parameter in trained.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=random)
