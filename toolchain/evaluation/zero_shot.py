@@ -65,10 +65,10 @@ def ranks(
 ) -> NDArray[np.int32]:
     """Return [Q] how many wrong candidates score at least as high as the best right one.
 
-    Candidates in the query's group are right.  0 is best; ties count against the model, within `TIE`.  Scores that are
-    NaN or infinite count as ahead of the right one, and where no right one has another score the rank is `UNRANKED`.  Absent groups are 0, 1, 2, ...: query q's
-    one right candidate is q.  Of candidates that are the same text, said by equal `alike_K`, only the earlier are ahead
-    of the later.  Memory grows with K, never with Q K.
+    Candidates in the query's group are right. 0 is best; ties count against the model, within `TIE`. Scores that are
+    NaN or infinite count as ahead of the right one, and where no right one has another score the rank is `UNRANKED`.
+    Absent groups are 0, 1, 2, ...: query q's one right candidate is q. Of candidates that are the same text, said by
+    equal `alike_K`, only the earlier are ahead of the later. Memory grows with K, never with Q K.
     """
     query_group_Q = np.arange(len(query_features_QD)) if query_group_Q is None else query_group_Q
     candidate_group_K = np.arange(len(candidate_features_KD)) if candidate_group_K is None else candidate_group_K
