@@ -153,12 +153,12 @@ def test_a_device_runs_what_this_machine_cannot(fp32, monkeypatch):
     """Nothing but pictures, texts and features is of this machine; ONNX Runtime here would refuse this precision."""
     asked = []
 
-    def runner_on(device, folder, tower, words, *, once):
+    def encode_on(device, folder, tower, words, *, once):
         rows = np.load(once[0])
         asked.append((device.name, tower, words[words.index("--input") + 1], rows.shape))
         return {"features": [[1.0, 0.0]] * len(rows)}
 
-    monkeypatch.setattr(remote_model, "runner_on", runner_on)
+    monkeypatch.setattr(remote_model, "encode_on", encode_on)
     encoders = encoders_on(Device("board", "board"), fp32, precision="int8-bf16")
     assert encoders.encode_images(np.zeros((3, 40, 50, 3), np.uint8)).shape == (3, 2)
     assert encoders.encode_texts(["a b"]).shape == (1, 2)

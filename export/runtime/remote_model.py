@@ -24,7 +24,7 @@ def encoders_on(
     Pictures are preprocessed and texts tokenized here, and each call that encodes is a run of `runner.py` there.
 
     Raises:
-        ClipkdError: when they encode: as `profile.runner_on`.
+        ClipkdError: when they encode: as `encode_on`.
     """
     files = tower_files(folder, engines)
 
