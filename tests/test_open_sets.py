@@ -380,7 +380,7 @@ def test_pairs_from_shards(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{shard:02d}.tar", members)
     data = open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/{{00..01}}.tar",)))
     assert data.texts == ["caption 0", "caption 1"]
-    with pytest.raises(UsageError, match=r"^evaluate\.sets 'x'\.shards: 1 of 3 shards are not there"):
+    with pytest.raises(UsageError, match=r"^evaluate\.sets 'x'\.shards: 1 of 3 shards do not exist"):
         open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/{{00..02}}.tar",)))
 
 
