@@ -34,7 +34,7 @@ EVAL_FACES = {"stix": "STIXGeneral", "serif": "DejaVuSerif", "novel": "DejaVuSan
 TEMPLATES = ("{}", "the character {}", "a drawing of {}")
 IMAGE_SIZE = 32
 
-_DRAWN_SIZE = 64  # glyphs are drawn at twice the output size, so that one affine warp both distorts and antialiases
+_DRAWN_SIZE = 64  # glyphs are drawn at twice the output size, so one affine warp distorts and antialiases
 _EM = 46  # leaves room for the tallest accents and the deepest descenders of a typical face
 _BASELINE = 46
 _RENDERER = 1  # increase when a drawn bitmap may change

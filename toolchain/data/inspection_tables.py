@@ -38,7 +38,7 @@ def _distributions(document: dict[str, Any]) -> TextTable:
     measured = {
         "width, px": document["width"],
         "height, px": document["height"],
-        "bytes": {share: value for share, value in document["picture_bytes"].items() if share != "sum"},
+        "bytes per image": {share: value for share, value in document["picture_bytes"].items() if share != "sum"},
         "captions per sample": document["captions_per_sample"],
         f"caption, {lengths['unit']}": {share: value for share, value in lengths.items() if share != "unit"},
     }

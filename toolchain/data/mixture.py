@@ -165,7 +165,7 @@ class MixtureBatches:
 
 
 def source_seed(seed: int, number: int) -> int:
-    """Return the seed of a source in a mixture, so that no two sources crop and shuffle alike."""
+    """Return a different seed for each source of a mixture, because no two may crop and shuffle alike."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -125,10 +125,10 @@ def read_members(path: Path) -> tuple[list[Member], str]:
             except ValueError:
                 first_damage = first_damage or f"the header at byte {position:,} is damaged"
                 extended = _Extended()
-                sound = _find_header(file, position + _BLOCK)
-                if sound is None:
+                next_header = _find_header(file, position + _BLOCK)
+                if next_header is None:
                     return members, first_damage
-                position = sound
+                position = next_header
                 continue
             if kind in _FILE_TYPES and not name.endswith("/"):  # the oldest tar programs mark folders this way
                 members.append(Member(name, offset, content_bytes))

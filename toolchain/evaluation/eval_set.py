@@ -65,7 +65,7 @@ class EvalSet:
 
     @property
     def one_image_per_class(self) -> bool:
-        """True if image k shows class k, so that retrieval between names and images is defined."""
+        """True if image k shows class k; retrieval between names and images is then defined."""
         return self.has_classes and np.array_equal(self.image_group_N, self.text_group_K)
 
     def label(self, index: int) -> str:
