@@ -51,7 +51,7 @@ class LeftOut(NamedTuple):
     reason: str
     number: int
     examples: tuple[str, ...]
-    """Where the first few are."""
+    """Locations of the first few."""
 
 
 class UnusableError(Exception):

@@ -87,7 +87,7 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Where its content starts in the archive."""
+    """Position of its content in the archive."""
 
     size_bytes: int
 
