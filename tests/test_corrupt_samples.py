@@ -320,7 +320,8 @@ def test_a_run_stops_when_too_much_is_damaged(kind: str, tmp_path: Path) -> None
     student = load_model(STUDENT, random_seed=0)
     weights = {"loss_weights": {"task": 1, "crd": 0, "fd": 0, "icl": 0}}
     data = opened(**fields)
-    with pytest.raises(ClipkdError, match=r"% of the samples are damaged, judged by .*data.max_damaged permits 10.0%"):
+    stopped = r"% of the samples are corrupt, estimated from .*data.max_damaged allows 10.0%"
+    with pytest.raises(ClipkdError, match=stopped):
         distill(Training(spec(steps=200, **weights), student, None, data), tmp_path, silent)
 
 
@@ -389,7 +390,7 @@ def test_pictures_without_captions_are_inspected_and_not_packed(
         {"kind": "mixture", "sources": [kinds["csv"], kinds["images"]]}
     )
     for source in (parsed, mixed):
-        with pytest.raises(UsageError, match="its pictures have no captions"):
+        with pytest.raises(UsageError, match="its images have no captions"):
             pack(source, tmp_path / "out")
 
 
@@ -640,7 +641,7 @@ def test_rows_and_columns_of_a_picture_are_its_captions(tmp_path: Path) -> None:
     with pytest.raises(ClipkdError, match="has changed since training began"):
         data.batch(0, EVERYTHING, [SMALL])
     (tmp_path / "l.tsv").write_text("f, one\n")
-    with pytest.raises(UsageError, match=r"called f, one, two; .* names: f, one\. Mend"):
+    with pytest.raises(UsageError, match=r"called f, one, two; .* names: f, one\. Fix"):
         opened(batch_size=2, kind="csv", paths=[str(tmp_path / "l.tsv")], **columns)
 
 
@@ -703,8 +704,8 @@ def test_a_run_that_stopped_continues_where_more_damage_is_permitted(
     assert cached["summary"]["damaged"] == {"zero-byte file": 4}
     stopped = clipkd("distill", recipe, "--out", run, "--checkpoint-steps", "1")
     assert stopped.code == 1
-    assert "16.7% of the samples are damaged" in stopped.err
-    assert "data.max_damaged permits 10.0%. zero-byte file: 4 (" in stopped.err
+    assert "16.7% of the samples are corrupt" in stopped.err
+    assert "data.max_damaged allows 10.0%. zero-byte file: 4 (" in stopped.err
     ended = clipkd("distill", recipe, "--out", run, "--set", "data.max_damaged=0.2")
     assert ended.code == 0, ended.err
     summary = json.loads((run / "student" / "manifest.json").read_text())["summary"]

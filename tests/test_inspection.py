@@ -161,7 +161,7 @@ def test_a_source_is_a_recipe_or_says_its_kind(tmp_path: Path) -> None:
     for source, kind, said in (
         ("a/{0..3}.tar", None, "--kind webdataset"),
         ("absent.yaml", None, "no such file"),
-        ("a.csv", "csv", "a path alone"),
+        ("a.csv", "csv", "a path is enough only for webdataset and image_folder"),
     ):
         with pytest.raises(UsageError, match=said):
             source_spec(source, kind)

@@ -146,13 +146,16 @@ def damaged_folder(root: Path, what: str) -> FolderSet:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("no folder", "evaluate.sets 'mine'.path: {root}: no such folder; expected one with a folder of pictures"),
-        ("a text", "evaluate.sets 'mine': {root}/cat/readme.txt is no picture"),
-        ("empty class", "evaluate.sets 'mine': {root}/eel has no pictures"),
-        ("unnamed", "the folders of {root} are not those of classes; 1 not among them: dog"),
-        ("unknown", "the folders of {root} are not those of classes; 1 missing: eel"),
+        (
+            "no folder",
+            "evaluate.sets 'mine'.path: {root}: no such folder; expected one with a folder of images",
+        ),
+        ("a text", "evaluate.sets 'mine': {root}/cat/readme.txt is not an image ("),
+        ("empty class", "evaluate.sets 'mine': {root}/eel has no images, so its class could never be the right answer"),
+        ("unnamed", "the folders of {root} do not match classes; 1 unknown: dog"),
+        ("unknown", "the folders of {root} do not match classes; 1 missing: eel"),
         ("same name", "evaluate: set 'mine' has 2 classes named 'pet', expected distinct names"),
-        ("no place", "evaluate: template 'a photo' has no {{}} where the name goes"),
+        ("no place", "evaluate: template 'a photo' has no {{}} in place of the name"),
         ("no templates", "evaluate.sets 'mine': {root}/none.txt: no such file"),
     ],
 )
@@ -239,8 +242,8 @@ def test_an_incomplete_imagenet_is_refused(tmp_path: Path, imagenet_ids: list[st
     write_folder(tmp_path / "val", dict.fromkeys([*imagenet_ids[:997], "n00000000"], 1))
     with pytest.raises(UsageError) as raised:
         open_set(ImagenetSet(kind="imagenet", path=str(tmp_path / "val"), variant="sketch"))
-    said = f"1 not among them: n00000000; 3 missing: {', '.join(imagenet_ids[997:])}"
-    assert str(raised.value).endswith(f"are not those of ImageNet's WordNet ids; {said}")
+    said = f"1 unknown: n00000000; 3 missing: {', '.join(imagenet_ids[997:])}"
+    assert str(raised.value).endswith(f"do not match ImageNet's WordNet ids; {said}")
 
 
 def test_of_two_classes_with_one_name_the_first_is_the_answer() -> None:
@@ -295,7 +298,7 @@ def test_clip_benchmarks_archives_of_captions(tmp_path: Path) -> None:
     ("members", "said"),
     [
         ([("s0.png", b"x")], "0.tar: sample 's0' has no .cls; it has png"),
-        ([("s0.cls", b"1")], "0.tar: sample 's0' has no picture; it has cls"),
+        ([("s0.cls", b"1")], "0.tar: sample 's0' has no image; it has cls"),
         ([("s0.png", b"x"), ("s0.cls", b"cat")], "s0.png: expected a class number in its .cls, got 'cat'"),
         ([("s0.png", b"x"), ("s0.cls", b"2")], "has label 2, expected 0 to 1"),
         ([("s0.png", b"x"), ("s0.cls", b"\xff")], "s0.cls: not UTF-8"),
@@ -312,7 +315,7 @@ def test_an_archive_cut_short_is_refused(tmp_path: Path) -> None:
     root = write_clip_benchmark(tmp_path / "wds", "classification", [[("s0.png", numbered(0)), ("s0.cls", b"1")]])
     tar = root / "test" / "0.tar"
     tar.write_bytes(tar.read_bytes()[:540])
-    with pytest.raises(UsageError, match=r"0\.tar: ends at byte 540, within s0\.png; an evaluation drops nothing"):
+    with pytest.raises(UsageError, match=r"0\.tar: ends at byte 540, within s0\.png; an evaluation never skips files"):
         open_set(ClipBenchmarkSet(kind="clip_benchmark", name="x", path=str(root)))
 
 
@@ -347,8 +350,8 @@ def test_a_picture_that_the_json_names_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "pictures/val2014/0001.png").unlink()
     with pytest.raises(UsageError) as raised:
         open_set(spec)
-    expected = f"{tmp_path}/pictures/val2014/0001.png, which dataset.json names"
-    assert str(raised.value) == f"evaluate.sets 'coco'.images: no {expected}"
+    expected = f"{tmp_path}/pictures/val2014/0001.png: no such file; dataset.json lists it"
+    assert str(raised.value) == f"evaluate.sets 'coco'.images: {expected}"
 
 
 def test_pairs_from_a_table_and_no_row_swallows_another(tmp_path: Path) -> None:
@@ -380,7 +383,7 @@ def test_pairs_from_shards(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{shard:02d}.tar", members)
     data = open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/{{00..01}}.tar",)))
     assert data.texts == ["caption 0", "caption 1"]
-    with pytest.raises(UsageError, match=r"^evaluate\.sets 'x'\.shards: 1 of 3 shards are not there"):
+    with pytest.raises(UsageError, match=r"^evaluate\.sets 'x'\.shards: 1 of 3 shards do not exist"):
         open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/{{00..02}}.tar",)))
 
 
@@ -564,8 +567,8 @@ def test_too_many_unreadable_pictures_are_an_error(tmp_path: Path) -> None:
         evaluate(table, [data], headline="many")
     named = ", ".join(str(tmp_path / f"many/cat/{index}.png") for index in (3, 5, 7))
     assert str(raised.value) == (
-        f"evaluation set many: 3 of 200 pictures cannot be read, more than 1%: {named}. "
-        "Replace them, or take them out of the set"
+        f"evaluation set many: 3 of 200 images cannot be read, more than 1%: {named}. "
+        "Replace them, or remove them from the set"
     )
 
 

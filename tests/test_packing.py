@@ -262,10 +262,14 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path, monkeyp
         assert pack(source, tmp_path / "out", samples_per_shard=2) == index
     assert "samples_per_shard" in refused(ArtifactError, lambda: pack(source, tmp_path / "out", samples_per_shard=3))
     other = spec_of(folder / "00001.tar")
-    assert "another source" in refused(ArtifactError, lambda: pack(other, tmp_path / "out", samples_per_shard=2))
+    assert "was packed with a different source (its files' names and sizes)" in refused(
+        ArtifactError, lambda: pack(other, tmp_path / "out", samples_per_shard=2)
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "00000.tar").write_bytes(b"precious")
-    assert "holds 00000.tar" in refused(ArtifactError, lambda: pack(source, tmp_path / "mine"))
+    assert "contains 00000.tar, which clipkd did not write" in refused(
+        ArtifactError, lambda: pack(source, tmp_path / "mine")
+    )
     assert list((tmp_path / "mine").iterdir()) == [tmp_path / "mine" / "00000.tar"]
     assert (tmp_path / "mine" / "00000.tar").read_bytes() == b"precious"
     (tmp_path / "file").write_text("")

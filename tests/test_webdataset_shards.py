@@ -142,21 +142,21 @@ def test_bash_agrees(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["{0..2.tar"], "data.shards: {0..2.tar: braces must be closed, and not within one another"),
-        (["{a,{b,c}}.tar"], "data.shards: {a,{b,c}}.tar: braces must be closed, and not within one another"),
+        (["{0..2.tar"], "data.shards: {0..2.tar: braces must be closed and cannot be nested"),
+        (["{a,{b,c}}.tar"], "data.shards: {a,{b,c}}.tar: braces must be closed and cannot be nested"),
         (
             ["{2..0}.tar"],
-            "data.shards: {2..0}.tar: {2..0} is neither a range (00000..00331, upwards) nor a list (a,b)",
+            "data.shards: {2..0}.tar: {2..0} is neither an ascending range (00000..00331) nor a list (a,b)",
         ),
-        (["{}.tar"], "data.shards: {}.tar: {} is neither a range (00000..00331, upwards) nor a list (a,b)"),
+        (["{}.tar"], "data.shards: {}.tar: {} is neither an ascending range (00000..00331) nor a list (a,b)"),
         (
             ["*.tar"],
-            "data.shards: *.tar: wildcards are not expanded; a shard that is missing would go unnoticed. "
-            "Name the shards, as in data/cc3m/{00000..00331}.tar",
+            "data.shards: *.tar: wildcards are not expanded; a missing shard would go unnoticed. "
+            "List the shards, for example data/cc3m/{00000..00331}.tar",
         ),
         (
             ["0.tar", "{0..1}.tar"],
-            "data.shards: 0.tar is named 2 times; a sample is shown once an epoch. Name it once",
+            "data.shards: 0.tar is listed 2 times; an epoch shows a sample once. List it once",
         ),
     ],
 )
@@ -170,8 +170,8 @@ def test_missing_shards_are_named_in_one_message(tmp_path: Path, monkeypatch: py
         Path(f"{number}.tar").touch()
     Path("1.tar").mkdir()  # no shard either
     assert raises(UsageError, lambda: expand(["{0..8}.tar"])) == (
-        "data.shards: 7 of 9 shards are not there: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... "
-        f"(2 exist; looked in {tmp_path}). Fetch them, or name only those you have"
+        "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... "
+        f"(2 exist; looked in {tmp_path}). Download them, or list only those you have"
     )
 
 
@@ -837,10 +837,10 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     length = last.offset + 100
     path.write_bytes(path.read_bytes()[:length])
     assert describe_left_out(opened(path, batch_size=2).left_out) == [
-        f"left out, missing caption: 2, the first {path}: alone",
-        f"left out, missing image: 2, the first {path}: unseen",
-        f"left out, zero-byte file: 1, the first {path}: empty",
-        f"left out, broken tar: 1, the first {path}: ends at byte {length:,}, within scattered.webp; "
+        f"skipped, missing caption: 2, first: {path}: alone",
+        f"skipped, missing image: 2, first: {path}: unseen",
+        f"skipped, zero-byte file: 1, first: {path}: empty",
+        f"skipped, broken tar: 1, first: {path}: ends at byte {length:,}, within scattered.webp; "
         "samples found in it: 2",
     ]
 
@@ -850,12 +850,12 @@ def test_too_little_data(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     assert raises(UsageError, lambda: opened(path, batch_size=2)) == (
         "data.shards: 1 sample(s) in 1 shard(s) are fewer than a batch of 2; "
-        f"left out, missing caption: 1, the first {path}: b. "
-        "Name more shards, or lower distill.batch_size"
+        f"skipped, missing caption: 1, first: {path}: b. "
+        "Add more shards, or lower distill.batch_size"
     )
     assert raises(UsageError, lambda: imagined(2, 600, 4096)) == (
-        "data.shards: 1,200 sample(s) in 2 shard(s) are fewer than a batch of 4,096; nothing was left out. "
-        "Name more shards, or lower distill.batch_size"
+        "data.shards: 1,200 sample(s) in 2 shard(s) are fewer than a batch of 4,096; nothing was skipped. "
+        "Add more shards, or lower distill.batch_size"
     )
     assert raises(UsageError, lambda: opened(write_tar(tmp_path / "b.tar", []))).startswith("data.shards: 0 sample(s)")
 
@@ -907,7 +907,7 @@ def test_a_shard_that_changes_while_training(folder: Path, tmp_path: Path) -> No
     data = opened(path, batch_size=2)
     data.batch(0, EVERYTHING, [SMALL])
     shutil.copy(folder / "00001.tar", path)
-    changed = f"{path}: has changed since training began; samples are numbered anew. Start again"
+    changed = f"{path}: has changed since training began, so sample numbers no longer match. Start training again"
     assert raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL])) == changed
     module._load_pairs.cache_clear()
     assert raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL])) == changed
@@ -920,8 +920,8 @@ def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert raises(ClipkdError, lambda: opened(folder / "00000.tar")) == (
-        f"{tmp_path}/file/clipkd/shards: the index of the shards cannot be kept there: Not a directory. "
-        "Make room, or set XDG_CACHE_HOME to another folder"
+        f"{tmp_path}/file/clipkd/shards: the index of the shards cannot be written there: Not a directory. "
+        "Free disk space, or set XDG_CACHE_HOME to another folder"
     )
 
 

@@ -271,13 +271,13 @@ def test_an_unknown_headline_is_refused(encoders):
             IMAGES_KHWC,
             NAMES,
             [],
-            "evaluate: no prompt template; a template has {} where the name goes, '{}' at the least",
+            "evaluate: no prompt template; give at least one, with {} in place of the name, such as '{}'",
         ),
         (
             IMAGES_KHWC,
             NAMES,
             ["{}", "a drawing"],
-            "evaluate: template 'a drawing' has no {} where the name goes",
+            "evaluate: template 'a drawing' has no {} in place of the name",
         ),
         (
             IMAGES_KHWC,

@@ -1,7 +1,6 @@
 """Read training data: from a recipe's `data` section to batches that are pure functions of (seed, step) on any rank.
 
-Specs of toolchain/recipe/data.py and files on a disk go in; `TrainingData` comes out, whose `Batch` holds images,
-captions and which samples were corrupt, and for inspecting and packing the samples as they are stored.
-A new kind of data is a spec in toolchain/recipe/data.py with the facts about it, one file here, and its cases in
-open.py.
+The package turns the specs of toolchain/recipe/data.py and files on disk into `TrainingData`.  Each `Batch` holds
+images, captions and a list of corrupt samples.  Inspection and packing read the samples as they are stored.
+To add a kind of data, add a spec with its facts to toolchain/recipe/data.py, one file here, and its cases in open.py.
 """

@@ -1,4 +1,4 @@
-"""Assemble batches from samples on a disk: crops of every size asked for, other samples in place of corrupt ones."""
+"""Assemble batches from samples on disk: crops in every requested size, and replacements for corrupt samples."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,15 +16,15 @@ from toolchain.errors import ClipkdError, UsageError
 
 
 class UnreadSample(NamedTuple):
-    """A sample on a disk that is read when its turn comes; the two readers raise UnusableError if it is corrupt."""
+    """A sample on disk that is read only when needed; both readers raise UnusableError if it is corrupt."""
 
     row: int
-    """Its place among the samples asked for."""
+    """Its index among the requested samples."""
 
     read_captions: Callable[[], tuple[str, ...]]
     read_image: Callable[[], bytes]
     describe: Callable[[], str]
-    """Returns its name for a message."""
+    """Return its name for a message."""
 
 
 def assemble_view(
@@ -66,15 +66,15 @@ _CROP, _CAPTION = 1, 1 + CROP_NUMBERS  # columns of `uniforms`; 0 orders samples
 def require_full_batch(
     field: str, num_samples: int, batch_size: int, left_out: Sequence[LeftOut], *, held: str = "", more: str = "data"
 ) -> None:
-    """Refuse data that has fewer samples than a batch; `field` is the recipe's, `held` says what holds them.
+    """Refuse data with fewer samples than a batch; `field` is the recipe's, `held` names where the samples are.
 
     Raises:
-        UsageError: it has.
+        UsageError: there are fewer samples than `batch_size`.
     """
     if num_samples < batch_size:
         raise UsageError(
             f"{field}: {num_samples:,} sample(s){held} are fewer than a batch of {batch_size:,}; "
-            f"{'; '.join(describe_left_out(left_out)) or 'nothing was left out'}. Name more {more}, or lower "
+            f"{'; '.join(describe_left_out(left_out)) or 'nothing was skipped'}. Add more {more}, or lower "
             "distill.batch_size"
         )
 
@@ -83,16 +83,16 @@ _ATTEMPTS = 64  # batches whose samples are tried in place of a corrupt one
 
 
 def fill_batch(data: OrderedData, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-    """Return the rows of a step's batch, samples from elsewhere in the epoch in place of corrupt ones.
+    """Return the rows of a step's batch, with corrupt samples replaced by others of the epoch.
 
-    In place of row i, row i of the next batch is shown, or of the one after that: no two rows ever try the same sample,
-    so that the rows of other ranks need not be known, and a batch holds no sample twice.  Only if an epoch has no other
-    sound sample for a row is one of the same batch shown again.
+    A corrupt sample in row i is replaced by row i of the next batch, or of the batch after that.  No two rows ever try
+    the same sample, so a rank need not know the rows of other ranks, and a batch contains no sample twice.  A sample of
+    the same batch is repeated only if the epoch has no other good sample for the row.
 
-    An example: the epoch's order is a b c d e f g, a batch has 2 samples, and step 1 is to show c and d.  If both are
-    corrupt, row 0 tries e and row 1 tries f, where the next batch has them.  Then row 0 tries g and row 1 tries a: past
-    the end the order begins again.  Then row 0 tries b, and row 1 tries nothing: its place is in the batch itself.  At
-    last each tries the other sample of the batch: row 0 tries d, row 1 tries c.
+    Example: the epoch's order is a b c d e f g, a batch has 2 samples, and step 1 should show c and d.  If both are
+    corrupt, row 0 tries e and row 1 tries f, as in the next batch.  Next, row 0 tries g and row 1 tries a, because the
+    order wraps around at its end.  Then row 0 tries b, and row 1 tries nothing, because its next index is in the batch
+    itself.  Finally each row tries the other sample of the batch: row 0 tries d, row 1 tries c.
 
     Raises:
         ClipkdError: every sample tried is corrupt.
@@ -124,16 +124,16 @@ def fill_batch(data: OrderedData, step: int, rows: slice, geometries: Sequence[G
         is_missing_b[filled_t] = False
     if is_missing_b.any():
         raise ClipkdError(
-            f"step {step}: every sample tried for {is_missing_b.sum()} row(s) of the batch is damaged; "
-            f"the last: {damaged[-1].reason}: {damaged[-1].where}. Mend the data"
+            f"step {step}: every sample tried for {is_missing_b.sum()} row(s) of the batch is corrupt; "
+            f"the last: {damaged[-1].reason}: {damaged[-1].where}. Fix the data"
         )
     return replace(_join_rows(parts, geometries), damaged=tuple(damaged))
 
 
 def _places_to_try(row_b: NDArray[np.int64], size: int, total: int) -> Iterator[NDArray[np.int64]]:
-    """Yield for each attempt the place of the sample that each row tries, counted from the batch's start; -1 if none.
+    """Yield for each attempt the index of the sample that each row tries, counted from the batch's start; -1 for none.
 
-    First come the places outside of the batch, whose own are 0 to size - 1, then those inside.
+    Indices outside the batch come first, then those inside it (0 to size - 1).
     """
     for shift in range(size, total, size)[:_ATTEMPTS]:
         place_b = (row_b + shift) % total
@@ -143,7 +143,7 @@ def _places_to_try(row_b: NDArray[np.int64], size: int, total: int) -> Iterator[
 
 
 def _join_rows(parts: Sequence[tuple[NDArray[np.int64], Batch]], geometries: Sequence[Geometry]) -> Batch:
-    """Return one batch of several, its rows in the order of the numbers that stand beside each batch."""
+    """Return one batch joined from several, with its rows sorted by the row numbers given with each batch."""
     order_b = np.argsort(np.concatenate([row for row, _ in parts]), kind="stable")
     batches = [batch for _, batch in parts]
     captions = [caption for batch in batches for caption in batch.captions_B]

@@ -1,6 +1,6 @@
-"""Samples that cannot be shown: the kinds of damage, and how many a run has met.
+"""Corrupt samples: the reasons they are unusable, and a ledger of those a run has met.
 
-Importing this needs no torch.
+Importing this module needs no torch.
 """
 
 from collections import Counter
@@ -28,34 +28,34 @@ REASONS = (
     TRUNCATED, BROKEN, NOT_AN_IMAGE, ZERO_BYTES, TOO_LARGE, NO_FILE, NO_IMAGE, NO_CAPTION, BAD_UTF8, BAD_JSON, BAD_ROW,
     OPEN_QUOTE, BROKEN_TAR,
 )  # fmt: skip
-"""Every kind of damage there is a name for."""
+"""Every reason for which a sample is unusable."""
 
-_JUDGED_FROM = 1000  # samples shown before a run may stop, or all there are: one in the first batch says nothing
+_JUDGED_FROM = 1000  # samples shown (or all, if fewer) before a run may stop: a share of the first batch means nothing
 _EXAMPLES = 5
 
 
 class Damage(NamedTuple):
-    """A sample that cannot be shown."""
+    """A corrupt sample met while data was read."""
 
     sample: int
     reason: str
-    """The kind of damage, in few words, the same for every sample of the kind: what is counted by."""
+    """One of `REASONS`; samples are counted by it."""
 
     where: str
-    """Which file, and where in it, and what was wrong there, for a message."""
+    """The file, the position in it and the error, for a message."""
 
 
 class LeftOut(NamedTuple):
-    """What a source holds that is no sample, as its listing already showed."""
+    """Entries skipped while the data was listed, for one reason."""
 
     reason: str
     number: int
     examples: tuple[str, ...]
-    """The first few, where they are."""
+    """Locations of the first few."""
 
 
 class UnusableError(Exception):
-    """Inside of the readers: this sample cannot be shown; they make a `Damage` of it."""
+    """Raised inside the readers for a corrupt sample; they turn it into a `Damage`."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -63,7 +63,7 @@ class UnusableError(Exception):
 
 
 def merge_left_out(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
-    """Return one entry for each reason: the numbers added, the first few named."""
+    """Return one entry per reason, with the numbers added up and the first few examples kept."""
     by_reason: dict[str, LeftOut] = {}
     for left in left_out:
         before = by_reason.get(left.reason)
@@ -75,25 +75,25 @@ def merge_left_out(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
 
 
 def describe_left_out(left_out: Iterable[LeftOut]) -> list[str]:
-    """Return a sentence for each kind of sample that training will not show."""
-    return [f"left out, {left.reason}: {left.number:,}, the first {left.examples[0]}" for left in left_out]
+    """Return one message per reason for the samples that training skips."""
+    return [f"skipped, {left.reason}: {left.number:,}, first: {left.examples[0]}" for left in left_out]
 
 
 def describe(where: str, error: UnusableError) -> str:
-    """Return where a corrupt sample is and what is wrong there."""
+    """Return the location of a corrupt sample and its error."""
     return to_utf8(f"{where} ({error.detail})" if error.detail else where)
 
 
 def to_utf8(text: str) -> str:
-    """Return a file's name, which may hold any bytes, as text that messages and manifests can hold."""
+    """Return a file name, which may contain any bytes, as valid UTF-8 text for messages and manifests."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def strip_captions(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return captions without blanks around them, and without blank ones.
+    """Return captions without surrounding white space; blank captions are dropped.
 
     Raises:
-        UnusableError: none is left, or JSON spelt half a character.
+        UnusableError: no caption remains, or a JSON escape encodes half a character.
     """
     captions = tuple(text.strip() for text in texts if text.strip())
     if not captions:
@@ -107,7 +107,7 @@ def strip_captions(texts: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass
 class Ledger:
-    """The distinct damaged samples of a run, exactly; what was left out before it counts along."""
+    """The exact set of corrupt samples that a run has met; entries skipped while listing count too."""
 
     left_out: Sequence[LeftOut]
     num_samples: int
@@ -115,24 +115,25 @@ class Ledger:
     met: dict[int, Damage] = field(default_factory=dict)
 
     def add(self, damaged: Iterable[Damage]) -> list[str]:
-        """Note them; a sentence for each reason met for the first time."""
-        said = []
+        """Record corrupt samples; return one message for each reason met for the first time."""
+        messages = []
         known = {damage.reason for damage in self.met.values()}
         for damage in sorted(damaged):
             if self.met.setdefault(damage.sample, damage) is damage and damage.reason not in known:
                 known.add(damage.reason)
-                said.append(
-                    f"{damage.reason}: {damage.where}; another sample is shown in its place, and so for all further"
+                messages.append(
+                    f"{damage.reason}: {damage.where}; replaced by another sample; "
+                    "later ones are replaced without a message"
                 )
-        return said
+        return messages
 
     def check(self, shown: int) -> None:
-        """Stop a run that has met too many, once so many samples were shown that the share means something.
+        """Stop a run that has met too many corrupt samples, once enough were shown for a meaningful share.
 
-        What the listing left out counts as a share of all, what was met as a share of what was shown.
+        Entries skipped while listing count as a share of all; samples met in training as a share of those shown.
 
         Raises:
-            ClipkdError: the share of damaged samples exceeds the recipe's bound.
+            ClipkdError: the share of corrupt samples exceeds the recipe's limit.
         """
         missing, seen = sum(left.number for left in self.left_out), min(shown, self.num_samples)
         if seen < min(_JUDGED_FROM, self.num_samples):
@@ -142,35 +143,35 @@ class Ledger:
             first = self.examples()
             counts = "; ".join(f"{reason}: {number:,} ({first[reason][0]})" for reason, number in self.counts().items())
             raise ClipkdError(
-                f"{share:.1%} of the samples are damaged, judged by the first {seen:,}; data.max_damaged permits "
-                f"{self.max_damaged:.1%}. {counts}. Mend the data, or raise data.max_damaged, and the same command "
-                "continues from the last checkpoint"
+                f"{share:.1%} of the samples are corrupt, estimated from the first {seen:,}; data.max_damaged allows "
+                f"{self.max_damaged:.1%}. {counts}. Fix the data or raise data.max_damaged; the same command then "
+                "resumes from the last checkpoint"
             )
 
     def counts(self) -> dict[str, int]:
-        """Number of distinct samples by reason."""
+        """Return the number of distinct samples by reason."""
         counts = Counter(damage.reason for damage in self.met.values())
         for left in self.left_out:
             counts[left.reason] += left.number
         return {reason: counts[reason] for reason in sorted(counts)}
 
     def examples(self) -> dict[str, list[str]]:
-        """The first few by reason."""
+        """Return the first few locations by reason."""
         found: dict[str, list[str]] = {}
-        told = [(left.reason, where) for left in self.left_out for where in left.examples]
-        for reason, where in [*told, *((damage.reason, damage.where) for damage in self.met.values())]:
+        listed = [(left.reason, where) for left in self.left_out for where in left.examples]
+        for reason, where in [*listed, *((damage.reason, damage.where) for damage in self.met.values())]:
             if len(found.setdefault(reason, [])) < _EXAMPLES:
                 found[reason].append(where)
         return found
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest says; nothing where nothing was damaged."""
+        """Return the manifest's entries; empty if no sample was corrupt."""
         return {"damaged": self.counts(), "damaged_first": self.examples()} if self.counts() else {}
 
     def state(self) -> list[list[Any]]:
-        """For a checkpoint."""
+        """Return the state to store in a checkpoint."""
         return [list(damage) for damage in self.met.values()]
 
     def restore(self, state: Iterable[Sequence[Any]]) -> None:
-        """From a checkpoint's state."""
+        """Restore the state stored in a checkpoint."""
         self.met = {int(sample): Damage(int(sample), reason, where) for sample, reason, where in state}

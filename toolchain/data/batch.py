@@ -1,4 +1,4 @@
-"""What every kind of training data provides: batches that are pure functions of (seed, step)."""
+"""Define the interface of every kind of training data: batches that are pure functions of (seed, step)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from toolchain.data.bad_samples import Damage, LeftOut
 
 
 class Geometry(NamedTuple):
-    """The part of a model's preprocessing that a batch is prepared for: models that agree in it share the pixels."""
+    """The part of a model's preprocessing that determines pixels; models with the same geometry share them."""
 
     size: int
     """Height and width."""
@@ -22,30 +22,29 @@ class Geometry(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Image-text pairs of one optimizer step, or a process's share of them.
+    """Image-text pairs of one optimizer step, or one rank's share of them.
 
-    Damaged samples are not among its rows: a batch of a step shows others in their place, a view of chosen samples is
-    shorter for them.
+    Its rows contain no corrupt samples: a step's batch replaces them, and a view of chosen samples has fewer rows.
     """
 
     pixels: dict[Geometry, Tensor]
-    """uint8 [B, 3, H, H], the same views for every geometry asked for."""
+    """uint8 [B, 3, H, H] for every requested geometry, all showing the same views."""
 
     captions_B: list[str]
     sample_B: NDArray[np.int64]
-    """Which samples of the data these are: what masks are drawn by and messages name."""
+    """Sample numbers of the rows; masks are drawn from them and messages name them."""
 
     pick_B: NDArray[np.int64]
-    """Which of its sample's captions, as `captions_of` lists them, each row shows."""
+    """Index of each row's caption in the list that `captions_of` returns."""
 
     view: int
     damaged: tuple[Damage, ...] = ()
 
 
 class TrainingData(Protocol):
-    """Training samples in an order, and with augmentations, that are pure functions of seed, step and sample.
+    """Training samples whose order and augmentations are pure functions of seed, step and sample.
 
-    No position is kept: any process can make any batch, before or after any other.
+    No position is stored, so any process can make any batch, before or after any other.
     """
 
     @property
@@ -56,37 +55,37 @@ class TrainingData(Protocol):
 
     @property
     def num_views(self) -> int | None:
-        """Distinct augmentations of each sample; epoch e shows view e mod `num_views`.  None: every epoch its own."""
+        """Number of augmentations per sample; epoch e shows view e mod `num_views`.  None: every epoch has its own."""
         ...
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """What the listing of the data already showed to be no sample."""
+        """Entries skipped while listing the data, counted by reason."""
         ...
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step, other samples in place of damaged ones."""
+        """Return rows of an optimizer step's batch, with corrupt samples replaced by others."""
         ...
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples, the damaged ones left out."""
+        """Return one view of chosen samples without the corrupt ones."""
         ...
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] every caption that chosen samples may be shown with; none for a damaged one."""
+        """Return [B] all captions that each chosen sample may be shown with; none for a corrupt sample."""
         ...
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
-        """uint8 [B, 3, H, H] chosen samples as evaluation would show them: no augmentation; damaged ones left out."""
+        """Return uint8 [B, 3, H, H] chosen samples without augmentation, as in evaluation; corrupt ones are dropped."""
         ...
 
 
 class OrderedData(TrainingData, Protocol):
-    """Training data whose samples have an order in each epoch: what can replace a corrupt sample, and can be mixed."""
+    """Training data with an order of samples in each epoch, as needed to replace corrupt samples and to mix sources."""
 
     @property
     def batch_size(self) -> int: ...
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the samples at some places of an epoch's order."""
+        """Return the samples at positions `start` to `stop` of an epoch's order."""
         ...

@@ -1,6 +1,6 @@
-"""Count how long captions are in tokens of CLIP's stock tokenizer, without torch; in words where it is not installed.
+"""Measure captions in tokens of CLIP's stock tokenizer, without torch; in words if open_clip is not installed.
 
-The vocabulary is the file that open_clip brings; reading it imports nothing of open_clip's.
+The vocabulary is the file installed with open_clip; reading it imports nothing from open_clip.
 """
 
 import gzip
@@ -12,12 +12,12 @@ from pathlib import Path
 import ftfy
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-_NUM_MERGES = 49152 - 256 - 2  # of the file's: CLIP's vocabulary is 49,408 with the single bytes and two special tokens
+_NUM_MERGES = 49152 - 256 - 2  # merges read; with single bytes and two special tokens: 49,408
 _PATTERN = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def make_counter() -> tuple[str, Callable[[str], int]]:
-    """Return "tokens" or "words", and a function that counts them in a caption, start and end tokens included."""
+    """Return "tokens" or "words", and a function that counts them in a caption, including start and end tokens."""
     found = importlib.util.find_spec("open_clip")
     folders = list(found.submodule_search_locations or []) if found else []
     vocabulary = Path(folders[0]) / "bpe_simple_vocab_16e6.txt.gz" if folders else None
@@ -28,12 +28,12 @@ def make_counter() -> tuple[str, Callable[[str], int]]:
 
 
 def _clean(caption: str) -> str:
-    """Return text as CLIP cleans it: mended, HTML's entities resolved (twice), spaces single, lower case."""
+    """Return text cleaned as by CLIP: fixed by ftfy, HTML entities resolved (twice), single spaces, lower case."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()).lower()
 
 
 def _make_tokenizer(vocabulary: Path) -> Tokenizer:
-    """Return CLIP's byte-level BPE: bytes, bytes that end a word, and merges in the order of their learning."""
+    """Return CLIP's byte-level BPE: bytes, bytes that end a word, and merges in the order they were learnt."""
     lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
     pairs = [tuple(line.split()) for line in lines[1 : 1 + _NUM_MERGES]]
     merges = [(first, second) for first, second in pairs]

@@ -1,6 +1,6 @@
-"""List the samples of CSV files, and what in them is none.
+"""List the samples of CSV files, and report rows that are unusable.
 
-Importing this needs no torch.
+Importing this module needs no torch.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from toolchain.errors import ClipkdError, UsageError
 from toolchain.recipe.data import CsvSpec
 
 _LONGEST_ROW = 100  # lines that a quoted field may span
-_LONGEST_LINE = 1 << 20  # bytes; a longer one is damage
+_LONGEST_LINE = 1 << 20  # bytes; a longer line is treated as corrupt
 
 
 class CsvRow(NamedTuple):
-    """A row of a CSV file: where it lies and what its fields are, or why it has none."""
+    """A row of a CSV file: its position and its fields, or the reason it is unusable."""
 
     offset: int
     size_bytes: int
@@ -42,9 +42,9 @@ class CsvRow(NamedTuple):
 
 
 def split_fields(row: str, delimiter: str, *, quoted: bool) -> list[str] | None:
-    """Return the fields of a row; None if a quote is not closed, or not at the end of a field.
+    """Return the fields of a row; None if a quote is not closed, or closes before the end of a field.
 
-    Quotes count only if they are said to; then one in the middle of a bare field is an error (RFC 4180).
+    Quotes have a meaning only if `quoted` is set; a quote inside an unquoted field is then an error (RFC 4180).
     """
     if not quoted:
         return row.split(delimiter)
@@ -80,20 +80,20 @@ class _Line(NamedTuple):
 
 
 class _Dialect(NamedTuple):
-    """How a file's rows are written."""
+    """The format of a file's rows."""
 
     delimiter: str
     quoted: bool
     width: int = 0
-    """Number of fields; 0: any number is right."""
+    """Number of fields; 0 accepts any number."""
 
 
 def read_csv_rows(path: Path, delimiter: str, *, quoted: bool) -> Iterator[CsvRow]:
     """Yield the rows of a file, its header first.
 
-    A row is a line.  Only a quoted field may go on in the next ones, and only to where it closes, the row then has as
-    many fields as the header, and none of the lines taken along is such a row by itself: an unbalanced quote swallows
-    no good row.
+    A row is a line.  Only a quoted field may span several lines, and only if its quote closes, the joined row has as
+    many fields as the header, and none of the joined lines is a complete row by itself.  So an unbalanced quote never
+    swallows a good row.
     """
     dialect = _Dialect(delimiter, quoted)
     with path.open("rb") as file:
@@ -109,9 +109,9 @@ def read_csv_rows(path: Path, delimiter: str, *, quoted: bool) -> Iterator[CsvRo
 
 
 def _join_lines(line: _Line, lines: Iterator[_Line], ahead: deque[_Line], dialect: _Dialect) -> CsvRow | None:
-    """Return the row that begins in a line and ends in a later one; None if it ends nowhere.
+    """Return the row that begins in a line and ends in a later one; None if it never ends.
 
-    `lines` are those not read yet; `ahead` keeps those that were read and belong to no row yet.
+    `lines` yields the unread lines; `ahead` holds lines that were read but belong to no row yet.
     """
     joined = line.content
     for taken in range(_LONGEST_ROW):
@@ -157,7 +157,7 @@ def _parse_row(line: _Line, dialect: _Dialect) -> CsvRow:
 
 @dataclass(frozen=True)
 class _Table:
-    """One file, and which of its columns are read."""
+    """One CSV file and the columns read from it."""
 
     path: Path
     size_bytes: int
@@ -167,22 +167,22 @@ class _Table:
     captions: tuple[int, ...]
 
     def missing_in(self, fields: Sequence[str]) -> str:
-        """Return the kind of damage of a row that names no image or has no caption; "" if it has both."""
+        """Return the reason a row is unusable if it has no image name or no caption; "" if it has both."""
         if not fields[self.image].strip():
             return NO_IMAGE
         return "" if any(fields[c].strip() for c in self.captions) else NO_CAPTION
 
 
 class CsvListing:
-    """Samples of CSV files, each an image and the rows that name it; rows are read when they are asked for.
+    """Samples of CSV files: each is an image and all rows that name it.  Rows are read on demand.
 
-    Kept in memory are 32 bytes a row and 8 a sample.
+    Memory use is 32 bytes per row and 8 per sample.
     """
 
     def __init__(self, spec: CsvSpec) -> None:
         self._root = None if spec.root is None else Path(spec.root)
         self._tables: list[_Table] = []
-        self._table_R, self._offset_R, self._bytes_R = array("q"), array("q"), array("q")  # where each row lies
+        self._table_R, self._offset_R, self._bytes_R = array("q"), array("q"), array("q")  # position of each row
         self._next_R = array("q")  # the next row of the same sample, or -1
         self._first_N = array("q")  # the first row of each sample
         last_row: dict[bytes, int] = {}
@@ -196,7 +196,7 @@ class CsvListing:
     def _add_rows(self, rows: Iterable[CsvRow], last_row: dict[bytes, int]) -> list[LeftOut]:
         """Add the rows of the last table, and return those that are unusable.
 
-        `last_row` is the last row of each image so far, by a hash of the image's path.
+        `last_row` maps a hash of each image's path to the last row of that image so far.
         """
         number, table = len(self._tables) - 1, self._tables[-1]
         left_out: list[LeftOut] = []
@@ -214,7 +214,7 @@ class CsvListing:
         return left_out
 
     def _link(self, row: int, image: str, last_row: dict[bytes, int]) -> None:
-        """Make a new sample of a row, or append it to those of its image."""
+        """Start a new sample with a row, or append the row to the sample of its image."""
         key = hashlib.blake2b(image.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         before = last_row.get(key)
         if before is None:
@@ -231,7 +231,7 @@ class CsvListing:
         return self._image_path(*self._read(self._first_N[sample]))
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        """Return those of every row that names the image, in order, and of every column."""
+        """Return the captions of every row that names the image, in order, from every caption column."""
         found: list[str] = []
         row = self._first_N[sample]
         while row >= 0:
@@ -249,14 +249,15 @@ class CsvListing:
         return (self._root or table.path.parent) / fields[table.image].strip()
 
     def _read(self, row: int) -> tuple[_Table, list[str]]:
-        """Return a row's table and fields; every row that was listed is one, as long as its file stays as it was."""
+        """Return a row's table and fields; the file must not have changed since it was listed."""
         table, offset = self._tables[self._table_R[row]], self._offset_R[row]
         try:
             with table.path.open("rb") as file:
                 about = os.fstat(file.fileno())
                 if (about.st_size, about.st_mtime_ns) != (table.size_bytes, table.mtime_ns):
                     raise ClipkdError(
-                        f"{table.path}: has changed since training began; samples are numbered anew. Start again"
+                        f"{table.path}: has changed since training began, so sample numbers no longer match. Start "
+                        "training again"
                     )
                 file.seek(offset)
                 content = file.read(self._bytes_R[row])
@@ -272,8 +273,8 @@ def _make_table(path: Path, header: CsvRow | None, spec: CsvSpec) -> _Table:
     missing = [name for name in (spec.image_column, *wanted) if columns.count(name) != 1]
     if missing:
         raise UsageError(
-            f"{path}: no column, or more than one, is called {', '.join(missing)}; its first line, cut at "
-            f"{spec.delimiter!r}, names: {to_utf8(', '.join(columns[:20])) or 'nothing'}. Mend data.image_column, "
+            f"{path}: no column, or more than one, is called {', '.join(missing)}; its first line, split at "
+            f"{spec.delimiter!r}, names: {to_utf8(', '.join(columns[:20])) or 'nothing'}. Fix data.image_column, "
             "data.caption_column or data.delimiter"
         )
     dialect = _Dialect(spec.delimiter, spec.quoted, len(columns))

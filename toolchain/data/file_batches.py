@@ -1,4 +1,4 @@
-"""Image-text pairs from files on a disk (a `Listing`), every batch a pure function of (seed, step)."""
+"""Read image-text pairs from files on disk (a `Listing`); every batch is a pure function of (seed, step)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ _ORDER = 0  # column of `uniforms`
 
 @dataclass(frozen=True, eq=False)
 class FileBatches:
-    """Pairs of a listing by step; an epoch shows them in any order.
+    """Batches from a listing, by step; each epoch shuffles all samples.
 
     Raises:
-        UsageError: there are fewer samples than a batch has.
+        UsageError: there are fewer samples than one batch.
     """
 
     listing: Listing
     seed: int
     batch_size: int
     crop_scale: tuple[float, float]
-    """Share of the picture's area that a crop keeps, from and to."""
+    """Smallest and largest share of the image's area that a crop keeps."""
 
     num_views: int | None = None
 
@@ -42,7 +42,7 @@ class FileBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: what is left over in one epoch comes elsewhere in the next."""
+        """Number of whole batches; the next epoch shows the remaining samples at other positions."""
         return self.num_samples // self.batch_size
 
     @property
@@ -50,22 +50,22 @@ class FileBatches:
         return self.listing.left_out
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at some places of an epoch's order."""
+        """Return the samples at positions `start` to `stop` of an epoch's order."""
         return _shuffle(self.seed, self.num_samples, epoch)[start:stop]
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step, and what stands in for damaged ones.
+        """Return rows of an optimizer step's batch, with corrupt samples replaced.
 
         Raises:
-            ClipkdError: a CSV file has changed or gone, or there is nothing sound to show.
+            ClipkdError: a CSV file has changed or is missing, or there is no good sample to show.
         """
         return fill_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples, the damaged left out; every geometry shows the same crop.
+        """Return one view of chosen samples without the corrupt ones; every geometry shows the same crop.
 
         Raises:
-            ClipkdError: a CSV file has changed or gone.
+            ClipkdError: a CSV file has changed or is missing.
         """
         samples = (
             UnreadSample(
@@ -82,10 +82,10 @@ class FileBatches:
         return read_image(self.listing.image_path(sample))
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] the captions of chosen samples, none where they are damaged; pictures are not read.
+        """Return [B] the captions of chosen samples, none where they are corrupt; images are not read.
 
         Raises:
-            ClipkdError: a CSV file has changed or gone.
+            ClipkdError: a CSV file has changed or is missing.
         """
         captions_B: list[tuple[str, ...]] = []
         for sample in sample_B.tolist():
@@ -96,10 +96,10 @@ class FileBatches:
         return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
-        """uint8 [B, 3, H, H] chosen samples, as much of the picture as a crop can hold; damaged ones left out.
+        """Return uint8 [B, 3, H, H] chosen samples with the largest crop of each image; corrupt ones are dropped.
 
         Raises:
-            ClipkdError: a CSV file has changed or gone.
+            ClipkdError: a CSV file has changed or is missing.
         """
         return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
 

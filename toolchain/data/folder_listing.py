@@ -1,6 +1,6 @@
 """List the images of class folders and of unlabelled folders.
 
-Importing this needs no torch.
+Importing this module needs no torch.
 """
 
 import os
@@ -20,7 +20,7 @@ _PROMPTS_PER_IMAGE = 8
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images of FOLDER/CLASS/IMAGE, with every template of every name of their class for captions."""
+    """Images in FOLDER/CLASS/IMAGE; their captions are all templates filled with all names of the class."""
 
     paths_N: list[str]
     class_N: "array[int]"
@@ -34,7 +34,7 @@ class ClassFolders:
             (path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")), key=os.fsencode
         )
         if not folders:
-            raise UsageError(f"data.path: {root}: expected a folder for each class, and pictures in those; found none")
+            raise UsageError(f"data.path: {root}: expected one folder of images per class; found no folder")
         names = None if spec.names is None else _read_names(require_file(spec.names))
         unknown = [folder.name for folder in folders if names is not None and folder.name not in names]
         if unknown:
@@ -42,16 +42,16 @@ class ClassFolders:
                 f"{spec.names}: has no name for {len(unknown)} of {len(folders)} folders: "
                 f"{to_utf8(', '.join(unknown[:5]))}. Add a line FOLDER<tab>NAME for each"
             )
-        pictures: list[str] = []
+        images: list[str] = []
         classes = array("q")
         captions = []
         for k, folder in enumerate(folders):
             called = [to_utf8(folder.name).replace("_", " ")] if names is None else names[folder.name]
             captions.append(_make_prompts(spec.templates, called))
             for path in list_images(folder):
-                pictures.append(str(path))
+                images.append(str(path))
                 classes.append(k)
-        return cls(pictures, classes, captions)
+        return cls(images, classes, captions)
 
     def __len__(self) -> int:
         return len(self.paths_N)
@@ -68,7 +68,7 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class UnlabelledImages:
-    """Images without captions; each is shown with some of the classes' prompts, drawn by chance."""
+    """Images without captions; each is shown with a few randomly drawn prompts of the classes."""
 
     paths_N: list[str]
     prompts: tuple[str, ...]
@@ -79,7 +79,7 @@ class UnlabelledImages:
         lines = _read_text(require_file(spec.classes)).splitlines()
         classes = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if len(classes) < 2:
-            raise UsageError(f"{spec.classes}: expected two classes or more, one a line; got {len(classes)}")
+            raise UsageError(f"{spec.classes}: expected at least two classes, one per line; got {len(classes)}")
         return cls(
             [str(path) for path in list_images(require_folder(spec.path))], _make_prompts(spec.templates, classes)
         )
@@ -91,7 +91,7 @@ class UnlabelledImages:
         return Path(self.paths_N[sample])
 
     def captions(self, sample: int) -> tuple[str, ...]:
-        """Return a few prompts: what may be shown with an image is stored with it in a teacher cache."""
+        """Return a few prompts; only a few, because a teacher cache stores all of them with the image."""
         count = min(_PROMPTS_PER_IMAGE, len(self.prompts))
         return tuple(random.Random(sample).sample(self.prompts, count))
 

@@ -1,4 +1,4 @@
-"""Batches of glyphs by step: no batch holds a character twice."""
+"""Make batches of glyphs by step; no batch contains a character twice."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from toolchain.errors import UsageError
 
 @dataclass(frozen=True)
 class GlyphBatches:
-    """Glyphs by step; no batch holds a character twice, so that every label off the diagonal is truly negative."""
+    """Batches of glyphs by step; no batch contains a character twice, so all off-diagonal pairs are true negatives."""
 
     samples: TrainingSet
     seed: int
     batch_size: int
     views: int
-    """Distinct augmentations of each sample; epoch e shows view e mod views."""
+    """Number of augmentations per sample; epoch e shows view e mod `views`."""
 
     left_out = ()
 
@@ -40,11 +40,11 @@ class GlyphBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """One batch fewer than fit: room for the characters that still meet at an epoch's end."""
+        """One batch fewer than fit, which leaves room for characters that still collide at an epoch's end."""
         return max(1, self.num_samples // self.batch_size - 1)
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step.
+        """Return rows of an optimizer step's batch.
 
         Raises:
             UsageError: the batch is too large for the number of distinct characters.
@@ -53,22 +53,23 @@ class GlyphBatches:
         batches = _epoch_batches(self, epoch)
         if index >= len(batches):
             raise UsageError(
-                f"batch_size {self.batch_size}: a batch holds no character twice, and of {len(self.samples.names)} "
-                f"characters only {len(batches)} such batches can be made; lower distill.batch_size"
+                f"batch_size {self.batch_size}: a batch may not contain a character twice, and "
+                f"{len(self.samples.names)} characters make only {len(batches)} such batches; lower "
+                "distill.batch_size"
             )
         return self.view_of(batches[index][rows], epoch % self.views, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples."""
+        """Return one view of chosen samples."""
         names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
         template_B = template_picks(self.seed, sample_B, view)
         captions_B = [TEMPLATES[t].format(name) for t, name in zip(template_B.tolist(), names_B, strict=True)]
         drawn_B3HH = draw_views(self.samples.masks_NSS[sample_B], self.seed, sample_B, view)
-        pixels = {geometry: _resized(drawn_B3HH, geometry) for geometry in geometries}
+        pixels = {geometry: _resize(drawn_B3HH, geometry) for geometry in geometries}
         return Batch(pixels, captions_B, sample_B, np.full(len(sample_B), view % self.views), view)
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] the caption of each view."""
+        """Return [B] the captions of each sample, one per view."""
         names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
         template_BV = np.stack([template_picks(self.seed, sample_B, view) for view in range(self.views)], 1).tolist()
         return [
@@ -77,12 +78,12 @@ class GlyphBatches:
         ]
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
-        """uint8 [B, 3, H, H] chosen samples, black on white."""
+        """Return uint8 [B, 3, H, H] chosen samples, black on white."""
         clean_BHH3 = torch.from_numpy(clean_images(self.samples.masks_NSS[sample_B]))
-        return _resized(clean_BHH3.movedim(-1, 1).contiguous(), geometry)
+        return _resize(clean_BHH3.movedim(-1, 1).contiguous(), geometry)
 
 
-def _resized(pixels_B3HH: Tensor, geometry: Geometry) -> Tensor:
+def _resize(pixels_B3HH: Tensor, geometry: Geometry) -> Tensor:
     size = (geometry.size, geometry.size)
     if pixels_B3HH.shape[-2:] == size:
         return pixels_B3HH
@@ -93,9 +94,9 @@ def _resized(pixels_B3HH: Tensor, geometry: Geometry) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _epoch_batches(data: GlyphBatches, epoch: int) -> NDArray[np.int64]:
-    """[steps, B] sample indices of one epoch: every sample at most once, no character twice in a row of B.
+    """Return [steps, B] sample indices of one epoch: every sample at most once, no character twice in a batch.
 
-    The faces of a character are spread evenly over the epoch; the few that still meet are moved to a later batch.
+    The faces of a character are spread evenly over the epoch; the few that still collide are moved to a later batch.
     """
     character_N = data.samples.character_N
     random = np.random.default_rng([data.seed, epoch])
@@ -103,7 +104,7 @@ def _epoch_batches(data: GlyphBatches, epoch: int) -> NDArray[np.int64]:
     shuffled_N = random.permutation(num_samples)
     shuffled_N = shuffled_N[
         np.argsort(character_N[shuffled_N], kind="stable")
-    ]  # by character, its faces in random order
+    ]  # sorted by character, with the faces of each in random order
     counts_K = np.bincount(character_N)
     rank_N = np.arange(num_samples) - np.repeat(np.cumsum(counts_K) - counts_K, counts_K)
     phase_N = (rank_N + random.random(num_samples)) / np.repeat(counts_K, counts_K)
@@ -121,6 +122,6 @@ def _epoch_batches(data: GlyphBatches, epoch: int) -> NDArray[np.int64]:
             if chosen.setdefault(int(character_N[sample]), sample) != sample:
                 postponed.append(sample)
         if len(chosen) < data.batch_size:
-            break  # only repeats are left
+            break  # only repeated characters remain
         batches.append(list(chosen.values()))
     return np.array(batches, np.int64).reshape(-1, data.batch_size)

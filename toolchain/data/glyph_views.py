@@ -1,4 +1,4 @@
-"""Augmented views of glyphs: rotation, shear, scale, shift, colours and noise."""
+"""Draw augmented views of glyphs: rotation, shear, scale, shift, colours and noise."""
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ _ROTATION = 0.21  # radians, about 12 degrees
 _SHEAR = 0.25
 _LOG_SCALE = 0.22
 _LOG_ASPECT = 0.16
-_SHIFT = 0.14  # of half the image
-_NOISE = 0.08  # standard deviation at the most, of the full range
+_SHIFT = 0.14  # share of half the image
+_NOISE = 0.08  # largest standard deviation, as a share of the full range
 _MIN_CONTRAST = 0.35
 
 
 def draw_views(masks_BSS: NDArray[np.uint8], seed: int, sample_B: NDArray[np.int64], view: int) -> Tensor:
-    """Distorted, coloured and noisy images [B, 3, H, H], uint8, of clean glyph masks."""
+    """Return uint8 [B, 3, H, H] distorted, coloured and noisy images of clean glyph masks."""
     random_BR = torch.from_numpy(uniforms(seed, sample_B, view, 16)).float()
     signed_BR = 2 * random_BR - 1
     angle = _ROTATION * signed_BR[:, 0]
@@ -35,12 +35,12 @@ def draw_views(masks_BSS: NDArray[np.uint8], seed: int, sample_B: NDArray[np.int
         1,
     )
     ink_B1SS = torch.from_numpy(masks_BSS).unsqueeze(1).float() / 255
-    ink_B1SS = F.avg_pool2d(ink_B1SS, 3, stride=1, padding=1)  # softens the edge: room for the stroke weight below
+    ink_B1SS = F.avg_pool2d(ink_B1SS, 3, stride=1, padding=1)  # softens the edge, so the stroke weight below can change
     grid_BHH2 = F.affine_grid(theta_B23, [len(masks_BSS), 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
     ink_B1HH = F.grid_sample(ink_B1SS, grid_BHH2, padding_mode="zeros", align_corners=False)
     weight_B111 = torch.exp2(signed_BR[:, 6]).view(
         -1, 1, 1, 1
-    )  # exponent of the coverage: below 1 bolder, above lighter
+    )  # exponent of the ink coverage: below 1 is bolder, above 1 lighter
     ink_B1HH = ink_B1HH.clamp(0, 1) ** weight_B111
     paper_B3, pen_B3 = random_BR[:, 7:10], random_BR[:, 10:13]
     luma = torch.tensor([0.299, 0.587, 0.114])
@@ -54,7 +54,7 @@ def draw_views(masks_BSS: NDArray[np.uint8], seed: int, sample_B: NDArray[np.int
 
 
 def template_picks(seed: int, sample_B: NDArray[np.int64], view: int) -> NDArray[np.int64]:
-    """[B] which prompt template the caption of a view uses."""
+    """Return [B] the index of the prompt template that each view's caption uses."""
     return (uniforms(seed, sample_B, view, 17)[:, 16] * len(TEMPLATES)).astype(np.int64)
 
 
@@ -62,7 +62,7 @@ _FIELD = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
 
 
 def _noise(random_B2: Tensor) -> Tensor:
-    """[B, 1, H, H] standard normal noise: a window of one fixed field, its place chosen by two uniform numbers."""
+    """Return [B, 1, H, H] standard normal noise: windows of one fixed field at positions set by two uniform numbers."""
     corner_B2 = (random_B2 * (len(_FIELD) - IMAGE_SIZE)).long().numpy()
     span = np.arange(IMAGE_SIZE)
     rows, columns = corner_B2[:, :1] + span, corner_B2[:, 1:] + span

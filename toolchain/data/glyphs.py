@@ -1,9 +1,9 @@
-"""Glyphs: an image-text data set that needs no download, drawn from the fonts Matplotlib installs.
+"""Draw glyphs: an image-text dataset that needs no download, made from the fonts that Matplotlib installs.
 
-A sample is one named character in one face; its caption is the character's Unicode name, so captions are
-compositional ("latin capital letter a with circumflex") and thousands of concepts exist.  The training faces are
-seven of the DejaVu family; the zero-shot sets are another family (`stix`), another cut (`serif`) and characters
-that training never saw (`novel`).
+A sample is one named character in one face.  Its caption is the character's Unicode name, so captions are
+compositional ("latin capital letter a with circumflex") and thousands of concepts exist.  The training faces are seven
+of the DejaVu family.  The zero-shot sets are another family (`stix`), another cut (`serif`) and characters that
+training never shows (`novel`).
 
 Fonts: DejaVu (Bitstream Vera and Arev licences, changes in the public domain) and STIX (SIL Open Font Licence 1.1).
 They are read from Matplotlib's installation and never copied.
@@ -34,10 +34,10 @@ EVAL_FACES = {"stix": "STIXGeneral", "serif": "DejaVuSerif", "novel": "DejaVuSan
 TEMPLATES = ("{}", "the character {}", "a drawing of {}")
 IMAGE_SIZE = 32
 
-_DRAWN_SIZE = 64  # glyphs are drawn at twice the output size, so that one affine warp both distorts and antialiases
+_DRAWN_SIZE = 64  # glyphs are drawn at twice the output size, so one affine warp distorts and antialiases
 _EM = 46  # leaves room for the tallest accents and the deepest descenders of a typical face
 _BASELINE = 46
-_RENDERER = 1  # raise when a drawn bitmap may change
+_RENDERER = 1  # increase when a drawn bitmap may change
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Face:
 
     code_points_N: NDArray[np.int32]
     masks_NSS: NDArray[np.uint8]
-    """Ink coverage, 0 to 255, glyph on its baseline and centred sideways."""
+    """Ink coverage, 0 to 255; the glyph stands on its baseline and is centred horizontally."""
 
 
 def name_of(code_point: int) -> str:
-    """The caption's core: the character's Unicode name in lower case."""
+    """Return the core of a caption: the character's Unicode name in lower case."""
     return unicodedata.name(chr(code_point)).lower()
 
 
 def is_novel(code_point: int) -> bool:
-    """Whether a character is held out of all training (one in ten, by a hash that no library version changes)."""
+    """Return True for characters held out of all training: one in ten, by a hash that no library version changes."""
     return int.from_bytes(hashlib.sha256(str(code_point).encode()).digest(), "big") % 10 == 0
 
 
 def font_path(face: str) -> Path:
-    """Where Matplotlib keeps a face."""
+    """Return the path of a face in Matplotlib's installation."""
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
@@ -68,7 +68,7 @@ def font_path(face: str) -> Path:
 
 @cache
 def fingerprint() -> str:
-    """What the data depends on: the font files' bytes, and what draws them."""
+    """Return a hash of what the data depends on: the font files' bytes and the renderer's version."""
     digest = hashlib.sha256(f"renderer {_RENDERER} freetype {features.version('freetype2')}".encode())
     for face in (*TRAIN_FACES, *EVAL_FACES.values()):
         digest.update(hashlib.sha256(font_path(face).read_bytes()).digest())
@@ -81,7 +81,7 @@ def cache_folder() -> Path:
 
 @cache
 def load_face(face: str) -> Face:
-    """A face's characters, drawn once per machine and kept in the user's cache folder."""
+    """Return a face's characters, drawn once per machine and kept in the user's cache folder."""
     path = cache_folder() / f"{face}.npz"
     if not path.exists():
         code_points, masks = _draw_face(font_path(face))
@@ -103,7 +103,7 @@ def _draw_face(path: Path) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
             continue
         mask_SS = _draw(font, path, chr(code_point))
         if mask_SS.any() and not np.array_equal(mask_SS, missing):
-            first_with.setdefault(mask_SS.tobytes(), code_point)  # of look-alikes the lowest code point stays
+            first_with.setdefault(mask_SS.tobytes(), code_point)  # identical drawings keep the lowest code point
     shape = (len(first_with), _DRAWN_SIZE, _DRAWN_SIZE)
     masks_NSS = np.frombuffer(b"".join(first_with), np.uint8).reshape(shape)
     return np.array(list(first_with.values()), np.int32), masks_NSS
@@ -124,18 +124,18 @@ def _draw(font: ImageFont.FreeTypeFont, path: Path, character: str) -> NDArray[n
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """Every training sample, by index: one character in one face."""
+    """All training samples, by index: one character in one face each."""
 
     masks_NSS: NDArray[np.uint8]
     character_N: NDArray[np.int64]
-    """Index into `names`: what a batch may hold only once."""
+    """Index into `names`; a batch may contain each only once."""
 
     names: list[str]
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A zero-shot set: one clean image per class, class k being `names[k]`."""
+    """A zero-shot set with one clean image per class; class k is `names[k]`."""
 
     images_KHWC: NDArray[np.uint8]
     names: list[str]
@@ -153,9 +153,9 @@ def training_set() -> TrainingSet:
 
 @cache
 def eval_set(name: str) -> EvalSet:
-    """One of `stix`, `serif`, `novel`: black on white, undistorted.
+    """Return the set `stix`, `serif` or `novel`: black on white, undistorted.
 
-    The faces of one family share some drawings: what training shows, to the bit, is no test.
+    Faces of one family share some drawings; a drawing that is identical to a training sample is excluded.
     """
     face = load_face(EVAL_FACES[name])
     trained = {mask_SS.tobytes() for mask_SS in training_set().masks_NSS}
@@ -170,7 +170,7 @@ def eval_set(name: str) -> EvalSet:
 
 
 def clean_images(masks_KSS: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[K, H, H, 3] black on white, undistorted: how evaluation shows a glyph."""
+    """Return [K, H, H, 3] glyphs black on white and undistorted, as evaluation shows them."""
     size = _DRAWN_SIZE // 2
     gray_KHH = 255 - masks_KSS.reshape(-1, size, 2, size, 2).mean((2, 4)).round().astype(np.uint8)
     return np.repeat(gray_KHH[..., None], 3, axis=-1)

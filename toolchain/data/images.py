@@ -1,6 +1,6 @@
-"""Images: from a file's bytes to the crop that a model is shown.
+"""Turn the bytes of an image file into the crop that a model is shown.
 
-Importing this needs no torch, with which crops are resized.
+Importing this module needs no torch; only resizing crops does.
 """
 
 import io
@@ -29,20 +29,20 @@ SUFFIXES_OF_FORMAT = {
     "GIF": ("gif",),
     "TIFF": ("tif", "tiff"),
 }
-"""The formats that training and evaluation read, and the suffixes of their files; the first is the one packing writes.
+"""The formats that training and evaluation read, with their file suffixes; packing writes the first suffix.
 
-An image is decoded by its bytes, whatever its name says.  Pillow's other decoders should not see strangers' files."""
+The format is detected from the bytes, not from the name.  Pillow's other decoders should not see untrusted files."""
 
 FORMATS = tuple(SUFFIXES_OF_FORMAT)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
 """In lower case, without a dot, in order of preference where a sample has several images."""
 
-_ASPECT = (3 / 4, 4 / 3)  # of the crops' width over height, as in CLIP-KD
+_ASPECT = (3 / 4, 4 / 3)  # range of a crop's width over height, as in CLIP-KD
 _TRIES = 10
-_GAP = 2.0  # how much finer than asked for a picture must stay where it is first scaled cheaply: 40 dB (test_shards)
-_SCALES = (8, 4, 2)  # 1 / these: at which libjpeg decodes for less
+_GAP = 2.0  # a cheaply scaled image must stay this much finer than the result: 40 dB (test_webdataset_shards)
+_SCALES = (8, 4, 2)  # libjpeg decodes faster at 1 / these sizes
 
-_TURNS = {  # by EXIF's orientation
+_TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -53,12 +53,12 @@ _TURNS = {  # by EXIF's orientation
 }
 
 MAX_PIXELS = 1 << 26
-"""A picture of more is refused by its header: decoded, it takes 4 bytes a pixel, 256 MB in each loader.
+"""A larger image is refused by its header, because decoding takes 4 bytes per pixel: 256 MB in each loader.
 
-A JPEG of one scan may have 64 times as many, as it is decoded, strip by strip, at an eighth of its size."""
+A JPEG with one scan may have 64 times as many pixels, because it is decoded in strips at an eighth of its size."""
 
 CROP_NUMBERS = 4 * _TRIES
-"""How many random numbers a crop is drawn from."""
+"""Number of random numbers that a crop is drawn from."""
 
 
 def is_image_name(name: str) -> bool:
@@ -69,11 +69,11 @@ def is_image_name(name: str) -> bool:
 def crop_box(
     width: int, height: int, crop_scale: tuple[float, float], random_R: NDArray[np.float64]
 ) -> tuple[int, int, int, int]:
-    """CLIP-KD's random crop (arXiv:2307.12732; torchvision's RandomResizedCrop): left, top, right, bottom in pixels.
+    """Return CLIP-KD's random crop (arXiv:2307.12732; torchvision's RandomResizedCrop): left, top, right, bottom in px.
 
-    The area is uniform in `crop_scale` of the picture's, the logarithm of the aspect ratio uniform between those of 3:4
-    and 4:3, the place uniform.  What does not fit is drawn again, at the tenth time replaced by the largest centred box
-    of a permitted ratio.  `random_R` are 4 uniform numbers for each try.
+    The crop's share of the image's area is uniform in `crop_scale`, the logarithm of its aspect ratio is uniform
+    between those of 3:4 and 4:3, and its position is uniform.  A crop that does not fit is drawn again.  After ten
+    tries, the largest centred box of an allowed ratio is used.  `random_R` has 4 uniform numbers for each try.
     """
     low, high = map(math.log, _ASPECT)
     for area, ratio, x, y in random_R.reshape(_TRIES, 4).tolist():
@@ -91,13 +91,13 @@ def crop_box(
 def crop_image(
     content: bytes, crop_scale: tuple[float, float], random_R: NDArray[np.float64], geometries: "Sequence[Geometry]"
 ) -> list[NDArray[np.uint8]]:
-    """Return [H, H, 3] the same crop of an image for every geometry, each as if no other had been asked for.
+    """Return [H, H, 3] the same crop of an image for every geometry; no result depends on the other geometries.
 
-    It is decoded once; again only for a geometry so small that a JPEG gives it enough at a half, quarter or eighth of
-    the size, which takes less time.
+    The image is decoded once.  It is decoded again only for a geometry so small that a JPEG at a half, quarter or
+    eighth of its size is fine enough, which takes less time.
 
     Raises:
-        UnusableError: it is empty, no picture, damaged, or larger than `MAX_PIXELS`.
+        UnusableError: the file is empty, not an image, corrupt, or larger than `MAX_PIXELS`.
     """
     with decoding_image(content):
         return _crop(content, crop_scale, random_R, geometries)
@@ -105,7 +105,7 @@ def crop_image(
 
 @contextmanager
 def decoding_image(content: bytes) -> Iterator[None]:
-    """Make an `UnusableError` of whatever Pillow raises for an image's bytes, and silence its warnings."""
+    """Convert any error that Pillow raises for an image's bytes into an `UnusableError`, and silence its warnings."""
     if not content:
         raise UnusableError(ZERO_BYTES)
     try:
@@ -118,13 +118,13 @@ def decoding_image(content: bytes) -> Iterator[None]:
         raise UnusableError(TOO_LARGE, str(error)) from error
     except UnidentifiedImageError as error:
         raise UnusableError(NOT_AN_IMAGE, f"starts with {content[:8]!r}") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on broken bytes
+    except Exception as error:  # Pillow's decoders raise almost anything on corrupt bytes
         reason = TRUNCATED if _is_cut(content) or "truncated" in str(error) else BROKEN
         raise UnusableError(reason, f"{error} ({type(error).__name__})") from error
 
 
 def _is_cut(content: bytes) -> bool:
-    """Return True if a file lacks the end that its format marks or announces; TIFF does neither."""
+    """Return True if a file lacks the end marker or the size that its format requires; TIFF has neither."""
     if content.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in content[-1024:]
     if content.startswith(b"RIFF"):
@@ -137,14 +137,15 @@ def _is_cut(content: bytes) -> bool:
 
 
 def open_image(content: bytes) -> tuple[Image.Image, int]:
-    """Return an image of which only the header was read, and 1 over the scale, 1 to 8, above which it is too large.
+    """Return an image after reading only its header, and the least divisor (1, 2, 4, 8) that makes it small enough.
 
-    By its size alone and not what is asked for: what is damaged is so for every model.
+    The divisor depends on the image's size alone, not on the requested geometry, so a sample is corrupt for every model
+    or for none.
 
     Raises:
-        UnusableError: it has more than `MAX_PIXELS` at every scale that it can be decoded at.
+        UnusableError: it has more than `MAX_PIXELS` at every scale at which it can be decoded.
     """
-    if content.startswith(b"\xff\xd8\xff"):  # Pillow's own bound is of the size before it is scaled
+    if content.startswith(b"\xff\xd8\xff"):  # Pillow's own limit applies to the size before scaling
         image = _open_jpeg(content)
         largest = 8 if _is_decoded_in_strips(image, content) else 1
     else:
@@ -163,11 +164,11 @@ def _open_jpeg(content: bytes) -> Image.Image:
 
 
 def _is_decoded_in_strips(image: Image.Image, content: bytes) -> bool:
-    """Return True if one scan holds all of a JPEG: of any other, libjpeg keeps every coefficient at any scale."""
+    """Return True if a JPEG has a single scan; for any other, libjpeg keeps every coefficient at any scale."""
     assert isinstance(image, JpegImageFile)
     if image.info.get("progressive") or image.fp is None:
         return False
-    header_bytes = 8 + 2 * image.layers  # of a scan of all components, its marker included
+    header_bytes = 8 + 2 * image.layers  # header of a scan with all components, including its marker
     start = image.fp.tell() - header_bytes
     return start > 0 and content[start : start + 2] == b"\xff\xda"
 
@@ -181,12 +182,12 @@ def _crop(
     with image:
         image_size = image.size  # before a draft
         orientation = _read_orientation(image)
-        size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # these turn it by a quarter
+        size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # rotated by 90 degrees
         box = crop_box(*size, crop_scale, random_R)
         cut_HW4: NDArray[np.uint8] | None = None
         for geometry in geometries:
             scale = 1
-            if isinstance(image, JpegImageFile) and orientation == 1:  # turned, a box might fall between scaled pixels
+            if isinstance(image, JpegImageFile) and orientation == 1:  # a rotated box could fall between scaled pixels
                 room = min(box[2] - box[0], box[3] - box[1]) / (_GAP * geometry.size)
                 scale = next((scale for scale in _SCALES if scale <= room), 1)
             scale = max(scale, least)
@@ -205,39 +206,39 @@ def _crop(
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation; 1 if it cannot be read, which is no damage, or if Pillow turns the image itself."""
+    """Return EXIF's orientation; 1 if it is unreadable (not an error) or if Pillow applies it itself."""
     if image.format == "TIFF":
         return 1
     try:
-        said = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         return 1
-    return said if isinstance(said, int) and said in _TURNS else 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
 def cut_box(image: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """Return [H, W, 4] part of an RGB image, in the four bytes a pixel that Pillow keeps: the quickest way out."""
+    """Return [H, W, 4] part of an RGB image, with the four bytes per pixel that Pillow stores: the fastest copy."""
     left, top, right, bottom = box
     pixels_HW4 = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8).reshape(image.height, image.width, 4)
-    return pixels_HW4[top:bottom, left:right].copy()  # torch wants to be able to write
+    return pixels_HW4[top:bottom, left:right].copy()  # torch needs writable memory
 
 
-def resize(picture_HWC: NDArray[np.uint8], geometry: "Geometry") -> NDArray[np.uint8]:
-    """Return [H, H, 3] as Pillow resizes, but for rounding: where a CPU has AVX2, torch takes a seventh of its time.
+def resize(image_HWC: NDArray[np.uint8], geometry: "Geometry") -> NDArray[np.uint8]:
+    """Return [H, H, 3] resized as Pillow would, up to rounding; with AVX2, torch takes a seventh of Pillow's time.
 
-    Where it has not, the same bits take twice Pillow's.
+    Without AVX2 the result has the same bits, in twice Pillow's time.
     """
     import torch
     import torch.nn.functional as F
 
-    picture_1CHW = torch.from_numpy(picture_HWC).permute(2, 0, 1)[None]
+    image_1CHW = torch.from_numpy(image_HWC).permute(2, 0, 1)[None]
     size = (geometry.size, geometry.size)
-    view_1CHH = F.interpolate(picture_1CHW, size, mode=geometry.interpolation, antialias=True)
+    view_1CHH = F.interpolate(image_1CHW, size, mode=geometry.interpolation, antialias=True)
     return view_1CHH[0, :3].permute(1, 2, 0).numpy()
 
 
 def _resize_between_pixels(image: Image.Image, box: Sequence[float], geometry: "Geometry") -> NDArray[np.uint8]:
-    """Return [H, H, 3] a box whose edges lie between pixels, which only Pillow resizes."""
+    """Return [H, H, 3] a resized box whose edges lie between pixels, which only Pillow supports."""
     resampling = Image.Resampling[geometry.interpolation.upper()]
     left, top, right, bottom = box
     size = (geometry.size, geometry.size)
@@ -245,10 +246,10 @@ def _resize_between_pixels(image: Image.Image, box: Sequence[float], geometry: "
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, what is transparent on white, of 16 bits the upper 8."""
+    """Return an image in RGB: transparency over white, 16-bit values reduced to their upper 8 bits."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy

@@ -1,4 +1,4 @@
-"""Inspect a source of training data: numbers, sizes, lengths, repetitions, damage, and a sheet of pictures."""
+"""Inspect a source of training data: counts, sizes, lengths, duplicates, corrupt samples, and a sheet of images."""
 
 import errno
 import hashlib
@@ -22,12 +22,12 @@ from toolchain.progress import Progress, no_progress
 from toolchain.recipe.data import DataSpec
 
 CONTEXT = 77
-"""Tokens that CLIP reads of a caption, its start and end among them."""
+"""Number of tokens that CLIP reads of a caption, including the start and end tokens."""
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _EXAMPLES = 5
 _COLUMNS, _ROWS = 8, 5
-_CELL_PX, _PICTURE_PX, _TEXT_PX, _LINES, _MARGIN_PX = 176, 160, 12, 3, 8
+_CELL_PX, _IMAGE_PX, _TEXT_PX, _LINES, _MARGIN_PX = 176, 160, 12, 3, 8
 
 Document = dict[str, Any]
 
@@ -39,17 +39,17 @@ def inspect(
     sheet: Path | None = None,
     progress: Progress = no_progress,
 ) -> Document:
-    """Return what a source holds, as one document; every image of it is decoded, or those of `sample` random samples.
+    """Return a document that describes a source, after decoding every image, or those of `sample` random samples.
 
-    The choice is the same each time.  Identical pictures are identical files; of identical captions, pictures may
-    differ.  `sheet`: where to write a PNG of some of the pictures.
+    The random choice is the same each time.  Duplicate images are identical files; duplicate captions may belong to
+    different images.  `sheet` is the path of a PNG that shows some of the images.
 
     Raises:
-        UsageError: the sheet cannot be written; or as `toolchain.data.open.list_stored_samples`.
-        ClipkdError: as `toolchain.data.open.list_stored_samples`.
+        UsageError: the sheet cannot be written; or as for `toolchain.data.open.list_stored_samples`.
+        ClipkdError: as for `toolchain.data.open.list_stored_samples`.
     """
     if sheet is not None:
-        _make_room(sheet)  # before an hour of reading
+        _check_writable(sheet)  # fail before an hour of reading
     total = count_stored_samples(spec, progress)
     chosen = set(random.Random(0).sample(range(total), sample)) if sample is not None and sample < total else None
     num_chosen = total if chosen is None else len(chosen)
@@ -59,7 +59,7 @@ def inspect(
     cells: list[tuple[Image.Image, str]] = []
     for number, read_sample in enumerate(_choose(spec, chosen)):
         progress("reading samples", number + 1, num_chosen)
-        found = read_and_decode(read_sample, _PICTURE_PX if number in shown else 1)
+        found = read_and_decode(read_sample, _IMAGE_PX if number in shown else 1)
         if isinstance(found, CorruptSample):
             tally.add_corrupt(found)
             continue
@@ -82,7 +82,7 @@ def _choose(spec: DataSpec, chosen: set[int] | None) -> Iterator[ReadSample]:
 
 @dataclass
 class _Repeats:
-    """Contents that occurred before, by where they are, and the first place of each content."""
+    """Locations of duplicate contents, and the first location of each content."""
 
     where: list[str] = field(default_factory=list)
     first: dict[bytes, str] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class _Repeats:
 
 @dataclass
 class _Tally:
-    """What was counted and measured of the samples read so far."""
+    """Counts and measurements of the samples read so far."""
 
     count_length: Callable[[str], int]
     corrupt: dict[str, list[str]] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class _Tally:
             self.captions.add(caption.encode("utf-8", "surrogatepass"), sample.where)
 
     def document(self, unit: str) -> Document:
-        """Return all but the number of samples; `unit` is that of the captions' lengths."""
+        """Return everything but the number of samples; `unit` is the unit of caption lengths."""
         size_N3 = np.array(self.sizes, np.int64).reshape(-1, 3)
         return {
             "good": len(self.sizes),
@@ -148,7 +148,7 @@ class _Tally:
 
 
 def _quantiles(values_N: "np.ndarray[Any, np.dtype[np.int64]]") -> Document:
-    """Return values at shares of all, each one that occurs; none of nothing."""
+    """Return the quantiles, each a value that occurs; an empty document if there are no values."""
     if not len(values_N):
         return {}
     found = np.quantile(values_N, _QUANTILES, method="inverted_cdf").tolist()
@@ -159,30 +159,30 @@ def _quantiles(values_N: "np.ndarray[Any, np.dtype[np.int64]]") -> Document:
 
 
 def _fit(image: DecodedImage) -> Image.Image:
-    """Return the whole image, as large as a cell shows it."""
-    scale = _PICTURE_PX / max(image.small.size)
+    """Return the whole image, scaled to fit a cell."""
+    scale = _IMAGE_PX / max(image.small.size)
     size = [max(1, round(scale * side)) for side in image.small.size]
     return image.small.resize((size[0], size[1]), Image.Resampling.BICUBIC)
 
 
 def _write_sheet(path: Path, cells: Sequence[tuple[Image.Image, str]]) -> None:
-    """Write the images in the order of the source, row by row, each over the beginning of its captions."""
-    height_px = _PICTURE_PX + _LINES * (_TEXT_PX + 3) + _MARGIN_PX
+    """Write the images row by row in the order of the source, each above the beginning of its captions."""
+    height_px = _IMAGE_PX + _LINES * (_TEXT_PX + 3) + _MARGIN_PX
     rows = max(1, -(-len(cells) // _COLUMNS))
     page = Image.new("RGB", (_COLUMNS * _CELL_PX + _MARGIN_PX, rows * (height_px + _MARGIN_PX) + _MARGIN_PX), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=_TEXT_PX)
-    for number, (picture, said) in enumerate(cells):
+    for number, (image, captions) in enumerate(cells):
         row, column = divmod(number, _COLUMNS)
         x, y = _MARGIN_PX + column * _CELL_PX, _MARGIN_PX + row * (height_px + _MARGIN_PX)
-        page.paste(picture, (x + (_PICTURE_PX - picture.width) // 2, y + (_PICTURE_PX - picture.height) // 2))
-        draw.rectangle([x - 1, y - 1, x + _PICTURE_PX, y + _PICTURE_PX], outline=(210, 210, 210))
-        for line, words in enumerate(_wrap(said, font)):
-            draw.text((x, y + _PICTURE_PX + 4 + line * (_TEXT_PX + 3)), words, font=font, fill=(40, 40, 40))
+        page.paste(image, (x + (_IMAGE_PX - image.width) // 2, y + (_IMAGE_PX - image.height) // 2))
+        draw.rectangle([x - 1, y - 1, x + _IMAGE_PX, y + _IMAGE_PX], outline=(210, 210, 210))
+        for line, words in enumerate(_wrap(captions, font)):
+            draw.text((x, y + _IMAGE_PX + 4 + line * (_TEXT_PX + 3)), words, font=font, fill=(40, 40, 40))
     with replacing(path) as partial:
         page.save(partial, "PNG")
 
 
-def _make_room(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -190,10 +190,10 @@ def _make_room(path: Path) -> None:
         partial_path(path).touch()
         partial_path(path).unlink()
     except OSError as error:
-        raise UsageError(f"--sheet {path}: cannot be written: {error.strerror}. Name another file") from None
+        raise UsageError(f"--sheet {path}: cannot be written: {error.strerror}. Choose another file") from None
 
 
-def _wrap(said: str, font: Any) -> list[str]:
-    """Return the beginning of a text, in as many lines as a cell has, each as wide as it."""
-    characters = max(1, int(_PICTURE_PX / font.getlength("abcdefghijklmnopqrstuvwxyz ") * 27))
-    return textwrap.wrap(said, characters, max_lines=_LINES, placeholder=" ...")
+def _wrap(captions: str, font: Any) -> list[str]:
+    """Return the beginning of a text, wrapped to the lines and the width of a cell."""
+    characters = max(1, int(_IMAGE_PX / font.getlength("abcdefghijklmnopqrstuvwxyz ") * 27))
+    return textwrap.wrap(captions, characters, max_lines=_LINES, placeholder=" ...")

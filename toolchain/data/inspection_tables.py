@@ -1,4 +1,4 @@
-"""The tables that `clipkd data inspect` prints: what was counted, how sizes are distributed, and what is corrupt."""
+"""Make the tables that `clipkd data inspect` prints: counts, distributions of sizes, and corrupt samples."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from toolchain.text_table import TextTable
 
 
 def inspection_tables(document: dict[str, Any]) -> list[TextTable]:
-    """Return a table of counts and, where there is something to show, of distributions and of corrupt samples."""
+    """Return a table of counts; add tables of distributions and of corrupt samples if there are any."""
     tables = [_counts(document)]
     if document["good"]:
         tables.append(_distributions(document))
@@ -18,18 +18,18 @@ def inspection_tables(document: dict[str, Any]) -> list[TextTable]:
 def _counts(document: dict[str, Any]) -> TextTable:
     rows = [("samples", document["samples"])]
     if document["sampled"] is not None:
-        rows.append(("  of these read, chosen by chance; what follows is of them", document["sampled"]))
+        rows.append(("  chosen at random and read; all counts below are of these", document["sampled"]))
     rows.append(("good", document["good"]))
     rows += [(f"  {kind}", number) for kind, number in document["formats"].items()]
     rows.append(("captions", document["captions"]))
     if document["captions_cut"] is not None:
         rows.append(("  longer than CLIP reads (77 tokens)", document["captions_cut"]))
     rows += [
-        ("pictures that occurred before", document["same_pictures"]["count"]),
-        ("captions that occurred before", document["same_captions"]["count"]),
-        ("bytes of pictures", document["picture_bytes"].get("sum", 0)),
+        ("duplicate images", document["same_pictures"]["count"]),
+        ("duplicate captions", document["same_captions"]["count"]),
+        ("bytes of images", document["picture_bytes"].get("sum", 0)),
     ]
-    return TextTable(["of the source", ""], [[name, f"{number:,}"] for name, number in rows], right=[""])
+    return TextTable(["in the source", ""], [[name, f"{number:,}"] for name, number in rows], right=[""])
 
 
 def _distributions(document: dict[str, Any]) -> TextTable:
@@ -38,17 +38,17 @@ def _distributions(document: dict[str, Any]) -> TextTable:
     measured = {
         "width, px": document["width"],
         "height, px": document["height"],
-        "bytes": {share: value for share, value in document["picture_bytes"].items() if share != "sum"},
-        "captions a sample": document["captions_per_sample"],
+        "bytes per image": {share: value for share, value in document["picture_bytes"].items() if share != "sum"},
+        "captions per sample": document["captions_per_sample"],
         f"caption, {lengths['unit']}": {share: value for share, value in lengths.items() if share != "unit"},
     }
     shares = [f"{100 * float(share):g} %" for share in document["width"]]
     rows = [[name, *(f"{value:,}" for value in found.values())] for name, found in measured.items()]
-    return TextTable(["share of all at most", *shares], rows, right=shares)
+    return TextTable(["percentile", *shares], rows, right=shares)
 
 
 def _corrupt_samples(document: dict[str, Any]) -> TextTable:
     rows = [
         [reason, f"{damage['count']:,}", "\n".join(damage["examples"])] for reason, damage in document["broken"].items()
     ]
-    return TextTable(["broken", "samples", "the first of them"], rows, right=["samples"])
+    return TextTable(["corrupt", "samples", "first examples"], rows, right=["samples"])

@@ -1,6 +1,6 @@
-"""What a listing of samples provides, and the files and folders it reads.
+"""Define the protocol of a sample listing, and read the files and folders that listings need.
 
-Importing this needs no torch.
+Importing this module needs no torch.
 """
 
 import os
@@ -13,11 +13,11 @@ from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableErro
 from toolchain.data.images import is_image_name
 from toolchain.errors import ClipkdError, UsageError
 
-_LARGEST_FILE = 1 << 28  # bytes; what is larger is no photograph, and is not read
+_LARGEST_FILE = 1 << 28  # bytes; a larger file is not a photograph and is not read
 
 
 class Listing(Protocol):
-    """Images and their captions, by number."""
+    """Images and their captions, by sample number."""
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]: ...
@@ -32,7 +32,7 @@ class Listing(Protocol):
         """Return all captions of a sample.
 
         Raises:
-            UnusableError: it has none.
+            UnusableError: the sample has no caption.
         """
         ...
 
@@ -50,20 +50,20 @@ def read_file(path: Path) -> bytes:
 
 def require_file(name: str) -> Path:
     if not Path(name).is_file():
-        raise UsageError(f"data: {name}: there is no such file (looked in {Path.cwd()})")
+        raise UsageError(f"data: {name}: no such file (looked in {Path.cwd()})")
     return Path(name)
 
 
 def require_folder(name: str) -> Path:
     if not Path(name).is_dir():
-        raise UsageError(f"data.path: {name}: there is no such folder (looked in {Path.cwd()})")
+        raise UsageError(f"data.path: {name}: no such folder (looked in {Path.cwd()})")
     return Path(name)
 
 
 def list_images(root: Path) -> Iterator[Path]:
-    """Yield the images below a folder by name, in an order that no file system changes.
+    """Yield the images below a folder sorted by name, in the same order on every file system.
 
-    Links to folders are left alone.
+    Links to folders are not followed.
     """
     for folder, subfolders, names in os.walk(root):
         subfolders.sort(key=os.fsencode)
@@ -75,10 +75,10 @@ def list_images(root: Path) -> Iterator[Path]:
 
 
 def read_image(path: Path) -> bytes:
-    """Return the content of an image's file.
+    """Return the content of an image file.
 
     Raises:
-        UnusableError: there is none, it is no file, or too large for one picture.
+        UnusableError: the file is missing, is not a regular file, or is too large for one image.
     """
     try:
         about = path.stat()
@@ -87,5 +87,5 @@ def read_image(path: Path) -> bytes:
         if about.st_size > _LARGEST_FILE:
             raise UnusableError(TOO_LARGE, f"{about.st_size:,} bytes")
         return path.read_bytes()
-    except (OSError, ValueError) as error:  # a name may hold a zero byte
+    except (OSError, ValueError) as error:  # a name may contain a zero byte
         raise UnusableError(NO_FILE, getattr(error, "strerror", None) or str(error)) from error

@@ -1,4 +1,4 @@
-"""Several sources together: an epoch shows all of them, mixed evenly, each in its own order."""
+"""Mix several sources: an epoch shows all of them, mixed evenly, each in its own order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,26 +15,26 @@ from toolchain.data.bad_samples import LeftOut, merge_left_out
 from toolchain.data.batch import Batch, Geometry, OrderedData
 from toolchain.data.random_numbers import uniforms
 
-_MIXED = 1  # column of `uniforms` by which parts are mixed; 0 orders samples within them
+_MIXED = 1  # column of `uniforms` that mixes the parts; column 0 orders samples within a part
 
 
 class _Part(NamedTuple):
-    """A source, the how manieth showing of it in an epoch, of how many; and where its samples' numbers start."""
+    """One pass over a source within an epoch (`turn` of `turns`), and the offset of its sample numbers."""
 
     source: OrderedData
     turn: int
     turns: int
     first: int
     first_turn: int
-    """Where the numbers of its first turn start."""
+    """Offset of the sample numbers in the source's first turn."""
 
 
 @dataclass(frozen=True, eq=False)
 class MixtureBatches:
-    """Pairs of several sources by step.  A repeated source's samples have a number for each time an epoch shows them.
+    """Batches from several sources, by step.  A repeated source's sample has a different number in each turn.
 
     Raises:
-        UsageError: there are fewer samples than a batch has.
+        UsageError: there are fewer samples than one batch.
     """
 
     parts: tuple[_Part, ...]
@@ -56,7 +56,7 @@ class MixtureBatches:
         batch_size: int,
         num_views: int | None,
     ) -> "MixtureBatches":
-        """Mix opened sources, each as often an epoch as `repeat` says, once where it says nothing."""
+        """Mix opened sources; an epoch shows each as often as `repeat` gives, or once if it is absent."""
         parts: list[_Part] = []
         first = 0
         for number, source in enumerate(sources):
@@ -73,7 +73,7 @@ class MixtureBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: what is left over in one epoch comes elsewhere in the next."""
+        """Number of whole batches; the next epoch shows the remaining samples at other positions."""
         return self.num_samples // self.batch_size
 
     @property
@@ -81,7 +81,7 @@ class MixtureBatches:
         return merge_left_out(left for part in self.parts if part.turn == 0 for left in part.source.left_out)
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at some places of an epoch's order."""
+        """Return the samples at positions `start` to `stop` of an epoch's order."""
         part_N, rank_N = _mix(self.seed, tuple(part.source.num_samples for part in self.parts), epoch)
         sample_B = np.empty(stop - start, np.int64)
         for p in np.unique(part_N[start:stop]).tolist():
@@ -93,20 +93,20 @@ class MixtureBatches:
         return sample_B
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step, and what stands in for damaged ones.
+        """Return rows of an optimizer step's batch, with corrupt samples replaced.
 
         Raises:
-            ClipkdError: a file of samples has changed or gone, or there is nothing sound to show.
+            ClipkdError: a data file has changed or is missing, or there is no good sample to show.
         """
         return fill_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples, the damaged left out.
+        """Return one view of chosen samples without the corrupt ones.
 
-        A damaged sample of a repeated source is listed under the number it has the first time.
+        A corrupt sample of a repeated source is reported under its number in the first turn.
 
         Raises:
-            ClipkdError: a file of samples has changed or gone.
+            ClipkdError: a data file has changed or is missing.
         """
         made = []
         for part, place_b in self._split_by_part(sample_B):
@@ -133,10 +133,10 @@ class MixtureBatches:
         )
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] the captions of chosen samples, none where they are damaged.
+        """Return [B] the captions of chosen samples, none for corrupt ones.
 
         Raises:
-            ClipkdError: a file of samples has changed or gone.
+            ClipkdError: a data file has changed or is missing.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
         for part, place_b in self._split_by_part(sample_B):
@@ -146,10 +146,10 @@ class MixtureBatches:
         return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
-        """uint8 [B, 3, H, H] chosen samples without augmentation, by source; damaged ones left out.
+        """Return uint8 [B, 3, H, H] chosen samples without augmentation, by source; corrupt ones are dropped.
 
         Raises:
-            ClipkdError: a file of samples has changed or gone.
+            ClipkdError: a data file has changed or is missing.
         """
         return torch.cat(
             [
@@ -165,13 +165,13 @@ class MixtureBatches:
 
 
 def source_seed(seed: int, number: int) -> int:
-    """The seed of a source in a mixture: no two sources crop and shuffle alike."""
+    """Return a different seed for each source of a mixture, because no two may crop and shuffle alike."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @lru_cache(maxsize=2)
 def _mix(seed: int, counts: tuple[int, ...], epoch: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """[N] each: which part comes at each place of an epoch, and which of the part's own places that is."""
+    """Return [N] the part at each position of an epoch, and [N] the position within that part's own order."""
     owner_N = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
     part_N = owner_N[np.argsort(uniforms(seed, np.arange(len(owner_N)), epoch, _MIXED + 1)[:, _MIXED], kind="stable")]
     rank_N = np.empty(len(part_N), np.int64)

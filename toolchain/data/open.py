@@ -1,8 +1,8 @@
 """Open data by its kind: the one module that knows every kind of data.
 
-Training batches, listings, stored samples and fingerprints each have one `match` over the kinds; a new kind is a case
-in each.  `source_spec` says which kinds a path alone can name.
-Importing this needs no torch: only `training_data` does.
+Training batches, listings, stored samples and fingerprints each have one `match` over the kinds; a new kind adds a
+case to each.  `source_spec` decides which kinds a path alone can name.
+Importing this module needs no torch; only `training_data` does.
 """
 
 import hashlib
@@ -55,10 +55,10 @@ def training_data(
 ) -> "TrainingData":
     """Open the data a recipe names.
 
-    `progress` reports the listing of samples and the indexing of shards (slow the first time), `say` what was skipped.
+    `progress` reports sample listing and shard indexing (slow the first time); `say` reports skipped samples.
 
     Raises:
-        UsageError: files are missing, or hold fewer samples than one batch.
+        UsageError: files are missing, or contain fewer samples than one batch.
         ClipkdError: a file cannot be read.
     """
     from toolchain.data.glyph_batches import GlyphBatches
@@ -84,7 +84,7 @@ def training_data(
 
 
 def _open_source(spec: WebdatasetSpec | FileSpec, *, seed: int, batch_size: int, progress: Progress) -> "OrderedData":
-    """Open the data of one source: webdataset shards, or files on a disk."""
+    """Open the data of one source: webdataset shards, or files on disk."""
     from toolchain.data.file_batches import FileBatches
     from toolchain.data.webdataset_shards import ShardBatches
 
@@ -98,8 +98,8 @@ def open_listing(spec: FileSpec) -> Listing:
     """List the samples of a recipe's files.
 
     Raises:
-        UsageError: a file, a folder or a column is not there.
-        ClipkdError: one cannot be read.
+        UsageError: a file, a folder or a column is missing.
+        ClipkdError: a file or folder cannot be read.
     """
     try:
         match spec:
@@ -114,10 +114,10 @@ def open_listing(spec: FileSpec) -> Listing:
 
 
 def fingerprint(spec: DataSpec) -> str:
-    """Return a hash of what the samples and their numbering depend on, pictures by their names and sizes alone.
+    """Return a hash of everything the samples and their numbers depend on; images count by name and size only.
 
     Raises:
-        UsageError, ClipkdError: as `open_listing`, or shards are missing.
+        UsageError, ClipkdError: as for `open_listing`, or shards are missing.
     """
     digest = hashlib.sha256()
     match spec:
@@ -144,12 +144,12 @@ def fingerprint(spec: DataSpec) -> str:
 def list_stored_samples(spec: DataSpec) -> Iterator[ReadSample]:
     """Yield every sample of a source in order; listing them reads no image.
 
-    Of a folder of classes the order is by chance, the same each time: one class after another is no order to train in.
-    Sources that are mixed follow each other, each once.
+    Class folders are listed in a fixed random order, because one class after another is a bad order to train in.
+    The sources of a mixture follow each other, each once.
 
     Raises:
         UsageError: files are missing or misnamed.
-        ClipkdError: one cannot be read.
+        ClipkdError: a file cannot be read.
     """
     match spec:
         case GlyphsSpec():
@@ -165,10 +165,10 @@ def list_stored_samples(spec: DataSpec) -> Iterator[ReadSample]:
 
 
 def count_stored_samples(spec: DataSpec, progress: Progress) -> int:
-    """Return how many samples a source has, the corrupt ones among them.
+    """Return the number of samples in a source, including corrupt ones.
 
     Raises:
-        UsageError, ClipkdError: as `list_stored_samples`.
+        UsageError, ClipkdError: as for `list_stored_samples`.
     """
     total = 0
     for _ in list_stored_samples(spec):
@@ -191,10 +191,10 @@ def _list_file_samples(spec: FileSpec) -> Iterator[ReadSample]:
 
 
 def source_spec(source: str, kind: str | None) -> DataSpec:
-    """Return the training data of a recipe; or, with a kind, what a path or pattern of that kind names.
+    """Return the data spec of a recipe; with a kind, the spec of a path or pattern of that kind.
 
     Raises:
-        UsageError: there is no such recipe, it has no data, or nothing of this kind is named by a path alone.
+        UsageError: the recipe does not exist or has no data, or this kind needs more than a path.
     """
     if kind is None:
         try:
@@ -203,15 +203,15 @@ def source_spec(source: str, kind: str | None) -> DataSpec:
             if Path(source).suffix in (".yaml", ".yml") or source in shipped_recipes():
                 raise
             raise UsageError(
-                f"{error}. For a path or pattern of data, say its kind: --kind webdataset or image_folder"
+                f"{error}. For a path or pattern of data, add its kind: --kind webdataset or image_folder"
             ) from None
         if recipe.data is None:
-            raise UsageError(f"{source}: this recipe has no data")
+            raise UsageError(f"{source}: this recipe has no `data` section")
         return recipe.data
     if kind == "webdataset":
         return WebdatasetSpec(kind="webdataset", shards=(source,))
     if kind == "image_folder":
         return ImageFolderSpec(kind="image_folder", path=source)
     raise UsageError(
-        f"--kind {kind}: a path alone names data of kind webdataset or image_folder; write a recipe with the rest"
+        f"--kind {kind}: a path is enough only for webdataset and image_folder; write a recipe for other kinds"
     )

@@ -1,8 +1,8 @@
-"""A source of training data as webdataset shards: pictures byte for byte, damage left out, an index beside them.
+"""Pack training data into webdataset shards with an index: images copied byte for byte, corrupt samples skipped.
 
-A shard is written beside its place and renamed into it, and `.pack.json` then says how far the source has been read:
-whatever ends a process, the same command continues at the last whole shard, and ends with the same bytes.  The index is
-written last; a folder that has one is complete.
+A shard is written to a temporary file and renamed, and `.pack.json` then records how far the source has been read.
+After any interruption, the same command resumes at the last whole shard and produces the same bytes.  The index is
+written last, so a folder that has one is complete.
 """
 
 import hashlib
@@ -38,25 +38,25 @@ def pack(
     samples_per_shard: int = 10_000,
     progress: Progress = no_progress,
 ) -> Document:
-    """Write a source's good samples to `out` as 00000.tar and on, in the source's order, and return their index.
+    """Write a source's good samples to `out` as 00000.tar, 00001.tar, ... in the source's order; return their index.
 
-    Each picture is decoded once, to leave out what is damaged, and stored as it was; one caption is a .txt, several are
-    a .json.  The bytes written are a function of the source alone.
+    Each image is decoded once to find corrupt ones, and stored unchanged.  One caption becomes a .txt, several become a
+    .json.  The bytes written depend on the source alone.
 
     Raises:
-        UsageError: the source has no stored pictures, or as `toolchain.data.open.list_stored_samples`.
-        ArtifactError: `out` holds something else, or another process is packing into it.
-        ClipkdError: as `toolchain.data.open.list_stored_samples`.
+        UsageError: the source stores no images; or as for `toolchain.data.open.list_stored_samples`.
+        ArtifactError: `out` contains other files, or another process is packing into it.
+        ClipkdError: as for `toolchain.data.open.list_stored_samples`.
     """
     if not spec.is_stored:
         raise UsageError(
-            f"data.kind {spec.kind}: its pictures are drawn while training and stored nowhere; there is nothing to "
-            "pack. Name a source of files"
+            f"data.kind {spec.kind}: its images are drawn during training and never stored, so there is nothing to "
+            "pack. Give a source of image files"
         )
     if spec.captionless_kind:
         raise UsageError(
-            f"data.kind {spec.captionless_kind}: its pictures have no captions, and shards hold a picture's own. "
-            "Train from the folder"
+            f"data.kind {spec.captionless_kind}: its images have no captions, which shards need. "
+            "Train from the folder itself"
         )
     asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
     _make_folder(out)
@@ -72,7 +72,7 @@ def pack(
 
 
 def _pack_shards(spec: DataSpec, out: Path, asked: Document, progress: Progress) -> Document:
-    """The index of all shards, once they are there."""
+    """Write the shards that are still missing, and return the index of all."""
     state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
     _refuse_others(out, asked, state)
     write_json(out / _PROGRESS, state)
@@ -86,9 +86,9 @@ def _pack_shards(spec: DataSpec, out: Path, asked: Document, progress: Progress)
 
 
 def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: Callable[[int], None]) -> None:
-    """Write the next shard, and into the state what it holds, what was left out and how far the source is read."""
+    """Write the next shard; record its content, the skipped samples and the position in the source in `state`."""
     number, row, captions = len(state["shards"]), 0, 0
-    digits = max(4, len(str(state["samples_per_shard"] - 1)))  # as img2dataset's keys, for its 10,000
+    digits = max(4, len(str(state["samples_per_shard"] - 1)))  # img2dataset's keys have 4
     partial = out / _SHARD_PARTIAL
     with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -101,7 +101,7 @@ def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: C
                     continue
                 sample, image = found
                 for suffix, content in _files(sample, SUFFIXES_OF_FORMAT[image.format][0]):
-                    info = tarfile.TarInfo(f"{number:05d}{row:0{digits}d}.{suffix}")  # with no time and no owner
+                    info = tarfile.TarInfo(f"{number:05d}{row:0{digits}d}.{suffix}")  # no time or owner
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
                 row, captions = row + 1, captions + len(sample.captions)
@@ -109,7 +109,7 @@ def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: C
                     break
         file.flush()
         os.fsync(file.fileno())
-    if row == 0:  # the rest of the source was damaged
+    if row == 0:  # the rest of the source was corrupt
         return
     name, digest = f"{number:05d}.tar", hashlib.sha256()
     with partial.open("rb") as file:
@@ -123,11 +123,11 @@ def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: C
 
 
 def _files(sample: Sample, suffix: str) -> list[tuple[str, bytes]]:
-    """A sample's files by their suffixes."""
+    """Return the suffix and content of each of a sample's files."""
     image = [(suffix, sample.image)]
     if not sample.captions:
         return image
-    # A mark of byte order that begins a text would be taken for the file's and dropped.
+    # A reader would take a byte-order mark at the start of a .txt for the file's own and drop it.
     if len(sample.captions) == 1 and not sample.captions[0].startswith("\ufeff"):
         return [*image, ("txt", sample.captions[0].encode())]
     return [*image, ("json", json.dumps({"caption": list(sample.captions)}, ensure_ascii=False).encode())]
@@ -151,19 +151,23 @@ def _make_folder(out: Path) -> None:
         if not foreign:
             (out / _LOCK).touch()
     except OSError as error:
-        raise ArtifactError(f"{out}: cannot be used as a folder: {error.strerror}. Choose another --out") from None
+        raise ArtifactError(
+            f"{out}: cannot be used as the output directory: {error.strerror}. Choose another --out"
+        ) from None
     if foreign:
         raise ArtifactError(
-            f"{out}: holds {others[0]} and no shards of clipkd's; they would be mixed. Choose another --out"
+            f"{out}: contains {others[0]}, which clipkd did not write; shards would mix with it. Choose another --out"
         )
 
 
 def _refuse_others(out: Path, asked: Document, found: Document) -> None:
-    """Refuse to go on with what was begun from something else."""
-    words = {"format": "version of the packing", "source": "source (its files' names and sizes)"}
+    """Refuse to resume a packing that was started from a different source or with different settings."""
+    words = {"format": "version of the format", "source": "source (its files' names and sizes)"}
     other = [words.get(key, key) for key, value in asked.items() if found.get(key) != value]
     if other:
-        raise ArtifactError(f"{out}: was packed with another {' and '.join(other)}. Choose another --out, or remove it")
+        raise ArtifactError(
+            f"{out}: was packed with a different {' and '.join(other)}. Choose another --out, or remove it"
+        )
 
 
 def _read(path: Path) -> Document | None:
@@ -172,5 +176,5 @@ def _read(path: Path) -> Document | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ArtifactError(f"{path}: is not what clipkd data pack wrote: {error}. Remove {path.parent}") from None
+        raise ArtifactError(f"{path}: not written by `clipkd data pack`: {error}. Remove {path.parent}") from None
     return document

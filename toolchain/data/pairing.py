@@ -1,7 +1,7 @@
-"""Group the files of a tar archive into samples, and pair a sample's image with its caption: webdataset's convention.
+"""Group the files of a tar archive into samples, and pair images with captions, by webdataset's convention.
 
-The key of a sample is a file's name up to the first dot of its last part, and the suffix is the rest in lower case.
-Training, inspecting, packing and evaluating all read archives by these functions.  Importing this needs no torch.
+A sample's key is the file name up to the first dot of its last part; the suffix is the rest in lower case.  Training,
+inspection, packing and evaluation all read archives with these functions.  Importing this module needs no torch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from toolchain.data.tar_files import Member
 CAPTION_SUFFIXES = ("txt", "json")
 """In order of preference."""
 
-_MAX_BYTES = (1 << 32) - 1  # the index of a shard keeps sizes in 32 bits
+_MAX_BYTES = (1 << 32) - 1  # a shard's index stores sizes in 32 bits
 
 
 class ImageTextPair(NamedTuple):
@@ -23,21 +23,21 @@ class ImageTextPair(NamedTuple):
     image: Member
     caption: Member
     is_json: bool
-    """True if the caption is the "caption" of a JSON object."""
+    """True if the caption is the "caption" entry of a JSON object."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the key and the suffix of a file's name, as in ("shard/000", "seg.png") of shard/000.SEG.png."""
+    """Return a file name's key and suffix: ("shard/000", "seg.png") for shard/000.SEG.png."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
 
 
 def group_files(members: Iterable[Member], *, keep_strays: bool = False) -> dict[str, dict[str, Member]]:
-    """Return each sample's files by suffix, the samples in the order of their first files.
+    """Return each sample's files by suffix, with the samples in the order of their first files.
 
-    Of files of one name the first counts.  A file that has no suffix, or nothing before its first dot, is no part of a
-    sample and is left out; with `keep_strays` it counts like any other.
+    If several files have the same name, the first counts.  A file without a suffix, or with nothing before its first
+    dot, belongs to no sample and is skipped; with `keep_strays` it counts like any other.
     """
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
@@ -48,7 +48,7 @@ def group_files(members: Iterable[Member], *, keep_strays: bool = False) -> dict
 
 
 def first_of(files: Mapping[str, Member], suffixes: Sequence[str]) -> Member | None:
-    """Return a sample's file of the first of these suffixes that it has; None if it has none of them."""
+    """Return a sample's file with the first of these suffixes that it has; None if it has none of them."""
     for suffix in suffixes:
         if suffix in files:
             return files[suffix]

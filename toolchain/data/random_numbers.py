@@ -1,11 +1,11 @@
-"""Random numbers as pure functions of (seed, sample, view), for every augmentation, order and mask."""
+"""Compute random numbers as pure functions of (seed, sample, view), for every augmentation, order and mask."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def uniforms(seed: int, sample_B: NDArray[np.int64], view: int, count: int) -> NDArray[np.float64]:
-    """[B, count] numbers in [0, 1), hashed from (seed, sample, view, column) by SplitMix64's finalizer."""
+    """Return [B, count] numbers in [0, 1), hashed from (seed, sample, view, column) by SplitMix64's finalizer."""
     mask = (1 << 64) - 1
     start = _mix_int(_mix_int(seed & mask) ^ (view & mask))
     with np.errstate(over="ignore"):

@@ -1,6 +1,6 @@
-"""Read the samples of a source as they are stored, one by one: to inspect and to pack them, not to train on them.
+"""Read the stored samples of a source one by one, for inspection and packing; training reads batches instead.
 
-Importing this needs no torch.
+Importing this module needs no torch.
 """
 
 import io
@@ -31,24 +31,24 @@ class Sample(NamedTuple):
 
 
 class CorruptSample(NamedTuple):
-    """A sample that cannot be shown."""
+    """A sample that cannot be used."""
 
     where: str
     reason: str
-    """The kind of damage, the same for every sample of the kind: what is counted by."""
+    """One of `bad_samples.REASONS`; samples are counted by it."""
 
     detail: str = ""
 
 
 ReadSample = Callable[[], Sample | CorruptSample]
-"""A sample that has not been read yet: calling it reads it."""
+"""A sample that has not been read yet; calling it reads the sample."""
 
 
 # Webdataset shards
 
 
 def list_shard_samples(path: Path) -> Iterator[ReadSample]:
-    """Yield a shard's samples in the order of their first files; then, if it is damaged, what ended it."""
+    """Yield a shard's samples in the order of their first files; for a corrupt archive, one corrupt sample follows."""
     try:
         members, damage = read_members(path)
     except OSError as error:
@@ -112,19 +112,19 @@ def _draw_glyph(number: int) -> Sample:
 
 
 class DecodedImage(NamedTuple):
-    """An image and what its header says."""
+    """An image and the facts in its header."""
 
     format: str
     width: int
     height: int
     small: Image.Image
-    """RGB, perhaps at reduced scale."""
+    """RGB, possibly at reduced scale."""
 
 
 def decode_image(sample: Sample, small_px: int) -> DecodedImage | CorruptSample:
-    """Decode an image to its end, as cheaply as its format allows; `small` has at least `small_px` where it can.
+    """Decode an image to its end, as cheaply as its format allows; `small` has at least `small_px` if the image does.
 
-    A JPEG is decoded at reduced scale, which still reads all of its data.
+    A JPEG is decoded at reduced scale, which still reads all its data.
     """
     try:
         with decoding_image(sample.image), open_image(sample.image)[0] as image:
@@ -137,7 +137,7 @@ def decode_image(sample: Sample, small_px: int) -> DecodedImage | CorruptSample:
 
 
 def read_and_decode(read_sample: ReadSample, small_px: int = 1) -> tuple[Sample, DecodedImage] | CorruptSample:
-    """Read a sample and decode its image as `decode_image` does; return both, or what is wrong with either."""
+    """Read a sample and decode its image with `decode_image`; return both, or the corrupt sample with its reason."""
     sample = read_sample()
     if isinstance(sample, CorruptSample):
         return sample

@@ -1,6 +1,6 @@
-"""Which files a recipe's shards are, what identifies them, and where in a tar archive its files lie.
+"""Expand a recipe's shard patterns, fingerprint the shards, and locate the files in a tar archive.
 
-Importing this needs neither torch nor numpy: the keys of stages are computed where there is neither.
+Importing this module needs neither torch nor numpy, because stage keys are also computed where neither is installed.
 """
 
 import contextlib
@@ -17,32 +17,32 @@ from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableE
 from toolchain.errors import UsageError
 
 _NAMED_MISSING = 5
-_BLOCK = 512  # tar is made of blocks of this size: a header, then the content padded with zeros
+_BLOCK = 512  # tar consists of blocks of this size: a header, then the content padded with zeros
 _FILE_TYPES = frozenset({b"0", b"\0", b"7"})
-_WITHOUT_CONTENT = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # links, devices, folders, whatever size they say
+_WITHOUT_CONTENT = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # links, devices, folders, whatever size is given
 _EXTENSIONS = frozenset({b"L", b"K", b"x", b"g"})  # GNU's long name and link, pax's headers for one file and for all
-_LONGEST_EXTENSION = 1 << 20  # bytes; a longer one is damage
+_LONGEST_EXTENSION = 1 << 20  # bytes; a longer one is treated as corrupt
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
-    """The shards that patterns name, in order: {00000..00331} and {a,b} stand for each of their values, as in a shell.
+    """Return the shards that patterns name, in order; {00000..00331} and {a,b} expand as in a shell.
 
-    What a wildcard matches is whatever has been downloaded so far, so these are refused: a shard that is not there yet
-    must be an error.
+    Wildcards are refused: they match whatever has been downloaded so far, but a shard that is still missing must be an
+    error.
 
     Raises:
-        UsageError: braces or wildcards that mean nothing here, a shard named twice, or shards that do not exist.
+        UsageError: unsupported braces or wildcards, a shard listed twice, or shards that do not exist.
     """
     paths = [Path(name) for pattern in patterns for name in _expand_pattern(pattern)]
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:
-        raise UsageError(f"data.shards: {path} is named {times} times; a sample is shown once an epoch. Name it once")
+        raise UsageError(f"data.shards: {path} is listed {times} times; an epoch shows a sample once. List it once")
     missing = [path for path in paths if not path.is_file()]
     if missing:
         named = ", ".join(map(str, missing[:_NAMED_MISSING])) + (", ..." if len(missing) > _NAMED_MISSING else "")
         raise UsageError(
-            f"data.shards: {len(missing)} of {len(paths)} shards are not there: {named} "
-            f"({len(paths) - len(missing)} exist; looked in {Path.cwd()}). Fetch them, or name only those you have"
+            f"data.shards: {len(missing)} of {len(paths)} shards do not exist: {named} "
+            f"({len(paths) - len(missing)} exist; looked in {Path.cwd()}). Download them, or list only those you have"
         )
     return paths
 
@@ -50,11 +50,11 @@ def expand(patterns: Sequence[str]) -> list[Path]:
 def _expand_pattern(pattern: str) -> Iterator[str]:
     literals_and_braces = re.split(r"\{([^{}]*)\}", pattern)
     if any(mark in literal for literal in literals_and_braces[::2] for mark in "{}"):
-        raise UsageError(f"data.shards: {pattern}: braces must be closed, and not within one another")
+        raise UsageError(f"data.shards: {pattern}: braces must be closed and cannot be nested")
     if any(mark in pattern for mark in "*?"):
         raise UsageError(
-            f"data.shards: {pattern}: wildcards are not expanded; a shard that is missing would go unnoticed. "
-            "Name the shards, as in data/cc3m/{00000..00331}.tar"
+            f"data.shards: {pattern}: wildcards are not expanded; a missing shard would go unnoticed. "
+            "List the shards, for example data/cc3m/{00000..00331}.tar"
         )
     choices = [
         _expand_braces(part, pattern) if position % 2 else [part] for position, part in enumerate(literals_and_braces)
@@ -70,12 +70,12 @@ def _expand_braces(braces: str, pattern: str) -> list[str]:
     if "," in braces:
         return braces.split(",")
     raise UsageError(
-        f"data.shards: {pattern}: {{{braces}}} is neither a range (00000..00331, upwards) nor a list (a,b)"
+        f"data.shards: {pattern}: {{{braces}}} is neither an ascending range (00000..00331) nor a list (a,b)"
     )
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """What the samples and their numbering depend on, without reading them: the shards' names and sizes, in order."""
+    """Return a hash of the shards' names and sizes, in order: samples and their numbers depend on these."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
@@ -87,16 +87,16 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Where its content starts in the archive."""
+    """Position of its content in the archive."""
 
     size_bytes: int
 
 
 def read_members(path: Path) -> tuple[list[Member], str]:
-    """The files in a tar archive, by its headers alone, and what is wrong with it ("" if nothing is).
+    """Return the files in a tar archive, read from its headers alone, and a description of its damage ("" if none).
 
-    Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  After a damaged header the reading
-    goes on at the next sound one of ustar's or GNU's; where the archive ends too early, what lies before is returned.
+    Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  After a corrupt header, reading
+    continues at the next valid ustar or GNU header.  For a truncated archive, the files before the cut are returned.
     """
     members: list[Member] = []
     size_bytes, position, extended = path.stat().st_size, 0, _Extended()
@@ -125,18 +125,18 @@ def read_members(path: Path) -> tuple[list[Member], str]:
             except ValueError:
                 first_damage = first_damage or f"the header at byte {position:,} is damaged"
                 extended = _Extended()
-                sound = _find_header(file, position + _BLOCK)
-                if sound is None:
+                next_header = _find_header(file, position + _BLOCK)
+                if next_header is None:
                     return members, first_damage
-                position = sound
+                position = next_header
                 continue
-            if kind in _FILE_TYPES and not name.endswith("/"):  # so the oldest tars write folders
+            if kind in _FILE_TYPES and not name.endswith("/"):  # the oldest tar programs mark folders this way
                 members.append(Member(name, offset, content_bytes))
             position = offset + -(-content_bytes // _BLOCK) * _BLOCK
 
 
 def _find_header(file: BinaryIO, position: int) -> int | None:
-    """Where the next sound header lies; None if there is none."""
+    """Return the position of the next valid header; None if there is none."""
     file.seek(position)
     while block := file.read(_BLOCK):
         if block[257:262] == b"ustar":
@@ -148,33 +148,33 @@ def _find_header(file: BinaryIO, position: int) -> int | None:
 
 
 class _Extended(NamedTuple):
-    """What GNU's and pax's extensions say of the file that follows them, in place of its own header."""
+    """Name and size from GNU or pax extensions, which override the header of the file that follows."""
 
     name: str = ""
     size_bytes: int | None = None
 
 
 def _parse_header(header: bytes) -> tuple[str, int, bytes]:
-    """Name, size and type of a header; ValueError if it is damaged."""
+    """Return name, size and type from a header; raise ValueError if it is corrupt."""
     if _parse_number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
         raise ValueError
     name = header[:100].partition(b"\0")[0]
-    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""  # GNU keeps times there
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""  # GNU stores times there
     return _decode_name(prefix + b"/" + name if prefix else name), _parse_number(header[124:136]), header[156:157]
 
 
 def _parse_number(field: bytes, base: int = 8) -> int:
-    """Digits; or, where those are too few, a binary number behind a byte of 0x80."""
+    """Return the value of digits, or of the binary number after a byte of 0x80, which stores larger values."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip() or b"0"
-    if not digits.isdigit():  # int() would also take a sign and underscores
+    if not digits.isdigit():  # int() would also accept a sign and underscores
         raise ValueError
     return int(digits, base)
 
 
 def _parse_extension(kind: bytes, content: bytes, before: _Extended) -> _Extended:
-    """An extension's content: a long name, or pax's records "LENGTH KEY=VALUE\\n", each LENGTH that of its record."""
+    """Parse an extension: a long name, or pax records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
     if kind == b"L":
         return before._replace(name=_decode_name(content.partition(b"\0")[0]))
     found: dict[bytes, bytes] = {}
@@ -198,22 +198,22 @@ def _decode_name(name: bytes) -> str:
 
 
 def parse_captions(content: bytes, *, is_json: bool) -> tuple[str, ...]:
-    """Return a caption file's captions, stripped, without blank ones.
+    """Return a caption file's captions, stripped; blank captions are dropped.
 
     Raises:
-        UnusableError: it is not UTF-8, not JSON, or says nothing.
+        UnusableError: the file is not UTF-8, is not JSON, or has no caption.
     """
     try:
-        said: Any = content.decode("utf-8-sig")
+        caption: Any = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnusableError(BAD_UTF8, str(error)) from error
     if is_json:
         try:
-            record = json.loads(said)
+            record = json.loads(caption)
         except (ValueError, RecursionError) as error:
             raise UnusableError(BAD_JSON, str(error)) from error
-        said = record.get("caption") if isinstance(record, dict) else None
-    texts = [said] if isinstance(said, str) else said
+        caption = record.get("caption") if isinstance(record, dict) else None
+    texts = [caption] if isinstance(caption, str) else caption
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
     return strip_captions(texts)

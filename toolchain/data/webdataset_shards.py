@@ -1,14 +1,15 @@
-"""Image-text pairs from webdataset shards on local disks, every batch a pure function of (seed, step).
+"""Read image-text pairs from webdataset shards on local disks; every batch is a pure function of (seed, step).
 
-A shard is a tar archive as img2dataset writes it: KEY.jpg (or another of `images.IMAGE_SUFFIXES`) beside KEY.txt, or
-KEY.json with a "caption".  An index of each, made once from the tar headers and kept in the user's cache folder, says
-where its pairs lie; batches then read only what they show.  Nothing remembers a position, neither a generator nor an
-open file, so any process makes any batch: a resumed run continues exactly, and the number of workers and processes
-changes no pixel.
+A shard is a tar archive as img2dataset writes it: KEY.jpg (or another of `images.IMAGE_SUFFIXES`) with KEY.txt, or with
+KEY.json that has a "caption".  An index of each shard stores the positions of its pairs, so a batch reads only what it
+shows.  It is made once from the tar headers and kept in the user's cache folder.  No generator or open file keeps a
+position, so any process can make any batch: a resumed run continues exactly, and the numbers of workers and ranks
+change no pixel.
 
-The order of an epoch is random at the scale a disk likes: the shards are shuffled, then cut into windows of `WINDOW`
-shards, and the samples are shuffled within each window.  At img2dataset's 10,000 samples a shard that is a pool of
-80,000, some 2 to 4 GB, which the page cache of a training machine holds: each file is read from the disk once an epoch.
+The order of an epoch is random at a scale that suits disks: the shards are shuffled and grouped into windows of
+`WINDOW` shards, and the samples are shuffled within each window.  With img2dataset's 10,000 samples per shard, a window
+has 80,000 samples, some 2 to 4 GB.  The page cache of a training machine holds it, so an epoch reads each file from
+disk once.
 """
 
 import contextlib
@@ -38,48 +39,48 @@ from toolchain.progress import Progress, no_progress
 from toolchain.recipe.data import WebdatasetSpec
 
 WINDOW = 8
-"""Shards among which samples are shuffled; a batch reads from few more than these."""
+"""Number of shards among which samples are shuffled; a batch reads from few more than these."""
 
-# Column of `uniforms`: orders samples within an epoch; the others are data.py's.
+# Column of `uniforms` that orders samples within an epoch; assemble.py uses the others.
 _ORDER = 0
 
 _INDEX_FORMAT = 4
-_INDEX_THREADS = 8  # reading headers waits for the disk more than it computes
+_INDEX_THREADS = 8  # reading headers is bound by the disk, not by computation
 _PAIR = np.dtype(
     [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
 )
 
 
 class Shard(NamedTuple):
-    """What the index says of a shard as a whole."""
+    """A shard's entry in the index."""
 
     path: Path
     size_bytes: int
     mtime_ns: int
     num_samples: int
     left_out: tuple[LeftOut, ...] = ()
-    """What in it is no pair, and what is wrong with the archive itself."""
+    """Members that form no image-text pair, and damage to the archive itself."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardBatches:
-    """Pairs of the shards by step.  A sample's number is its place among all pairs of all shards, as these are listed.
+    """Batches from shards, by step.  A sample's number is its index among all pairs of all shards, in listed order.
 
     Raises:
-        UsageError: there are fewer samples than a batch has.
+        UsageError: there are fewer samples than one batch.
     """
 
     shards: tuple[Shard, ...]
     seed: int
     batch_size: int
     crop_scale: tuple[float, float]
-    """Share of the picture's area that a crop keeps, from and to."""
+    """Smallest and largest share of the image's area that a crop keeps."""
 
     num_views: int | None = None
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """What the shards hold that is no pair, by reason."""
+        """Entries of the shards that form no pair, by reason."""
         return merge_left_out(left for shard in self.shards for left in shard.left_out)
 
     def __post_init__(self) -> None:
@@ -95,11 +96,11 @@ class ShardBatches:
         batch_size: int,
         progress: Progress = no_progress,
     ) -> "ShardBatches":
-        """The data that a recipe names; its shards are indexed first, which is slow once.
+        """Open the shards that a recipe names; they are indexed first, which is slow only the first time.
 
         Raises:
-            UsageError: shards are missing or misnamed, or hold fewer samples than one batch.
-            ClipkdError: a shard cannot be read, or its index cannot be kept.
+            UsageError: shards are missing or misnamed, or contain fewer samples than one batch.
+            ClipkdError: a shard cannot be read, or its index cannot be written.
         """
         paths = expand(spec.shards)
         shards: list[Shard] = []
@@ -109,7 +110,7 @@ class ShardBatches:
                     shards.append(shard)
                     progress("indexing shards", len(shards), len(paths))
             finally:
-                pool.shutdown(cancel_futures=True)  # an error or an interrupt does not wait for those not begun
+                pool.shutdown(cancel_futures=True)  # after an error or an interrupt, do not start the rest
         return cls(tuple(shards), seed, batch_size, spec.crop_scale, spec.views)
 
     @property
@@ -118,31 +119,31 @@ class ShardBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: what is left over in one epoch comes elsewhere in the next."""
+        """Number of whole batches; the next epoch shows the remaining samples at other positions."""
         return self.num_samples // self.batch_size
 
     def samples_of(self, step: int) -> NDArray[np.int64]:
-        """[B] the samples of an optimizer step."""
+        """Return [B] the samples of an optimizer step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self.in_order(epoch, index * self.batch_size, (index + 1) * self.batch_size)
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at some places of an epoch's order."""
+        """Return the samples at positions `start` to `stop` of an epoch's order."""
         return _slice_order(self, epoch, start, stop)
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
-        """The rows of the batch of an optimizer step, and what stands in for damaged ones; nothing else is read.
+        """Return rows of an optimizer step's batch, with corrupt samples replaced; nothing else is read.
 
         Raises:
-            ClipkdError: a shard has changed or gone, or there is nothing sound to show.
+            ClipkdError: a shard has changed or is missing, or there is no good sample to show.
         """
         return fill_batch(self, step, rows, geometries)
 
     def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
-        """One view of chosen samples, the damaged left out; every geometry shows the same crop.
+        """Return one view of chosen samples without the corrupt ones; every geometry shows the same crop.
 
         Raises:
-            ClipkdError: a shard has changed or gone.
+            ClipkdError: a shard has changed or is missing.
         """
         samples = (
             UnreadSample(
@@ -156,10 +157,10 @@ class ShardBatches:
         return assemble_view(samples, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
     def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
-        """[B] the captions of chosen samples, none for those whose caption is damaged; their pictures are not read.
+        """Return [B] the captions of chosen samples, none where the caption is corrupt; images are not read.
 
         Raises:
-            ClipkdError: a shard has changed or gone.
+            ClipkdError: a shard has changed or is missing.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
         for b, _, file, pair in _walk_in_disk_order(self.shards, sample_B):
@@ -168,10 +169,10 @@ class ShardBatches:
         return captions_B
 
     def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
-        """uint8 [B, 3, H, H] chosen samples, as much of the picture as a crop can hold.
+        """Return uint8 [B, 3, H, H] chosen samples with the largest crop of each image; corrupt ones are dropped.
 
         Raises:
-            ClipkdError: as `view_of`.
+            ClipkdError: as for `view_of`.
         """
         return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
 
@@ -180,7 +181,7 @@ class ShardBatches:
 
 
 def _slice_order(data: ShardBatches, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-    """The samples at some places of an epoch's order."""
+    """Return the samples at positions `start` to `stop` of an epoch's order."""
     first_W = _window_starts(data, epoch)
     window = int(np.searchsorted(first_W, start, side="right")) - 1
     pieces = []
@@ -192,20 +193,20 @@ def _slice_order(data: ShardBatches, epoch: int, start: int, stop: int) -> NDArr
 
 
 def _shuffle_shards(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
-    shard_S = -1 - np.arange(len(data.shards))  # shards hash as no sample does
+    shard_S = -1 - np.arange(len(data.shards))  # negative, so no shard hashes like a sample
     return np.argsort(uniforms(data.seed, shard_S, epoch, 1)[:, _ORDER], kind="stable")
 
 
 @lru_cache(maxsize=4)
 def _window_starts(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
-    """[W] places in an epoch's order at which its windows start."""
+    """Return [W] the positions in an epoch's order where its windows start."""
     counts_S = np.array([data.shards[s].num_samples for s in _shuffle_shards(data, epoch)])
     return np.cumsum(np.concatenate([[0], counts_S]))[:-1:WINDOW]
 
 
 @lru_cache(maxsize=4)
 def _shuffle_window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
-    """The samples of one window of an epoch, shuffled."""
+    """Return the shuffled samples of one window of an epoch."""
     end_S = np.cumsum([shard.num_samples for shard in data.shards])
     chosen = _shuffle_shards(data, epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
     sample_N = np.concatenate([np.arange(end_S[s] - data.shards[s].num_samples, end_S[s]) for s in chosen])
@@ -217,7 +218,7 @@ def _shuffle_window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.i
 
 @lru_cache(maxsize=4 * WINDOW)
 def _load_pairs(shard: Shard) -> NDArray[np.void]:
-    """Where the pairs of a shard lie."""
+    """Return the positions of a shard's pairs."""
     now, pair_N = _load_index(shard.path)
     if now != shard:
         raise _changed_error(shard)
@@ -225,16 +226,18 @@ def _load_pairs(shard: Shard) -> NDArray[np.void]:
 
 
 def _changed_error(shard: Shard) -> ClipkdError:
-    return ClipkdError(f"{shard.path}: has changed since training began; samples are numbered anew. Start again")
+    return ClipkdError(
+        f"{shard.path}: has changed since training began, so sample numbers no longer match. Start training again"
+    )
 
 
 def _load_index(path: Path) -> tuple[Shard, NDArray[np.void]]:
-    """A shard and its pairs, from the user's cache folder, where they are put if they are not there."""
+    """Return a shard and its pairs from the user's cache folder; make and store the index if it is missing."""
     try:
         stat = path.stat()
         stamp = [_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns]
         kept = user_cache_folder() / "shards" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.npz"
-        # Whatever is wrong with a kept index, it is made again; numpy leaves a file open that is no archive.
+        # An unreadable index is made again.  The file is opened here because numpy leaves an invalid archive open.
         with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
             if saved["stamp"].tolist() == stamp:
                 pair_N = saved["pairs"]
@@ -248,8 +251,8 @@ def _load_index(path: Path) -> tuple[Shard, NDArray[np.void]]:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
     pair_N, left_out = _pair_members(path, members)
     if damage:
-        said = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
-        left_out += (LeftOut(BROKEN_TAR, 1, (to_utf8(said),)),)
+        example = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
+        left_out += (LeftOut(BROKEN_TAR, 1, (to_utf8(example),)),)
     _save_index(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
     return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
 
@@ -261,13 +264,13 @@ def _save_index(path: Path, **arrays: Any) -> None:
             np.savez(file, **arrays)
     except OSError as error:
         raise ClipkdError(
-            f"{path.parent}: the index of the shards cannot be kept there: {error.strerror}. "
-            "Make room, or set XDG_CACHE_HOME to another folder"
+            f"{path.parent}: the index of the shards cannot be written there: {error.strerror}. "
+            "Free disk space, or set XDG_CACHE_HOME to another folder"
         ) from None
 
 
 def _pair_members(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
-    """Return the pairs of a shard in the order of their first files, and the samples that have none."""
+    """Return the pairs of a shard in the order of their first files, and the samples that form no pair."""
     rows, left_out = [], []
     for key, files in group_files(members).items():
         try:
@@ -298,7 +301,7 @@ def _open_shard(shard: Shard) -> Iterator[BinaryIO]:
 def _walk_in_disk_order(
     shards: Sequence[Shard], sample_B: NDArray[np.int64]
 ) -> Iterator[tuple[int, Shard, BinaryIO, np.void]]:
-    """Each place b of chosen samples, with the sample's shard, opened, and where its pair lies: in the disk's order."""
+    """Yield, in disk order, each chosen sample's index b, its shard, the opened file and the position of its pair."""
     end_S = np.cumsum([shard.num_samples for shard in shards])
     shard_B = np.searchsorted(end_S, sample_B, side="right")
     for s in np.unique(shard_B).tolist():
@@ -319,7 +322,7 @@ def _describe(shard: Shard, pair: np.void) -> str:
 
 
 def _find_key(path: Path, offset: int) -> str:
-    """Return the name of an image's sample from the headers: the index keeps no names."""
+    """Return the name of an image's sample, read from the headers because the index stores no names."""
     try:
         return _read_keys(path).get(offset, f"at byte {offset:,}")
     except OSError:
@@ -328,7 +331,7 @@ def _find_key(path: Path, offset: int) -> str:
 
 @lru_cache(maxsize=WINDOW)
 def _read_keys(path: Path) -> dict[int, str]:
-    """The samples' names by where their files lie; one read of the headers for all that is damaged in a shard."""
+    """Return the samples' names by file position; cached, so all corrupt samples of a shard share one read."""
     return {member.offset: split_name(member.name)[0] for member in read_members(path)[0]}
 
 

@@ -1,4 +1,4 @@
-"""The documents that evaluation writes: evaluation.json of one model, and the scores of several models side by side.
+"""Define the documents that evaluation writes: evaluation.json of one model, and the comparison of several models.
 
 Fractions are in [0, 1]; `_low` and `_high` bound the 95 % Wilson interval.
 """
@@ -14,7 +14,7 @@ class _Accuracy(TypedDict):
     top5_low: float
     top5_high: float
     n: int
-    """Images of the set."""
+    """Number of images in the set."""
 
 
 class Unreadable(TypedDict):
@@ -22,28 +22,28 @@ class Unreadable(TypedDict):
 
     n: int
     first: list[str]
-    """The first few, in words."""
+    """Names of the first few."""
 
 
 class SetScores(_Accuracy, total=False):
     """A model's scores on one set."""
 
     mean_per_class_recall: float
-    """Sets of classes only."""
+    """Present only for sets of classes."""
 
     unreadable: Unreadable
-    """Absent if every image can be read."""
+    """Present only if some images cannot be read."""
 
     retrieval: dict[str, float]
-    """Recall by direction and rank, as text_to_image_r5; name_to_image_r5 if each class has one image."""
+    """Recall by direction and rank, such as text_to_image_r5; name_to_image_r5 if each class has one image."""
 
 
 class Evaluation(TypedDict):
-    """evaluation.json."""
+    """The document evaluation.json."""
 
     headline: str
     sets: dict[str, SetScores]
-    """By the sets' names."""
+    """Scores by set name."""
 
 
 class _Scored(TypedDict):
@@ -53,11 +53,11 @@ class _Scored(TypedDict):
 
 class EvaluatedModel(_Scored, total=False):
     against_first: dict[str, dict[str, Any]]
-    """By set, how the top-1 differs from the first model's (`significance.paired_drop`); absent of the first."""
+    """By set, the difference in top-1 from the first model (`significance.paired_drop`); absent for the first model."""
 
 
 class ModelComparison(TypedDict):
-    """The document of `clipkd evaluate`."""
+    """The document that `clipkd evaluate` writes."""
 
     headline: str
     models: list[EvaluatedModel]

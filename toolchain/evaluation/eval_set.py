@@ -1,4 +1,4 @@
-"""An evaluation set: images, and the classes or captions they are compared with."""
+"""Define an evaluation set: images, and the classes or captions they are compared with."""
 
 import io
 from collections import Counter
@@ -14,19 +14,19 @@ from PIL import Image, ImageOps
 from toolchain.data.images import FORMATS
 from toolchain.errors import UsageError
 
-_CAPTION = ("{}",)  # the template of what needs none
+_CAPTION = ("{}",)  # captions need no template
 
 
 class Picture(NamedTuple):
-    """Where a picture's bytes lie: a file, or a part of one."""
+    """The location of an image's bytes: a file, or part of one."""
 
     path: Path
     offset: int = 0
     size_bytes: int | None = None
-    """None: to the end."""
+    """None: to the end of the file."""
 
     member: str = ""
-    """Its name within an archive."""
+    """Name within an archive."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.member}" if self.member else str(self.path)
@@ -34,46 +34,46 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """Pictures and texts; `image_group_N` and `text_group_K` say which belong together."""
+    """Images and texts; those with the same group number in `image_group_N` and `text_group_K` belong together."""
 
     name: str
     pictures: Sequence[Picture] | NDArray[np.uint8]
-    """N of them; arrays are uint8 [N, H, W, 3]."""
+    """N images; arrays are uint8 [N, H, W, 3]."""
 
     texts: list[str]
     """Class names, or captions."""
 
     templates: tuple[str, ...]
-    """With {} where the text goes."""
+    """Prompt templates, with {} in place of the text."""
 
     image_group_N: NDArray[np.int64]
     text_group_K: NDArray[np.int64]
     has_classes: bool
-    """Whether the texts are class names, each of one group, rather than captions."""
+    """True if the texts are class names with one group each, False if they are captions."""
 
     upright: bool = False
-    """Turn pictures as EXIF says.  Published benchmarks are read as they lie, and published numbers with them."""
+    """Apply EXIF orientation.  Published benchmarks ignore it, because their published numbers do."""
 
     files: tuple[Path, ...] = ()
-    """Everything the set was read from."""
+    """All files the set was read from."""
 
     repeats_names: bool = False
-    """Whether two classes may share a name, as in ImageNet: the first of them is the answer of both."""
+    """True if two classes may share a name, as in ImageNet; the first of them is then the answer for both."""
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     @property
     def one_image_per_class(self) -> bool:
-        """Whether image k shows class k, so that its name can be looked for among names, and it among images."""
+        """True if image k shows class k; retrieval between names and images is then defined."""
         return self.has_classes and np.array_equal(self.image_group_N, self.text_group_K)
 
     def label(self, index: int) -> str:
-        """A picture in words, for messages."""
+        """Return an image's name for messages."""
         return self.texts[index] if self.one_image_per_class else str(self.pictures[index])
 
     def image(self, index: int) -> Image.Image | None:
-        """A picture in RGB; None if it cannot be read."""
+        """Return an image in RGB; None if it cannot be read."""
         picture = self.pictures[index]
         if not isinstance(picture, Picture):
             return Image.fromarray(picture)
@@ -84,7 +84,7 @@ class EvalSet:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 turned = ImageOps.exif_transpose(image) if self.upright else image
                 return turned.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damage
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's errors for corrupt files
             return None
 
 
@@ -96,18 +96,18 @@ def classes_set(
     label_N: Sequence[int] | NDArray[np.int64] | None = None,
     **more: Any,
 ) -> EvalSet:
-    """A set of classes; without labels image k shows class k.
+    """Return a set of classes; without labels, image k shows class k.
 
     Raises:
-        UsageError: no pictures, images and names that do not match, templates without a place for the name, two
-            classes of one name.
+        UsageError: there are no images, images and names do not match, a template has no {} for the name, or two
+            classes have the same name.
     """
     repeats_names = more.get("repeats_names", False)
     if not templates:
-        raise UsageError("evaluate: no prompt template; a template has {} where the name goes, '{}' at the least")
+        raise UsageError("evaluate: no prompt template; give at least one, with {} in place of the name, such as '{}'")
     for template in templates:
         if "{}" not in template:
-            raise UsageError(f"evaluate: template {template!r} has no {{}} where the name goes")
+            raise UsageError(f"evaluate: template {template!r} has no {{}} in place of the name")
     if label_N is None and (len(pictures) != len(names) or not names):
         raise UsageError(
             f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} names, "
@@ -115,9 +115,11 @@ def classes_set(
         )
     label_N = np.arange(len(names)) if label_N is None else np.asarray(label_N, np.int64)
     if not len(pictures) or not len(names):
-        raise UsageError(f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} classes; expected some")
+        raise UsageError(
+            f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} classes, expected at least one of each"
+        )
     twice, count = Counter(names).most_common(1)[0]
-    if count > 1 and not repeats_names:  # their scores tie by construction: none of them could ever be right
+    if count > 1 and not repeats_names:  # their scores would always tie, so none could be right
         raise UsageError(f"evaluate: set {name!r} has {count} classes named {twice!r}, expected distinct names")
     wrong_N = (label_N < 0) | (label_N >= len(names))
     if wrong_N.any():
@@ -131,13 +133,13 @@ def classes_set(
 def captions_set(
     name: str, pictures: Sequence[Picture] | NDArray[np.uint8], captions_N: Sequence[Sequence[str]], **more: Any
 ) -> EvalSet:
-    """A set of pictures with one or more captions each.
+    """Return a set of images with one or more captions each.
 
     Raises:
-        UsageError: no pictures, or one without a caption.
+        UsageError: there are no images, or an image has no caption.
     """
     if not len(pictures):
-        raise UsageError(f"evaluate: set {name!r} has no pictures")
+        raise UsageError(f"evaluate: set {name!r} has no images")
     for picture, captions in zip(pictures, captions_N, strict=True):
         if not captions:
             raise UsageError(f"evaluate: set {name!r}: {picture} has no caption")

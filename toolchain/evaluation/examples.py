@@ -1,6 +1,4 @@
-"""Some pictures of the headline set with a model's answers, kept while it is measured, so that a report can show them
-where the set is not.
-"""
+"""Keep some images of the headline set with a model's answers, so a report can show them where the set is missing."""
 
 import base64
 import io
@@ -20,11 +18,11 @@ _JPEG_QUALITY = 85
 
 
 def write_examples(path: Path, data: EvalSet, samples: Mapping[str, NDArray[Any]], count: int) -> None:
-    """Write examples.json: at most `count` pictures spread evenly over a set, the same ones for every model.
+    """Write examples.json: at most `count` images spread evenly over a set, the same ones for every model.
 
-    `set`, and of each of `images` its `index`, `true` (names or captions that are right), `top1` (what the model held
-    best, null if nothing), its `cosine`, whether that is `right` as accuracy counts it, and `picture`, a data URI of at
-    most 96 x 96 pixels.  A picture that cannot be read is left out.  `samples` are those of `evaluate`.
+    It has `set`, and for each of `images`: `index`, `true` (correct names or captions), `top1` (the model's best text,
+    null if none), its `cosine`, `right` (as counted by accuracy), and `picture`, a data URI of at most 96 x 96 pixels.
+    Unreadable images are skipped.  `samples` is the second result of `evaluate`.
     """
     rank_N, top1_N, cosine_N = (samples[f"{data.name}_{kind}"] for kind in ("rank", "top1", "top1_cosine"))
     images = []
@@ -48,7 +46,7 @@ def write_examples(path: Path, data: EvalSet, samples: Mapping[str, NDArray[Any]
 
 def make_thumbnail(image: Image.Image) -> str:
     """Return a data URI of an image, scaled down to at most 96 x 96 pixels: PNG or JPEG, whichever is smaller."""
-    small = Image.fromarray(np.asarray(image.convert("RGB")))  # pixels alone: no place, camera or colour profile
+    small = Image.fromarray(np.asarray(image.convert("RGB")))  # pixels only: no location, camera or colour profile
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     kind, content = min((_encode(small, kind) for kind in ("PNG", "JPEG")), key=lambda made: len(made[1]))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"

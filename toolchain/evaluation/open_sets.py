@@ -1,7 +1,7 @@
-"""Open evaluation sets in the formats people have: folders, ImageNet, CLIP_benchmark shards, Karpathy splits, pairs.
+"""Open evaluation sets in common formats: folders, ImageNet, CLIP_benchmark shards, Karpathy splits, pairs.
 
-Nothing is dropped: an image that cannot be read stays in the set and counts as wrong (`zero_shot.py`), and a set whose
-files are missing is refused.
+No image is dropped: an unreadable image stays in the set and counts as wrong (`zero_shot.py`), and a set with missing
+files is refused.
 """
 
 import csv
@@ -32,17 +32,17 @@ from toolchain.recipe.evaluate import (
     set_name,
 )
 
-_NO_PICTURES = frozenset({"Thumbs.db", "desktop.ini"})  # what file managers leave behind
+_IGNORED_FILES = frozenset({"Thumbs.db", "desktop.ini"})  # written by file managers
 _SHARD_SUFFIXES = ("webp", "png", *IMAGE_SUFFIXES)  # CLIP_benchmark prefers the first two
 _NAMED = 3  # examples in a message
 
 
 def open_set(spec: EvalSetSpec) -> EvalSet:
-    """Open the set that an entry of a recipe's evaluate.sets names; its pictures are not read yet.
+    """Open the set that an entry of a recipe's evaluate.sets names; its images are not read yet.
 
     Raises:
-        UsageError: files are missing, do not belong, or contradict one another; with the file.
-        MissingDependency: ImageNet's names are wanted, and timm or open_clip is not installed.
+        UsageError: files are missing, unexpected or contradictory; the message names the file.
+        MissingDependency: the set needs ImageNet's names, and timm or open_clip is not installed.
     """
     match spec:
         case str():
@@ -61,7 +61,7 @@ def open_set(spec: EvalSetSpec) -> EvalSet:
 
 
 def fingerprint(spec: EvalSetSpec) -> str:
-    """What a stage that reads a set depends on: names, sizes and times of its files, none of which is read for it."""
+    """Return a hash for stages that read a set: from names, sizes and times of its files; no image is read."""
     if isinstance(spec, str):
         return glyphs.fingerprint()
     digest = hashlib.sha256(spec.model_dump_json(exclude={"name"}).encode())
@@ -72,7 +72,7 @@ def fingerprint(spec: EvalSetSpec) -> str:
 
 
 def fingerprints(specs: Sequence[EvalSetSpec]) -> str:
-    """Of several sets together."""
+    """Return one hash for several sets."""
     return hashlib.sha256("\n".join(fingerprint(spec) for spec in specs).encode()).hexdigest()
 
 
@@ -106,7 +106,7 @@ def _open_folder(spec: FolderSet) -> EvalSet:
 
 def _read_mapping(path: Path, where: str) -> dict[str, str]:
     try:
-        content = yaml.load(_read_text(path, where), yaml.BaseLoader)  # every key a string: 007 and no are names
+        content = yaml.load(_read_text(path, where), yaml.BaseLoader)  # every key is a string: 007 and no are names
     except yaml.YAMLError as error:
         raise UsageError(f"{where}.classes: {path}: not YAML: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
@@ -115,37 +115,40 @@ def _read_mapping(path: Path, where: str) -> dict[str, str]:
 
 
 def _list_class_folders(root: Path, where: str) -> list[str]:
-    """The folders of classes, in the order of their names."""
+    """Return the names of the class folders, sorted."""
     if not root.is_dir():
-        raise UsageError(f"{where}.path: {root}: no such folder; expected one with a folder of pictures per class")
+        raise UsageError(f"{where}.path: {root}: no such folder; expected one with a folder of images per class")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        raise UsageError(f"{where}.path: {root}: no folders in it; expected CLASS/PICTURE")
+        raise UsageError(f"{where}.path: {root}: no folders in it; expected CLASS/IMAGE")
     return folders
 
 
 def _list_images(folder: Path, where: str) -> list[Picture]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    paths = [entry for entry in entries if entry.name not in _NO_PICTURES]
+    paths = [entry for entry in entries if entry.name not in _IGNORED_FILES]
     for path in paths:
         if not is_image_name(path.name) or not path.is_file():
             raise UsageError(
-                f"{where}: {path} is no picture ({', '.join(f'.{suffix}' for suffix in sorted(IMAGE_SUFFIXES))}); "
-                "an evaluation drops nothing silently. Move it out of the folder"
+                f"{where}: {path} is not an image ({', '.join(f'.{suffix}' for suffix in sorted(IMAGE_SUFFIXES))}); "
+                "an evaluation never skips files silently. Move it out of the folder"
             )
     if not paths:
-        raise UsageError(f"{where}: {folder} has no pictures; its class could never be right. Remove it, or fill it")
+        raise UsageError(
+            f"{where}: {folder} has no images, so its class could never be the right answer. Add images, or remove the "
+            "folder"
+        )
     return [Picture(path) for path in paths]
 
 
-# ImageNet and its kin -------------------------------------------------------------------------------------------------
+# ImageNet and its variants --------------------------------------------------------------------------------------------
 
 
 def _open_imagenet(spec: ImagenetSet) -> EvalSet:
     where, root = _name_field(spec), Path(spec.path)
     names, templates = _read_imagenet_prompts()
     wordnet_ids = _read_imagenet_ids("imagenet_synsets.txt")
-    if spec.variant in ("r", "a"):  # 200 of the classes, and no others to be confused with
+    if spec.variant in ("r", "a"):  # ranked among their own 200 classes only
         chosen = [int(line) for line in _read_imagenet_ids(f"imagenet_{spec.variant}_indices.txt")]
         names, wordnet_ids = [names[k] for k in chosen], [wordnet_ids[k] for k in chosen]
     # V2's folders are numbers; sorted as strings, "10" would come before "2".
@@ -169,7 +172,7 @@ def _read_imagenet_ids(file: str) -> list[str]:
 
 @functools.cache
 def _read_imagenet_prompts() -> tuple[list[str], tuple[str, ...]]:
-    """open_clip's names of ImageNet's classes and OpenAI's 80 templates, read without importing open_clip or torch."""
+    """Return open_clip's ImageNet class names and OpenAI's 80 templates, without importing open_clip or torch."""
     path = _find_package("open_clip") / "zero_shot_metadata.py"
     spec = importlib.util.spec_from_file_location("_clipkd_zero_shot_metadata", path)
     assert spec is not None
@@ -182,10 +185,12 @@ def _read_imagenet_prompts() -> tuple[list[str], tuple[str, ...]]:
 def _find_package(name: str) -> Path:
     try:
         spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # what an import hook that hides the package raises
+    except ModuleNotFoundError:  # raised by an import hook that hides the package
         spec = None
     if spec is None or spec.origin is None:
-        raise MissingDependency(f"ImageNet's class lists come with {name}: pip install 'clipkd[train]'")
+        raise MissingDependency(
+            f"ImageNet's class lists come with {name}, which is not installed: pip install 'clipkd[train]'"
+        )
     return Path(spec.origin).parent
 
 
@@ -202,7 +207,7 @@ def _open_clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
     kind = " ".join(_read_lines(type_file, where)).strip().lower() if type_file.is_file() else "classification"
     texts_in = {"classification": "cls", "retrieval": "txt"}.get(kind)
     if texts_in is None:
-        raise UsageError(f"{where}: {type_file} says {kind!r}; clipkd evaluates classification and retrieval")
+        raise UsageError(f"{where}: {type_file}: expected classification or retrieval, got {kind!r}")
     tars = [shards / f"{number}.tar" for number in range(int(count))]
     found = list(_read_archives(tars, texts_in, where))
     pictures = [picture for picture, _ in found]
@@ -223,18 +228,18 @@ def _open_clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
 
 
 def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[Picture, str]]:
-    """Each sample's picture, and the content of its other file, in the archives' order."""
+    """Yield each sample's image and the content of its text file, in the archives' order."""
     for tar in tars:
         if not tar.is_file():
             raise UsageError(f"{where}: {tar}: no such archive")
         members, damage = read_members(tar)
         if damage:
-            raise UsageError(f"{where}: {tar}: {damage}; an evaluation drops nothing silently. Fetch it again")
+            raise UsageError(f"{where}: {tar}: {damage}; an evaluation never skips files silently. Download it again")
         with tar.open("rb") as file:
             for key, files in group_files(members, keep_strays=True).items():
                 image, text = first_of(files, _SHARD_SUFFIXES), files.get(texts_in)
                 if image is None or text is None:
-                    wanted = "picture" if image is None else f".{texts_in}"
+                    wanted = "image" if image is None else f".{texts_in}"
                     raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(files)}")
                 file.seek(text.offset)
                 try:
@@ -256,14 +261,14 @@ def _open_karpathy(spec: KarpathySet) -> EvalSet:
         places = [(row.get("filepath", ""), row["filename"]) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{where}.file: {path}: not a dataset_coco.json or dataset_flickr30k.json of Karpathy's: {error!r}"
+            f"{where}.file: {path}: not Karpathy's dataset_coco.json or dataset_flickr30k.json: {error!r}"
         ) from None
     pictures = []
     for folder, name in places:
-        candidates = [root / folder / name, root / name]  # COCO's images lie in val2014, Flickr30k's in one folder
+        candidates = [root / folder / name, root / name]  # COCO has a subfolder val2014, Flickr30k has none
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            raise UsageError(f"{where}.images: no {candidates[0]}, which {path.name} names")
+            raise UsageError(f"{where}.images: {candidates[0]}: no such file; {path.name} lists it")
         pictures.append(Picture(found))
     if spec.captions == "one":
         captions_N = [captions[:1] for captions in captions_N]
@@ -287,14 +292,14 @@ def _open_pairs(spec: PairsSet) -> EvalSet:
     pictures = [Picture(root / image) for image, _ in rows]
     for picture in pictures:
         if not picture.path.is_file():
-            raise UsageError(f"{where}.images: no {picture.path}, which {path} names")
+            raise UsageError(f"{where}.images: {picture.path}: no such file; {path} lists it")
     files = (path, *(picture.path for picture in pictures))
     return captions_set(spec.name, pictures, [[caption] for _, caption in rows], upright=True, files=files)
 
 
 def _read_pairs(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, str]]:
-    """Image and caption of each line.  A row is a line: an open quote swallows no other."""
-    quoting: Any = csv.QUOTE_NONE if spec.delimiter == "\t" else csv.QUOTE_MINIMAL  # nothing writes quotes into TSV
+    """Yield image and caption of each line.  A row is one line, so an unclosed quote never swallows another."""
+    quoting: Any = csv.QUOTE_NONE if spec.delimiter == "\t" else csv.QUOTE_MINIMAL  # quotes have no meaning in TSV
     header: list[str] = []
     for number, line in enumerate(_read_lines(path, where), 1):
         try:
@@ -335,19 +340,19 @@ def _read_text(path: Path, where: str) -> str:
 
 
 def _read_lines(path: Path, where: str) -> list[str]:
-    """Without splitlines' other line ends, which captions may hold."""
+    """Return a file's lines; unlike splitlines, do not split at other line separators, which captions may contain."""
     return re.split(r"\r\n|\n|\r", _read_text(path, where).rstrip("\r\n"))
 
 
 def _require_same(found: set[str], expected: set[str], what: str, expectation: str) -> None:
     unknown, missing = sorted(found - expected), sorted(expected - found)
-    said = []
+    differences = []
     if unknown:
-        said.append(f"{len(unknown)} not among them: {_name_some(unknown)}")
+        differences.append(f"{len(unknown)} unknown: {_name_some(unknown)}")
     if missing:
-        said.append(f"{len(missing)} missing: {_name_some(missing)}")
-    if said:
-        raise UsageError(f"{what} are not those of {expectation}; {'; '.join(said)}")
+        differences.append(f"{len(missing)} missing: {_name_some(missing)}")
+    if differences:
+        raise UsageError(f"{what} do not match {expectation}; {'; '.join(differences)}")
 
 
 def _name_some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The table that `clipkd evaluate` prints."""
+"""Make the table that `clipkd evaluate` prints."""
 
 from toolchain.evaluation.documents import ModelComparison
 from toolchain.text_table import Note, TextTable
@@ -29,10 +29,10 @@ def evaluation_table(document: ModelComparison) -> TextTable:
 
 
 def unreadable_images(document: ModelComparison) -> list[Note]:
-    """Return a note for each set that has unreadable images; every model was shown the same ones."""
+    """Return a note for each set with unreadable images; they are the same for every model."""
     return [
         Note(
-            f"{name}: {scores['unreadable']['n']} unreadable picture(s) counted as wrong: "
+            f"{name}: {scores['unreadable']['n']} unreadable image(s) counted as wrong: "
             + ", ".join(scores["unreadable"]["first"])
         )
         for name, scores in document["models"][0]["sets"].items()

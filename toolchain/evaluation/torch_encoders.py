@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a PyTorch model: while it trains, shared among the processes that train it, and by itself."""
+"""Score zero-shot accuracy of a PyTorch model: during training, split over ranks, or of a finished checkpoint."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ _CHUNK = 256  # samples per forward
 
 
 def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[str, float]]:
-    """Return a function that scores a model on one set; every process must call it.
+    """Return a function that scores a model on one set; every rank must call it.
 
-    Its result is top-1 and top-5 as fractions, the 95 % Wilson interval of top-1, and n: the same numbers as `evaluate`
-    finds in the same features, whatever the number of processes.  It raises ClipkdError, in every process, where too
-    many pictures of the set cannot be read.
+    It returns top-1 and top-5 as fractions, the 95 % Wilson interval of top-1, and n.  These equal what `evaluate`
+    computes from the same features, for any number of ranks.  It raises ClipkdError on every rank if too many images of
+    the set cannot be read.
     """
 
-    def scored(model: ClipModel, processes: Processes) -> dict[str, float]:
-        # Images and texts of this process; one at the least, which is then not counted.
+    def score(model: ClipModel, processes: Processes) -> dict[str, float]:
+        # Images and texts of this rank; at least one, which is not counted if it belongs to another rank.
         my_images = range(processes.rank, len(data), processes.size) or range(1)
         my_texts = range(processes.rank, len(data.texts), processes.size) or range(1)
         prompts = [[template.format(data.texts[index]) for index in my_texts] for template in data.templates]
@@ -42,7 +42,7 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
             )
         text_KD = text_PKD[0]
         if data.has_classes:
-            text_KD = nn.functional.normalize(text_PKD.double().sum(0), dim=-1).float()  # as `class_embeddings` rounds
+            text_KD = nn.functional.normalize(text_PKD.double().sum(0), dim=-1).float()  # as in `class_embeddings`
         readable_N1 = torch.tensor(readable, device=image_ND.device)[:, None]
         rows_ND = torch.cat([image_ND * readable_N1, readable_N1.float()], dim=1)
         gathered_ND = processes.gather_rows(rows_ND, len(data)).cpu().numpy()
@@ -56,12 +56,12 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
             "n": found["n"],
         }
 
-    return scored
+    return score
 
 
 @dataclass(frozen=True)
 class TorchEncoders:
-    """A checkpoint as `evaluate` sees it."""
+    """The `Encoders` of a PyTorch checkpoint."""
 
     model: ClipModel
     device: torch.device
@@ -84,10 +84,10 @@ class TorchEncoders:
 
 
 def _read_pixels(data: EvalSet, chosen: range, model: ClipModel, readable: list[bool]) -> Iterator[Tensor]:
-    """Yield chunks of pixel_values; `readable` grows by whether each picture could be read."""
+    """Yield chunks of pixel_values; append to `readable`, for each image, whether it could be read."""
     for start in range(0, len(chosen), _CHUNK):
         values = []
-        for index in chosen[start : start + _CHUNK]:  # one picture at a time is decoded
+        for index in chosen[start : start + _CHUNK]:  # decode one image at a time
             image = data.image(index)
             readable.append(image is not None)
             values.append(model.preprocess(image or BLANK))
@@ -95,6 +95,6 @@ def _read_pixels(data: EvalSet, chosen: range, model: ClipModel, readable: list[
 
 
 def _encode(encode: Any, chunks: Iterable[Tensor], processes: Processes) -> Tensor:
-    """Return unit features, float32, on the process's device."""
+    """Return unit features, float32, on the rank's device."""
     features = [encode(chunk.to(processes.device)).float() for chunk in chunks]
     return nn.functional.normalize(torch.cat(features), dim=-1)

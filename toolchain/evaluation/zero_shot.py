@@ -1,8 +1,8 @@
-"""Zero-shot accuracy and retrieval recall of anything that encodes images and texts, in numpy alone.
+"""Compute zero-shot accuracy and retrieval recall of any image and text encoder, with numpy only.
 
-Classification ranks the classes of a set for every image; retrieval ranks captions for images and images for captions.
-Both count how many wrong candidates score at least as high as the best right one (`ranks`).  Memory grows with the
-features, never with the square of a set: images are decoded, and scores made, a chunk at a time.
+Classification ranks a set's classes for every image; retrieval ranks captions for images and images for captions.  Both
+count how many wrong candidates score at least as high as the best right one (`ranks`).  Images are decoded and scores
+computed in chunks, so memory grows with the features, never with the square of a set.
 """
 
 from collections import Counter
@@ -20,27 +20,28 @@ from toolchain.progress import Progress, no_progress
 from toolchain.significance import wilson
 
 UNRANKED = np.iinfo(np.int32).max
-"""The rank of a sample whose own score is NaN or infinite: outside of every top k, however few classes there are."""
+"""The rank of a sample whose own score is NaN or infinite; it is outside every top k, however few classes there are."""
 
 TIE = 1e-6
-"""Cosines closer than this are equal: float32 products of the same vectors differ by about 1e-7 from place to place
-of one matrix product, and a constant encoder must not win ties by rounding."""
+"""Cosines closer than this count as equal.  Float32 products of the same vectors differ by about 1e-7 within one matrix
+product, and a constant encoder must not win ties by rounding."""
 
 MAX_UNREADABLE = 0.01
-"""Share of a set's pictures that may be unreadable and count as wrong; with more the number is of another set."""
+"""Largest share of a set's images that may be unreadable and count as wrong; with more, the score would describe
+another set."""
 
 BLANK = Image.new("RGB", (64, 64))
-"""In place of a picture that cannot be read."""
+"""Used in place of an image that cannot be read."""
 
 _CHUNK = 256
 _NAMED_UNREADABLE = 5
 
 
 class Encoders(Protocol):
-    """A model as evaluation sees it; features are [B, D], float32, of unit norm."""
+    """The interface of a model to evaluation; features are [B, D], float32, of unit norm."""
 
     def preprocess(self, image: Image.Image, /) -> NDArray[np.float32]:
-        """pixel_values [3, H, W] of the model's own evaluation transform."""
+        """Return pixel_values [3, H, W] from the model's own evaluation transform."""
         ...
 
     def encode_pixels(self, pixel_values_BCHW: NDArray[np.float32], /) -> NDArray[np.float32]: ...
@@ -49,9 +50,10 @@ class Encoders(Protocol):
 
 
 def class_embeddings(encoders: Encoders, names: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
-    """[K, D]: per class the mean over templates of its prompts' unit features, scaled back to unit norm.
+    """Return [K, D] for each class the mean over templates of its prompts' unit features, normalized to unit norm.
 
-    CLIP (arXiv:2103.00020), section "Prompt Engineering and Ensembling".  A class whose mean is zero becomes NaN.
+    Source: CLIP (arXiv:2103.00020), section "Prompt Engineering and Ensembling".  A class whose mean is zero becomes
+    NaN.
     """
     return _prompt_features(encoders, names, templates, lambda _: None)[1]
 
@@ -63,23 +65,24 @@ def ranks(
     candidate_group_K: NDArray[np.int64] | None = None,
     alike_K: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
-    """Return [Q] how many wrong candidates score at least as high as the best right one.
+    """Return [Q] the number of wrong candidates that score at least as high as the best right one.
 
-    Candidates in the query's group are right. 0 is best; ties count against the model, within `TIE`. Scores that are
-    NaN or infinite count as ahead of the right one, and where no right one has another score the rank is `UNRANKED`.
-    Absent groups are 0, 1, 2, ...: query q's one right candidate is q. Of candidates that are the same text, said by
-    equal `alike_K`, only the earlier are ahead of the later. Memory grows with K, never with Q K.
+    Candidates in the query's group are right.  Rank 0 is best; ties within `TIE` count against the model.  NaN or
+    infinite scores count as ahead of the right candidate; if no right candidate has a finite score, the rank is
+    `UNRANKED`.  Absent groups are 0, 1, 2, ...: the only right candidate of query q is q.  Candidates with equal
+    `alike_K` are the same text; among them, only earlier ones can be ahead of later ones.  Memory grows with K, never
+    with Q K.
     """
     query_group_Q = np.arange(len(query_features_QD)) if query_group_Q is None else query_group_Q
     candidate_group_K = np.arange(len(candidate_features_KD)) if candidate_group_K is None else candidate_group_K
     rank_Q = np.empty(len(query_features_QD), np.int32)
     for start in range(0, len(rank_Q), _CHUNK):
-        with np.errstate(all="ignore"):  # features that are not finite are answered below, not warned about
+        with np.errstate(all="ignore"):  # non-finite features are handled below
             scores_CK = query_features_QD[start : start + _CHUNK] @ candidate_features_KD.T
         right_CK = query_group_Q[start : start + _CHUNK, None] == candidate_group_K
         finite_CK = np.isfinite(scores_CK)
         best_C1 = np.where(right_CK & finite_CK, scores_CK, -np.inf).max(1, keepdims=True)
-        # written as "not behind", so that NaN counts as ahead
+        # "not behind" rather than "ahead", because comparisons with NaN are false and NaN must count as ahead
         ahead_CK = ~(right_CK | (finite_CK & (scores_CK < best_C1 - np.float32(TIE))))
         if alike_K is not None:
             place_C1 = right_CK.argmax(1)[:, None]
@@ -91,9 +94,9 @@ def ranks(
 def nearest(
     query_features_QD: NDArray[np.float32], candidate_features_KD: NDArray[np.float32]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """[Q] the candidate that each query scores highest, the first of equals, and [Q] the score.
+    """Return [Q] the highest-scoring candidate of each query (the first among equals), and [Q] its score.
 
-    -1 and NaN where no score is a number.  Memory grows with K, never with Q K.
+    They are -1 and NaN where no score is finite.  Memory grows with K, never with Q K.
     """
     best_Q = np.empty(len(query_features_QD), np.int32)
     score_Q = np.empty(len(query_features_QD), np.float32)
@@ -114,18 +117,18 @@ def image_ranks(
     text_features_KD: NDArray[np.float32],
     unreadable_N: NDArray[np.bool_],
 ) -> NDArray[np.int32]:
-    """[N] the rank of every image's class, or of its best caption; an unreadable image's is `UNRANKED`.
+    """Return [N] the rank of each image's class, or of its best caption; `UNRANKED` for an unreadable image.
 
     Raises:
-        ClipkdError: more of the images are unreadable than may count as wrong.
+        ClipkdError: more images are unreadable than `MAX_UNREADABLE` allows.
     """
     unreadable = np.flatnonzero(unreadable_N)
     if len(unreadable) > MAX_UNREADABLE * len(data):
         named = ", ".join(data.label(index) for index in unreadable[:_NAMED_UNREADABLE].tolist())
         raise ClipkdError(
-            f"evaluation set {data.name}: {len(unreadable)} of {len(data)} pictures cannot be read, more than "
+            f"evaluation set {data.name}: {len(unreadable)} of {len(data)} images cannot be read, more than "
             f"{MAX_UNREADABLE:.0%}: {named}{', ...' if len(unreadable) > _NAMED_UNREADABLE else ''}. "
-            "Replace them, or take them out of the set"
+            "Replace them, or remove them from the set"
         )
     rank_N = ranks(image_features_ND, text_features_KD, data.image_group_N, data.text_group_K, _alike(data))
     rank_N[unreadable_N] = UNRANKED
@@ -140,18 +143,18 @@ def evaluate(
     progress: Progress = no_progress,
     what: str = "scoring",
 ) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
-    """Return the content of evaluation.json, and the ranks and answers behind it.
+    """Return the content of evaluation.json, and the ranks and answers it was computed from.
 
-    The ranks of a set, for paired tests, are `<set>_rank` [N], of every image's class or best caption, and where there
-    is retrieval `<set>_to_image_rank` [K], of every text's image.  Of the headline set `<set>_top1` [N] is the text
-    that each image scores highest, -1 if none, and `<set>_top1_cosine` [N] how high.  Top-1 of a set of captions is the
-    share of images that score one of their own captions highest.  Zero-shot scores use the class embeddings of all
-    templates; retrieval of glyphs uses the first template as the caption.  Fractions are in [0, 1], intervals are 95 %.
-    `progress` counts images and prompts of `what`.
+    For paired tests, each set has `<set>_rank` [N], the rank of every image's class or best caption, and, if it has
+    retrieval scores, `<set>_to_image_rank` [K], the rank of every text's image.  The headline set also has `<set>_top1`
+    [N], the text that scores highest for each image (-1 if none), and its cosine `<set>_top1_cosine` [N].  Top-1 of a
+    set of captions is the share of images whose highest-scoring caption is one of their own.  Zero-shot scores use the
+    class embeddings of all templates; retrieval of glyphs uses the first template as the caption.  Fractions are in
+    [0, 1], intervals are 95 %.  `progress` counts images and prompts under the label `what`.
 
     Raises:
-        UsageError: an unknown headline.
-        ClipkdError: too many pictures of a set cannot be read.
+        UsageError: the headline is not one of the sets.
+        ClipkdError: too many images of a set cannot be read.
     """
     if headline not in [data.name for data in sets]:
         names = ", ".join(data.name for data in sets) or "none"
@@ -175,7 +178,7 @@ def evaluate(
 def _score_set(
     encoders: Encoders, data: EvalSet, advance: Callable[[int], None], *, with_answers: bool
 ) -> tuple[SetScores, dict[str, NDArray[Any]]]:
-    """Return the scores of one set, and the ranks behind them by their kinds; with the answers to every image too."""
+    """Return the scores of one set, and its ranks by kind; `with_answers` adds the answer to every image."""
     caption_features_KD, class_features_KD = _prompt_features(encoders, data.texts, data.templates, advance)
     image_features_ND, unreadable_N = _image_features(encoders, data, advance)
     text_features_KD = class_features_KD if data.has_classes else caption_features_KD
@@ -217,14 +220,14 @@ def accuracy(rank_N: NDArray[np.int32]) -> SetScores:
 
 
 def mean_per_class_recall(rank_N: NDArray[np.int32], label_N: NDArray[np.int64]) -> float:
-    """Return the mean over classes that have images of the share of a class's images that are right."""
+    """Return the mean of per-class accuracy over the classes that have images."""
     count_K = np.bincount(label_N)
     right_K = np.bincount(label_N, weights=rank_N < 1)
     return float((right_K[count_K > 0] / count_K[count_K > 0]).mean())
 
 
 def _alike(data: EvalSet) -> NDArray[np.int64] | None:
-    """Return [K] the first class of each class's name; None where no name repeats."""
+    """Return [K] the first class with each class's name; None if no name repeats."""
     if not data.repeats_names or max(Counter(data.texts).values()) == 1:
         return None
     first: dict[str, int] = {}
@@ -242,7 +245,7 @@ def _prompt_features(
     sum_KD = caption_features_KD.astype(np.float64)
     for features_KD in per_template_PKD:
         sum_KD += features_KD
-    with np.errstate(all="ignore"):  # a zero or broken sum becomes NaN, which never scores
+    with np.errstate(all="ignore"):  # a zero or non-finite sum becomes NaN, which never scores
         class_features_KD = sum_KD / np.linalg.norm(sum_KD, axis=1, keepdims=True)
     return caption_features_KD, class_features_KD.astype(np.float32)
 
@@ -259,13 +262,13 @@ def _text_features(encoders: Encoders, texts: Sequence[str], advance: Callable[[
 def _image_features(
     encoders: Encoders, data: EvalSet, advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return features [N, D], and which images [N] cannot be read: their features are 0, which rank nothing."""
+    """Return features [N, D], and a mask [N] of unreadable images, whose features are set to 0."""
     chunks: list[NDArray[np.float32]] = []
     unreadable_N = np.zeros(len(data), np.bool_)
     for start in range(0, len(data), _CHUNK):
         chosen = range(start, min(start + _CHUNK, len(data)))
         values: list[NDArray[np.float32]] = []
-        for index in chosen:  # one picture at a time is decoded, and kept at the model's size only
+        for index in chosen:  # decode one image at a time, and keep only the model's input size
             image = data.image(index)
             unreadable_N[index] = image is None
             values.append(encoders.preprocess(image or BLANK))
