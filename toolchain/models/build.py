@@ -127,7 +127,7 @@ def _assemble(
             said = one_line(error).replace(local_dir, name).replace(staging, name)
             if changed:
                 raise UsageError(
-                    f"{name}: open_clip cannot build this model as the recipe changes it: {said}"
+                    f"{name}: open_clip cannot build this model with the recipe's changes: {said}"
                 ) from error
             raise ArtifactError(f"{name}: open_clip cannot build this model: {said}") from error
     _check_input_size(net.visual, name, changed)
@@ -149,8 +149,8 @@ def _check_input_size(visual: Any, name: str, changed: bool) -> None:
     built, asked = getattr(patches, "img_size", None), visual.image_size
     if built is not None and getattr(patches, "strict_img_size", False) and tuple(built) != tuple(asked):
         raise (UsageError if changed else ArtifactError)(
-            f"{name}: its image tower takes {built[0]} x {built[1]} pixels, image_size says {asked[0]} x {asked[1]}, "
-            "and open_clip cannot resize this tower. Choose the timm_model_name made for that size"
+            f"{name}: its image tower takes {built[0]} x {built[1]} pixels but image_size is {asked[0]} x {asked[1]}, "
+            "and open_clip cannot resize this tower. Choose a timm_model_name made for that size"
         )
 
 
@@ -159,7 +159,7 @@ def _architecture(name: str, tag: Mapping[str, Any]) -> dict[str, Any]:
     model_cfg = get_model_config(name)
     if model_cfg is None:
         near = suggestion(name, open_clip.list_models())
-        hint = f"did you mean {near}?" if near else "open_clip.list_models() names those it knows"
+        hint = f"did you mean {near}?" if near else "open_clip.list_models() lists the known ones"
         raise UsageError(f"model '{name}': open_clip has no such architecture; {hint}")
     if tag.get("quick_gelu"):  # which open_clip leaves to whoever chooses the name, with a warning
         model_cfg["quick_gelu"] = True
@@ -178,10 +178,10 @@ def _tag(spec: ModelSpec) -> dict[str, Any]:
     if near:
         hint = f"did you mean {near}?"
     elif Path(spec.pretrained).suffix:
-        hint = f"a file is named by checkpoint: {spec.pretrained}"
+        hint = f"for a file, write checkpoint: {spec.pretrained}"
     else:
         hint = _known_tags(tags)
-    raise UsageError(f"pretrained '{spec.pretrained}': open_clip has no such weights of {spec.model}; {hint}")
+    raise UsageError(f"pretrained '{spec.pretrained}': open_clip has no such weights for {spec.model}; {hint}")
 
 
 def _known_tags(tags: list[str]) -> str:
@@ -211,7 +211,7 @@ def _tokenizer_files(
         return {}
     if folder is None:
         if not Path(source).is_dir():
-            say(f"tokenizer {source}: from the Hugging Face Hub, or its cache on this machine")
+            say(f"tokenizer {source}: loading from the Hugging Face Hub or its local cache")
         arguments = {
             "context_length": text_cfg.get("context_length", 77),
             "tokenizer_mode": text_cfg.get("tokenizer_mode"),
@@ -224,7 +224,7 @@ def _tokenizer_files(
         tokenizer.save_pretrained(str(staging))
         if not torch.equal(HFTokenizer(str(staging), **arguments)(_CAPTIONS), tokenizer(_CAPTIONS)):
             raise ArtifactError(
-                f"tokenizer {source}: saved and opened again it tokenizes otherwise, so no folder could hold it. "
+                f"tokenizer {source}: after saving and loading it tokenizes differently, so no folder can hold it. "
                 "Choose a model with another tokenizer"
             )
         folder = staging

@@ -47,7 +47,7 @@ class ClipModel:
         height, width = cfg["size"] if isinstance(cfg["size"], list) else (cfg["size"], cfg["size"])
         if height != width:
             raise UsageError(
-                f"{self.name}: its images are {height} x {width} (height x width); clipkd prepares square ones only. "
+                f"{self.name}: its images are {height} x {width} (height x width); clipkd supports square images only. "
                 "Choose a model with a square image_size"
             )
         return Geometry(height, cfg["interpolation"])

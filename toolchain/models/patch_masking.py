@@ -113,8 +113,8 @@ def _slot_of(visual: nn.Module) -> _Slot:
             return _Slot(trunk, "patch_drop", trunk.num_prefix_tokens, trunk.patch_embed.num_patches)
         kind = f"timm's {type(trunk).__name__} ({trunk.pretrained_cfg['architecture']})"
     raise UsageError(
-        f"the student's image tower, {kind}, cannot leave patches out, and masked feature distillation shows it only "
-        "some; drop distill.loss_weights.mfd, or choose a student with a vision transformer"
+        f"the student's image tower, {kind}, cannot drop patches, which masked feature distillation needs; "
+        "remove distill.loss_weights.mfd, or choose a student with a vision transformer"
     )
 
 

@@ -51,7 +51,7 @@ def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], s
             f"Add {choose}checkpoint: FILE, or init: random"
         )
     what = f"{spec.model}, weights {spec.pretrained}"
-    say(f"{what}: from {tag.get('hf_hub') or tag.get('url')}, or its cache on this machine")
+    say(f"{what}: loading from {tag.get('hf_hub') or tag.get('url')} or its local cache")
     try:
         return Path(open_clip_pretrained.download_pretrained(tag))
     except Exception as error:  # whatever the Hub's client, urllib or open_clip raised
@@ -64,17 +64,17 @@ def _folder_weights(folder: Path) -> Path:
     if not found:
         raise ArtifactError(
             f"{folder}: no {WEIGHTS}; this model has a configuration but no weights. "
-            "Name a file of them with checkpoint, or start from scratch with init: random"
+            "Name a weights file with checkpoint, or train from scratch with init: random"
         )
     if len(found) > 1 and found[0].name not in _WEIGHT_FILES:
         names = ", ".join(path.name for path in found)
-        raise ArtifactError(f"{folder}: which of {names} are its weights? Name one with checkpoint")
+        raise ArtifactError(f"{folder}: several possible weights files: {names}. Name one with checkpoint")
     return found[0]
 
 
 def from_hub(repository: str, filename: str | None, say: Callable[[str], None]) -> Path:
     what = f"{HUB}{repository}, {filename or 'its weights'}"
-    say(f"{what}: from the Hugging Face Hub, or its cache on this machine")
+    say(f"{what}: loading from the Hugging Face Hub or its local cache")
     try:
         return Path(open_clip_pretrained.download_pretrained_from_hf(repository, filename=filename))
     except Exception as error:  # whatever the Hub's client raised
@@ -83,8 +83,8 @@ def from_hub(repository: str, filename: str | None, say: Callable[[str], None]) 
 
 def not_downloaded(what: str, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"{what}: cannot be downloaded ({one_line(error)}). Is the name right, and is this machine online? If it "
-        "cannot be: run once on one that is and bring its cache (HF_HOME), or name a folder, or a file with checkpoint"
+        f"{what}: cannot be downloaded ({one_line(error)}). Check the name and the network. Offline, copy the cache "
+        "(HF_HOME) of a machine that has downloaded it, or name a folder, or a file with checkpoint"
     )
 
 
@@ -109,8 +109,8 @@ def load_weights(
     if state.keys() >= _OPENAI_KEYS:
         if not model_cfg.get("quick_gelu") and "quick_gelu" not in changes:
             raise UsageError(
-                f"{path}: these are OpenAI's weights, trained with QuickGELU, and {name} has GELU: it would run, and "
-                "compute something else. Write model_cfg: {quick_gelu: true}, or choose the architecture's -quickgelu"
+                f"{path}: OpenAI's weights were trained with QuickGELU, and {name} has GELU: it would run and compute "
+                "wrong features. Set model_cfg: {quick_gelu: true}, or choose the architecture's -quickgelu variant"
             )
         state = {key: value for key, value in state.items() if key not in _OPENAI_KEYS}
     if "positional_embedding" in state and not hasattr(net, "positional_embedding"):
@@ -150,21 +150,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArtifactError(
-            f"{path}: holds Python objects besides tensors, or is no file of torch's; clipkd unpickles tensors only. "
-            "Where the file is trusted, save its state_dict alone: torch.save(model.state_dict(), FILE) "
+            f"{path}: contains Python objects other than tensors, or is not a torch file; clipkd unpickles tensors "
+            "only. If you trust the file, save its state_dict alone: torch.save(model.state_dict(), FILE) "
             f"({one_line(error)[:100]})"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
             raise ArtifactError(
                 f"{path}: a TorchScript archive, as OpenAI publishes its models; clipkd reads state_dicts. "
-                "For OpenAI's weights write pretrained: openai in place of checkpoint"
+                "For OpenAI's weights write pretrained: openai instead of checkpoint"
             ) from error
-        raise ArtifactError(f"{path}: not a file of weights, or damaged: {one_line(error)}") from error
+        raise ArtifactError(f"{path}: not a weights file, or corrupt: {one_line(error)}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"a dictionary of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, dict) else type(state)
-        raise ArtifactError(f"{path}: expected tensors by name, or a checkpoint with a state_dict; got {held}")
+        raise ArtifactError(f"{path}: expected a state_dict of tensors, or a checkpoint that contains one; got {held}")
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -177,10 +177,10 @@ def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Pat
     misshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
     if not (missing or unexpected or misshaped):
         return
-    shapes = [f"{key} {list(state[key].shape)} for {list(own[key].shape)}" for key in misshaped]
+    shapes = [f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}" for key in misshaped]
     found = [
         f"{len(keys)} {kind}: {', '.join(keys[:_NAMED_KEYS])}{', …' if len(keys) > _NAMED_KEYS else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("with a different shape", shapes))
         if keys
     ]
     raise ArtifactError(
@@ -199,8 +199,8 @@ def _likely_cause(
             return f"they were trained at another image size; write model_cfg: {{vision_cfg: {{image_size: {size}}}}}"
         case [], [], [("positional_embedding" | "text.positional_embedding") as key]:
             context = f"{{text_cfg: {{context_length: {len(state[key])}}}}}"
-            return f"they were trained with another context; write model_cfg: {context}"
+            return f"they were trained with another context length; write model_cfg: {context}"
         case [], ["logit_bias"], []:
             return "they were trained with a sigmoid loss; write model_cfg: {init_logit_bias: -10}"
         case _:
-            return "they are another architecture's; say which in model, or its differences in model_cfg"
+            return "they belong to another architecture; name it in model, or its differences in model_cfg"

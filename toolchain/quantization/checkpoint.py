@@ -59,7 +59,7 @@ def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modu
     for name in (WEIGHTS, QUANTIZERS):
         if file_sha256(folder / name) != config["sha256"][name]:
             raise ArtifactError(
-                f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
+                f"{folder / name}: changed since clipkd quantize wrote it: its sha256 differs from {CONFIG}'s. "
                 f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
             )
     net = copy.deepcopy(source.net)
@@ -67,7 +67,7 @@ def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modu
     prepared = float_towers(net, [name for name in TOWERS if name in config], source.tokenize(["a", "b"]))
     if set(config.get("moved", ())) != prepared.moved:
         raise ArtifactError(
-            f"{folder}: its layer norms keep their gains, as in checkpoints of an older clipkd. Quantize again: "
+            f"{folder}: its layer norms keep their gains, so it is from an older clipkd. Quantize again: "
             f"clipkd quantize {folder.parent}"
         )
     saved = load_file(folder / QUANTIZERS)

@@ -70,20 +70,20 @@ def explain_extension_errors() -> Iterator[None]:
         yield
     except ExtensionLoaderTimeoutException as error:
         raise MissingDependency(
-            "int8: NNCF did not finish compiling its extension in time, for a busy machine or a lock that a killed "
-            f"process left. Allow it more, in seconds: {EXTENSION_LOAD_TIMEOUT_ENV_VAR}=600; or delete nncf's folder "
+            "int8: NNCF did not finish compiling its extension in time: the machine is busy, or a killed process left "
+            f"a lock. Raise the limit, in seconds: {EXTENSION_LOAD_TIMEOUT_ENV_VAR}=600; or delete nncf's folder "
             "under TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions)"
         ) from error
     except InstallationError as error:
         raise MissingDependency(
-            "int8 on a GPU: NNCF could not compile its CUDA extension, which takes nvcc, and torch does not bring one. "
+            "int8 on a GPU: NNCF could not compile its CUDA extension: it needs nvcc, which torch does not include. "
             "Put nvcc of the CUDA toolkit that torch was built for on PATH, or hide the GPU: CUDA_VISIBLE_DEVICES="
         ) from error
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
         raise MissingDependency(
-            "int8: torch.compile, which NNCF fell back to, found no working C++ compiler. Install one (Debian: apt-get "
+            "int8: NNCF fell back to torch.compile, which found no working C++ compiler. Install one (Debian: apt-get "
             "install g++), or name it in CXX"
         ) from error
 

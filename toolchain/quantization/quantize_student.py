@@ -179,8 +179,8 @@ def _calibration(task: Quantization, geometries: list[Geometry]) -> tuple[Batch,
     samples = data.view_of(sample_B, 0, geometries)
     if not len(samples.sample_B):
         raise ClipkdError(
-            f"all of {len(sample_B)} samples to calibrate with are damaged; the first: {samples.damaged[0].reason}: "
-            f"{samples.damaged[0].where}. Mend the data, or raise quantize.calibration_samples"
+            f"all {len(sample_B)} calibration samples are corrupt; the first: {samples.damaged[0].reason}: "
+            f"{samples.damaged[0].where}. Fix the data, or raise quantize.calibration_samples"
         )
     pixels_B3HH = torch.cat([samples.pixels[student.geometry], data.undistorted(sample_B, student.geometry)])
     return samples, Calibration(

@@ -187,8 +187,8 @@ def revert_worst(
         reverted.append(row | {"drop_before": round(before, 5), "drop_after": round(drop, 5)})
     if not drop <= max_drop:  # not `>`: NaN must fail
         raise GateError(
-            f"quantize.max_drop: {criterion.what} is {drop:.4f} below the float student's {float_score:.4f} with every "
-            f"layer back in float, allowed is {max_drop:g}: fine-tuning itself costs that much. "
+            f"quantize.max_drop: {criterion.what} is {drop:.4f} below the float student's {float_score:.4f} even with "
+            f"every layer in float; allowed: {max_drop:g}. Fine-tuning itself costs that much. "
             "Lower quantize.lr, or calibrate only: --set quantize.method=ptq"
         )
     _switch(layers, on)
