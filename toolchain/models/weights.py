@@ -1,4 +1,4 @@
-"""Weights: finding or downloading their file, reading it without running it, and putting it into the model it fits."""
+"""Find or download a weights file, read it without executing code, and load it into the model."""
 
 import math
 import pickle
@@ -19,7 +19,7 @@ from toolchain.errors import ArtifactError, UsageError
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import HUB, WEIGHTS
 
-# Names under which open_clip looks for a local-dir's weights, in its order.
+# file names that open_clip tries for a local-dir's weights, in its order
 _WEIGHT_FILES = (
     WEIGHTS,
     "open_clip_pytorch_model.safetensors",
@@ -30,12 +30,12 @@ _WEIGHT_FILES = (
     "pytorch_model.pth",
     "model.pth",
 )
-_OPENAI_KEYS = frozenset({"input_resolution", "context_length", "vocab_size"})  # in no other archives than OpenAI's
-_NAMED_KEYS = 3  # how many wrong keys a message names
+_OPENAI_KEYS = frozenset({"input_resolution", "context_length", "vocab_size"})  # only OpenAI's archives have these
+_NAMED_KEYS = 3  # number of wrong keys that a message lists
 
 
 def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], say: Callable[[str], None]) -> Path:
-    """The file of a model's weights, once it is on this machine."""
+    """Return the path of a model's weights file, after downloading it if necessary."""
     if spec.checkpoint is not None:
         return Path(spec.checkpoint)
     if folder is not None:
@@ -54,7 +54,7 @@ def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], s
     say(f"{what}: loading from {tag.get('hf_hub') or tag.get('url')} or its local cache")
     try:
         return Path(open_clip_pretrained.download_pretrained(tag))
-    except Exception as error:  # whatever the Hub's client, urllib or open_clip raised
+    except Exception as error:  # the Hub's client, urllib and open_clip raise all kinds
         raise not_downloaded(what, error) from error
 
 
@@ -77,7 +77,7 @@ def from_hub(repository: str, filename: str | None, say: Callable[[str], None]) 
     say(f"{what}: loading from the Hugging Face Hub or its local cache")
     try:
         return Path(open_clip_pretrained.download_pretrained_from_hf(repository, filename=filename))
-    except Exception as error:  # whatever the Hub's client raised
+    except Exception as error:  # the Hub's client raises all kinds
         raise not_downloaded(what, error) from error
 
 
@@ -89,21 +89,21 @@ def not_downloaded(what: str, error: Exception) -> ArtifactError:
 
 
 def one_line(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 300 else said[:300] + " …"
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 300 else message[:300] + " …"
 
 
 def load_weights(
     net: nn.Module, path: Path, name: str, model_cfg: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
-    """Put a file's weights into the model they were made for.
+    """Load a file's weights into a model.
 
-    `changes` of the architecture that weights survive: another image size for a transformer of patches, whose grid of
-    positions is interpolated, and a shorter context, which keeps the first positions.
+    The weights still fit after two kinds of `changes` to the architecture: another image size of a vision transformer,
+    whose position grid is interpolated, and a shorter context, which keeps the first positions.
 
     Raises:
         ArtifactError: the file cannot be read safely, or its weights do not fit.
-        UsageError: they are OpenAI's, and the model's activation is not the one these were trained with.
+        UsageError: the weights are OpenAI's, and the model does not have the activation they were trained with.
     """
     state = convert_state_dict(net, read_weights(path))
     if state.keys() >= _OPENAI_KEYS:
@@ -116,7 +116,7 @@ def load_weights(
     if "positional_embedding" in state and not hasattr(net, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     own = net.state_dict()
-    for key in ("logit_scale", "logit_bias"):  # a number in some versions, a vector of one in others
+    for key in ("logit_scale", "logit_bias"):  # a scalar in some versions, a vector of one in others
         if key in state and key in own and state[key].numel() == 1:
             state[key] = state[key].reshape(own[key].shape)
     if "init_logit_bias" in changes and "logit_bias" not in own:
@@ -134,19 +134,19 @@ def load_weights(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name: safetensors, a bare state_dict, or the state_dict in a training checkpoint.
+    """Return a file's tensors by name: safetensors, a bare state_dict, or the state_dict in a training checkpoint.
 
     Python objects are never unpickled.  The prefixes that DistributedDataParallel and torch.compile add are removed.
 
     Raises:
-        ArtifactError: it is none of these, or damaged.
+        ArtifactError: it is none of these, or corrupt.
     """
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols that it then refuses
+                warnings.simplefilter("ignore")  # about pickle protocols that torch then refuses
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArtifactError(
