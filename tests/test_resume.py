@@ -193,7 +193,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(commands: Callable[..., tuple
     last = parts.completes()
     assert last.steps[0] == step, "the one before is a step older"
     assert re.search(
-        f"^{re.escape(str(newest))}: damaged, its hash is [0-9a-f]{{16}}; passing", parts.said, re.MULTILINE
+        f"^{re.escape(str(newest))}: corrupt checkpoint, its hash is [0-9a-f]{{16}}; using the one before it$",
+        parts.said,
+        re.MULTILINE,
     )
     whole.completes()
     assert_same(parts, whole)
