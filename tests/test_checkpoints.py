@@ -148,7 +148,7 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path, how: Callable[[bytes
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     assert loaded(checkpoints) == (
         3,
-        [f"{path}: damaged, its hash is {digest}; passing it over for the one before"],
+        [f"{path}: corrupt checkpoint, its hash is {digest}; using the one before it"],
     )
 
 
@@ -160,7 +160,7 @@ def test_every_one_damaged_is_an_error(tmp_path: Path, how: Callable[[bytes], by
     said: list[str] = []
     with pytest.raises(ClipkdError) as caught:
         checkpoints.load(said.append)
-    assert str(caught.value) == (f"{tmp_path}: every checkpoint is damaged. Remove the folder to train from the start")
+    assert str(caught.value) == (f"{tmp_path}: every checkpoint is corrupt. Delete the folder to train from the start")
     assert len(said) == 2
 
 

@@ -397,7 +397,7 @@ def test_models_that_do_not_fit_are_refused_before_the_teacher_is_trained(clipkd
     run = tmp_path / "run"
     ended = clipkd("distill", "glyphs", "--out", run, "--set", "distill.loss_weights.mfd=1")
     assert (ended.code, ended.out) == (2, "")
-    assert "cannot leave patches out" in ended.err
+    assert "cannot drop patches, which masked feature distillation needs" in ended.err
     assert [path.name for path in run.iterdir() if not path.name.startswith(".")] == ["recipe.yaml"]
 
 

@@ -227,7 +227,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_done(
     tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path
 ) -> None:
     processes = Processes(0, 3, torch.device("cpu"))
-    with pytest.raises(UsageError, match="batch_size 8 cannot be shared evenly among 3 processes"):
+    with pytest.raises(UsageError, match="batch_size 8 cannot be split evenly over 3 ranks"):
         train(tmp_path, tiny_samples, teacher_folder, processes=processes, cached=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -341,7 +341,7 @@ def test_asked_to_stop_it_keeps_the_step_it_is_in(
     with pytest.raises(Interrupted) as caught:
         train(tmp_path, tiny_samples, wide_teacher_folder, progress, **changes)
     assert caught.value.exit_code == 130
-    assert str(caught.value) == f"{tmp_path}: stopped after step 5 of 11; the same command continues there"
+    assert str(caught.value) == f"{tmp_path}: stopped after step 5 of 11; run the same command to resume"
     assert last_state(tmp_path)["step"] == 5
     assert len(rows(tmp_path)) == 5
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -394,7 +394,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_step(
         train(tmp_path / "run", tiny_samples, None, options=TrainingOptions(checkpoint_steps=3))
     sample_B = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2).batch(4, slice(None), []).sample_B.tolist()
     assert str(caught.value) == (
-        f"{tmp_path / 'run'}: the loss is not finite at step 4: of task (terms {{'task': nan}}; samples {sample_B}). "
+        f"{tmp_path / 'run'}: the loss is not finite at step 4, in task (terms {{'task': nan}}; samples {sample_B}). "
         "The last checkpoint is intact; lower distill.lr"
     )
     state = last_state(tmp_path / "run")
@@ -412,7 +412,7 @@ def test_the_term_that_is_not_finite_is_named(
     tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     poison(monkeypatch, "icl_loss", lambda loss: loss + value, range(2, 99))
-    with pytest.raises(ClipkdError, match=r"the loss is not finite at step 2: of icl \(terms \{'task': "):
+    with pytest.raises(ClipkdError, match=r"the loss is not finite at step 2, in icl \(terms \{'task': "):
         train(tmp_path, tiny_samples, teacher_folder, options=EVERY_STEP)
     assert last_state(tmp_path)["step"] == 2
 
@@ -425,7 +425,7 @@ def test_a_gradient_that_is_not_finite_is_that_of_its_term(
     before = load_model(STUDENT, random_seed=0)
     with pytest.raises(ClipkdError) as caught:
         train(tmp_path, tiny_samples, teacher_folder, options=EVERY_STEP)
-    assert f"{tmp_path}: the gradient is not finite at step 2: of fd (terms " in str(caught.value)
+    assert f"{tmp_path}: the gradient is not finite at step 2, in fd (terms " in str(caught.value)
     assert "nan" not in str(caught.value), "every term is finite"
     state = last_state(tmp_path)
     assert state["step"] == 2
@@ -481,7 +481,7 @@ def test_half_precision_that_always_overflows_stops(
     tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, "clip_loss", lambda loss: _Poisoned.apply(loss, math.inf), range(99))
-    with pytest.raises(ClipkdError, match=r"the gradient is not finite at step 17: of task \("):
+    with pytest.raises(ClipkdError, match=r"the gradient is not finite at step 17, in task \("):
         train(tmp_path, tiny_samples, None, precision="fp16", steps=30)  # 2^16 halved to less than 1
 
 
@@ -759,8 +759,8 @@ def test_a_full_gpu_says_what_to_lower(
     with pytest.raises(ClipkdError) as caught:
         train(tmp_path, tiny_samples, teacher_folder)
     assert str(caught.value) == (
-        "the GPU's memory is full: tried to allocate 2 GiB. Next: lower distill.batch_size (8) or add processes; "
-        "or set distill.precision: bf16; or set distill.teacher_precision: bf16"
+        "the GPU is out of memory: tried to allocate 2 GiB. Lower distill.batch_size (8) or train on more ranks "
+        "(torchrun); or set distill.precision: bf16; or set distill.teacher_precision: bf16"
     )
 
 

@@ -165,7 +165,7 @@ def test_rows_are_those_of_the_released_code_times_the_number_of_processes(both:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"batch_size 10 cannot be shared evenly among 4 processes.* can: 8"):
+    with pytest.raises(UsageError, match=r"batch_size 10 cannot be split evenly over 4 ranks.* can: 8"):
         Processes(0, 4, torch.device("cpu")).rows(10)
 
 

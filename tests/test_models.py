@@ -269,7 +269,7 @@ def test_a_tag_brings_weights_activation_and_preprocessing(download: list[dict[s
         assert (open_clip.transformer.QuickGELU in {type(m) for m in model.net.modules()}) is bool(quick)
     assert [tag["hf_hub"].split(".")[-1] for tag in download] == ["openai/", "laion400m_e32/", "laion400m_e32/"]
     assert said[0].startswith(
-        "ViT-B-16, weights openai: from timm/vit_base_patch16_clip_224.openai/, or its cache on th"
+        "ViT-B-16, weights openai: loading from timm/vit_base_patch16_clip_224.openai/ or its local cache"
     )
     assert len(said) == 3
     said_otherwise = spec(pretrained="openai", model_cfg=SMALL | {"quick_gelu": False})
@@ -361,7 +361,7 @@ def test_offline_a_download_fails_with_one_message(tmp_path: Path) -> None:
     for (kind, message), what in zip(said, whats, strict=True):
         assert kind == "ArtifactError"
         assert message.startswith(f"{what}: cannot be downloaded (")
-        assert message.endswith("bring its cache (HF_HOME), or name a folder, or a file with checkpoint")
+        assert message.endswith("of a machine that has downloaded it, or name a folder, or a file with checkpoint")
         assert "\n" not in message
 
 
@@ -379,38 +379,38 @@ def test_offline_a_download_fails_with_one_message(tmp_path: Path) -> None:
         ),
         (
             {"pretrained": "laion400m"},
-            "pretrained 'laion400m': open_clip has no such weights of ViT-B-16; did you mean laion4",
+            "pretrained 'laion400m': open_clip has no such weights for ViT-B-16; did you mean laion4",
         ),
         (
             {"pretrained": "OpenIA"},
-            "pretrained 'OpenIA': open_clip has no such weights of ViT-B-16; did you mean openai?",
+            "pretrained 'OpenIA': open_clip has no such weights for ViT-B-16; did you mean openai?",
         ),
         (
             {"pretrained": "weights/mine.pt"},
-            "pretrained 'weights/mine.pt': open_clip has no such weights of ViT-B-16; a file is named by checkpoint: ",
+            "pretrained 'weights/mine.pt': open_clip has no such weights for ViT-B-16; for a file, write checkpoint: ",
         ),
         (
             {"model": "ViT-B-32-quickgelu", "pretrained": "zzz"},
-            "pretrained 'zzz': open_clip has no such weights of ViT-B-32-quickgelu; it has openai, laion400m_e31, ",
+            "pretrained 'zzz': open_clip has no such weights for ViT-B-32-quickgelu; it has openai, laion400m_e31, ",
         ),
         (
             {"model": "ViT-M-16", "pretrained": "zzz"},
-            "pretrained 'zzz': open_clip has no such weights of ViT-M-16; it has none",
+            "pretrained 'zzz': open_clip has no such weights for ViT-M-16; it has none",
         ),
         ({"model": "ViT-B-61"}, "model 'ViT-B-61': open_clip has no such architecture; did you mean ViT-B-16?"),
         (
             {"model_cfg": {"vision_cfg": {"widht": 64}}},
-            "ViT-B-16: open_clip cannot build this model as the recipe changes it: CLIPVisionCfg.__init__() got an "
+            "ViT-B-16: open_clip cannot build this model with the recipe's changes: CLIPVisionCfg.__init__() got an "
             "unexpected keyword argument 'widht'",
         ),
         (
             {"preprocess_cfg": {"maen": [0, 0, 0]}},
-            "ViT-B-16: open_clip cannot build this model as the recipe changes it: PreprocessCfg.__init__() got an "
+            "ViT-B-16: open_clip cannot build this model with the recipe's changes: PreprocessCfg.__init__() got an "
             "unexpected keyword argument 'maen'",
         ),
         (
             {"model": "swin_t", "model_cfg": {"vision_cfg": {"image_size": 32}}},
-            "swin_t: its image tower takes 224 x 224 pixels, image_size says 32 x 32, and open_clip cannot resize ",
+            "swin_t: its image tower takes 224 x 224 pixels but image_size is 32 x 32, and open_clip cannot resize ",
         ),
     ],
     ids=str,
@@ -438,7 +438,7 @@ def test_a_tokenizer_that_does_not_survive_saving_is_refused(monkeypatch: pytest
         path.write_text(json.dumps(content))
 
     monkeypatch.setattr(HFTokenizer, "save_pretrained", lossy)
-    with pytest.raises(ArtifactError, match="saved and opened again it tokenizes otherwise"):
+    with pytest.raises(ArtifactError, match="after saving and loading it tokenizes differently"):
         small(model_cfg=SMALL | {"text_cfg": GLYPHS_TEXT})
 
 
@@ -569,7 +569,7 @@ def test_pictures_that_are_not_square_are_refused() -> None:
     model = small(model_cfg=tall)
     for ask in (lambda: model.geometry, lambda: model.image_size, lambda: check_pair(small(), model, LossWeights())):
         with pytest.raises(
-            UsageError, match=r"ViT-B-16: its images are 64 x 32 \(height x width\); clipkd prepares sq"
+            UsageError, match=r"ViT-B-16: its images are 64 x 32 \(height x width\); clipkd supports sq"
         ):
             ask()
 
@@ -615,7 +615,7 @@ def test_a_coca_model_teaches_only() -> None:
     coca = build_model(KINDS["CoCa"], seed=0)
     check_pair(small(), coca, LossWeights())
     with pytest.raises(
-        UsageError, match="student coca_ViT-B-32: a CoCa model, whose caption decoder no loss here would"
+        UsageError, match="student coca_ViT-B-32: a CoCa model, and no loss of clipkd trains its caption"
     ):
         check_pair(coca, small(), LossWeights())
 
@@ -662,17 +662,18 @@ def edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[
         ),
         (
             edit(lambda config: config["model_cfg"].update(embed_dim=64)),
-            "FOLDER/open_clip_model.safetensors: these weights do not fit FOLDER: 2 of another shape: text_projection "
-            "[64, 128] for [64, 64], visual.head.proj.weight [128, 96] for [64, 96]. Most likely they are another ",
+            "FOLDER/open_clip_model.safetensors: these weights do not fit FOLDER: 2 with a different shape: "
+            "text_projection [64, 128] instead of [64, 64], visual.head.proj.weight [128, 96] instead of [64, 96]. "
+            "Most likely they belong to another ",
         ),
         (edit(lambda config: config["model_cfg"].update(vision=3)), "FOLDER: open_clip cannot build this model: "),
         (
             lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100]),
-            "FOLDER/open_clip_model.safetensors: not a file of weights, or damaged: ",
+            "FOLDER/open_clip_model.safetensors: not a weights file, or corrupt: ",
         ),
         (
             lambda folder: (folder / WEIGHTS).write_bytes(b""),
-            "FOLDER/open_clip_model.safetensors: not a file of weights, or damaged: ",
+            "FOLDER/open_clip_model.safetensors: not a weights file, or corrupt: ",
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "FOLDER: "),
         (edit(lambda config: config["preprocess_cfg"].update(sise=3)), "FOLDER: "),

@@ -288,8 +288,8 @@ def test_a_tower_that_cannot_mask_is_refused(name: str) -> None:
     make, kind = REFUSED[name]
     tower = make()
     expected = (
-        f"the student's image tower, {kind}, cannot leave patches out, and masked feature distillation shows it only "
-        "some; drop distill.loss_weights.mfd, or choose a student with a vision transformer"
+        f"the student's image tower, {kind}, cannot drop patches, which masked feature distillation needs; "
+        "remove distill.loss_weights.mfd, or choose a student with a vision transformer"
     )
     for refused in (
         lambda: check_can_mask(tower),

@@ -193,7 +193,9 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(commands: Callable[..., tuple
     last = parts.completes()
     assert last.steps[0] == step, "the one before is a step older"
     assert re.search(
-        f"^{re.escape(str(newest))}: damaged, its hash is [0-9a-f]{{16}}; passing", parts.said, re.MULTILINE
+        f"^{re.escape(str(newest))}: corrupt checkpoint, its hash is [0-9a-f]{{16}}; using the one before it$",
+        parts.said,
+        re.MULTILINE,
     )
     whole.completes()
     assert_same(parts, whole)
@@ -271,7 +273,7 @@ def test_a_signal_to_the_whole_group_checkpoints_and_ends_with_130(
     assert (process.returncode, out) == (130, ""), err
     saved = max(map(step_of, checkpoints.glob("step-*.pt")))
     assert err.splitlines()[-1] == (
-        f"error: {parts.run / '.student.partial'}: stopped after step {saved} of 30; the same command continues there"
+        f"error: {parts.run / '.student.partial'}: stopped after step {saved} of 30; run the same command to resume"
     )
     assert "Traceback" not in err
     last = parts.completes("--workers", 0)
@@ -335,7 +337,7 @@ def test_torchrun_stopped_continues_exactly(commands: Callable[..., tuple[Comman
             _, err = process.communicate(timeout=120)
         assert process.returncode != 0
         if number == signal.SIGTERM:
-            assert "the same command continues there" in err
+            assert "run the same command to resume" in err
     for command in (parts, whole):
         ended = subprocess.run(torchrun(command), capture_output=True, **again)
         assert ended.returncode == 0, ended.stderr
@@ -349,6 +351,6 @@ def test_torchrun_with_a_batch_that_cannot_be_shared(commands: Callable[..., tup
     parts.folder.mkdir()
     ended = subprocess.run(torchrun(parts), env=environment(parts), cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode != 0
-    said = "error: distill.batch_size 5 cannot be shared evenly among 2 processes; the nearest that can: 4"
+    said = "error: distill.batch_size 5 cannot be split evenly over 2 ranks; the nearest size that can: 4"
     assert said in ended.stderr.splitlines()
     assert not parts.student.exists()

@@ -191,7 +191,7 @@ def test_what_was_reverted_survives_saving(case: Case, tmp_path: Path) -> None:
 def test_a_budget_that_cannot_hold_is_a_failed_gate(
     case: Case, towers: dict[str, nn.Module], float_score: float
 ) -> None:
-    with pytest.raises(GateError, match=r"every layer back in float, allowed is 0\.5"):
+    with pytest.raises(GateError, match=r"even with every layer in float; allowed: 0\.5"):
         revert_worst(towers, case.inputs, likeness(case), float_score, max_drop=0.5)
 
 

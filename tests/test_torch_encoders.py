@@ -279,7 +279,7 @@ def test_two_processes_train_as_one(
 
 def test_a_signal_to_one_stops_both_when_the_checkpoint_is_there(both: dict[str, list[Any]], folder: Path) -> None:
     for job, name in (("stopped", "parts"), ("first signalled", "signalled")):
-        said = f"{folder / name}: stopped after step 5 of {STEPS}; the same command continues there"
+        said = f"{folder / name}: stopped after step 5 of {STEPS}; run the same command to resume"
         assert both[job] == [{"interrupted": said, "step": 5}] * 2
 
 
@@ -294,4 +294,4 @@ def test_two_processes_continue_exactly(both: dict[str, list[Any]], folder: Path
 
 def test_a_gradient_of_another_process_is_blamed_on_its_term(both: dict[str, list[Any]], folder: Path) -> None:
     for said in both["poisoned"]:
-        assert said.startswith(f"{folder / 'poisoned'}: the gradient is not finite at step 0: of fd (terms ")
+        assert said.startswith(f"{folder / 'poisoned'}: the gradient is not finite at step 0, in fd (terms ")

@@ -136,7 +136,7 @@ def test_python_objects_are_never_unpickled(trained: State, tmp_path: Path, how:
     else:
         path.write_bytes(pickle.dumps(content["args"]))
     said = problem(path)
-    assert said.startswith("FILE: holds Python objects besides tensors, or is no file of torch's; ")
+    assert said.startswith("FILE: contains Python objects other than tensors, or is not a torch file; ")
     assert "save its state_dict alone: torch.save(model.state_dict(), FILE)" in said
     assert not witness.exists()
     with path.open("rb") as file:
@@ -149,7 +149,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "openai.pt")
     said = problem(tmp_path / "openai.pt")
     assert said.startswith("FILE: a TorchScript archive, as OpenAI publishes its models; ")
-    assert "pretrained: openai in place of checkpoint" in said
+    assert "pretrained: openai instead of checkpoint" in said
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
 )
 def test_a_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert problem(tmp_path / name).startswith(("FILE: not a file of weights, or damaged: ", "FILE: holds Python obj"))
+    assert problem(tmp_path / name).startswith(("FILE: not a weights file, or corrupt: ", "FILE: contains Python obj"))
 
 
 def test_a_truncated_file(trained: State, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_truncated_file(trained: State, tmp_path: Path) -> None:
 def test_a_file_of_something_else(tmp_path: Path, content: object, got: str) -> None:
     torch.save(content, tmp_path / "other.pt")
     assert problem(tmp_path / "other.pt") == (
-        f"FILE: expected tensors by name, or a checkpoint with a state_dict; got {got}"
+        f"FILE: expected a state_dict of tensors, or a checkpoint that contains one; got {got}"
     )
 
 
@@ -209,8 +209,8 @@ def test_another_architecture_is_said_with_its_first_keys(trained: State, tmp_pa
         "visual.transformer.resblocks.1.attn.in_proj_weight, …; "
         "24 unexpected: visual.transformer.resblocks.7.ln_1.weight, visual.transformer.resblocks.7.ln_1.bias, "
         "visual.transformer.resblocks.7.attn.in_proj_weight, …; "
-        "1 of another shape: text_projection [32, 48] for [32, 32]. "
-        "Most likely they are another architecture's; say which in model, or its differences in model_cfg"
+        "1 with a different shape: text_projection [32, 48] instead of [32, 32]. "
+        "Most likely they belong to another architecture; name it in model, or its differences in model_cfg"
     )
 
 
@@ -223,7 +223,7 @@ def test_another_architecture_is_said_with_its_first_keys(trained: State, tmp_pa
         ),
         (
             changed(text_cfg={"context_length": 32}),
-            "with another context; write model_cfg: {text_cfg: {context_length: 32}}",
+            "with another context length; write model_cfg: {text_cfg: {context_length: 32}}",
         ),
         (SMALL | {"init_logit_bias": -10}, "with a sigmoid loss; write model_cfg: {init_logit_bias: -10}"),
     ],
@@ -264,7 +264,7 @@ def test_openais_weights_need_their_activation_said(trained: State, tmp_path: Pa
     sizes = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(trained | sizes, tmp_path / "openai.pt")
     said = problem(tmp_path / "openai.pt", UsageError)
-    assert said.startswith("FILE: these are OpenAI's weights, trained with QuickGELU, and ViT-B-16 has GELU: ")
+    assert said.startswith("FILE: OpenAI's weights were trained with QuickGELU, and ViT-B-16 has GELU: ")
     assert "model_cfg: {quick_gelu: true}" in said
     for fields in (
         {"model_cfg": SMALL | {"quick_gelu": True}},
@@ -307,7 +307,7 @@ def test_a_shorter_context_computes_the_same_for_captions_that_fit(trained: Stat
 def test_a_longer_context_than_the_weights_have_is_refused(trained: State, tmp_path: Path) -> None:
     torch.save(trained, tmp_path / "weights.pt")
     said = problem(tmp_path / "weights.pt", model_cfg=changed(text_cfg={"context_length": 99}))
-    assert "positional_embedding [77, 32] for [99, 32]" in said
+    assert "positional_embedding [77, 32] instead of [99, 32]" in said
 
 
 def test_a_sigmoid_models_bias_is_dropped_where_the_recipe_says_so(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_the_file_of_weights_in_a_folder(trained: State, tmp_path: Path) -> None
     assert torch.equal(load_model(tmp_path).net.text_projection, trained["text_projection"]), "the only one"
     torch.save({"another": torch.zeros(1)}, tmp_path / "heads.pt")
     with pytest.raises(
-        ArtifactError, match=r"which of heads\.pt, mine\.safetensors are its weights\? Name one with ch"
+        ArtifactError, match=r"several possible weights files: heads\.pt, mine\.safetensors\. Name one with ch"
     ):
         load_model(tmp_path)
     torch.save(trained, tmp_path / "open_clip_pytorch_model.bin")

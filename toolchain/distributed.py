@@ -1,16 +1,16 @@
-"""The processes that train together: one, or as many as torchrun started.
+"""The ranks that train together: one, or as many as torchrun started.
 
-Every process holds a share of each batch, b rows of B, and the same parameters.  It gathers the features of all, and
-computes the whole loss from them: the same number everywhere.  Only its own rows carry a gradient, so the gradient that
-reaches its parameters is that of the whole loss through its rows, and the sum over processes is the gradient of one
-process with the whole batch.  DistributedDataParallel takes the mean over W processes; `gather` therefore multiplies
-the gradient of the rows by W.  Parameters that the loss reads directly (scales) have the whole gradient everywhere, and
-the mean leaves it as it is.
+Every rank holds b of the B rows of each batch, and the same parameters.  It gathers the features of all ranks and
+computes the whole loss from them, so the loss is the same number on every rank.  Only a rank's own rows carry a
+gradient: its parameters receive the gradient of the whole loss through its rows, and the sum over ranks is the gradient
+of one rank with the whole batch.  DistributedDataParallel takes the mean over W ranks; `gather` therefore multiplies
+the gradient of the rows by W.  Parameters that the loss reads directly (scales) have the whole gradient on every rank,
+and the mean does not change it.
 
-CLIP-KD's released code leaves that factor out, so its student's gradients are 1/W of what the loss says.
+CLIP-KD's released code omits that factor, so its student's gradients are 1/W of the loss's gradient.
 
-Batch norms are the exception: each process normalises by its own b rows, as in the released code, and the first one's
-running statistics are those that are kept.
+Batch norms are the exception: each rank normalizes by its own b rows, as in the released code, and the running
+statistics of rank 0 are kept.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from toolchain import torchrun
 from toolchain.errors import ClipkdError, UsageError
 
-_PATIENCE = timedelta(hours=2)  # while the first process indexes shards, say, or downloads the teacher
+_PATIENCE = timedelta(hours=2)  # rank 0 may index shards or download the teacher meanwhile
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank among those that train together."""
+    """This process's rank, the number of ranks, and this rank's device."""
 
     rank: int
     size: int
@@ -40,29 +40,29 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """True for rank 0, the process that writes, logs and reports."""
+        """True for rank 0, which writes, logs and reports."""
         return self.rank == 0
 
     def rows(self, batch_size: int) -> slice:
         """Return this rank's rows of a batch.
 
         Raises:
-            UsageError: the batch cannot be shared evenly.
+            UsageError: the batch cannot be split evenly.
         """
         if batch_size % self.size:
             raise UsageError(
-                f"distill.batch_size {batch_size} cannot be shared evenly among {self.size} processes; "
-                f"the nearest that can: {max(1, batch_size // self.size) * self.size}"
+                f"distill.batch_size {batch_size} cannot be split evenly over {self.size} ranks; "
+                f"the nearest size that can: {max(1, batch_size // self.size) * self.size}"
             )
         share = batch_size // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def gather(self, rows_bD: Tensor) -> Tensor:
-        """Return [B, D]: the rows of all ranks in order, with exact gradients (see the module)."""
+        """Return the rows of all ranks in order, [B, D], with exact gradients (see the module)."""
         return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)
 
     def gather_rows(self, rows_bD: Tensor, count: int) -> Tensor:
-        """Return [count, D] without gradient: rows rank, rank + W, rank + 2 W, ... of every rank, put in order."""
+        """Return [count, D] without gradient, in order: each rank holds rows rank, rank + W, rank + 2 W, ..."""
         if self.size == 1:
             return rows_bD
         share = -(-count // self.size)
@@ -73,13 +73,13 @@ class Processes:
         return gathered_WbD.transpose(0, 1).flatten(0, 1)[:count]
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
-        """Return the module with its gradients averaged over ranks, and its parameters those of rank 0."""
+        """Return the module with gradients averaged over ranks, starting from the parameters of rank 0."""
         if self.size == 1:
             return module
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every rank the buffers of rank 0: each has batch norms' statistics of its own rows."""
+        """Broadcast the buffers of rank 0: each rank has batch-norm statistics of its own rows."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
@@ -110,7 +110,7 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Let rank 0 enter and leave before the others enter: what it writes, they find."""
+        """Let rank 0 run the block before the other ranks, so they find what it writes."""
         if not self.leads:
             self.wait()
         yield
@@ -118,20 +118,20 @@ class Processes:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this call."""
         if self.size > 1:
             dist.barrier()
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-"""One process, on the CPU."""
+"""A single rank, on the CPU."""
 
 
 def join_processes() -> Processes:
-    """Return this process's place among those that torchrun started, or alone; on its own GPU where there are any.
+    """Return this process's rank under torchrun, or the only rank without it; on its own GPU if there is one.
 
     Raises:
-        ClipkdError: torchrun's processes do not find each other.
+        ClipkdError: the ranks do not find each other.
     """
     rank, size = torchrun.rank(), torchrun.world_size()
     device = torch.device("cpu")
@@ -143,7 +143,7 @@ def join_processes() -> Processes:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise ClipkdError(
-                f"process {rank} of {size} cannot join the others: {error}. Start them with: "
+                f"rank {rank} of {size} cannot join the other ranks: {error}. Start all ranks with: "
                 "torchrun --nproc-per-node N -m clipkd distill RECIPE --out RUN"
             ) from error
     return Processes(rank, size, device)

@@ -1,5 +1,6 @@
-"""Checkpoints of a training run: written atomically, by step and by time, the last few kept, a damaged one passed over.
+"""Save and load the checkpoints of a training run.
 
+Checkpoints are written atomically, every few steps or minutes.  The last few are kept, and loading skips corrupt ones.
 A checkpoint's name holds its step and the hash of its bytes: step-00001200-9f86d081884c7d65.pt.
 """
 
@@ -21,7 +22,7 @@ _HASH_DIGITS = 16
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one folder."""
+    """The checkpoints in one folder."""
 
     folder: Path
     keep: int = 2
@@ -37,14 +38,14 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` steps, then remove all but the last `keep` checkpoints.
 
-        Those of later steps go too: they are damaged, and `load` passed over them.
+        Checkpoints of later steps are removed too: they are corrupt, and `load` skipped them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "checkpoint.partial"
         with partial.open("wb") as file:
             torch.save(state | {"step": step}, file)
             file.flush()
-            os.fsync(file.fileno())  # a machine that loses power keeps the checkpoint its name promises
+            os.fsync(file.fileno())  # the checkpoint must survive a power loss once its name exists
         saved = partial.replace(self.folder / f"step-{step:08}-{_hash(partial)}.pt")
         before = [path for path in self._newest_first() if _step(path) < step]
         for path in self._newest_first():
@@ -53,19 +54,19 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def load(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        """Return the newest whole checkpoint, None where there is none; `say` reports those that fail their hash.
+        """Return the newest intact checkpoint, or None if there is none; `say` reports those that fail their hash.
 
         Raises:
-            ClipkdError: there are checkpoints and every one is damaged.
+            ClipkdError: there are checkpoints and all of them are corrupt.
         """
         paths = self._newest_first()
         for path in paths:
             if _hash(path) == path.stem.rpartition("-")[2]:
                 state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
                 return state
-            say(f"{path}: damaged, its hash is {_hash(path)}; passing it over for the one before")
+            say(f"{path}: corrupt checkpoint, its hash is {_hash(path)}; using the one before it")
         if paths:
-            raise ClipkdError(f"{self.folder}: every checkpoint is damaged. Remove the folder to train from the start")
+            raise ClipkdError(f"{self.folder}: every checkpoint is corrupt. Delete the folder to train from the start")
         return None
 
     def _newest_first(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Refuse a teacher and a student that cannot be trained together, before training starts."""
+"""Check, before training starts, that a teacher and a student can be trained together."""
 
 from open_clip.coca_model import CoCa
 
@@ -10,32 +10,32 @@ from toolchain.recipe.distill import LossWeights
 
 
 def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeights) -> None:
-    """Refuse, before any data is read, models that cannot be trained together as asked.
+    """Check, before any data is read, that the models can be trained together with these weights.
 
-    Tokenizers, context lengths, image sizes, normalisation and widths may all differ.  So may the loss a teacher was
-    trained with: the objectives that compare softmax distributions (CRD, GD, cross-KD) take a sigmoid teacher (SigLIP,
-    arXiv:2303.15343) as it is.  It holds that pair (i, j) matches with probability sigma(l_ij), l = t cos + b,
-    independently; given that exactly one candidate of i matches, which is what a batch of pairs says, it is j with
+    Tokenizers, context lengths, image sizes, normalization and widths may all differ.  So may the loss that trained the
+    teacher: the objectives that compare softmax distributions (CRD, GD, cross-KD) accept a sigmoid teacher (SigLIP,
+    arXiv:2303.15343) unchanged.  In its model, pair (i, j) matches with probability sigma(l_ij), l = t cos + b,
+    independently.  In a batch of pairs exactly one candidate of i matches, and given that, it is j with probability
 
         prod_k (1 - sigma(l_ik)) sigma(l_ij) / (1 - sigma(l_ij))  ~  exp(l_ij),   that is  softmax_j(t cos_ij),
 
-    where the bias b has cancelled.
+    and the bias b cancels.
 
     Raises:
-        UsageError: the two cannot work together, or the student cannot be trained at all; with the reason.
+        UsageError: the two cannot work together, or the student cannot be trained at all.  The message has the reason.
     """
     for model in (student, teacher):
         if model is not None:
             _ = model.geometry
     if isinstance(student.net, CoCa):
         raise UsageError(
-            f"student {student.name}: a CoCa model, whose caption decoder no loss here would train. Choose a student "
-            "with an image tower and a text tower only; as a teacher this model is welcome"
+            f"student {student.name}: a CoCa model, and no loss of clipkd trains its caption decoder. Choose a student "
+            "with an image tower and a text tower only; this model can serve as the teacher"
         )
     if getattr(student.net, "logit_bias", None) is not None:
         raise UsageError(
-            f"student {student.name}: has a logit_bias, made for a sigmoid loss; the losses here are softmax losses, "
-            "in which a bias cancels and is never trained. Write student.model_cfg: {init_logit_bias: null}"
+            f"student {student.name}: has a logit_bias, which belongs to a sigmoid loss; clipkd's losses are softmax "
+            "losses, in which a bias cancels and is never trained. Set student.model_cfg: {init_logit_bias: null}"
         )
     objectives = select(weights.model_dump(), with_teacher=teacher is not None).values()
     if any(objective.on_whole_image for objective in objectives):

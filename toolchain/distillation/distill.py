@@ -1,9 +1,8 @@
-"""Train a student against a frozen teacher, or alone.
+"""Train a student against a frozen teacher, or without one.
 
-The loop is one line of the paper after another: batch -> teacher's and student's features -> objectives -> one weighted
-sum -> step.  Batches, masks and the seed of anything else random are functions of the step, so that a run continues
-from any checkpoint exactly, with any number of loader workers, and sees the same batches with any number of ranks
-(distributed.py).
+The loop follows the paper: batch -> teacher's and student's features -> objectives -> one weighted sum -> step.
+Batches, masks and all other random seeds are functions of the step.  A run therefore resumes exactly from any
+checkpoint, with any number of loader workers, and sees the same batches with any number of ranks (distributed.py).
 """
 
 import math
@@ -57,10 +56,10 @@ class Training:
     data: TrainingData
     seed: int = 0
     max_damaged: float = MAX_DAMAGED
-    """Share of damaged samples above which training stops."""
+    """Fraction of corrupt samples above which training stops."""
 
     accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None
-    """Scores the student every `spec.evaluate_every` steps, every rank taking part."""
+    """Scores the student every `spec.evaluate_every` steps (a collective call)."""
 
     @property
     def steps(self) -> int:
@@ -78,12 +77,12 @@ def distill(
 ) -> dict[str, Any]:
     """Train the student and save it in `folder`; return what the manifest records.
 
-    Checkpoints stay in `folder`'s scratch, for whoever made the folder to remove: the same call continues from the
-    last, and where that is of the last step only saves again.  `say` takes messages that are no progress.
+    Checkpoints stay in the scratch directory of `folder`; the caller removes them.  The same call resumes from the last
+    checkpoint, and only saves the student again if that is of the last step.  `say` receives messages, but no progress.
 
     Raises:
-        ClipkdError: a loss or a gradient became NaN or infinite, or the memory of the GPU does not suffice.
-        Interrupted: asked to stop, by SIGTERM or the keyboard; a checkpoint of the last step is saved.
+        ClipkdError: a loss or a gradient became NaN or infinite, or the GPU is out of memory.
+        Interrupted: SIGTERM or SIGINT arrived; a checkpoint of the last completed step is saved.
     """
     spec, steps = training.spec, training.steps
     rows = _check(training, processes)
@@ -93,7 +92,7 @@ def distill(
         folder / CHECKPOINTS, options.keep_checkpoints, options.checkpoint_steps, 60 * options.checkpoint_minutes
     )
     step, elapsed_s = run.resume(checkpoints)
-    run = run.wrapped()
+    run = run.wrap()
     loaded = load_batches(
         training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0
     )
@@ -121,15 +120,15 @@ def distill(
                 log.flush()
                 checkpoints.save(step, run.state(time.monotonic() - started))
             if stopping and step < steps:
-                processes.wait()  # for the checkpoint: torchrun ends the others when one process has ended
-                raise Interrupted(f"{folder}: stopped after step {step} of {steps}; the same command continues there")
+                processes.wait()  # for the checkpoint: torchrun ends all ranks once one has ended
+                raise Interrupted(f"{folder}: stopped after step {step} of {steps}; run the same command to resume")
     train_s = time.monotonic() - started
     run.save()
     return run.summary(train_s)
 
 
 def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
-    """Return a step's rate: linear warm-up, then half a cosine down to 0 (CLIP-KD's schedule)."""
+    """Return the learning rate of a step: linear warm-up, then half a cosine down to 0 (CLIP-KD's schedule)."""
     if step < spec.warmup:
         return spec.lr * (step + 1) / spec.warmup
     done = (step - spec.warmup) / max(1, steps - spec.warmup)
@@ -155,7 +154,7 @@ def _check(training: Training, processes: Processes) -> slice:
 
 
 def _start(training: Training, folder: Path, processes: Processes, say: Callable[[str], None]) -> "_Run":
-    """Return a run before its first step."""
+    """Return the run before its first step."""
     spec = training.spec
     torch.manual_seed(training.seed)  # the same initial heads on every rank
     module = TrainingModule(training.student, training.teacher, spec, processes)
@@ -171,7 +170,7 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
 
 @dataclass(frozen=True)
 class _Run:
-    """One attempt at a training: the constants of its steps, and the state that they change."""
+    """One attempt at a training: the constants of its steps, and the state that the steps change."""
 
     training: Training
     folder: Path
@@ -190,13 +189,13 @@ class _Run:
     def processes(self) -> Processes:
         return self.forward.processes
 
-    def wrapped(self) -> "_Run":
-        """Return the run with gradients averaged over ranks; the parameters become those of rank 0."""
+    def wrap(self) -> "_Run":
+        """Return the run with gradients averaged over ranks, starting from the parameters of rank 0."""
         module = self.processes.data_parallel(self.trainee)
         return replace(self, forward=replace(self.forward, module=module))
 
     def train_step(self, batches: Iterator[PreparedBatch], step: int, clock: StepClock) -> dict[str, Any]:
-        """Take one step and return its row of the log, without its times."""
+        """Take one step and return its row of the log, without the timings."""
         spec, trainee = self.training.spec, self.trainee
         clock.restart()
         with clock("data"):
@@ -223,16 +222,16 @@ class _Run:
         return row
 
     def _count_damage(self, damaged: Iterable[Damage], step: int) -> None:
-        """Count the damaged samples that any rank met; too many of them end the run."""
+        """Count the corrupt samples that any rank met; too many of them stop the run."""
         damaged = tuple(damaged)
         if self.processes.any(bool(damaged)):
-            met = self.processes.gather_objects(damaged)
-            for sentence in self.ledger.add(damage for of_rank in met for damage in of_rank):
-                self.say(sentence)
+            by_rank = self.processes.gather_objects(damaged)
+            for message in self.ledger.add(damage for of_rank in by_rank for damage in of_rank):
+                self.say(message)
             self.ledger.check((step + 1) * self.training.spec.batch_size)
 
     def evaluate(self, accuracy: Callable[[ClipModel, Processes], dict[str, float]]) -> dict[str, float]:
-        """Return the student's accuracy as it is now."""
+        """Return the student's current accuracy."""
         self.trainee.eval()
         self.processes.share_buffers(self.trainee)
         found = accuracy(self.training.student, self.processes)
@@ -240,7 +239,7 @@ class _Run:
         return found
 
     def state(self, elapsed_s: float) -> dict[str, Any]:
-        """Return everything a resumed run needs; batches need nothing, being functions of the step."""
+        """Return the state a resumed run needs; batches need none, because they are functions of the step."""
         return {
             "trained": self.trainee.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -261,7 +260,7 @@ class _Run:
         return int(state["step"]), float(state["elapsed_s"])
 
     def save(self) -> None:
-        """Write the trained student, and the heads that trained it."""
+        """Write the trained student and its distillation heads."""
         self.trainee.eval()
         if self.processes.leads:
             save_model(self.training.student, self.folder)
@@ -277,12 +276,12 @@ class _Run:
         return found | {"device": device} | self.ledger.summary()
 
 
-# What ends a run early ------------------------------------------------------------------------------------------------
+# Stopping early -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns True once SIGTERM or SIGINT has come; a second one acts at once."""
+    """Yield a function that returns True after SIGTERM or SIGINT; a second signal acts at once."""
     asked: list[int] = []
     before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -304,7 +303,7 @@ def _explain_full_memory(spec: DistillSpec) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        hints = [f"lower distill.batch_size ({spec.batch_size}) or add processes"]
+        hints = [f"Lower distill.batch_size ({spec.batch_size}) or train on more ranks (torchrun)"]
         hints += ["set distill.precision: bf16"] if spec.precision == "fp32" else []
         hints += ["set distill.teacher_precision: bf16"] if spec.teacher_precision == "fp32" else []
-        raise ClipkdError(f"the GPU's memory is full: {error}. Next: {'; or '.join(hints)}") from error
+        raise ClipkdError(f"the GPU is out of memory: {error}. {'; or '.join(hints)}") from error

@@ -1,4 +1,4 @@
-"""A step's forward pass: a batch to the features of student and teacher, to the objectives, to one weighted sum."""
+"""Compute a step's forward pass: batch -> features of student and teacher -> objectives -> one weighted sum."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ForwardPass(NamedTuple):
 
     loss: Tensor
     terms: dict[str, Tensor]
-    """Unweighted, those whose weight is not zero."""
+    """Unweighted terms, of the objectives whose weight is not zero."""
 
     scales: dict[str, Tensor]
     student: StudentFeatures
@@ -32,11 +32,11 @@ class ForwardPass(NamedTuple):
 
 @dataclass(frozen=True)
 class Forward:
-    """The forward pass of a run: its constants, which every step shares."""
+    """The constants of a run's forward passes."""
 
     trainee: TrainingModule
     module: nn.Module
-    """The trainee itself, or what averages its gradients over the ranks."""
+    """The trainee itself, or the wrapper that averages its gradients over the ranks."""
 
     spec: DistillSpec
     processes: Processes
@@ -45,7 +45,7 @@ class Forward:
     def run(self, batch: PreparedBatch, teacher_features: TeacherFeatures | None, step: int) -> ForwardPass:
         """Return the loss of one rank's rows of a batch, computed over the rows of all ranks (a collective call)."""
         spec, device, student = self.spec, self.processes.device, self.trainee.student
-        torch.manual_seed(_step_seed(self.seed, step, self.processes.rank))  # for dropout, where a tower has any
+        torch.manual_seed(_step_seed(self.seed, step, self.processes.rank))  # for dropout, if a tower has any
         masks = self.trainee.masks(self.seed, batch.sample_b, step)
         with _autocast(spec.precision, device), on_onednn(device, compiled=spec.compile):
             pixel_values = student.normalise(batch.student_pixels)

@@ -1,7 +1,7 @@
-"""Data loader for training: each batch prepared once for every distinct preprocessing and tokenizer.
+"""Data loader for training: prepare each batch once for every distinct preprocessing and tokenizer.
 
-A batch is a function of its step, so a loader is a list of steps: nothing of it needs saving, and which process makes
-which batch changes nothing.
+A batch is a function of its step, so a loader is a list of steps.  It has no state to save, and the
+result does not depend on which worker makes which batch.
 """
 
 import signal
@@ -40,13 +40,13 @@ class PreparedBatch:
     view: int
     damaged: tuple[Damage, ...] = ()
     teacher_features: tuple[Tensor, Tensor] | None = None
-    """Of images and texts [b, E] each, where a cache has them."""
+    """Cached features of images and texts, [b, E] each, if there is a cache."""
 
     def to(self, device: torch.device) -> "PreparedBatch":
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PreparedBatch":
-        """For the loader, so that copying to a GPU overlaps with computing."""
+        """Return the batch in pinned memory: copying it to a GPU then overlaps with computing."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PreparedBatch":
@@ -63,9 +63,9 @@ class PreparedBatch:
 
 @dataclass(frozen=True)
 class _Batches(Dataset[PreparedBatch | ClipkdError]):
-    """Batches by step, for a loader to prepare in any process; in place of a batch, the error that prevents it.
+    """Batches by step, or the error that prevents a batch.
 
-    An error is a result here, because a loader's process would wrap it in a traceback of torch's.
+    An error is returned, because torch would wrap one raised in a worker in a traceback of its own.
     """
 
     data: TrainingData
@@ -108,9 +108,9 @@ def load_batches(
     teacher: ClipModel | TeacherCache | None,
     workers: int,
 ) -> Generator[PreparedBatch, None, None]:
-    """Yield one rank's rows of the batches of some steps, for a student and a teacher, live or cached.
+    """Yield one rank's rows of the batches of `steps`, for a student and a teacher, live or cached.
 
-    Close the generator to end the loader's processes: they ignore signals.
+    Close the generator to end the workers: they ignore signals.
 
     Raises:
         ClipkdError: a sample cannot be read.
@@ -131,23 +131,23 @@ def load_batches(
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available() and workers > 0,
         worker_init_fn=_ignore_signals,
-        # Python 3.14 would have a server fork them, whose end of the run they never notice, and copy the nets to them.
+        # Python 3.14 defaults to a fork server: its workers would get copies of the nets and outlive the run.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     with _hold_signals():
-        loaded = iter(loader)  # starts the processes, which inherit what is held
+        loaded = iter(loader)  # starts the workers, which inherit the blocked signals
     try:
         for batch in loaded:
             if isinstance(batch, ClipkdError):
                 raise batch
             yield batch
     finally:
-        del loaded  # which ends them: an error's traceback would keep it, and they would keep the run from ending
+        del loaded  # ends the workers: an error's traceback would keep them, and they would keep the run from ending
 
 
 @contextmanager
 def _hold_signals() -> Iterator[None]:
-    """Delay signals while loaders start: a loader that does not ignore them yet would die of them."""
+    """Delay signals while workers start: a signal would kill a worker that does not ignore it yet."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -159,6 +159,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave signals to the process that a loader works for: Ctrl-C reaches both, and a dead loader ends a run."""
+    """Ignore signals in a worker: Ctrl-C reaches it as well as its rank, and a dead worker would end the run."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,14 +1,13 @@
 """The training losses, each a pure function of unit-norm features and scales.
 
-All come from CLIP-KD (arXiv:2307.12732) and CLIP (arXiv:2103.00020).  A loss takes features, never logits, so that the
-B x B similarities can be swept in blocks of rows without a change of signature.  Gathering over devices, the weights
-of the losses and the learnable heads are the caller's; no gradient is stopped here, so pass teacher features
-without gradient.
+All losses come from CLIP-KD (arXiv:2307.12732) and CLIP (arXiv:2103.00020).  They take features, never logits, so the
+B x B similarities could be computed in blocks of rows with the same signature.  The caller gathers over ranks, weights
+the losses and owns the learnable heads.  No gradient is stopped here: pass teacher features without gradient.
 
-Arithmetic is float32 or wider whatever the input and whatever autocast says: the features are unit vectors multiplied
-by a scale of up to 100, and bfloat16 would leave logits with steps of 0.5.  float64 stays float64.  NaN stays NaN.
+Arithmetic is float32 or wider for every input, also under autocast: the features are unit vectors multiplied by a scale
+of up to 100, and in bfloat16 the logits would have steps of 0.5.  float64 stays float64.  NaN stays NaN.
 
-Features are one per row; logits have anchors in rows and candidates in columns.  A `logit_scale` is the multiplier,
+Features are one per row; logits have anchors in rows and candidates in columns.  A `logit_scale` is the multiplier;
 its logarithm is always called `log_logit_scale`.
 """
 
@@ -17,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LOGIT_SCALE = 100.0
-"""Bound on a learnt multiplier, from CLIP (arXiv:2103.00020), section 2.5: beyond it training is unstable."""
+"""Bound on a learnt multiplier, from CLIP (arXiv:2103.00020), section 2.5: training is unstable above it."""
 
 
 def clip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Contrastive task loss: a pair's image and text pick each other out of the batch.
+    """Return the contrastive task loss: a pair's image and text pick each other out of the batch.
 
         L = 1/2 [ CE(s u w^T) + CE(s w u^T) ],   CE(Z) = mean_i -log softmax(Z_i)_i
 
     u, w: unit-norm image and text features [B, D]; s: `logit_scale`.  CLIP (arXiv:2103.00020), figure 3.
-    Scalar, mean over B, in nats; >= 0, and log B when the features say nothing.
+    Scalar, mean over B, in nats; >= 0, and log B for uninformative features.
     """
     image_anchored = _mean_cross_entropy(image_BD, text_BD, logit_scale)
     return (image_anchored + _mean_cross_entropy(text_BD, image_BD, logit_scale)) / 2
@@ -40,12 +39,12 @@ def crd_loss(
     teacher_text_BE: Tensor,
     teacher_logit_scale: Tensor | float,
 ) -> Tensor:
-    """Contrastive relational distillation: match the teacher's distribution over in-batch matches.
+    """Return the contrastive relational distillation loss: match the teacher's distribution over in-batch matches.
 
         L = 1/2 [ mean_i KL(p_i || q_i)  over image -> text  +  the same over text -> image ]
         p = softmax(r V T^T),   q = softmax(s u w^T),   over the B candidates of a row
 
-    u, w: student features [B, D]; V, T: teacher features [B, E]; all unit-norm, the widths may differ.  Each model
+    u, w: student features [B, D]; V, T: teacher features [B, E]; all unit-norm; the widths may differ.  Each model
     keeps its own scale, s and r.  CLIP-KD (arXiv:2307.12732), section "Contrastive Relational Distillation".
     Scalar, mean over B, in nats; >= 0, and 0 iff the distributions agree.
     """
@@ -57,17 +56,17 @@ def crd_loss(
 
 
 def fd_loss(image_BD: Tensor, text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor) -> Tensor:
-    """Feature distillation: the squared distance to the teacher's features, image plus text.
+    """Return the feature distillation loss: squared distance to the teacher's features, image plus text.
 
         L = mean_i |p_i - V_i|^2 + mean_i |q_i - T_i|^2  =  mean_i (2 - 2 cos(p_i, V_i)) + mean_i (2 - 2 cos(q_i, T_i))
 
     p, q: student features in the teacher's width (see `DistillationHeads`); V, T: teacher features; all unit-norm
     [B, D], D the teacher's width here.  CLIP-KD (arXiv:2307.12732), section "Feature Distillation".  Masked feature
-    distillation, its next section, is this loss with p of an image of which the student saw some patches only.
+    distillation, its next section, is this loss with p of an image of which the student saw only some patches.
     Scalar, summed over D and over the two modalities, mean over B; in [0, 8], and 4 for orthogonal features.
 
-    The sum over D makes its weight independent of the width.  CLIP-KD's code takes the mean over D and its recipes
-    say 2000: that weight is 2000 / D here (3.9 at D = 512).
+    The sum over D makes the weight independent of the width.  CLIP-KD's code takes the mean over D with a weight of
+    2000 in its recipes, which is 2000 / D here (3.9 at D = 512).
     """
     return _mean_square_distance(image_BD, teacher_image_BD) + _mean_square_distance(text_BD, teacher_text_BD)
 
@@ -79,14 +78,14 @@ def icl_loss(
     teacher_text_BD: Tensor,
     cross_logit_scale: Tensor | float,
 ) -> Tensor:
-    """Interactive contrastive learning: a student feature picks its pair out of the teacher's features.
+    """Return the interactive contrastive loss: a student feature picks its pair out of the teacher's features.
 
         L = 1/2 [ CE(c p T^T) + CE(c q V^T) ],   CE as in `clip_loss`
 
     p, q: student image and text features in the teacher's width; V, T: teacher image and text features; all unit-norm
-    [B, D], D the teacher's width here; c: `cross_logit_scale`.  The student anchors and the teacher supplies the
-    candidates, one direction for each modality.  CLIP-KD (arXiv:2307.12732), section "Interactive Contrastive
-    Learning".  Scalar, mean over B, in nats; >= 0, and log B when the features say nothing.
+    [B, D], D the teacher's width here; c: `cross_logit_scale`.  Anchors are the student's and candidates the
+    teacher's, one direction for each modality.  CLIP-KD (arXiv:2307.12732), section "Interactive Contrastive
+    Learning".  Scalar, mean over B, in nats; >= 0, and log B for uninformative features.
     """
     image_anchored = _mean_cross_entropy(image_BD, teacher_text_BD, cross_logit_scale)
     return (image_anchored + _mean_cross_entropy(text_BD, teacher_image_BD, cross_logit_scale)) / 2
@@ -100,7 +99,7 @@ def gd_loss(
     teacher_text_BD: Tensor,
     teacher_logit_scale: Tensor | float,
 ) -> Tensor:
-    """Gradient distillation: the task loss pulls at the student's features as it pulls at the teacher's.
+    """Return the gradient distillation loss: match the gradients of the task loss in both models' features.
 
         L = sum of four terms  mean_i |B g_i - B G_i|^2,   g = the gradient of CE(s p q^T) in p, in q, and
             of CE(s q p^T) in q, in p;   G = the same of V, T and r
@@ -110,9 +109,9 @@ def gd_loss(
     here; s, r: the scales, which MULTIPLY the similarities.  CLIP-KD (arXiv:2307.12732), section "Gradient
     Distillation".  Scalar, summed over D and the four terms, mean over B; >= 0, and 0 where the models agree.
 
-    CLIP-KD's code takes the mean over B and D of the gradients of a mean over B: B^2 D times its value is this one, and
-    its weight of 1e8 at B = 1024, D = 512 is 1e8 / (1024^2 * 512) = 0.186 here, at every batch and width.  The code
-    as released also divides by the scales where the equation multiplies: hand over 1 / s and 1 / r to reproduce it.
+    CLIP-KD's code takes the mean over B and D of the gradients of a mean over B, so B^2 D times its value is this loss.
+    Its weight of 1e8 at B = 1024, D = 512 is 1e8 / (1024^2 * 512) = 0.186 here, at every batch size and width.  The
+    released code also divides by the scales where the equation multiplies: pass 1 / s and 1 / r to reproduce it.
     """
     student = *_scaled_gradients(image_BD, text_BD, logit_scale), *_scaled_gradients(text_BD, image_BD, logit_scale)
     teacher = (
@@ -123,13 +122,13 @@ def gd_loss(
 
 
 def afd_loss(fused_image_BD: Tensor, fused_text_BD: Tensor, fusion_logit_scale: Tensor | float) -> Tensor:
-    """Augmented feature distillation: the task loss of features that student and teacher make together.
+    """Return the augmented feature distillation loss: the task loss of features fused from both models.
 
         L = 1/2 [ CE(f h k^T) + CE(f k h^T) ],   CE as in `clip_loss`
 
     h, k: unit-norm fusions [B, D] of both models' image and both models' text features (see `DistillationHeads`);
     f: `fusion_logit_scale`.  CLIP-KD (arXiv:2307.12732), section "Augmented Feature Distillation".  Scalar, mean over
-    B, in nats; >= 0, and log B when the features say nothing.
+    B, in nats; >= 0, and log B for uninformative features.
     """
     return clip_loss(fused_image_BD, fused_text_BD, fusion_logit_scale)
 
@@ -142,14 +141,14 @@ def cross_kd_loss(
     cross_logit_scale: Tensor | float,
     teacher_logit_scale: Tensor | float,
 ) -> Tensor:
-    """Relational distillation across the models: `crd_loss` with `icl_loss`'s similarities for the student's.
+    """Return the cross-model relational loss: `crd_loss` with `icl_loss`'s similarities instead of the student's.
 
         L = 1/2 [ mean_i KL(P_i || softmax(c p T^T)_i) + mean_i KL(Q_i || softmax(c q V^T)_i) ]
         P = softmax(r V T^T),   Q = softmax(r T V^T),   over the B candidates of a row
 
     p, q: student features in the teacher's width; V, T: teacher features; all unit-norm [B, D], D the teacher's width
-    here; c: `cross_logit_scale`, r: `teacher_logit_scale`.  In CLIP-KD's code (`--alpha_cross_kd_loss`), in none of its
-    recipes.  Scalar, mean over B, in nats; >= 0, and 0 iff the distributions agree.
+    here; c: `cross_logit_scale`, r: `teacher_logit_scale`.  CLIP-KD's code has it (`--alpha_cross_kd_loss`), but no
+    recipe uses it.  Scalar, mean over B, in nats; >= 0, and 0 iff the distributions agree.
     """
     teacher_image_BB, teacher_text_BB = _both_directions(teacher_image_BD, teacher_text_BD, teacher_logit_scale)
     image_anchored = _mean_kl(teacher_image_BB, _logits(image_BD, teacher_text_BD, cross_logit_scale))
@@ -157,13 +156,13 @@ def cross_kd_loss(
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return `x` in float32, or in float64 if it is that."""
+    """Return `x` in float32, or unchanged if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _logits(anchor_BD: Tensor, candidate_KD: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """[B, K] scaled similarities."""
-    with torch.autocast(anchor_BD.device.type, enabled=False):  # it would multiply in 16 bits
+    """Return scaled similarities [B, K]."""
+    with torch.autocast(anchor_BD.device.type, enabled=False):  # autocast would multiply in 16 bits
         return logit_scale * (widen(anchor_BD) @ widen(candidate_KD).T)
 
 
@@ -173,7 +172,7 @@ def _both_directions(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | fl
 
 
 def _scaled_gradients(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """B times the gradients of `_mean_cross_entropy` in the anchors and in the candidates, in closed form."""
+    """Return B times the gradients of `_mean_cross_entropy` in the anchors and in the candidates, in closed form."""
     with torch.autocast(anchor_BD.device.type, enabled=False):
         anchor_BD, candidate_BD = widen(anchor_BD), widen(candidate_BD)
         probability_BB = _logits(anchor_BD, candidate_BD, logit_scale).softmax(-1)
@@ -182,17 +181,17 @@ def _scaled_gradients(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tens
 
 
 def _mean_cross_entropy(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Mean over rows of -log softmax, the match of anchor i being candidate i."""
+    """Return the mean over rows of -log softmax; candidate i is the match of anchor i."""
     logits_BB = _logits(anchor_BD, candidate_BD, logit_scale)
     return F.cross_entropy(logits_BB, torch.arange(len(logits_BB), device=logits_BB.device))
 
 
 def _mean_kl(p_logits_BK: Tensor, q_logits_BK: Tensor) -> Tensor:
-    """Mean over rows of KL(p || q), with p and q given as logits."""
+    """Return the mean over rows of KL(p || q), with p and q given as logits."""
     log_p_BK, log_q_BK = p_logits_BK.log_softmax(-1), q_logits_BK.log_softmax(-1)
     return F.kl_div(log_q_BK, log_p_BK, reduction="batchmean", log_target=True)
 
 
 def _mean_square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
-    """Mean over rows of |a - b|^2, which near zero keeps the digits that 2 - 2 cos cancels."""
+    """Return the mean over rows of |a - b|^2; near zero it keeps the digits that 2 - 2 cos loses."""
     return (widen(a_BD) - widen(b_BD)).square().sum(-1).mean()

@@ -1,7 +1,7 @@
-"""Make a teacher cache: run a frozen teacher once over every stored view and caption, and measure what storing costs.
+"""Make a teacher cache: run a frozen teacher once over every stored view and caption, and measure the fidelity.
 
-A shard is a function of the teacher, the data and its number: any process makes any shard, and one that is killed
-leaves whole shards only, which the next attempt keeps.
+A shard is a function of the teacher, the data and its number, so any rank can make any shard.  A rank that is killed
+leaves only complete shards, which the next attempt keeps.
 """
 
 import json
@@ -33,35 +33,35 @@ SHARD_SAMPLES = 4096
 CHUNK = 256
 """Samples or captions per forward pass."""
 
-_STRETCHES, _STRETCH_SAMPLES = 8, 128  # their captions stand for those of all samples
+_STRETCHES, _STRETCH_SAMPLES = 8, 128  # stretches of samples whose captions represent all captions
 _CHECKED_SAMPLES = 256
-_CHECKED_TOGETHER = 64  # candidates in the matching that measures fidelity
+_CHECKED_TOGETHER = 64  # candidates per image in the top-1 check of the fidelity
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The features of a teacher to store, and their format."""
+    """The teacher features to store, and their format."""
 
     depends: Mapping[str, Any]
-    """Everything that decides the features' bytes; it is kept beside them."""
+    """Everything that determines the features' bytes; stored in cache.json."""
 
     dtype: StoredDtype
     num_views: int
     steps: int
-    """Steps of the training that is to read them, for the message on what storing saves."""
+    """Training steps that will read the cache, for the message about the saving."""
 
 
 def break_even(data: TrainingData, num_views: int, steps: int) -> str:
-    """Return what a cache saves and costs, in passes of the teacher over an image and its caption."""
+    """Return a message on the teacher passes over an image and its caption, live and cached."""
     samples = data.num_samples
     epochs = steps / data.steps_per_epoch
     saved, spent = round(epochs * samples), num_views * samples
-    verdict = f"{saved / spent:.1f} times fewer" if saved > spent else "it does not pay: lower data.views or train live"
+    verdict = f"{saved / spent:.1f} times fewer" if saved > spent else "no saving; lower data.views or train uncached"
     return f"teacher passes: {saved:,} live ({epochs:.1f} epochs), {spent:,} cached ({num_views} views): {verdict}"
 
 
 def needed_bytes(data: TrainingData, num_views: int, embed_dim: int, dtype: StoredDtype) -> int:
-    """Return an upper bound, from the captions of some stretches of samples: a whole shard repeats more of them."""
+    """Return an upper bound, estimated on short stretches of samples: whole shards repeat more captions."""
     stretch = min(_STRETCH_SAMPLES, SHARD_SAMPLES, data.num_samples)
     samples, num_captions, distinct = 0, 0, 0
     for start in np.unique(np.linspace(0, data.num_samples - stretch, _STRETCHES).astype(np.int64)).tolist():
@@ -82,24 +82,24 @@ def make_cache(
     processes: Processes = ALONE,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write every shard that is not there yet; return what the manifest records.
+    """Write every missing shard; return what the manifest records.
 
     Raises:
-        ClipkdError: the disk has too little room.
+        ClipkdError: the disk has too little free space.
     """
     embed_dim = live.model.embed_dim
     about = {**plan.depends, "embed_dim": embed_dim, "logit_scale": live.logit_scale.item()}
     numbers = range(-(-data.num_samples // SHARD_SAMPLES))
     todo = [number for number in numbers[processes.rank :: processes.size] if not shard_path(folder, number).exists()]
-    processes.wait()  # until every process has looked
+    processes.wait()  # until every rank has listed its missing shards
     if processes.leads:
         bytes_needed = needed_bytes(data, plan.num_views, embed_dim, plan.dtype)
         say(break_even(data, plan.num_views, plan.steps))
         _refuse_small_disk(folder, bytes_needed, say)
         _write(folder / ABOUT, json.dumps(about, indent=1, sort_keys=True) + "\n")
-    counted = _Counted(progress, len(todo) * min(SHARD_SAMPLES, data.num_samples) * plan.num_views, processes)
+    counter = _Counter(progress, len(todo) * min(SHARD_SAMPLES, data.num_samples) * plan.num_views, processes)
     for number in todo:
-        _write_shard(live, data, folder, number, plan, counted)
+        _write_shard(live, data, folder, number, plan, counter)
     processes.wait()
     if not processes.leads:
         return {}
@@ -107,8 +107,8 @@ def make_cache(
     damaged = _count_damaged(folder, numbers, data.left_out)
     fidelity = measure_fidelity(live, data, cache)
     say(
-        f"teacher cache in {plan.dtype}: cosine to live features, image {fidelity['image_cosine_worst']:.6f} at the "
-        f"worst, text {fidelity['text_cosine_worst']:.6f}; same top-1 caption for "
+        f"teacher cache in {plan.dtype}: worst cosine to live features: image {fidelity['image_cosine_worst']:.6f}, "
+        f"text {fidelity['text_cosine_worst']:.6f}; same top-1 caption for "
         f"{100 * fidelity['top1_agreement']:.1f} % of {fidelity['samples']} images"
     )
     size_bytes = sum(shard_path(folder, number).stat().st_size for number in numbers)
@@ -116,8 +116,8 @@ def make_cache(
 
 
 @dataclass
-class _Counted:
-    """Progress with its rate, over all processes as this one sees them: they share the work evenly."""
+class _Counter:
+    """Progress and rate over all ranks, estimated from this rank: the ranks share the work evenly."""
 
     progress: Progress
     total: int
@@ -135,13 +135,13 @@ class _Counted:
 
 
 def _refuse_small_disk(folder: Path, bytes_needed: int, say: Callable[[str], None]) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
-    say(f"teacher cache: at most {_size(bytes_needed)}; {_size(free)} free")
-    if bytes_needed - there > free:
+    say(f"teacher cache: needs at most {_size(bytes_needed)} of disk; {_size(free)} free")
+    if bytes_needed - present > free:
         raise ClipkdError(
-            f"{folder.parent}: the teacher cache needs {_size(bytes_needed - there)} more, and the disk has "
-            f"{_size(free)} free. Free some, choose a smaller distill.teacher_cache.dtype, or lower data.views"
+            f"{folder.parent}: the teacher cache needs {_size(bytes_needed - present)} more, and the disk has "
+            f"{_size(free)} free. Free some space, choose a smaller distill.teacher_cache.dtype, or lower data.views"
         )
 
 
@@ -151,7 +151,7 @@ def _size(number: float) -> str:
 
 @torch.inference_mode()
 def _write_shard(
-    live: LiveTeacher, data: TrainingData, folder: Path, number: int, plan: CachePlan, counted: _Counted
+    live: LiveTeacher, data: TrainingData, folder: Path, number: int, plan: CachePlan, counter: _Counter
 ) -> None:
     """Run the teacher over one shard's samples."""
     device, geometry = live.logit_scale.device, live.model.geometry
@@ -168,11 +168,11 @@ def _write_shard(
             if len(row_B):
                 image_VNE[view, row_B] = live.image_features(batch.pixels[geometry].to(device)).cpu()
                 present_VN[view, row_B] = True
-            counted.add(min(CHUNK, len(sample_N) - first))
+            counter.add(min(CHUNK, len(sample_N) - first))
     captions_N = data.captions_of(sample_N)
-    text_of = {caption: place for place, caption in enumerate(sorted({c for cs in captions_N for c in cs}, key=_short))}
+    text_of = {caption: row for row, caption in enumerate(sorted({c for cs in captions_N for c in cs}, key=_short))}
     text_CE = torch.zeros(len(text_of), live.model.embed_dim)
-    texts = list(text_of)  # short ones together, which need few tokens
+    texts = list(text_of)  # sorted by length: batches of short captions need few tokens
     for first in range(0, len(texts), CHUNK):
         ids_BL = live.model.tokenize_trimmed(texts[first : first + CHUNK]).to(device)
         text_CE[first : first + CHUNK] = live.text_features(ids_BL).cpu()
@@ -190,7 +190,7 @@ def write_shard(
     dtype: StoredDtype,
     damaged: Mapping[int, str],
 ) -> None:
-    """Write a shard's file, complete or not at all; `texts_N`: for each sample the rows of its captions."""
+    """Write a shard's file atomically; `texts_N` has the caption rows of each sample."""
     arrays = {
         **encode_features("image", image_VNE, dtype),
         **encode_features("text", text_CE, dtype),
@@ -212,7 +212,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _count_damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) -> dict[str, int]:
-    """Return how many samples have no features, by reason, each counted once, with what was left out before."""
+    """Return the number of samples without features by reason, including those skipped while listing the data."""
     reason_of: dict[int, str] = {}
     for number in numbers:
         with safe_open(shard_path(folder, number), "pt") as file:
@@ -223,18 +223,19 @@ def _count_damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) ->
     return dict(sorted(reasons.items()))
 
 
-# What storing costs ---------------------------------------------------------------------------------------------------
+# Fidelity -------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def measure_fidelity(live: LiveTeacher, data: TrainingData, cache: TeacherCache) -> dict[str, float]:
-    """Return cosines of stored features to those computed now, and how often both find the same caption for an image.
+    """Return cosines of stored to live features, and how often both find the same caption for an image.
 
-    Over samples spread evenly, in batches of other samples than those the cache was made in, each of another view.
+    The samples are spread evenly over the data.  Their batches differ from those that made the cache, and each
+    batch has another view.
     """
     agreed, total = 0, 0
     cosines: dict[str, list[Tensor]] = {"image": [], "text": []}
-    for live_BE, stored_BE in _pairs(live, data, cache):
+    for live_BE, stored_BE in _live_and_stored(live, data, cache):
         for part, computed, stored in zip(cosines, live_BE, stored_BE, strict=True):
             cosines[part].append(nn.functional.cosine_similarity(computed.double(), stored.double(), dim=-1))
         matches = [(image_BE @ text_BE.T).argmax(-1) for image_BE, text_BE in (live_BE, stored_BE)]
@@ -246,14 +247,14 @@ def measure_fidelity(live: LiveTeacher, data: TrainingData, cache: TeacherCache)
     return found
 
 
-def _pairs(
+def _live_and_stored(
     live: LiveTeacher, data: TrainingData, cache: TeacherCache
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     device, geometry = live.logit_scale.device, live.model.geometry
     count = min(_CHECKED_SAMPLES, data.num_samples)
     sample_N = np.unique(np.linspace(0, data.num_samples - 1, count).astype(np.int64))
-    for turn, first in enumerate(range(0, len(sample_N), _CHECKED_TOGETHER)):
-        view = turn % int(cache.about["views"])
+    for batch_number, first in enumerate(range(0, len(sample_N), _CHECKED_TOGETHER)):
+        view = batch_number % int(cache.about["views"])
         batch = data.view_of(sample_N[first : first + _CHECKED_TOGETHER], view, [geometry])
         if len(batch.sample_B):
             image_BE = live.image_features(batch.pixels[geometry].to(device)).cpu()

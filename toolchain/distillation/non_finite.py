@@ -1,4 +1,4 @@
-"""Stop a run whose loss or gradient became NaN or infinite, and name the objective and the samples to blame."""
+"""Detect a loss or gradient that became NaN or infinite, and name the objective and the samples that caused it."""
 
 import math
 from collections.abc import Callable
@@ -16,9 +16,9 @@ _NAMED_SAMPLES = 8
 
 
 def is_finite(row: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:
-    """Return False where a step must not be taken; a gradient norm that is not finite becomes None in its row.
+    """Return False if the step must not be taken; a gradient norm that is not finite becomes None in its row.
 
-    fp16 gradients may overflow: the scaler then skips the step and halves its scale, until there is none left.
+    fp16 gradients may overflow: the scaler then skips the step and halves its scale, which is allowed down to 1.
     """
     if not math.isfinite(row["loss"]):
         return False
@@ -36,11 +36,11 @@ def non_finite_error(
     forward_pass: ForwardPass,
     on_any_rank: Callable[[bool], bool],
 ) -> ClipkdError:
-    """Return the error that names the step, the terms and the samples; every rank must call this.
+    """Return the error that names the step, the terms and the samples (a collective call).
 
-    `forward_pass` is the step's, computed again without the wrapper that averages gradients.
+    `forward_pass` is that of the step, computed again without the wrapper that averages gradients.
     """
-    # with images: damaged samples are replaced
+    # decodes the images too: corrupt samples are replaced by others
     sample_B = data.batch(row["step"], slice(None), [trainee.student.geometry]).sample_B
     values = {name: term["unweighted"] for name, term in row["terms"].items()}
     blamed = [name for name, value in values.items() if not math.isfinite(value)]
@@ -50,12 +50,12 @@ def non_finite_error(
         parameters = list(trainee.parameters())
         for name, term in forward_pass.terms.items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            # each rank has the gradient through its own rows
+            # a rank has only the gradient through its own rows
             if on_any_rank(not all(gradient is None or gradient.isfinite().all() for gradient in gradients)):
                 blamed.append(name)
     more = " and others" if len(sample_B) > _NAMED_SAMPLES else ""
     return ClipkdError(
-        f"{folder}: the {what} is not finite at step {row['step']}: of {', '.join(blamed) or 'the weighted sum'} "
+        f"{folder}: the {what} is not finite at step {row['step']}, in {', '.join(blamed) or 'the weighted sum'} "
         f"(terms {values}; samples {sample_B[:_NAMED_SAMPLES].tolist()}{more}). The last checkpoint is intact; "
         "lower distill.lr"
     )

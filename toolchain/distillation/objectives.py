@@ -1,13 +1,13 @@
-"""The objectives of CLIP-KD (arXiv:2307.12732) in one table, and the heads that a student learns beside them.
+"""The objectives of CLIP-KD (arXiv:2307.12732) in one table, and the learnt heads that they need.
 
-A batch goes `DistillationHeads` -> `StudentFeatures` -> (`gather_features`, where several ranks share a batch) ->
-`loss_terms` -> one weighted sum.  An objective whose weight is 0 costs nothing: its features are not made, its
+A batch passes `DistillationHeads` -> `StudentFeatures` -> (`gather_features`, if several ranks share a batch) ->
+`loss_terms` -> one weighted sum.  An objective whose weight is 0 costs nothing: its features are not computed, its
 parameters do not exist and its loss is not computed.
 
-To add one: a function in losses.py, a row in `OBJECTIVES`, and its weight in recipe/distill.py, which also lists the
-objectives that need pairs of image and caption.
+To add an objective, write a function in losses.py, a row in `OBJECTIVES`, and its weight in recipe/distill.py, which
+also lists the objectives that need pairs of image and caption.
 
-Features are one per row and of unit norm, except `raw_...`, which are what the towers return.
+Features are one per row and of unit norm, except `raw_...`, the output of the towers.
 """
 
 import math
@@ -35,7 +35,7 @@ _INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP (arXiv:2103.00020), sectio
 
 
 class TeacherFeatures(NamedTuple):
-    """The teacher's features of one batch; rows of unit norm, `logit_scale` the multiplier."""
+    """The teacher's features of one batch: rows of unit norm, and `logit_scale`, the multiplier."""
 
     image_BE: Tensor
     text_BE: Tensor
@@ -43,9 +43,9 @@ class TeacherFeatures(NamedTuple):
 
 
 class StudentFeatures(NamedTuple):
-    """The student's features of one batch that objectives read: rows of unit norm, in float32 at least.
+    """The student's features of one batch that objectives read: rows of unit norm, in float32 or wider.
 
-    Where the widths agree and nothing is projected, `image_BE` is the very tensor `image_BD`.
+    If the widths agree, nothing is projected and `image_BE` is the same tensor as `image_BD`.
     """
 
     image_BD: Tensor
@@ -58,10 +58,10 @@ class StudentFeatures(NamedTuple):
 
 
 def gather_features(features: StudentFeatures, gather: Callable[[Tensor], Tensor]) -> StudentFeatures:
-    """Return the features of all ranks' samples, by one call of `gather`.
+    """Return the features of all ranks' samples, with one call of `gather`.
 
-    `gather` takes the rows of one rank and returns those of all; the gradient is as exact as its own.  It gets all
-    features side by side [B, sum of widths] in their common dtype, each tensor once however many names it has.
+    `gather` takes the rows of one rank and returns those of all ranks; the gradient is as exact as that of `gather`.
+    It receives all features concatenated [B, sum of widths] in their common dtype, each distinct tensor once.
     """
     distinct = {id(x): x for x in features if x is not None}
     everything = gather(torch.cat(list(distinct.values()), dim=1))
@@ -72,7 +72,7 @@ def gather_features(features: StudentFeatures, gather: Callable[[Tensor], Tensor
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything a loss may read of one batch.  Reading what the heads did not make is an AssertionError."""
+    """Everything a loss may read of one batch.  Reading features that the heads did not make raises AssertionError."""
 
     features: StudentFeatures
     logit_scale: Tensor
@@ -93,12 +93,12 @@ class LossInputs:
 
     @property
     def masked(self) -> tuple[Tensor, Tensor]:
-        """As `projected`, the image seen in part."""
+        """Like `projected`, with the image masked."""
         return _require(self.features.masked_image_BE), _require(self.features.text_BE)
 
     @property
     def fused(self) -> tuple[Tensor, Tensor]:
-        """Both models' image features and both models' text features, joined."""
+        """Image features fused from both models, and text features likewise."""
         return _require(self.features.fused_image_BD), _require(self.features.fused_text_BD)
 
     @property
@@ -114,7 +114,7 @@ class LossInputs:
 
     @property
     def gradient_scales(self) -> tuple[Tensor, Tensor]:
-        """The multipliers of student and teacher in GD: inverted, as in the released code, under `reference_compat`."""
+        """The multipliers of student and teacher in GD; `reference_compat` inverts them, as the released code does."""
         if self.heads.reference_compat:
             return 1 / self.logit_scale, 1 / self.teacher_logit_scale
         return self.logit_scale, self.teacher_logit_scale
@@ -122,19 +122,19 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective: its loss, and what that reads."""
+    """One objective: its loss, and the inputs that the loss reads."""
 
     loss: Callable[[LossInputs], Tensor]
 
     paper_weight: float
-    """In CLIP-KD's recipes, in their units; 0 where they leave it out."""
+    """The weight in CLIP-KD's recipes, in their units; 0 if they do not use the objective."""
 
     is_mean_over_width: bool = False
-    """True where the paper's term is a mean over the width and ours a sum: the weight falls with the width."""
+    """True if the paper's term is a mean over the width and ours a sum: divide the weight by the width."""
 
     needs_teacher: bool = True
     in_teacher_width: bool = False
-    """True if it reads features in the teacher's width, which a projection makes where the widths differ."""
+    """True if it reads features in the teacher's width; a projection computes them if the widths differ."""
 
     reads_logit_scale: bool = False
     """True if it trains the student's own scale."""
@@ -143,10 +143,10 @@ class Objective:
     """True if it needs the learnt scale of similarities between the two models."""
 
     fuses: bool = False
-    """True if it needs learnt fusions of both models' features, and a scale of their own."""
+    """True if it needs learnt fusions of both models' features, and a scale for them."""
 
     on_whole_image: str | None = None
-    """Set if it shows the student some patches only: the objective that has the same loss on the whole image."""
+    """Set if it shows the student only some patches: the objective with the same loss on the whole image."""
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -199,11 +199,11 @@ OBJECTIVES: dict[str, Objective] = {
         reads_cross_scale=True,
     ),
 }
-"""In the order in which they are computed, summed and logged."""
+"""The objectives, in the order in which they are computed, summed and logged."""
 
 
 def select(weights: Mapping[str, float], *, with_teacher: bool = True) -> dict[str, Objective]:
-    """Return the objectives with a weight, in the order of `OBJECTIVES`; without a teacher, those that need none."""
+    """Return the weighted objectives in the order of `OBJECTIVES`; without a teacher, those that need none."""
     return {
         name: objective
         for name, objective in OBJECTIVES.items()
@@ -212,11 +212,11 @@ def select(weights: Mapping[str, float], *, with_teacher: bool = True) -> dict[s
 
 
 def paper_weight(objective: str, *, width: int = 512) -> float:
-    """Return the weight that makes an objective count as in CLIP-KD's recipes, `width` being the teacher's.
+    """Return the weight that makes an objective count as in CLIP-KD's recipes, for a teacher of this `width`.
 
-    The recipes say 1 for `task`, `crd`, `icl` and `afd`, 2000 for `fd` and `mfd`, 1e8 for `gd` at a batch of 1024, and
-    leave `cross_kd` out.  Their FD and GD are means over the width, GD also falls with the square of the batch; here
-    both are sums (see `fd_loss` and `gd_loss`), so that what is 3.9 and 0.186 at D = 512 is right at any batch.  GD's
+    The recipes use 1 for `task`, `crd`, `icl` and `afd`, 2000 for `fd` and `mfd`, 1e8 for `gd` at a batch of 1024, and
+    no `cross_kd`.  Their FD and GD are means over the width, and GD also falls with the square of the batch size.  Here
+    both are sums (see `fd_loss` and `gd_loss`), so 3.9 and 0.186 at D = 512 are right at any batch size.  GD's weight
     belongs to their inverted temperature (`reference_compat`): with the equation's, the term is far larger.
     """
     row = OBJECTIVES[objective]
@@ -224,11 +224,11 @@ def paper_weight(objective: str, *, width: int = 512) -> float:
 
 
 def weights_on_unit_features(weights: Mapping[str, float], *, same_width: bool) -> dict[str, float]:
-    """Return the weights with which to fine-tune a student that gives unit features of whole images only.
+    """Return the weights for fine-tuning a student that provides only unit features of whole images.
 
-    New fusions would teach nothing, so objectives that fuse are left out.  A masked objective goes on with the whole
-    image.  Where the widths differ, objectives in the teacher's width are left out too: the learnt projections start
-    from raw features.  The task stands in where nothing is left.
+    Objectives that fuse are dropped: newly initialized fusions would teach nothing.  A masked objective continues with
+    the whole image.  If the widths differ, objectives in the teacher's width are dropped too, because the learnt
+    projections start from raw features.  If no objective remains, the task loss is used.
     """
     kept = dict.fromkeys(OBJECTIVES, 0.0)
     for name, objective in select(weights).items():
@@ -238,17 +238,17 @@ def weights_on_unit_features(weights: Mapping[str, float], *, same_width: bool) 
 
 
 class DistillationHeads(nn.Module):
-    """The parameters that distillation adds to a student, and that the student ships without.
+    """The parameters that distillation adds to a student; they are not part of the saved student.
 
-    Only those that the objectives with a weight read: data-parallel training refuses a parameter without a gradient,
-    so a student that trains without a teacher is given no weight but the task's.
+    Only parameters that the weighted objectives read exist, because data-parallel training refuses a parameter without
+    a gradient.  For a student that trains without a teacher, pass no weight except the task's.
 
     `image_projection`, `text_projection`: Linear(D, E), for all objectives in the teacher's width if D and E differ.
     `image_fusion`, `text_fusion`: Linear(D + E, D), for AFD.
     `log_cross_logit_scale`, `log_fusion_logit_scale`: logarithms of the scales of ICL and cross-KD, and of AFD, from
     ln(1 / 0.07).
 
-    `reference_compat` reproduces what CLIP-KD released: the scales' parameters are themselves the multipliers, 2.66
+    `reference_compat` reproduces CLIP-KD's released code: the scale parameters are themselves the multipliers, 2.66
     instead of 14.3, and unbounded; GD divides by the scales; MFD masks nothing.
     """
 
@@ -273,7 +273,7 @@ class DistillationHeads(nn.Module):
 
     @property
     def reads_masked_image(self) -> bool:
-        """True if `forward` needs the features of the masked image: not where the released code ignores its mask."""
+        """True if `forward` needs the features of the masked image; the released code ignores its mask."""
         return self._masks_image and not self.reference_compat
 
     @property
@@ -287,21 +287,21 @@ class DistillationHeads(nn.Module):
 
     @property
     def fusion_logit_scale(self) -> Tensor:
-        """The multiplier of `afd_loss`, in [1, 100]; its gradient as that of `cross_logit_scale`."""
+        """The multiplier of `afd_loss`, in [1, 100]; its gradient is like that of `cross_logit_scale`."""
         return self._multiplier(_require(self.log_fusion_logit_scale))
 
     def _multiplier(self, log_scale: Tensor) -> Tensor:
         if self.reference_compat:
             return log_scale
-        # Not Tensor.clamp: at a bound itself, where `clamp_parameters_` puts the parameter, its gradient is 0, 1/2 or
-        # 1 by torch version and overload, and with 0 the parameter never comes back.
+        # Not Tensor.clamp: at a bound, where `clamp_parameters_` puts the parameter, its gradient is 0, 1/2 or 1
+        # depending on torch version and overload, and with 0 the parameter would never leave the bound.
         low = log_scale.new_zeros(())
-        high = log_scale.new_full((), math.log(MAX_LOGIT_SCALE))  # in the parameter's dtype, so that it can be equal
+        high = log_scale.new_full((), math.log(MAX_LOGIT_SCALE))  # in the parameter's dtype, so they can be equal
         return torch.where(log_scale > high, high, torch.where(log_scale < low, low, log_scale)).exp()
 
     @torch.no_grad()
     def clamp_parameters_(self) -> None:
-        """Bring the log scales back into [0, ln 100], where their gradient lives."""
+        """Clamp the log scales to [0, ln 100], the range in which they have a gradient."""
         for log_scale in (self.log_cross_logit_scale, self.log_fusion_logit_scale):
             if log_scale is not None and not self.reference_compat:
                 log_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
@@ -313,16 +313,16 @@ class DistillationHeads(nn.Module):
         teacher: TeacherFeatures | None,
         raw_masked_image_BD: Tensor | None = None,
     ) -> StudentFeatures:
-        """Return what the objectives with a weight read of a batch; without a teacher, what the task reads.
+        """Return the features that the weighted objectives read; without a teacher, those that the task loss reads.
 
             u = normalize(x)
             p = normalize(W x + b),   or u when the widths agree
             h = normalize(F [u; V] + b),   V the teacher's feature
 
-        x: the student's RAW features, before normalisation, of the image tower and the text tower.  Their length
-        matters in p because of the bias.  `raw_masked_image_BD` is x of an image of which the student saw some
-        patches (`masked_image_features`), wanted if `reads_masked_image`.  In float32 at least, also under
-        autocast.
+        x: the student's RAW features, before normalization, of the image tower and the text tower.  Their length
+        matters in p because of the bias.  `raw_masked_image_BD` is x of an image of which the student saw only some
+        patches (`masked_image_features`); required if `reads_masked_image`.  Computed in float32 or wider, also
+        under autocast.
         """
         with torch.autocast(raw_image_BD.device.type, enabled=False):
             raw_image_BD, raw_text_BD = widen(raw_image_BD), widen(raw_text_BD)
@@ -363,10 +363,10 @@ def loss_terms(
     heads: DistillationHeads,
     weights: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """Return the unweighted terms with a weight, in the order of `OBJECTIVES`; without a teacher, those that need none.
+    """Return the unweighted terms of the weighted objectives, in the order of `OBJECTIVES`.
 
-    `student` comes from `heads`; `logit_scale`: the student's multiplier.  The heads must have been made for the same
-    objectives, or more.
+    Without a teacher, return the terms that need none.  `student` comes from `heads`; `logit_scale` is the student's
+    multiplier.  The heads must have been made for at least these objectives.
     """
     inputs = LossInputs(student, logit_scale, teacher, heads)
     selected = select(weights, with_teacher=teacher is not None)

@@ -1,4 +1,4 @@
-"""A frozen teacher's features of a batch: computed on the spot, or looked up."""
+"""Compute a frozen teacher's features of a batch, or read them from a cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A frozen teacher, run on the batch at hand."""
+    """A frozen teacher that runs on each batch."""
 
     model: ClipModel
     logit_scale: Tensor
@@ -29,20 +29,20 @@ class LiveTeacher:
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
-        """Return the features of a batch, computed now."""
+        """Compute the features of a batch."""
         assert batch.teacher_pixels is not None
         assert batch.teacher_ids is not None
         image_bE = self.image_features(batch.teacher_pixels)
         return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Return [B, E] float32, unit rows, of uint8 pixels."""
+        """Return image features [B, E] of uint8 pixels: float32, rows of unit norm."""
         with on_onednn(pixels.device, compiled=self.compiled):
             raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
         return nn.functional.normalize(raw_BE.float(), dim=-1)
 
     def text_features(self, input_ids_BT: Tensor) -> Tensor:
-        """Return [B, E] float32, unit rows."""
+        """Return text features [B, E]: float32, rows of unit norm."""
         with on_onednn(input_ids_BT.device, compiled=self.compiled):
             raw_BE = self.model.encode_text(input_ids_BT)
         return nn.functional.normalize(raw_BE.float(), dim=-1)
@@ -50,7 +50,7 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """A frozen teacher whose features of the batch were looked up where the batch was made."""
+    """A frozen teacher whose features were read from a cache when the batch was prepared."""
 
     logit_scale: Tensor
 
@@ -63,7 +63,7 @@ class CachedTeacher:
 def open_teacher(
     teacher: ClipModel | TeacherCache, spec: DistillSpec, device: torch.device
 ) -> LiveTeacher | CachedTeacher:
-    """Return what gives the teacher's features in training."""
+    """Return the object that provides the teacher's features during training."""
     if isinstance(teacher, TeacherCache):
         return CachedTeacher(torch.tensor(teacher.logit_scale, device=device))
     return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile)
@@ -72,7 +72,7 @@ def open_teacher(
 def live_teacher(
     teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
 ) -> LiveTeacher:
-    """Return the teacher frozen, its weights in the precision it computes in; its features are float32 again."""
+    """Return the teacher frozen, with its weights in `precision`; its features are float32."""
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if compiled:

@@ -1,4 +1,4 @@
-"""The training log: train.jsonl, TensorBoard, and the time that each part of a step takes."""
+"""Write the training log: train.jsonl, TensorBoard, and the time of each part of a step."""
 
 import json
 import os
@@ -23,12 +23,12 @@ _MAX_ROWS = 10_000
 
 
 def is_logged(step: int, steps: int) -> bool:
-    """Return True if a step has a row: every one up to 10,000 steps, evenly spread ones beyond, and the last."""
+    """Return True if a step is logged: every step up to 10,000 in all, else evenly spread ones and the last."""
     return step % max(1, -(-steps // _MAX_ROWS)) == 0 or step == steps - 1
 
 
 class TrainingLog:
-    """The log of a run, open while it lasts; rows at or beyond `step`, left by an interrupted attempt, are dropped."""
+    """The open log of a run; rows from `step` on, left by an interrupted attempt, are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / LOG
@@ -48,7 +48,7 @@ class TrainingLog:
             self._tensorboard.add_scalar(name, value, row["step"])
 
     def flush(self) -> None:
-        """Write all rows to disk; call it before a checkpoint is saved."""
+        """Flush all rows to disk; call it before a checkpoint is saved."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._tensorboard.flush()
@@ -78,7 +78,7 @@ def _curves(row: dict[str, Any]) -> list[tuple[str, float]]:
 def log_row(
     step: int, lr: float, grad_norm: Tensor, forward_pass: ForwardPass, weights: dict[str, float]
 ) -> dict[str, Any]:
-    """Return a step's row of the log, brought from the device in one piece."""
+    """Return a step's row of the log, read from the device in one transfer."""
     similarity = _similarity(forward_pass.student, forward_pass.teacher) if forward_pass.teacher else {}
     tensors = {
         "loss": forward_pass.loss,
@@ -98,7 +98,7 @@ def log_row(
 
 
 def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str, Tensor]:
-    """Return mean cosines of the student's features to the teacher's, in its width; empty where no head maps them."""
+    """Return mean cosines of student to teacher features in the teacher's width; empty if no head projects them."""
     image_BE, text_BE = student.image_BE, student.text_BE
     if image_BE is None or text_BE is None:
         if student.image_BD.shape[-1] != teacher.image_BE.shape[-1]:
@@ -109,7 +109,7 @@ def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str,
 
 
 class StepClock:
-    """Seconds of a step and of its parts; on a GPU the time it computed, not the time it took to ask."""
+    """Seconds of a step and of its parts; on a GPU the execution time, not the launch time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -134,7 +134,7 @@ class StepClock:
         self._parts[part] = time.monotonic() - started
 
     def shares(self, batch_size: int) -> dict[str, float]:
-        """Return a row's times, once the step's numbers have been read from the device."""
+        """Return a row's timings; call it after the step's numbers have been read from the device."""
         for part, (begin, end) in self._events.items():
             self._parts[part] = begin.elapsed_time(end) / 1e3
         seconds = time.monotonic() - self._started
@@ -148,7 +148,7 @@ def _event() -> torch.cuda.Event:
 
 @contextmanager
 def open_log(folder: Path, step: int, processes: Processes) -> Iterator[Any]:
-    """Yield the log on rank 0 and None elsewhere."""
+    """Yield the log on rank 0 and None on the others."""
     if not processes.leads:
         yield None
         return

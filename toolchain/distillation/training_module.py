@@ -1,4 +1,4 @@
-"""The module that is trained: the student, the heads that distillation adds, and their optimizer."""
+"""The trained module, which joins the student and the distillation heads, and its optimizer."""
 
 import math
 from typing import Any
@@ -17,11 +17,11 @@ from toolchain.models.patch_masking import kept_patches, masked_image_features, 
 from toolchain.models.towers import compile_towers, is_vision_transformer
 from toolchain.recipe.distill import DistillSpec
 
-_HEADS_WEIGHT_DECAY = 0.01  # for the projections that distillation adds: the released code leaves AdamW's default
+_HEADS_WEIGHT_DECAY = 0.01  # for the projections that distillation adds: AdamW's default, as in the released code
 
 
 class TrainingModule(nn.Module):
-    """The student and the heads that distillation adds: everything the optimizer moves and a checkpoint holds."""
+    """The student and the distillation heads: everything the optimizer updates and a checkpoint holds."""
 
     def __init__(
         self, student: ClipModel, teacher: ClipModel | TeacherCache | None, spec: DistillSpec, processes: Processes
@@ -39,10 +39,10 @@ class TrainingModule(nn.Module):
         objectives = select(weights, with_teacher=teacher is not None).values()
         self.net.logit_scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives))
         if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
-            bias.requires_grad_(False)  # belongs to a sigmoid loss, which is not ours
+            bias.requires_grad_(False)  # belongs to a sigmoid loss, which clipkd does not use
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
-        self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch's generator, we by sample
+        self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch; we hash it
         self.to(processes.device)
         if spec.compile:
             compile_towers(self.net)
@@ -55,7 +55,7 @@ class TrainingModule(nn.Module):
         shown_bK: Tensor | None,
         kept_bK: Tensor | None,
     ) -> tuple[StudentFeatures, dict[str, Tensor]]:
-        """Return one rank's rows of everything the objectives read, and the multipliers by name."""
+        """Return one rank's rows of the features that the objectives read, and the multipliers by name."""
         net: Any = self.net
         encode = self.student.encode_image
         if kept_bK is None:
@@ -74,18 +74,18 @@ class TrainingModule(nn.Module):
         return features, scales
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return [b, K] each: the patches MFD shows, and those a tower's own patch dropout keeps; None without.
+        """Return the patches that MFD shows and those that the tower's own patch dropout keeps, [b, K] or None each.
 
-        Drawn by seed, sample and step, so that they do not depend on how a batch is shared among ranks.
+        They are hashed from seed, sample and step, so they do not depend on how a batch is split over ranks.
         """
         visual: Any = self.net.visual
 
-        def kept(ratio: float | None, draw: int) -> Tensor | None:
+        def draw_patches(ratio: float | None, draw: int) -> Tensor | None:
             if not ratio:
                 return None
             return kept_patches(seed, sample_b, draw, num_patches=num_patches(visual), mask_ratio=ratio)
 
-        return kept(self._mask_ratio, 2 * step), kept(self._patch_dropout, 2 * step + 1)
+        return draw_patches(self._mask_ratio, 2 * step), draw_patches(self._patch_dropout, 2 * step + 1)
 
     @torch.no_grad()
     def clamp_parameters_(self) -> None:
@@ -94,10 +94,10 @@ class TrainingModule(nn.Module):
 
 
 def make_optimizer(trainee: TrainingModule, spec: DistillSpec) -> torch.optim.AdamW:
-    """Return AdamW with CLIP-KD's groups of parameters.
+    """Return AdamW with CLIP-KD's parameter groups.
 
-    Of the student, matrices decay and vectors, biases and scales do not; of the heads the projections decay by AdamW's
-    own default.  Transformers have faster moments than convolutional towers (CLIP-KD's scripts, from CLIP).
+    The student's matrices decay; its vectors, biases and scales do not.  The heads' projections decay by AdamW's own
+    default.  Transformers have faster moments than convolutional towers (CLIP-KD's scripts, from CLIP).
     """
     named = [(name, p) for name, p in trainee.net.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim >= 2 and "bias" not in name]  # Swin has tables of biases
@@ -121,7 +121,7 @@ def make_optimizer(trainee: TrainingModule, spec: DistillSpec) -> torch.optim.Ad
 
 
 def clip_gradients(trainee: TrainingModule, max_norm: float | None) -> Tensor:
-    """Return the norm of all gradients together, then scale them down to `max_norm` at the most."""
+    """Scale the gradients down to a total norm of at most `max_norm`; return the norm before that."""
     gradients = [p.grad for p in trainee.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm is not None:

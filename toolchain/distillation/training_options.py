@@ -1,4 +1,4 @@
-"""The options of a training run that the command line sets; needs no torch."""
+"""Training options set on the command line; this module needs no torch."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class TrainingOptions:
     """Options of a training run that affect speed and checkpointing, never the result."""
 
     workers: int | None = None
-    """Loader processes of each rank.  Absent: a command chooses by data and device, `distill` starts none."""
+    """Data loader workers per rank.  None: a command chooses by data and device, `distill` starts none."""
 
     checkpoint_steps: int | None = None
-    """Steps between checkpoints, beside those by time."""
+    """Steps between checkpoints, in addition to those by time."""
 
     checkpoint_minutes: float = 1.0
     keep_checkpoints: int = 2

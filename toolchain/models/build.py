@@ -23,7 +23,7 @@ from toolchain.models.weights import from_hub, load_weights, not_downloaded, one
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import CONFIG, HUB, WEIGHTS, model_folder, suggestion
 
-# Every file that the tokenizers of transformers read, whichever of them a model has.
+# all files that tokenizers of transformers may read; a model has some of them
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,12 +41,12 @@ TOKENIZER_FILES = (
 def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lambda _: None) -> ClipModel:
     """Return the model of a loaded recipe, in evaluation mode, in float32, on the CPU.
 
-    `spec.is_random`: initialised from `seed`, which also seeds torch's global generator; otherwise with its weights.
-    `say` is told before anything is downloaded.
+    With `spec.is_random` it is initialized from `seed`, which also seeds torch's global generator; otherwise it has its
+    weights.  `say` receives a message before each download.
 
     Raises:
         UsageError: an unknown tag, an architecture without weights, or changes that open_clip does not know.
-        ArtifactError: a folder, file or download is missing or damaged, or the weights do not fit the model.
+        ArtifactError: a folder, file or download is missing or corrupt, or the weights do not fit the model.
     """
     folder = model_folder(spec)
     tag: dict[str, Any] = {}
@@ -73,10 +73,10 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
 
 
 def load_model(folder: Path, *, random_seed: int | None = None) -> ClipModel:
-    """Open a local-dir; its weights are required unless `random_seed` asks for a fresh initialisation.
+    """Return the model of a local-dir; its weights are required unless `random_seed` is given.
 
     Raises:
-        ArtifactError: the folder is no open_clip local-dir, or its weights are missing or do not fit its config.
+        ArtifactError: the folder is not an open_clip local-dir, or its weights are missing or do not fit its config.
     """
     spec = ModelSpec(model=str(folder.absolute()), init="weights" if random_seed is None else "random")
     return build_model(spec, seed=random_seed or 0)
@@ -92,8 +92,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def save_model(model: ClipModel, folder: Path) -> None:
     """Write weights, configuration and tokenizer: a folder that `open_clip.create_model("local-dir:…")` opens.
 
-    A text tower of transformers (`hf_model_name`) is the one exception to a folder that needs nothing else: open_clip
-    asks the Hub, or its cache, for that architecture's configuration.
+    The folder is self-contained, except for a text tower of transformers (`hf_model_name`): open_clip reads that
+    architecture's configuration from the Hub or its cache.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.net.state_dict().items()}
     save_file(state, folder / WEIGHTS)
@@ -103,9 +103,9 @@ def save_model(model: ClipModel, folder: Path) -> None:
 def _assemble(
     name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None, changed: bool
 ) -> ClipModel:
-    """Return the model that plain open_clip makes of this configuration, its weights drawn at random.
+    """Return the model that open_clip builds from this configuration, with random weights.
 
-    `changed`: by the recipe, which then is to blame for what open_clip does not take.
+    `changed` is true if the recipe changes the configuration: an error of open_clip is then a usage error.
     """
     hf_model = config["model_cfg"].get("text_cfg", {}).get("hf_model_name")
     with tempfile.TemporaryDirectory() as staging, _quiet():
@@ -117,22 +117,22 @@ def _assemble(
             net = open_clip.create_model(local_dir, load_weights=False, pretrained_text=False)
             tokenize = open_clip.get_tokenizer(local_dir)
             preprocess_cfg = json.loads(json.dumps(net.visual.preprocess_cfg))
-            PreprocessCfg(**config["preprocess_cfg"])  # create_model passes over what it does not know
+            PreprocessCfg(**config["preprocess_cfg"])  # create_model ignores unknown fields
             preprocess = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
         except ModuleNotFoundError:
             raise
-        except Exception as error:  # open_clip raises whatever the constructors, transformers or tokenizers raised
+        except Exception as error:  # constructors, transformers and tokenizers raise all kinds
             if hf_model and isinstance(error, OSError):
                 raise not_downloaded(f"{name}: the configuration of its text tower {hf_model}", error) from error
-            said = one_line(error).replace(local_dir, name).replace(staging, name)
+            reason = one_line(error).replace(local_dir, name).replace(staging, name)
             if changed:
                 raise UsageError(
-                    f"{name}: open_clip cannot build this model as the recipe changes it: {said}"
+                    f"{name}: open_clip cannot build this model with the recipe's changes: {reason}"
                 ) from error
-            raise ArtifactError(f"{name}: open_clip cannot build this model: {said}") from error
+            raise ArtifactError(f"{name}: open_clip cannot build this model: {reason}") from error
     _check_input_size(net.visual, name, changed)
     if is_convolutional(net.visual):
-        net.visual.to(memory_format=torch.channels_last)  # convolutions run twice as fast so
+        net.visual.to(memory_format=torch.channels_last)  # convolutions run twice as fast
     complete = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess_cfg}
     return ClipModel(net.eval(), name, complete, tokenizer, tokenize, preprocess)
 
@@ -144,31 +144,31 @@ def _write_configuration(folder: Path, config: dict[str, Any], tokenizer: Mappin
 
 
 def _check_input_size(visual: Any, name: str, changed: bool) -> None:
-    """Refuse an image size that timm's tower of patches is not built for: open_clip does not pass it on."""
+    """Refuse an image size that timm's tower is not built for: open_clip does not pass the size to it."""
     patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
     built, asked = getattr(patches, "img_size", None), visual.image_size
     if built is not None and getattr(patches, "strict_img_size", False) and tuple(built) != tuple(asked):
         raise (UsageError if changed else ArtifactError)(
-            f"{name}: its image tower takes {built[0]} x {built[1]} pixels, image_size says {asked[0]} x {asked[1]}, "
-            "and open_clip cannot resize this tower. Choose the timm_model_name made for that size"
+            f"{name}: its image tower takes {built[0]} x {built[1]} pixels but image_size is {asked[0]} x {asked[1]}, "
+            "and open_clip cannot resize this tower. Choose a timm_model_name made for that size"
         )
 
 
 def _architecture(name: str, tag: Mapping[str, Any]) -> dict[str, Any]:
-    """Return open_clip's configuration of an architecture of its own, as a tag's weights were trained."""
+    """Return the configuration of one of open_clip's architectures, with the settings of a tag's weights."""
     model_cfg = get_model_config(name)
     if model_cfg is None:
         near = suggestion(name, open_clip.list_models())
-        hint = f"did you mean {near}?" if near else "open_clip.list_models() names those it knows"
+        hint = f"did you mean {near}?" if near else "open_clip.list_models() lists the known ones"
         raise UsageError(f"model '{name}': open_clip has no such architecture; {hint}")
-    if tag.get("quick_gelu"):  # which open_clip leaves to whoever chooses the name, with a warning
+    if tag.get("quick_gelu"):  # open_clip only warns if the name does not match
         model_cfg["quick_gelu"] = True
     keys = set(PreprocessCfg.__dataclass_fields__) & {key for key, value in tag.items() if value is not None}
     return {"model_cfg": model_cfg, "preprocess_cfg": {key: tag[key] for key in sorted(keys)}}
 
 
 def _tag(spec: ModelSpec) -> dict[str, Any]:
-    """Return open_clip's record of an architecture's weights: preprocessing, activation, where they are."""
+    """Return open_clip's record of an architecture's weights: preprocessing, activation and location."""
     assert spec.pretrained is not None
     tag: dict[str, Any] = open_clip_pretrained.get_pretrained_cfg(spec.model, spec.pretrained)
     if tag:
@@ -178,10 +178,10 @@ def _tag(spec: ModelSpec) -> dict[str, Any]:
     if near:
         hint = f"did you mean {near}?"
     elif Path(spec.pretrained).suffix:
-        hint = f"a file is named by checkpoint: {spec.pretrained}"
+        hint = f"for a file, write checkpoint: {spec.pretrained}"
     else:
         hint = _known_tags(tags)
-    raise UsageError(f"pretrained '{spec.pretrained}': open_clip has no such weights of {spec.model}; {hint}")
+    raise UsageError(f"pretrained '{spec.pretrained}': open_clip has no such weights for {spec.model}; {hint}")
 
 
 def _known_tags(tags: list[str]) -> str:
@@ -189,7 +189,7 @@ def _known_tags(tags: list[str]) -> str:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` put in, section by section."""
+    """Return `base` with `changes` merged in, section by section."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -200,10 +200,10 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def _tokenizer_files(
     config: Mapping[str, Any], folder: Path | None, staging: Path, say: Callable[[str], None]
 ) -> dict[str, bytes]:
-    """Return the files of a tokenizer that is not open_clip's own: those of the folder, or else of the Hub.
+    """Return the files of a tokenizer that is not open_clip's own, from the folder or otherwise from the Hub.
 
     Raises:
-        ArtifactError: the Hub's tokenizer cannot be had, or does not tokenize as before once it is saved.
+        ArtifactError: the Hub's tokenizer cannot be loaded, or tokenizes differently once it is saved.
     """
     text_cfg = config["model_cfg"].get("text_cfg", {})
     source = text_cfg.get("hf_tokenizer_name")
@@ -211,7 +211,7 @@ def _tokenizer_files(
         return {}
     if folder is None:
         if not Path(source).is_dir():
-            say(f"tokenizer {source}: from the Hugging Face Hub, or its cache on this machine")
+            say(f"tokenizer {source}: loading from the Hugging Face Hub or its local cache")
         arguments = {
             "context_length": text_cfg.get("context_length", 77),
             "tokenizer_mode": text_cfg.get("tokenizer_mode"),
@@ -224,7 +224,7 @@ def _tokenizer_files(
         tokenizer.save_pretrained(str(staging))
         if not torch.equal(HFTokenizer(str(staging), **arguments)(_CAPTIONS), tokenizer(_CAPTIONS)):
             raise ArtifactError(
-                f"tokenizer {source}: saved and opened again it tokenizes otherwise, so no folder could hold it. "
+                f"tokenizer {source}: after saving and loading it tokenizes differently, so no folder can hold it. "
                 "Choose a model with another tokenizer"
             )
         folder = staging

@@ -18,27 +18,27 @@ from toolchain.models.towers import is_convolutional
 
 @dataclass(frozen=True)
 class ClipModel:
-    """A model, and what makes its inputs of images and captions."""
+    """A model, with the preprocessing and tokenizer for its inputs."""
 
     net: nn.Module
     name: str
-    """Where it came from, for messages."""
+    """The model's origin, for messages."""
 
     config: dict[str, Any]
-    """The content of an open_clip_config.json that gives this model: model_cfg and preprocess_cfg."""
+    """The content of this model's open_clip_config.json: model_cfg and preprocess_cfg."""
 
     tokenizer_files: dict[str, bytes]
-    """Files that its tokenizer is made of; none for open_clip's own."""
+    """The tokenizer's files; empty for open_clip's own tokenizer."""
 
     tokenize: Callable[[list[str]], Tensor]
-    """Captions to input_ids [B, T], int64."""
+    """Maps captions to input_ids [B, T], int64."""
 
     preprocess: Callable[[Image.Image], Tensor]
-    """open_clip's evaluation transform: a picture to pixel_values [3, H, W]."""
+    """open_clip's evaluation transform: maps an image to pixel_values [3, H, W]."""
 
     @property
     def geometry(self) -> Geometry:
-        """The part of the preprocessing that a batch of pictures is prepared for.
+        """The image size and interpolation that a batch is prepared with.
 
         Raises:
             UsageError: the model's images are not square.
@@ -47,7 +47,7 @@ class ClipModel:
         height, width = cfg["size"] if isinstance(cfg["size"], list) else (cfg["size"], cfg["size"])
         if height != width:
             raise UsageError(
-                f"{self.name}: its images are {height} x {width} (height x width); clipkd prepares square ones only. "
+                f"{self.name}: its images are {height} x {width} (height x width); clipkd supports square images only. "
                 "Choose a model with a square image_size"
             )
         return Geometry(height, cfg["interpolation"])
@@ -78,33 +78,33 @@ class ClipModel:
         return torch.addcmul(shift_311, pixels_BCHW.to(torch.float32, memory_format=layout), scale_311)
 
     def probe_fast_paths(self) -> None:
-        """Test now which fast paths give identical features; otherwise the first use does.
+        """Test now which fast paths give identical features; otherwise this happens on first use.
 
-        Call it before the net is masked, and before it is in a loader's process, which has no GPU.
+        Call it before the net is masked, and before workers start, which have no GPU.
         """
         _ = self._reads_class_token, self._is_trimmable
 
     def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
-        """Return [B, D] features, as open_clip's encode_image gives them."""
+        """Return features [B, D], the same as open_clip's encode_image."""
         if self._reads_class_token:
             return encode_class_token(self.net.visual, pixel_values_BCHW)  # type: ignore[arg-type]
         features_BD: Tensor = self.net.encode_image(pixel_values_BCHW)  # type: ignore[operator]
         return features_BD
 
     def tokenize_trimmed(self, captions: list[str]) -> Tensor:
-        """Return input_ids [B, L] of captions, without the padding that their features do not depend on."""
+        """Return input_ids [B, L] of captions, without padding if their features do not depend on it."""
         input_ids_BT = self.tokenize(captions)
         return trim_tokens(self.net, input_ids_BT) if self._is_trimmable else input_ids_BT
 
     def encode_text(self, input_ids_BL: Tensor) -> Tensor:
-        """Return [B, D] features of whole or trimmed input_ids, as open_clip's encode_text gives them of whole ones."""
+        """Return features [B, D] of whole or trimmed input_ids, the same as open_clip's encode_text of whole ones."""
         if self._is_trimmable:
             return encode_tokens(self.net, input_ids_BL)
         features_BD: Tensor = self.net.encode_text(input_ids_BL)  # type: ignore[operator]
         return features_BD
 
     def tokenizes_like(self, other: "ClipModel") -> bool:
-        """Return True if both make the same input_ids of the same captions."""
+        """Return True if both tokenizers return the same input_ids for the same captions."""
         sections = [model.config["model_cfg"].get("text_cfg", {}) for model in (self, other)]
         keys = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "context_length")
         settings = [[section.get(key) for key in keys] for section in sections]
@@ -130,7 +130,7 @@ class ClipModel:
 
 @lru_cache(maxsize=16)
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what to multiply a byte by, and then to add, for (byte / 255 - mean) / std."""
+    """Return scale and shift with byte * scale + shift = (byte / 255 - mean) / std."""
     with torch.inference_mode(False):  # the cache outlives the mode it is filled in
         mean_311, std_311 = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         return (1 / (255 * std_311)).float().to(device), (-mean_311 / std_311).float().to(device)

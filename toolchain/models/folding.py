@@ -11,25 +11,25 @@ from torch.overrides import TorchFunctionMode
 
 from toolchain.models.towers import ImageTower
 
-_MERGES_BRANCHES = ("fuse", "reparameterize", "switch_to_deploy")  # what timm calls on the modules that have them
-_MAX_MOVE = 0.03  # of a unit feature, by merging and folding: 0.01 where channels are nearly dead, 0.1 if done wrong
-_MAX_GAIN_MOVE = 1e-4  # by moving gains: 1e-6 at most in 29 architectures
+_MERGES_BRANCHES = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm calls to merge branches
+_MAX_MOVE = 0.03  # change of a unit feature: 0.01 if channels are nearly dead, 0.1 if folded wrongly
+_MAX_GAIN_MOVE = 1e-4  # change by moving gains: at most 1e-6 in 29 architectures
 
 
 def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
-    """Fold, in place, every batch norm that follows a convolution into it; returns {batch norm's name: convolution's}.
+    """Fold, in place, every batch norm into the convolution before it; return {batch norm's name: convolution's}.
 
-    What follows what is observed while `example` runs; a convolution that something else reads too stays as it is, as
-    where FastViT's attention normalises a residual branch.  In float64, so that folding a batch norm already written
-    back as the identity (see `_float_state`) restores the convolution to the bit.
+    The order is observed while `example` runs.  A convolution whose output is also read elsewhere is left unchanged,
+    for example where FastViT's attention normalizes a residual branch.  The arithmetic is float64, so folding a batch
+    norm that was saved as the identity (see `_float_state`) restores the convolution to the bit.
     """
-    convolution_of: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is held so that its id stays its own
+    convolution_of: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # holding the tensor keeps its id unique
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def produced(convolution: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(convolution, nn.Conv2d)
         convolution_of[id(output)] = (convolution, output)
-        readers.count[id(output)] = 0  # of the tensor that had this id before
+        readers.count[id(output)] = 0  # an earlier tensor may have had this id
 
     def consumed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(norm, nn.BatchNorm2d) and id(inputs[0]) in convolution_of:
@@ -68,21 +68,21 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
 
 
 def move_gains(tower: nn.Module, example: Tensor) -> list[str]:
-    """Move, in place, gain and bias of every layer norm that linear layers alone read into those; returns their names.
+    """Move, in place, gain and bias of layer norms into linear layers that alone read them; return the norms' names.
 
         W (g * n + b) + c = (W diag(g)) n + (W b + c)
 
-    The gains amplify a few channels, and one scale for all of them then rounds the rest coarsely; a weight has a scale
-    per output instead.  "Gamma migration", Outlier Suppression (arXiv:2209.13325), 4.1.  A runtime is also saved a pass
-    over the activations.  What reads what is observed while `example` runs.  In float64, so that moving a gain of 1 and
-    a bias of 0 (see `_float_state`) changes no bit.
+    The gains amplify a few channels, and one scale for all channels then rounds the others coarsely; a weight has a
+    scale per output instead.  This is "gamma migration", Outlier Suppression (arXiv:2209.13325), 4.1.  It also saves
+    runtimes a pass over the activations.  The readers are observed while `example` runs.  The arithmetic is float64,
+    so moving a gain of 1 and a bias of 0 (see `_float_state`) changes no bit.
     """
     outputs: list[tuple[nn.LayerNorm, Tensor]] = []
 
     def produced(norm: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(norm, nn.LayerNorm)
         outputs.append((norm, output))
-        readers.count[id(output)] = 0  # of the tensor that had this id before, or within the layer
+        readers.count[id(output)] = 0  # an earlier tensor may have had this id, or functions within the layer read it
 
     readers = _Readers()
     norms = [module for module in tower.modules() if isinstance(module, nn.LayerNorm) and module.weight is not None]
@@ -114,7 +114,7 @@ def move_gains(tower: nn.Module, example: Tensor) -> list[str]:
 
 
 class _Readers(TorchFunctionMode):
-    """Count the functions that read each tensor, by its id, and note what linear layers with a bias read."""
+    """Counts the functions that read each tensor, by id, and records the inputs of linear layers with a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Readers(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, (Tensor, tuple)) and not isinstance(result, torch.Size):
             given = (*args, *(kwargs or {}).values())
-            several = (x for many in given if isinstance(many, (list, tuple)) for x in many)  # that are joined, say
+            several = (x for many in given if isinstance(many, (list, tuple)) for x in many)  # e.g. of torch.cat
             self.count.update({id(x) for x in (*given, *several) if isinstance(x, Tensor)})
         if func is F.linear and len(args) == 3 and all(isinstance(x, nn.Parameter) for x in args[1:]):
             self.linears.append(args)
@@ -135,7 +135,7 @@ class _Readers(TorchFunctionMode):
 
 
 def merge_branches(tower: ImageTower, example: Tensor) -> bool:
-    """Merge, in place, the parallel branches that a tower only trains with, as FastViT's; return True if it had any."""
+    """Merge, in place, training-only parallel branches such as FastViT's; return True if the tower had any."""
     assert isinstance(tower.visual, nn.Module)
     if not any(hasattr(module, name) for module in tower.visual.modules() for name in _MERGES_BRANCHES):
         return False
@@ -144,5 +144,5 @@ def merge_branches(tower: ImageTower, example: Tensor) -> bool:
         reparameterize_model(tower.visual, inplace=True)
         error = (tower(example) - before_BD).abs().max().item()
     assert error < _MAX_MOVE, f"merging the branches moved a unit feature by {error}"
-    tower.requires_grad_(True)  # what was merged is detached
+    tower.requires_grad_(True)  # merging detaches the parameters
     return True

@@ -1,9 +1,9 @@
-"""Hand linear layers and attention on an x86 CPU to oneDNN, in the shapes that it is fast at.
+"""Run linear layers and attention on an x86 CPU in oneDNN, in the shapes for which it is fast.
 
-PyTorch gives a float32 matrix product to MKL, which on AMD's processors reaches half of what oneDNN does (200 against
-450 GFLOP/s on two cores of an EPYC with AVX-512), and a convolution to oneDNN.  A linear layer is a convolution of size
-1 over its rows: the same sums in another order, and so are its gradients.  And nn.MultiheadAttention transposes its
-input, of which PyTorch then makes a product for every token, copying the weights.
+PyTorch runs float32 matrix products in MKL, which on AMD's processors reaches half of oneDNN's rate (200 against 450
+GFLOP/s on two cores of an EPYC with AVX-512), and convolutions in oneDNN.  A linear layer is a convolution of size 1
+over its rows: its values and gradients are the same sums in another order.  In addition, nn.MultiheadAttention
+transposes its input; PyTorch then computes one product per token and copies the weights each time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_FEW_ROWS = 64  # of so few, bringing the weights into oneDNN's order costs more than it saves
-_FEW_PRODUCTS = 1 << 25  # of numbers: in so small a layer, as glyphs' are, the call costs more than it saves
+_FEW_ROWS = 64  # below this, reordering the weights for oneDNN costs more than it saves
+_FEW_PRODUCTS = 1 << 25  # below this, as in the glyph models, the call costs more than it saves
 
 
 def on_onednn(device: torch.device, *, compiled: bool = False) -> AbstractContextManager[object]:
     """Return a context in which linear layers and attention run in oneDNN on a CPU.
 
-    On a GPU, under autocast and in towers that torch.compile has made its own, nothing changes.
+    It changes nothing on a GPU, under autocast, and in towers compiled by torch.compile.
     """
     has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     asks_mkl = device.type == "cpu" and has_mkl and not torch.is_autocast_enabled("cpu")
@@ -42,15 +42,15 @@ class _OneDNN(TorchFunctionMode):
 
 
 def _linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """[..., N] of [..., K], whose rows become the pixels of one channels-last picture."""
+    """Return [..., N] of [..., K]; the rows become the pixels of one channels-last image."""
     rows = x.numel() // x.shape[-1]
     is_small = rows < _FEW_ROWS or x.numel() * len(weight_NK) < _FEW_PRODUCTS
     if x.dtype != torch.float32 or is_small:
         return F.linear(x, weight_NK, bias_N)
-    picture_1KR1 = x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2)
-    # Dilation changes nothing of a filter of size 1, but PyTorch asks oneDNN for it in a single thread too.
-    picture_1NR1 = F.conv2d(picture_1KR1, weight_NK[:, :, None, None], bias_N, dilation=2)
-    return picture_1NR1.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    image_1KR1 = x.reshape(1, rows, 1, -1).permute(0, 3, 1, 2)
+    # Dilation has no effect on a filter of size 1, but makes PyTorch use oneDNN in a single thread too.
+    image_1NR1 = F.conv2d(image_1KR1, weight_NK[:, :, None, None], bias_N, dilation=2)
+    return image_1NR1.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 def _is_plain(
@@ -72,7 +72,7 @@ def _is_plain(
     use_separate_proj_weight: bool = False,
     **__: Any,
 ) -> bool:
-    """Return True if a call of F.multi_head_attention_forward is as open_clip's blocks make it."""
+    """Return True if F.multi_head_attention_forward is called the way open_clip's blocks call it."""
     extras = (bias_k is not None, add_zero_attn, dropout and training, key_padding_mask is not None, need_weights)
     return query.dim() == 3 and in_weight is not None and not use_separate_proj_weight and not any(extras)
 
@@ -95,7 +95,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[L, B, W] as F.multi_head_attention_forward has it; a mask [L, T] or [B H, L, T] is added to the logits."""
+    """Return [L, B, W] like F.multi_head_attention_forward; a mask [L, T] or [B H, L, T] is added to the logits."""
     asked = query_LBW.transpose(0, 1), key_TBW.transpose(0, 1), value_TBW.transpose(0, 1)
     if query_LBW is key_TBW is value_TBW:
         parts = _linear(asked[0], in_weight, in_bias).chunk(3, dim=-1)

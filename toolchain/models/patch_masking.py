@@ -1,9 +1,9 @@
-"""The masked student forward of MFD: a vision transformer that sees some of its patches.
+"""Run the masked forward pass of MFD: a vision transformer sees only some of its patches.
 
-The patches are left out between the positional embedding and the first block, where both kinds of vision transformer
-that open_clip builds have a slot for patch dropout; class and register tokens stay.  Which patches is hashed from what
-identifies the sample, as its views are (`random_numbers.py`), so neither its company in the batch nor the process,
-the worker or a resume changes them.
+The patches are dropped between the positional embedding and the first block, where both kinds of vision transformer in
+open_clip have a slot for patch dropout; class and register tokens stay.  The choice is hashed from the sample's
+identity, like its views (`random_numbers.py`), so it does not depend on the rest of the batch, the rank, the worker or
+a resume.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from toolchain.data.random_numbers import uniforms
 from toolchain.errors import UsageError
 
-_STREAM = int.from_bytes(b"mfd-mask", "big")  # apart from the numbers that shape the views of the same seed
+_STREAM = int.from_bytes(b"mfd-mask", "big")  # differs from the stream of the views with the same seed
 
 
 def kept_patches(seed: int, sample_B: NDArray[np.int64], draw: int, *, num_patches: int, mask_ratio: float) -> Tensor:
     """Return [B, K] indices of the patches that the student sees, int64, hashed from (seed, sample, draw).
 
-    K = int(L (1 - mask_ratio)).  `draw` tells apart the times a sample is shown with new patches: its view, the step.
+    K = int(L (1 - mask_ratio)).  `draw` (the view or the step, say) makes each showing of a sample use new patches.
 
     Raises:
-        UsageError: no patch would be left.
+        UsageError: no patch would remain.
     """
     noise_BL = torch.from_numpy(uniforms(seed ^ _STREAM, sample_B, draw, num_patches))
     return patches_of_least_noise(noise_BL, mask_ratio)
@@ -39,10 +39,10 @@ def kept_patches(seed: int, sample_B: NDArray[np.int64], draw: int, *, num_patch
 def patches_of_least_noise(noise_BL: Tensor, mask_ratio: float) -> Tensor:
     """Return [B, K] indices of the K = int(L (1 - mask_ratio)) patches with the least noise, in its order.
 
-    MAE (arXiv:2111.06377), section 3, and CLIP-KD's code choose so.
+    MAE (arXiv:2111.06377), section 3, and CLIP-KD's code choose patches this way.
 
     Raises:
-        UsageError: no patch would be left.
+        UsageError: no patch would remain.
     """
     num_patches = noise_BL.shape[1]
     num_kept = int(num_patches * (1 - mask_ratio))
@@ -54,21 +54,21 @@ def patches_of_least_noise(noise_BL: Tensor, mask_ratio: float) -> Tensor:
 
 
 def check_can_mask(visual: nn.Module) -> None:
-    """Refuse an image tower from which no patch can be left out.
+    """Refuse an image tower that cannot drop patches.
 
     Raises:
         UsageError: `visual` is neither open_clip's VisionTransformer nor timm's.
     """
-    _slot_of(visual)
+    _find_slot(visual)
 
 
 def num_patches(visual: nn.Module) -> int:
     """Return the number of patches of an image tower.
 
     Raises:
-        UsageError: as `check_can_mask`.
+        UsageError: see `check_can_mask`.
     """
-    return _slot_of(visual).num_patches
+    return _find_slot(visual).num_patches
 
 
 def masked_image_features(
@@ -77,16 +77,16 @@ def masked_image_features(
     kept_BK: Tensor,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return raw features [B, D] of an image tower that sees the patches `kept_BK` of each image at their positions.
+    """Return raw features [B, D] of an image tower that sees only the patches `kept_BK` of each image.
 
     `encode` runs the tower; by default the tower runs itself.
 
-    With all patches kept these are its ordinary features; patch dropout of the tower's own is replaced, not added to.
+    With all patches kept these are the tower's ordinary features; they replace its own patch dropout.
 
     Raises:
-        UsageError: as `check_can_mask`.
+        UsageError: see `check_can_mask`.
     """
-    slot = _slot_of(visual)
+    slot = _find_slot(visual)
     keep = _KeepPatches(slot.num_prefix_tokens, kept_BK)
     with _replace(slot, keep):
         features_BD: Tensor = (encode or visual)(pixel_values_BCHW)
@@ -95,7 +95,7 @@ def masked_image_features(
 
 
 class _Slot(NamedTuple):
-    """The module of an image tower that drops patches."""
+    """The patch-dropout slot of an image tower."""
 
     owner: nn.Module
     name: str
@@ -103,7 +103,7 @@ class _Slot(NamedTuple):
     num_patches: int
 
 
-def _slot_of(visual: nn.Module) -> _Slot:
+def _find_slot(visual: nn.Module) -> _Slot:
     if isinstance(visual, VisionTransformer):
         return _Slot(visual, "patch_dropout", 1, visual.grid_size[0] * visual.grid_size[1])
     kind = type(visual).__name__
@@ -113,13 +113,13 @@ def _slot_of(visual: nn.Module) -> _Slot:
             return _Slot(trunk, "patch_drop", trunk.num_prefix_tokens, trunk.patch_embed.num_patches)
         kind = f"timm's {type(trunk).__name__} ({trunk.pretrained_cfg['architecture']})"
     raise UsageError(
-        f"the student's image tower, {kind}, cannot leave patches out, and masked feature distillation shows it only "
-        "some; drop distill.loss_weights.mfd, or choose a student with a vision transformer"
+        f"the student's image tower, {kind}, cannot drop patches, which masked feature distillation needs; "
+        "remove distill.loss_weights.mfd, or choose a student with a vision transformer"
     )
 
 
 class _KeepPatches(nn.Module):
-    """Reduces tokens [B, P + L, W] to the prefix and the kept patches [B, P + K, W]."""
+    """A reduction of tokens [B, P + L, W] to the prefix and the kept patches [B, P + K, W]."""
 
     def __init__(self, num_prefix_tokens: int, kept_BK: Tensor) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _KeepPatches(nn.Module):
     def forward(self, tokens_BLW: Tensor) -> Tensor:
         self.calls += 1
         kept_BK = self.kept_BK.to(tokens_BLW.device)
-        assert len(kept_BK) == len(tokens_BLW)  # gather would take the first rows without a word
+        assert len(kept_BK) == len(tokens_BLW)  # gather would silently take the first rows
         prefix_BPW, patches_BLW = tokens_BLW.tensor_split([self.num_prefix_tokens], dim=1)
         patches_BKW = patches_BLW.gather(1, kept_BK.unsqueeze(-1).expand(-1, -1, tokens_BLW.shape[-1]))
         return torch.cat([prefix_BPW, patches_BKW], dim=1)

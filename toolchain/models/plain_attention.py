@@ -1,7 +1,7 @@
-"""Attention in the form that inference runtimes recognise.
+"""Rewrite attention into the form that inference runtimes recognize.
 
-torch's nn.MultiheadAttention moves the batch behind the positions and back, and stacks queries, keys and values before
-it takes them apart: 5 copies a layer, between which OpenVINO still finds attention, and ONNX Runtime carries out each.
+nn.MultiheadAttention of torch moves the batch behind the positions and back, and stacks queries, keys and values before
+it splits them: 5 copies per layer.  OpenVINO still recognizes attention between them; ONNX Runtime executes each copy.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 def plain_attention(tower: nn.Module) -> None:
-    """Replace, in place, the self-attention of open_clip's and timm's transformers; kinds with more to them stay.
+    """Replace, in place, the plain self-attention of open_clip's and timm's transformers; other kinds stay.
 
-    Parameters stay the same objects under the same names.
+    Parameters remain the same objects under the same names.
     """
     for name, module in list(tower.named_modules()):
         if isinstance(module, ResidualAttentionBlock) and not hasattr(module, "ln_1_kv") and module.attn.batch_first:
@@ -30,19 +30,19 @@ def _is_plain(module: Any) -> bool:
 
 
 def attend(qkv_BLE3: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v, heads side by side: [B, L, E].  Arxiv 1706.03762, 3.2.
+    """Return softmax(q k^T / sqrt(D) + mask) v, heads concatenated: [B, L, E].  arXiv:1706.03762, 3.2.
 
-    `qkv_BLE3` has queries, keys and values beside each other, [B, L, 3 E]; the mask is [L, L] or [B * H, L, L].
+    `qkv_BLE3` concatenates queries, keys and values, [B, L, 3 E]; the mask is [L, L] or [B * H, L, L].
     """
     q_BLE, k_BLE, v_BLE = qkv_BLE3.chunk(3, -1)
     width = q_BLE.shape[-1] // num_heads
-    if q_BLE.dtype == torch.float16:  # which might not hold the sums of the product
+    if q_BLE.dtype == torch.float16:  # the product's sums could overflow float16
         q_BLE = q_BLE * width**-0.5
     q_BHLD, k_BHLD, v_BHLD = (
         part_BLE.reshape(*part_BLE.shape[:2], num_heads, width).transpose(1, 2) for part_BLE in (q_BLE, k_BLE, v_BLE)
     )
     logits_BHLL = q_BHLD @ k_BHLD.transpose(-2, -1)
-    if q_BLE.dtype != torch.float16:  # between product and softmax, OpenVINO's attention takes it in
+    if q_BLE.dtype != torch.float16:  # OpenVINO's attention fuses a scale between product and softmax
         logits_BHLL = logits_BHLL * width**-0.5
     if mask is not None:
         logits_BHLL = logits_BHLL + (mask if mask.dim() == 2 else mask.reshape(-1, num_heads, *mask.shape[1:]))
@@ -51,7 +51,7 @@ def attend(qkv_BLE3: Tensor, num_heads: int, mask: Tensor | None) -> Tensor:
 
 
 class _OfTorch(nn.Module):
-    """In place of nn.MultiheadAttention, of one sequence to itself."""
+    """A replacement of nn.MultiheadAttention for self-attention."""
 
     def __init__(self, replaced: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _OfTorch(nn.Module):
 
 
 class _OfTimm(nn.Module):
-    """In place of timm's."""
+    """A replacement of timm's attention."""
 
     def __init__(self, replaced: Any) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Run text towers without padding: captions fill a fifth of the 77 tokens that CLIP always runs.
 
-With a causal mask, and the end token's feature as the caption's, what follows the end token has no effect.  Then the
-tower need run no further than the last end token of a batch, and gives the same features and gradients.
+With a causal mask and features read at the end token, tokens after the end token have no effect.  The tower can then
+stop at the last end token of a batch, with the same features and gradients.
 """
 
 import copy
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from toolchain.models.last_block import block_at
 
-_TOKENS_OF_A_PASS = 32  # what running one more group costs a text tower on a CPU, in tokens (benchmarks/train_step.py)
-_MAX_ERROR = 1e-6  # of unit features in float32: products of other shapes are summed in another order
+_TOKENS_OF_A_PASS = 32  # cost of one more group on a CPU, in tokens (benchmarks/train_step.py)
+_MAX_ERROR = 1e-6  # of unit features in float32: other shapes change the order of sums
 
 
 def is_trimmable(net: nn.Module) -> bool:
-    """Return True if no token behind the end token changes a net's text features: `encode_tokens` may be given fewer.
+    """Return True if tokens after the end token do not change a net's text features, so `encode_tokens` may trim them.
 
-    That is not assumed of any model: it is compared with the whole forward pass on made-up captions, in float32 on
-    the CPU, wherever and in whatever precision the net itself is.  Not trimmed, whatever they would compute: text
-    towers of transformers, CoCa's, and those without a causal mask or with another pooling than the end token.
+    This is tested against the whole forward pass on synthetic captions, in float32 on the CPU, for a net on any device
+    and in any precision.  Never trimmed are text towers of transformers, CoCa's, and those without a causal mask or
+    with another pooling than the end token.
     """
     tower = _text_tower(net)
     if tower is None:
@@ -35,20 +35,20 @@ def is_trimmable(net: nn.Module) -> bool:
         net = copy.deepcopy(net, without_image_tower).cpu().float()
         tower = _text_tower(net)
         assert tower is not None
-    input_ids_BT = _made_up_captions(tower)
+    input_ids_BT = _make_captions(tower)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         trimmed_BL = trim_tokens(net, input_ids_BT)
         if trimmed_BL.shape == input_ids_BT.shape:
             return False
         whole_BD: Tensor = net.encode_text(input_ids_BT)  # type: ignore[operator]
         difference_BD = F.normalize(encode_tokens(net, trimmed_BL), dim=-1) - F.normalize(whole_BD, dim=-1)
-    return bool(difference_BD.abs().max() <= _MAX_ERROR)  # NaN: not trimmed
+    return bool(difference_BD.abs().max() <= _MAX_ERROR)  # False for NaN
 
 
 def trim_tokens(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
-    """Return [B, L], the tokens up to the last end token of the batch; only for nets that `is_trimmable` has passed.
+    """Return the tokens up to the last end token of the batch, [B, L]; only for nets that are `is_trimmable`.
 
-    On a GPU this would wait for the device: cut ids while they are on the CPU.
+    On a GPU this would wait for the device: trim ids while they are on the CPU.
     """
     tower = _text_tower(net)
     assert tower is not None
@@ -56,11 +56,11 @@ def trim_tokens(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
 
 
 def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
-    """Return [B, D] text features of captions in as many tokens as are given, every caption's end token among them.
+    """Return text features [B, D] of whole or trimmed captions; every caption must contain its end token.
 
-    They are what open_clip's encode_text computes at full length; the last block and what follows it run for the end
-    tokens alone.  On a CPU, captions of like length run together, so that one long caption does not make all of them
-    long; a GPU is better served by one large batch, and would have to be waited for to know the lengths.
+    They equal those of open_clip's encode_text at full length; the last block and all later layers run only for the end
+    tokens.  On a CPU, captions of similar length run together, so one long caption does not make all of them long.  A
+    GPU is faster with one large batch, and reading the lengths would wait for the device.
     """
     tower = _text_tower(net)
     assert tower is not None
@@ -77,9 +77,9 @@ def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
 
 
 def groups_of_like_length(ascending: list[int]) -> list[tuple[int, int]]:
-    """Return groups [start, end) of captions in order of length, each of which runs at its longest's length.
+    """Return groups [start, end) of captions in order of length; each group runs at the length of its longest.
 
-    A cut is made where it saves the most tokens, and where that is more than what another pass costs.
+    A cut is made where it saves the most tokens, if that is more than the cost of another pass.
     """
     count, longest = len(ascending), ascending[-1]
     saved = [cut * (longest - ascending[cut - 1]) for cut in range(1, count)]
@@ -110,17 +110,17 @@ def _encode(tower: "_TextTower", input_ids_BL: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _TextTower:
-    """open_clip's own text tower, which CLIP holds in pieces and CustomTextCLIP whole."""
+    """open_clip's own text tower: CLIP holds its parts, CustomTextCLIP holds it as one module."""
 
     parts: Any
-    """What has the attributes token_embedding, positional_embedding, transformer, ..."""
+    """The module with the attributes token_embedding, positional_embedding, transformer, ..."""
 
     pool_type: str
     eos_id: int
 
 
 def _text_tower(net: Any) -> _TextTower | None:
-    """Return the net's text tower, if it is causal, of open_clip's own kind, and reads a caption at its end token."""
+    """Return the net's text tower if it is open_clip's own, causal, and read at the end token; else None."""
     if type(net) is CLIP:
         tower = _TextTower(net, net.text_pool_type, net.text_eos_id)
     elif type(net) is CustomTextCLIP and type(net.text) is TextTransformer:
@@ -142,13 +142,13 @@ def _parameters(tower: _TextTower) -> list[Tensor]:
 
 
 def _end_positions(tower: _TextTower, input_ids_BT: Tensor) -> Tensor:
-    """Return [B], where open_clip reads each caption: its first end token, the largest id or one of its own."""
+    """Return the position [B] where open_clip reads each caption: its first end token, the largest id or `eos_id`."""
     ends_BT = input_ids_BT if tower.pool_type == "argmax" else (input_ids_BT == tower.eos_id).int()
     return ends_BT.argmax(dim=-1)
 
 
-def _made_up_captions(tower: _TextTower) -> Tensor:
-    """Return input_ids [3, T] with end tokens at different places, none beyond the middle, and anything behind them."""
+def _make_captions(tower: _TextTower) -> Tensor:
+    """Return input_ids [3, T] with end tokens at different positions in the first half and arbitrary ids after them."""
     context, vocabulary = len(tower.parts.positional_embedding), tower.parts.token_embedding.num_embeddings
     end = vocabulary - 1 if tower.pool_type == "argmax" else tower.eos_id
     words = [word for word in range(min(vocabulary - 1, 1000)) if word != end]

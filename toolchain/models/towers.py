@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 
 def is_vision_transformer(visual: nn.Module) -> bool:
-    """Return True if an image tower attends over all its patches, as far as AdamW's betas and epsilon care.
+    """Return True if an image tower counts as a transformer for AdamW's betas and epsilon.
 
     CLIP (arXiv:2103.00020, table 19) trains ViTs with beta2 0.98 and epsilon 1e-6, ResNets with 0.999 and 1e-8.
-    CLIP-KD's released code decides by whether "vit" is in the model's name.  This decides by what the tower is made of:
-    open_clip's and timm's ViT, EVA, and MobileViT, convolutional though that mostly is, because the paper's MobileViT-S
-    was trained so.  For every model of the paper the two agree.
+    CLIP-KD's released code tests for "vit" in the model's name.  This function tests the tower's modules: it accepts
+    open_clip's and timm's ViT, EVA, and also the mostly convolutional MobileViT, because the paper trained MobileViT-S
+    this way.  For every model of the paper both tests agree.
     """
     trunk = getattr(visual, "trunk", visual)
     if isinstance(trunk, (VisionTransformer, TimmVisionTransformer, VisionTransformerRelPos, Eva)):
@@ -29,13 +29,13 @@ def is_vision_transformer(visual: nn.Module) -> bool:
 
 
 def is_convolutional(visual: nn.Module) -> bool:
-    """Return True if an image tower convolves beyond cutting its patches, and so runs faster with channels last."""
+    """Return True if an image tower has convolutions besides its patch embedding: channels last is then faster."""
     return sum(isinstance(module, nn.Conv2d) for module in visual.modules()) > 1
 
 
 def compile_towers(net: nn.Module) -> None:
-    """Compile towers in place: block by block where a tower is a stack of equal blocks, so that one compilation serves
-    all of them, and as a whole where it is not."""
+    """Compile towers in place: block by block if a tower is a stack of equal blocks, which then share one compilation,
+    and otherwise as a whole."""
     stacks = [module for module in net.modules() if isinstance(module, Transformer)]
     for stack in stacks:
         for block in stack.resblocks:
@@ -45,24 +45,24 @@ def compile_towers(net: nn.Module) -> None:
 
 
 def unit_image_features(net: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:
-    """Return [B, D] float32 rows of unit norm."""
+    """Return features [B, D] in float32, rows of unit norm."""
     return F.normalize(net.encode_image(pixel_values_BCHW).float(), dim=-1)  # type: ignore[operator]
 
 
 def unit_text_features(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
-    """Return [B, D] float32 rows of unit norm."""
+    """Return features [B, D] in float32, rows of unit norm."""
     return F.normalize(net.encode_text(input_ids_BT).float(), dim=-1)  # type: ignore[operator]
 
 
 def num_parameters(net: nn.Module) -> tuple[int, int]:
-    """Return the parameters of the image tower, and of everything else (the text tower and the scale)."""
+    """Return the number of parameters of the image tower, and of the rest (text tower and scale)."""
     visual: nn.Module = net.visual  # type: ignore[assignment]  # nn.Module types attributes loosely
     image = sum(parameter.numel() for parameter in visual.parameters())
     return image, sum(parameter.numel() for parameter in net.parameters()) - image
 
 
 class ImageTower(nn.Module):
-    """pixel_values float32 [B, 3, H, W] to image_features float32 [B, D], unit norm."""
+    """The image tower: maps pixel_values float32 [B, 3, H, W] to image_features float32 [B, D], unit norm."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """input_ids int64 [B, T] to text_features float32 [B, D], unit norm."""
+    """The text tower: maps input_ids int64 [B, T] to text_features float32 [B, D], unit norm."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.clip = copy.copy(net)  # shares every weight; without the image tower, which must not be copied along
+        self.clip = copy.copy(net)  # shares every weight, but must not hold the image tower
         self.clip._modules = {name: module for name, module in net._modules.items() if name != "visual"}
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class TextTower(nn.Module):
 
 @contextmanager
 def without_attention_fast_path() -> Iterator[None]:
-    """Keep nn.MultiheadAttention on its open-coded path: the fused one can be neither quantized nor exported."""
+    """Disable the fused path of nn.MultiheadAttention, which can be neither quantized nor exported."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

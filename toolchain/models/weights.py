@@ -1,4 +1,4 @@
-"""Weights: finding or downloading their file, reading it without running it, and putting it into the model it fits."""
+"""Find or download a weights file, read it without executing code, and load it into the model."""
 
 import math
 import pickle
@@ -19,7 +19,7 @@ from toolchain.errors import ArtifactError, UsageError
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import HUB, WEIGHTS
 
-# Names under which open_clip looks for a local-dir's weights, in its order.
+# file names that open_clip tries for a local-dir's weights, in its order
 _WEIGHT_FILES = (
     WEIGHTS,
     "open_clip_pytorch_model.safetensors",
@@ -30,12 +30,12 @@ _WEIGHT_FILES = (
     "pytorch_model.pth",
     "model.pth",
 )
-_OPENAI_KEYS = frozenset({"input_resolution", "context_length", "vocab_size"})  # in no other archives than OpenAI's
-_NAMED_KEYS = 3  # how many wrong keys a message names
+_OPENAI_KEYS = frozenset({"input_resolution", "context_length", "vocab_size"})  # only OpenAI's archives have these
+_NAMED_KEYS = 3  # number of wrong keys that a message lists
 
 
 def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], say: Callable[[str], None]) -> Path:
-    """The file of a model's weights, once it is on this machine."""
+    """Return the path of a model's weights file, after downloading it if necessary."""
     if spec.checkpoint is not None:
         return Path(spec.checkpoint)
     if folder is not None:
@@ -51,10 +51,10 @@ def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], s
             f"Add {choose}checkpoint: FILE, or init: random"
         )
     what = f"{spec.model}, weights {spec.pretrained}"
-    say(f"{what}: from {tag.get('hf_hub') or tag.get('url')}, or its cache on this machine")
+    say(f"{what}: loading from {tag.get('hf_hub') or tag.get('url')} or its local cache")
     try:
         return Path(open_clip_pretrained.download_pretrained(tag))
-    except Exception as error:  # whatever the Hub's client, urllib or open_clip raised
+    except Exception as error:  # the Hub's client, urllib and open_clip raise all kinds
         raise not_downloaded(what, error) from error
 
 
@@ -64,59 +64,59 @@ def _folder_weights(folder: Path) -> Path:
     if not found:
         raise ArtifactError(
             f"{folder}: no {WEIGHTS}; this model has a configuration but no weights. "
-            "Name a file of them with checkpoint, or start from scratch with init: random"
+            "Name a weights file with checkpoint, or train from scratch with init: random"
         )
     if len(found) > 1 and found[0].name not in _WEIGHT_FILES:
         names = ", ".join(path.name for path in found)
-        raise ArtifactError(f"{folder}: which of {names} are its weights? Name one with checkpoint")
+        raise ArtifactError(f"{folder}: several possible weights files: {names}. Name one with checkpoint")
     return found[0]
 
 
 def from_hub(repository: str, filename: str | None, say: Callable[[str], None]) -> Path:
     what = f"{HUB}{repository}, {filename or 'its weights'}"
-    say(f"{what}: from the Hugging Face Hub, or its cache on this machine")
+    say(f"{what}: loading from the Hugging Face Hub or its local cache")
     try:
         return Path(open_clip_pretrained.download_pretrained_from_hf(repository, filename=filename))
-    except Exception as error:  # whatever the Hub's client raised
+    except Exception as error:  # the Hub's client raises all kinds
         raise not_downloaded(what, error) from error
 
 
 def not_downloaded(what: str, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"{what}: cannot be downloaded ({one_line(error)}). Is the name right, and is this machine online? If it "
-        "cannot be: run once on one that is and bring its cache (HF_HOME), or name a folder, or a file with checkpoint"
+        f"{what}: cannot be downloaded ({one_line(error)}). Check the name and the network. Offline, copy the cache "
+        "(HF_HOME) of a machine that has downloaded it, or name a folder, or a file with checkpoint"
     )
 
 
 def one_line(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 300 else said[:300] + " …"
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 300 else message[:300] + " …"
 
 
 def load_weights(
     net: nn.Module, path: Path, name: str, model_cfg: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> None:
-    """Put a file's weights into the model they were made for.
+    """Load a file's weights into a model.
 
-    `changes` of the architecture that weights survive: another image size for a transformer of patches, whose grid of
-    positions is interpolated, and a shorter context, which keeps the first positions.
+    The weights still fit after two kinds of `changes` to the architecture: another image size of a vision transformer,
+    whose position grid is interpolated, and a shorter context, which keeps the first positions.
 
     Raises:
         ArtifactError: the file cannot be read safely, or its weights do not fit.
-        UsageError: they are OpenAI's, and the model's activation is not the one these were trained with.
+        UsageError: the weights are OpenAI's, and the model does not have the activation they were trained with.
     """
     state = convert_state_dict(net, read_weights(path))
     if state.keys() >= _OPENAI_KEYS:
         if not model_cfg.get("quick_gelu") and "quick_gelu" not in changes:
             raise UsageError(
-                f"{path}: these are OpenAI's weights, trained with QuickGELU, and {name} has GELU: it would run, and "
-                "compute something else. Write model_cfg: {quick_gelu: true}, or choose the architecture's -quickgelu"
+                f"{path}: OpenAI's weights were trained with QuickGELU, and {name} has GELU: it would run and compute "
+                "wrong features. Set model_cfg: {quick_gelu: true}, or choose the architecture's -quickgelu variant"
             )
         state = {key: value for key, value in state.items() if key not in _OPENAI_KEYS}
     if "positional_embedding" in state and not hasattr(net, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     own = net.state_dict()
-    for key in ("logit_scale", "logit_bias"):  # a number in some versions, a vector of one in others
+    for key in ("logit_scale", "logit_bias"):  # a scalar in some versions, a vector of one in others
         if key in state and key in own and state[key].numel() == 1:
             state[key] = state[key].reshape(own[key].shape)
     if "init_logit_bias" in changes and "logit_bias" not in own:
@@ -134,37 +134,37 @@ def load_weights(
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name: safetensors, a bare state_dict, or the state_dict in a training checkpoint.
+    """Return a file's tensors by name: safetensors, a bare state_dict, or the state_dict in a training checkpoint.
 
     Python objects are never unpickled.  The prefixes that DistributedDataParallel and torch.compile add are removed.
 
     Raises:
-        ArtifactError: it is none of these, or damaged.
+        ArtifactError: it is none of these, or corrupt.
     """
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickle protocols that it then refuses
+                warnings.simplefilter("ignore")  # about pickle protocols that torch then refuses
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArtifactError(
-            f"{path}: holds Python objects besides tensors, or is no file of torch's; clipkd unpickles tensors only. "
-            "Where the file is trusted, save its state_dict alone: torch.save(model.state_dict(), FILE) "
+            f"{path}: contains Python objects other than tensors, or is not a torch file; clipkd unpickles tensors "
+            "only. If you trust the file, save its state_dict alone: torch.save(model.state_dict(), FILE) "
             f"({one_line(error)[:100]})"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if "TorchScript" in str(error):
             raise ArtifactError(
                 f"{path}: a TorchScript archive, as OpenAI publishes its models; clipkd reads state_dicts. "
-                "For OpenAI's weights write pretrained: openai in place of checkpoint"
+                "For OpenAI's weights write pretrained: openai instead of checkpoint"
             ) from error
-        raise ArtifactError(f"{path}: not a file of weights, or damaged: {one_line(error)}") from error
+        raise ArtifactError(f"{path}: not a weights file, or corrupt: {one_line(error)}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"a dictionary of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, dict) else type(state)
-        raise ArtifactError(f"{path}: expected tensors by name, or a checkpoint with a state_dict; got {held}")
+        raise ArtifactError(f"{path}: expected a state_dict of tensors, or a checkpoint that contains one; got {held}")
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -177,10 +177,10 @@ def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Pat
     misshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
     if not (missing or unexpected or misshaped):
         return
-    shapes = [f"{key} {list(state[key].shape)} for {list(own[key].shape)}" for key in misshaped]
+    shapes = [f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}" for key in misshaped]
     found = [
         f"{len(keys)} {kind}: {', '.join(keys[:_NAMED_KEYS])}{', …' if len(keys) > _NAMED_KEYS else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("with a different shape", shapes))
         if keys
     ]
     raise ArtifactError(
@@ -199,8 +199,8 @@ def _likely_cause(
             return f"they were trained at another image size; write model_cfg: {{vision_cfg: {{image_size: {size}}}}}"
         case [], [], [("positional_embedding" | "text.positional_embedding") as key]:
             context = f"{{text_cfg: {{context_length: {len(state[key])}}}}}"
-            return f"they were trained with another context; write model_cfg: {context}"
+            return f"they were trained with another context length; write model_cfg: {context}"
         case [], ["logit_bias"], []:
             return "they were trained with a sigmoid loss; write model_cfg: {init_logit_bias: -10}"
         case _:
-            return "they are another architecture's; say which in model, or its differences in model_cfg"
+            return "they belong to another architecture; name it in model, or its differences in model_cfg"

@@ -1,6 +1,6 @@
-"""Make a student int8 with NNCF: calibrate, fine-tune with the teacher, keep damaged layers float, freeze for export.
+"""Quantize a student to int8 with NNCF: calibrate, fine-tune with the teacher, keep the worst layers float, export.
 
-A `Quantization` (recipe section, float student, teacher, data) goes into `quantize_student`; an int8 checkpoint comes
-out, which `load_quantized` opens and `freeze` turns into modules that export integers.  A rewrite that helps 8 bits
-goes into models/folding.py, everything that touches NNCF into nncf_backend.py.
+`quantize_student` takes a `Quantization` (recipe section, float student, teacher, data) and writes an int8 checkpoint.
+`load_quantized` opens it, and `freeze` turns it into modules that export integers.  Rewrites that help 8 bits belong in
+models/folding.py, and all code that touches NNCF in nncf_backend.py.
 """

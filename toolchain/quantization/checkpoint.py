@@ -1,4 +1,4 @@
-"""Save and load int8 checkpoints: an open_clip local-dir with the quantizers beside it."""
+"""Save and load int8 checkpoints: an open_clip local-dir and the quantizers in the same folder."""
 
 import copy
 import json
@@ -26,12 +26,12 @@ TOWERS = ("image", "text")
 
 
 def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
-    """Return the image and text tower that `quantize` left in `folder`, with fake quantization, exactly as they were.
+    """Return the image and text tower that `quantize` saved in `folder`, with the same fake quantization.
 
-    `source` gives the architecture only; `load_model(folder)` will do.
+    `source` provides only the architecture, so `load_model(folder)` is enough.
 
     Raises:
-        ArtifactError: the folder was not written by `quantize`, or for another architecture.
+        ArtifactError: the folder was not written by `quantize`, or it is of another architecture.
     """
     nncf = import_nncf()
     for name in (WEIGHTS, QUANTIZERS, CONFIG):
@@ -50,7 +50,7 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
         SafetensorError,
         nncf.ValidationError,
         nncf.InternalError,
-    ) as error:  # state of another architecture, JSON of another version, or a module that is not NNCF's
+    ) as error:  # another architecture's state, another version's JSON, or a module unknown to NNCF
         raise ArtifactError(f"{folder}: does not fit the model in {source.name}: {error}") from error
 
 
@@ -59,7 +59,7 @@ def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modu
     for name in (WEIGHTS, QUANTIZERS):
         if file_sha256(folder / name) != config["sha256"][name]:
             raise ArtifactError(
-                f"{folder / name}: not what clipkd quantize wrote: its sha256 differs from {CONFIG}'s. "
+                f"{folder / name}: changed since clipkd quantize wrote it: its sha256 differs from {CONFIG}'s. "
                 f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
             )
     net = copy.deepcopy(source.net)
@@ -67,7 +67,7 @@ def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modu
     prepared = float_towers(net, [name for name in TOWERS if name in config], source.tokenize(["a", "b"]))
     if set(config.get("moved", ())) != prepared.moved:
         raise ArtifactError(
-            f"{folder}: its layer norms keep their gains, as in checkpoints of an older clipkd. Quantize again: "
+            f"{folder}: its layer norms keep their gains, so it is from an older clipkd. Quantize again: "
             f"clipkd quantize {folder.parent}"
         )
     saved = load_file(folder / QUANTIZERS)
@@ -76,7 +76,7 @@ def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modu
 
 
 def _restore_tower(name: str, tower: nn.Module, config: dict[str, Any], saved: dict[str, Tensor]) -> nn.Module:
-    """Return a float tower with the quantizers that were saved for it; one that was left float as it is."""
+    """Return a tower with its saved quantizers; a tower without any is returned unchanged."""
     if name not in config:
         return tower
     quantized: nn.Module = import_nncf().torch.load_from_config(tower, decode_json(config[name]))
@@ -87,18 +87,18 @@ def _restore_tower(name: str, tower: nn.Module, config: dict[str, Any], saved: d
 
 
 class FloatTowers(NamedTuple):
-    """Copies of a student's towers, ready to be quantized."""
+    """Copies of a student's towers, prepared for quantization."""
 
     image: ImageTower
     text: TextTower
     folded: dict[str, str]
-    """Batch norms and the convolutions that took them in."""
+    """Batch norms, and the convolutions they were folded into."""
 
     moved: set[str]
-    """Layer norms, by their names in the student, whose gains and biases linear layers took in."""
+    """Layer norms, by their names in the student, whose gains and biases moved into linear layers."""
 
     is_merged: bool
-    """Whether the image tower had parallel branches, now merged."""
+    """True if the image tower had parallel branches, now merged."""
 
     @property
     def is_convolutional(self) -> bool:
@@ -108,7 +108,7 @@ class FloatTowers(NamedTuple):
 def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor | None) -> FloatTowers:
     """Return copies of a net's towers with batch norms folded, branches merged and gains moved.
 
-    Gains move only in `towers`: another is to stay as it is.  `input_ids_BT` are those of any texts, for "text".
+    Gains move only in `towers`; another tower keeps its own.  "text" needs `input_ids_BT`, of any texts.
     """
     net = copy.deepcopy(net).eval().requires_grad_(True)
     plain_attention(net)
@@ -128,7 +128,7 @@ def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor |
 def save_quantized(
     image_tower: nn.Module, text_tower: nn.Module, prepared: FloatTowers, student: ClipModel, folder: Path
 ) -> None:
-    """Write the float weights, the quantizers and their places."""
+    """Write the float weights, the quantizers and their locations."""
     nncf = import_nncf()
     save_file(_float_state(image_tower, text_tower, prepared, student.net), folder / WEIGHTS)
     towers = {"image": image_tower, "text": text_tower}
@@ -151,10 +151,10 @@ def save_quantized(
 def _float_state(
     image_tower: nn.Module, text_tower: nn.Module, prepared: FloatTowers, net: nn.Module
 ) -> dict[str, Tensor]:
-    """Return the fine-tuned float weights under the original model's names; a merged image tower as it was before.
+    """Return the fine-tuned float weights under the original model's names; a merged image tower keeps its old weights.
 
-    A folded batch norm is written as one that only adds the convolution's bias: mean 0, weight 1, variance 1 - eps; a
-    layer norm whose gain moved as one with a gain of 1 and a bias of 0.
+    A folded batch norm is written so that it only adds the convolution's bias: mean 0, weight 1, variance 1 - eps.  A
+    layer norm whose gain moved is written with a gain of 1 and a bias of 0.
     """
     trained = {key.removeprefix("clip."): value for key, value in text_tower.state_dict().items()}
     folded: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Freeze fake-quantized towers into modules whose export stores integers."""
+"""Freeze fake-quantized towers into modules that export integers."""
 
 import copy
 from typing import Any
@@ -14,17 +14,17 @@ _OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float
 
 
 def sign_activations(*towers: nn.Module) -> None:
-    """Make every quantizer signed, in place, as TensorRT needs: the scales stay, unsigned ones lose a bit."""
+    """Make every quantizer signed, in place, as TensorRT needs: scales stay, and unsigned quantizers lose a bit."""
     for tower in towers:
         for _, quantizer in quantizers_of(tower):
             quantizer.signed = True
 
 
 def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of a quantized tower that computes with the rounded values and exports as QuantizeLinear/DequantizeLinear.
+    """Return a copy of a quantized tower that computes with rounded values and exports Quantize/DequantizeLinear.
 
-    Weights become stored int8.  `example` runs once, to tell the quantizers of weights from those of activations.
-    Quantizers that are switched off vanish; a tower without any is only copied.
+    Weights are stored as int8.  `example` runs once, to distinguish quantizers of weights from those of activations.
+    Disabled quantizers are removed; a tower without quantizers is only copied.
     """
     tower = copy.deepcopy(tower).eval()
     recorders = {name: _Recorder(quantizer) for name, quantizer in quantizers_of(tower, every_place=True)}
@@ -53,7 +53,7 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
 
 
 class _ActivationRounding(nn.Module):
-    """x to scale * clamp(round(x / scale), low, high), in the type of the scale: float32, or float16."""
+    """Rounding of x to scale * clamp(round(x / scale), low, high), in the scale's type: float32 or float16."""
 
     scale: Tensor
     zero_point: Tensor
@@ -68,7 +68,7 @@ class _ActivationRounding(nn.Module):
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if self.low < 0 else torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.scale.dtype)  # pixel_values are float32 whatever the tower computes in
+        x = x.to(self.scale.dtype)  # pixel_values are float32 even if the tower is not
         if torch.onnx.is_in_onnx_export():
             quantized = torch.onnx.ops.symbolic(
                 "::QuantizeLinear",
@@ -79,12 +79,12 @@ class _ActivationRounding(nn.Module):
             )
             inputs = (quantized, self.scale, self.zero_point)
             return torch.onnx.ops.symbolic("::DequantizeLinear", inputs, dtype=x.dtype, shape=x.shape, version=_OPSET)
-        # not torch.fake_quantize_per_tensor_affine: it multiplies by 1/scale, and so rounds other ties than ONNX does
+        # torch.fake_quantize_per_tensor_affine multiplies by 1/scale and so rounds ties differently from ONNX
         return (x.float() / self.scale.float()).round().clamp(self.low, self.high).mul(self.scale).to(x.dtype)
 
 
 class _StoredWeight(nn.Module):
-    """The int8 weight, dequantized; the float parameter it stands for is ignored and drops out of the graph."""
+    """The int8 weight, dequantized; it replaces the float parameter, which drops out of the exported graph."""
 
     weight: Tensor
     scale: Tensor
@@ -118,7 +118,7 @@ class _StoredWeight(nn.Module):
 
 
 class _StoredEmbedding(nn.Module):
-    """An embedding that looks up int8 rows first, so that a call dequantizes a sentence and not the vocabulary."""
+    """An embedding that looks up int8 rows first, so a call dequantizes the sentence and not the whole vocabulary."""
 
     def __init__(self, table: _StoredWeight) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _StoredEmbedding(nn.Module):
 
 
 class _Recorder(nn.Module):
-    """A quantizer that remembers whether it is applied to a parameter."""
+    """A quantizer that records the parameter it is applied to, if it is one."""
 
     def __init__(self, quantizer: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""NNCF: import it quietly, keep it from compiling, calibrate with it, and read its quantizers."""
+"""Use NNCF: import it quietly, prevent compilation, calibrate, and read its quantizers."""
 
 import io
 import logging
@@ -21,12 +21,14 @@ _CALIBRATION_BATCH = 64
 
 
 def import_nncf() -> Any:
-    os.environ.setdefault("NNCF_CI", "1")  # no telemetry; NNCF reads this once, at its import
-    # ... but makes its reporter first, which writes an identity into the home folder
+    os.environ.setdefault("NNCF_CI", "1")  # no telemetry; NNCF reads this once, when imported
+    # NNCF creates its telemetry reporter before that, which writes an identity into the home folder
     hide_reporter = "openvino_telemetry" not in sys.modules
     if hide_reporter:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # importing it is then an ImportError
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for CUDA; nothing is compiled
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes importing it an ImportError
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # it warns about CUDA, but nothing is compiled
     try:
         import nncf
         import nncf.torch
@@ -43,8 +45,8 @@ def import_nncf() -> Any:
 def _keep_from_compiling() -> None:
     """Compute NNCF's two functions in plain torch.
 
-    NNCF would compile a C++ or CUDA extension on the first forward, and its own fallback calls torch.compile: both need
-    a compiler, and a minute.  The definition in plain torch is the same function.
+    NNCF would compile a C++ or CUDA extension on the first forward pass, and its own fallback calls torch.compile.
+    Both need a compiler and a minute.  Plain torch computes the same functions.
     """
     from nncf.torch.quantization import extensions
     from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
@@ -58,10 +60,10 @@ def _keep_from_compiling() -> None:
 
 @contextmanager
 def explain_extension_errors() -> Iterator[None]:
-    """One sentence, should NNCF compile after all and fail: a time-out, no compiler, no nvcc.
+    """Explain in one message why NNCF's compilation failed, if it compiles after all: time-out, no compiler, no nvcc.
 
     Raises:
-        MissingDependency: in place of what NNCF and torch raise then.
+        MissingDependency: replaces the errors of NNCF and torch.
     """
     from nncf import InstallationError
     from nncf.torch.extensions import EXTENSION_LOAD_TIMEOUT_ENV_VAR, ExtensionLoaderTimeoutException
@@ -70,20 +72,20 @@ def explain_extension_errors() -> Iterator[None]:
         yield
     except ExtensionLoaderTimeoutException as error:
         raise MissingDependency(
-            "int8: NNCF did not finish compiling its extension in time, for a busy machine or a lock that a killed "
-            f"process left. Allow it more, in seconds: {EXTENSION_LOAD_TIMEOUT_ENV_VAR}=600; or delete nncf's folder "
+            "int8: NNCF did not finish compiling its extension in time: the machine is busy, or a killed process left "
+            f"a lock. Raise the limit, in seconds: {EXTENSION_LOAD_TIMEOUT_ENV_VAR}=600; or delete nncf's folder "
             "under TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions)"
         ) from error
     except InstallationError as error:
         raise MissingDependency(
-            "int8 on a GPU: NNCF could not compile its CUDA extension, which takes nvcc, and torch does not bring one. "
+            "int8 on a GPU: NNCF could not compile its CUDA extension: it needs nvcc, which torch does not include. "
             "Put nvcc of the CUDA toolkit that torch was built for on PATH, or hide the GPU: CUDA_VISIBLE_DEVICES="
         ) from error
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
         raise MissingDependency(
-            "int8: torch.compile, which NNCF fell back to, found no working C++ compiler. Install one (Debian: apt-get "
+            "int8: NNCF fell back to torch.compile, which found no working C++ compiler. Install one (Debian: apt-get "
             "install g++), or name it in CXX"
         ) from error
 
@@ -91,15 +93,15 @@ def explain_extension_errors() -> Iterator[None]:
 def calibrate(
     nncf: Any, tower: nn.Module, inputs: Tensor, *, is_convolutional: bool, attention: bool = False
 ) -> nn.Module:
-    """The tower with fake quantization, ranges set from `inputs`, ready for fine-tuning."""
+    """Return the tower with fake quantization and ranges set from `inputs`, ready for fine-tuning."""
     from nncf.quantization.advanced_parameters import QuantizationParameters
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _FLOAT_IN_TRANSFORMERS
     floating = floating if attention else floating + _PRODUCTS
     off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
-    batches = list(torch.split(inputs, _CALIBRATION_BATCH))  # extremes of a batch are those of its rows: exact
-    with redirect_stdout(io.StringIO()):  # NNCF draws its progress there
+    batches = list(torch.split(inputs, _CALIBRATION_BATCH))  # the ranges are exact for any batch size
+    with redirect_stdout(io.StringIO()):  # NNCF prints its progress there
         quantized: nn.Module = nncf.quantize(
             tower,
             nncf.Dataset(batches),
@@ -110,11 +112,11 @@ def calibrate(
                 smooth_quant_alphas=off,  # SmoothQuant ignores the ignored scope (nncf#4172)
                 disable_bias_correction=True,  # fine-tuning moves the biases anyway
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
-                # else what depthwise convolutions read gets a scale per channel, which no runtime computes with
+                # otherwise inputs of depthwise convolutions get a scale per channel, which no runtime supports
                 activations_quantization_params=QuantizationParameters(per_channel=False),
             ),
         )
-    return quantized.eval()  # dropout off: the rounding is all the noise that the student should learn
+    return quantized.eval()  # no dropout: rounding is the only noise the student should learn
 
 
 def hooks_of(tower: nn.Module) -> nn.Module:
@@ -124,9 +126,9 @@ def hooks_of(tower: nn.Module) -> nn.Module:
 
 
 def quantizers_of(tower: nn.Module, *, every_place: bool = False) -> list[tuple[str, Any]]:
-    """(name within the hook storage, NNCF quantizer) of a quantized tower; none of a float one.
+    """Return (name within the hook storage, NNCF quantizer) of a quantized tower; empty for a float one.
 
-    What torch.cat joins shares a quantizer: it is named once, or, of `every_place`, wherever it is applied.
+    Inputs of torch.cat share a quantizer.  It is listed once, or with `every_place` once per application.
     """
     from nncf.torch.function_hook.wrapper import is_wrapped
     from nncf.torch.quantization.layers import BaseQuantizer
@@ -143,7 +145,7 @@ def is_quantizer_key(key: str) -> bool:
 
 
 def decode_json(config: dict[str, Any]) -> dict[str, Any]:
-    """NNCF's config with the types that JSON flattened: the scheme is an enum, a shape is a tuple."""
+    """Return NNCF's config with the types that JSON lost: the scheme is an enum, a shape is a tuple."""
     from nncf.common.quantization.structs import QuantizationScheme
 
     for command in config["compression_state"]:

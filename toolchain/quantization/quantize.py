@@ -1,21 +1,21 @@
-"""Make a student int8: calibrate with NNCF, fine-tune with fake quantization, and save.
+"""Quantize a student to int8: calibrate with NNCF, fine-tune with fake quantization, and save.
 
-Each tower is quantized by itself, because NNCF sees only what its root `forward` calls.  Weights are int8 per output
-channel, activations 8 bits per tensor, all zero points are zero.  An activation that calibration never saw negative
-(after a ReLU) is unsigned: ONNX Runtime then drops the ReLU and keeps the convolution in integers.  TensorRT knows
-signed activations only; `signed_activations` is for it, at the price of one bit.
+Each tower is quantized separately, because NNCF sees only what its root `forward` calls.  Weights are int8 per output
+channel, activations 8 bits per tensor, and all zero points are zero.  An activation that was never negative during
+calibration (after a ReLU) is unsigned: ONNX Runtime then drops the ReLU and keeps the convolution in integers.
+TensorRT supports only signed activations; `signed_activations` is for it, and costs one bit.
 
-The range of an activation is the largest value that calibration saw.  NNCF's default, the mean of each image's largest
-value, is less than half of what a picture of full contrast needs where most calibration images have little.
+The range of an activation is the largest value during calibration.  NNCF's default is the mean of each image's largest
+value.  If most calibration images have little contrast, that is less than half of what a full-contrast image needs.
 
-A tower with batch norms, convolutional or hybrid, first has its parallel branches merged (FastViT) and its batch norms
-folded into its convolutions, and is quantized throughout, residual additions included.  A transformer has only its
-linear layers and embeddings quantized: the outliers of its residual stream do not survive 8 bits (onnxsim#1742).  The
-products within attention stay float as well, unless asked for.  In either, gains of layer norms first move into the
-linear layers that read them.
+In a tower with batch norms, convolutional or hybrid, the parallel branches are first merged (FastViT) and the batch
+norms folded into the convolutions.  The tower is then quantized throughout, residual additions included.  In a
+transformer only linear layers and embeddings are quantized: the outliers of its residual stream do not survive 8 bits
+(onnxsim#1742).  The products within attention also stay float, unless requested.  In both, gains of layer norms first
+move into the linear layers that read them.
 
-NNCF is imported inside functions: exporting a float model must not need it, and its telemetry has to be refused before
-its import.  Its compiled extension is never built: what NNCF would compile is computed in plain torch.
+NNCF is imported inside functions, because exporting a float model must not need it and its telemetry has to be disabled
+before the import.  Its compiled extension is never built: plain torch computes the same functions.
 """
 
 import math
@@ -35,18 +35,18 @@ from toolchain.quantization.nncf_backend import calibrate, explain_extension_err
 
 
 class FineTuningBatch(NamedTuple):
-    """Inputs of both towers, and the unit features to tie them to."""
+    """Inputs of both towers, and the target unit features."""
 
     pixel_values_BCHW: Tensor
     input_ids_BT: Tensor
     image_target_BD: Tensor | None = None
-    """The teacher's; None stands for the float student's own."""
+    """The teacher's features; None means the float student's own."""
 
     text_target_BD: Tensor | None = None
 
 
 LossOf = Callable[[Tensor, Tensor, FineTuningBatch], Tensor]
-"""The loss of image features [B, D], text features [B, D] and their batch."""
+"""Loss as a function of image features [B, D], text features [B, D] and their batch."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Calibration:
     """The towers that become int8, and the inputs that set the ranges of their activations."""
 
     pixel_values_BCHW: Tensor
-    """All that the model will meet, the most contrasting images included."""
+    """Images that cover what the model will meet, including those of the highest contrast."""
 
     input_ids_BT: Tensor
     towers: Collection[str] = TOWERS
-    """Another tower stays as it is, and is not trained."""
+    """A tower not listed stays unchanged and is not trained."""
 
     attention: bool = False
-    """Quantize the products of queries and keys, and of softmax and values, too, and the last projection; not where
+    """Also quantize the products of queries and keys, and of softmax and values, and the last projection, except where
     plain_attention.py leaves attention fused."""
 
     signed_activations: bool = False
@@ -69,13 +69,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """AdamW with the rounding in the loop, at a rate that falls from `lr` to 0 along half a cosine."""
+    """Settings of fine-tuning: AdamW, rounding in the forward pass, `lr` falling to 0 along half a cosine."""
 
     batches: Iterator[FineTuningBatch]
     steps: int
     lr: float
     loss_of: LossOf | None = None
-    """Absent: mean(1 - cos) to the batch's targets."""
+    """None: mean(1 - cos) to the batch's targets."""
 
     on_step: Callable[[int, float], None] = lambda step, loss: None
     """Receives each step and its loss."""
@@ -92,17 +92,17 @@ def quantize(
     """Calibrate, fine-tune, and write into `folder`:
 
         open_clip_model.safetensors   the float weights that int8 rounds, in plain open_clip's own layout
-        nncf.safetensors, nncf.json   scales and places of the quantizers
+        nncf.safetensors, nncf.json   scales and locations of the quantizers
 
-    Where branches were merged, open_clip's layout has no place for what fine-tuning made of them: the first file then
-    has the image tower as it was, and the second has it whole.
+    If branches were merged, open_clip's layout cannot hold the fine-tuned weights.  The first file then has the
+    original image tower, and the second has the whole fine-tuned one.
 
     `before_saving(image_tower, text_tower)` may switch quantizers off (see sensitivity.py).
 
     Raises:
-        MissingDependency: NNCF is not there, or asks for a compiler that is not.
+        MissingDependency: NNCF, or a compiler that it needs, is not installed.
     """
-    import_nncf()  # before its errors are explained
+    import_nncf()  # explain_extension_errors needs it
     prepared = float_towers(student.net, calibration.towers, calibration.input_ids_BT[:2])
     with without_attention_fast_path(), explain_extension_errors():
         image_tower, text_tower = _calibrate_towers(prepared, calibration)
@@ -157,10 +157,10 @@ def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tu
 
 
 def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:
-    """Return the image tower of a net in int8, calibrated and not fine-tuned, frozen for export.
+    """Return a net's image tower in int8, calibrated but not fine-tuned, frozen for export.
 
     Raises:
-        MissingDependency: NNCF is not there, or asks for a compiler that is not.
+        MissingDependency: NNCF, or a compiler that it needs, is not installed.
     """
     nncf, prepared = import_nncf(), float_towers(net, ["image"], None)
     with without_attention_fast_path(), explain_extension_errors():

@@ -1,4 +1,4 @@
-"""Make the int8 student of a run: calibrate on training samples, fine-tune with the objectives that distilled it."""
+"""Quantize the student of a run: calibrate on training samples, fine-tune with the objectives that distilled it."""
 
 import copy
 import time
@@ -36,7 +36,7 @@ _SENSITIVITY_SAMPLES = 64  # calibration samples used for each layer's SQNR
 
 @dataclass(frozen=True)
 class Quantization:
-    """A float student, its teacher and the data: everything that decides the int8 student."""
+    """A float student, its teacher and the data: everything that determines the int8 student."""
 
     spec: QuantizeSpec
     loss_weights: LossWeights
@@ -44,12 +44,12 @@ class Quantization:
     """The float student."""
 
     teacher: ClipModel | TeacherCache | None
-    """None: the float student teaches."""
+    """None: the float student serves as the teacher."""
 
     data: TrainingData
     seed: int
     headline: Criterion | None = None
-    """The score that `spec.max_drop` bounds; None: how often the int8 student chooses the teacher's caption."""
+    """The score that `spec.max_drop` bounds; None: the rate at which the int8 student chooses the teacher's caption."""
 
     @property
     def steps(self) -> int:
@@ -59,14 +59,14 @@ class Quantization:
 def quantize_student(task: Quantization, folder: Path, progress: Progress) -> dict[str, Any]:
     """Write the int8 checkpoint into `folder`; return what the manifest records.
 
-    Calibration shows each of its samples twice, as a view and undistorted, as evaluation will: of glyphs, black on
-    white drives activations further than any view of 16,000 does.
+    Calibration shows each sample twice: as a view, and undistorted as in evaluation.  For glyphs, black on white drives
+    activations further than any of 16,000 views.
 
-    The loss is the distillation's plus `spec.anchor` times the squared distance to the float student's own features.
-    Without that anchor, a few steps of an optimizer that starts anew undo some of what a long, annealed training
-    reached.  The teacher runs live, or its features are looked up; without one, the float student teaches.
+    The loss is the distillation loss plus `spec.anchor` times the squared distance to the float student's own features.
+    Without that anchor, a few steps of a freshly started optimizer undo part of what a long, annealed training reached.
+    The teacher runs live or its features are read from a cache; without a teacher, the float student serves as one.
 
-    With `spec.max_drop`, layers go back to float until the int8 student holds it.
+    With `spec.max_drop`, layers return to float until the int8 student meets it.
 
     Raises:
         GateError: `spec.max_drop` does not hold even with every layer in float.
@@ -85,7 +85,7 @@ def quantize_student(task: Quantization, folder: Path, progress: Progress) -> di
             found["sensitivity"] = _hold_budget(towers, task, calibration, criterion, progress)
 
     progress("calibrating", 0, steps)
-    save_model(student, folder)  # configuration and tokenizer; quantize replaces the weights
+    save_model(student, folder)  # writes configuration and tokenizer; quantize replaces the weights
     fine_tuning = FineTuning(
         _fine_tuning_batches(task, teacher),
         steps,
@@ -102,13 +102,13 @@ def quantize_student(task: Quantization, folder: Path, progress: Progress) -> di
 
 @dataclass(frozen=True)
 class _Teacher:
-    """A teacher's unit features of a batch, live or looked up."""
+    """A source of the teacher's unit features of a batch, live or cached."""
 
     features: Callable[[Batch], tuple[Tensor, Tensor]]
     logit_scale: Tensor
     embed_dim: int
     geometries: list[Geometry]
-    """The preparations of a batch that teacher and student need."""
+    """The image preparations that teacher and student need."""
 
 
 def _open_teacher(teacher: ClipModel | TeacherCache, student: Geometry) -> _Teacher:
@@ -142,7 +142,7 @@ def _fine_tuning_batches(task: Quantization, teacher: _Teacher) -> Iterator[Fine
 
 
 def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor, Tensor, FineTuningBatch], Tensor]:
-    """Return the objectives that distilled the student, those that unit features allow, plus the anchor."""
+    """Return the distillation loss, with the objectives that unit features allow, plus the anchor."""
     student, same_width = task.student, task.student.embed_dim == teacher.embed_dim
     weights = weights_on_unit_features(task.loss_weights.model_dump(), same_width=same_width)
     heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
@@ -151,7 +151,7 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
     def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
         assert batch.image_target_BD is not None
         assert batch.text_target_BD is not None
-        own_BD = batch.image_target_BD, batch.text_target_BD  # of the student that teaches itself
+        own_BD = batch.image_target_BD, batch.text_target_BD  # the student's own, if it is its own teacher
         teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale)
         features = heads(image_features_BD, text_features_BD, teacher_features)
         terms = loss_terms(features, logit_scale, teacher_features, heads, weights)
@@ -169,18 +169,18 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
 
 
 def _calibration(task: Quantization, geometries: list[Geometry]) -> tuple[Batch, Calibration]:
-    """Return the samples to calibrate on, and what quantizing reads of them.
+    """Return the calibration samples, and the inputs that quantization takes from them.
 
     Raises:
-        ClipkdError: all of them are damaged.
+        ClipkdError: all calibration samples are corrupt.
     """
     spec, student, data = task.spec, task.student, task.data
     sample_B = np.random.default_rng(task.seed).permutation(data.num_samples)[: spec.calibration_samples]
     samples = data.view_of(sample_B, 0, geometries)
     if not len(samples.sample_B):
         raise ClipkdError(
-            f"all of {len(sample_B)} samples to calibrate with are damaged; the first: {samples.damaged[0].reason}: "
-            f"{samples.damaged[0].where}. Mend the data, or raise quantize.calibration_samples"
+            f"all {len(sample_B)} calibration samples are corrupt; the first: {samples.damaged[0].reason}: "
+            f"{samples.damaged[0].where}. Fix the data, or raise quantize.calibration_samples"
         )
     pixels_B3HH = torch.cat([samples.pixels[student.geometry], data.undistorted(sample_B, student.geometry)])
     return samples, Calibration(
@@ -198,7 +198,7 @@ def _hold_budget(
     criterion: Criterion,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Switch the worst layers back to float until `max_drop` holds; return what was found."""
+    """Switch the worst layers back to float until `max_drop` holds; return the findings for the manifest."""
     assert task.spec.max_drop is not None
     net = task.student.net
     float_score = score_towers({"image": ImageTower(net), "text": TextTower(net)}, criterion)
@@ -208,7 +208,7 @@ def _hold_budget(
 
 
 def _agreement(task: Quantization, samples: Batch, teacher: _Teacher) -> Criterion:
-    """Return which of the samples' captions the teacher chooses for each of their images."""
+    """Return the criterion that compares the caption chosen for each sample's image with the teacher's choice."""
     whose, student = "the float student" if task.teacher is None else "the teacher", task.student
     image_BE, text_BE = teacher.features(samples)
     first_C = {caption: row for row, caption in reversed(list(enumerate(samples.captions_B)))}

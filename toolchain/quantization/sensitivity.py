@@ -1,8 +1,8 @@
-"""Find the layers that 8 bits damage, and switch them back to float until a budget of accuracy holds.
+"""Find the layers that lose most in int8, and switch them back to float until an accuracy budget holds.
 
 A layer is an operator with a quantized weight (a convolution, linear layer or embedding), together with the quantizers
-of what it reads.  One that no such operator reads, as of a residual branch on its way to an addition, belongs to the
-layers whose output it is.  A quantizer is off when all layers it belongs to are in float.
+of its inputs.  A quantizer whose output no such operator reads, such as one on a residual branch before an addition,
+belongs to the layers that produce its input.  A quantizer is off when all layers it belongs to are in float.
 """
 
 import math
@@ -24,26 +24,26 @@ from toolchain.progress import Progress, no_progress
 from toolchain.quantization.nncf_backend import quantizers_of
 
 EXACT_DB = 150.0
-"""Reported where nothing differs: float32 resolves 24 bits, which is 144 dB."""
+"""SQNR reported if nothing differs: float32 resolves 24 bits, which is 144 dB."""
 
 MAX_EFFECT_IMAGES = 512
-"""Images of the set, evenly spread, on which each layer's own effect is measured."""
+"""Maximum number of images, evenly spread, on which each layer's own effect is measured."""
 
 MAX_BUDGET_IMAGES = 4096
-"""Images on which the budget is checked: their pixels are held in memory, 2.5 GB at 224 x 224."""
+"""Maximum number of images for the budget check: their pixels are held in memory, 2.5 GB at 224 x 224."""
 
-_CHUNK = 256  # inputs per forward
+_CHUNK = 256  # inputs per forward pass
 
 Quantizers = Mapping[str, tuple[Any, ...]]
-"""Layer to its quantizers, weight first."""
+"""The quantizers of each layer, weight first."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """Inputs, and a score of the features that two towers make of them."""
+    """Inputs, and a score of the features that two towers compute from them."""
 
     what: str
-    """What is scored, for the manifest: top-1 on stix."""
+    """Name of the score in the manifest, such as "top-1 on stix"."""
 
     pixel_values_BCHW: Tensor
     input_ids_CT: Tensor
@@ -51,23 +51,23 @@ class Criterion:
     """Takes image features [B, D] and text features [C, D], returns a fraction."""
 
     subset: "Criterion | None" = None
-    """The same on fewer images, for the effect of each layer; None where these are few."""
+    """The same criterion on fewer images, for the effect of each layer; None: use all."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """By tower."""
+        """The inputs of each tower."""
         return {"image": self.pixel_values_BCHW, "text": self.input_ids_CT}
 
 
 def headline_criterion(model: ClipModel, data: EvalSet) -> Criterion:
-    """Return top-1 on an evaluation set, as zero_shot.py scores it, on at most `MAX_BUDGET_IMAGES` of it."""
+    """Return top-1 on at most `MAX_BUDGET_IMAGES` images of an evaluation set, scored as in zero_shot.py."""
     return replace(
         _criterion_on_set(model, data, MAX_BUDGET_IMAGES), subset=_criterion_on_set(model, data, MAX_EFFECT_IMAGES)
     )
 
 
 def _criterion_on_set(model: ClipModel, data: EvalSet, max_images: int) -> Criterion:
-    """Return top-1 on evenly spread images; where each class has one, among these classes."""
+    """Return top-1 on evenly spread images; if each class has one image, only their classes are candidates."""
     kept = np.linspace(0, len(data) - 1, min(max_images, len(data))).round().astype(np.int64)
     pictures = data.pictures[kept] if isinstance(data.pictures, np.ndarray) else [data.pictures[i] for i in kept]
     shown = replace(data, pictures=pictures, image_group_N=data.image_group_N[kept])
@@ -100,15 +100,15 @@ def agreement_criterion(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Ten
 
 
 def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
-    """Return the layers of a quantized tower in the order in which they run; none of a float one."""
+    """Return the layers of a quantized tower in the order in which they run; empty for a float one."""
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
-    quantizers = dict(quantizers_of(tower, every_place=True))  # the graph may know a shared one by any of its names
+    quantizers = dict(quantizers_of(tower, every_place=True))  # the graph may use any name of a shared quantizer
     if not quantizers:
         return {}
     with without_attention_fast_path():
         graph = build_nncf_graph(tower, example)
-    hook_of: dict[str, str] = {}  # node of a quantizer to its name in the hooks
+    hook_of: dict[str, str] = {}  # graph node of a quantizer -> its name in the hooks
     for node in graph.get_all_nodes():
         scales = [p.node_name for p in graph.get_previous_nodes(node) if p.node_name.startswith("__nncf_hooks.")]
         if scales and (name := scales[0].removeprefix("__nncf_hooks.").rpartition(".")[0]) in quantizers:
@@ -116,7 +116,7 @@ def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
     assert {quantizers[name] for name in hook_of.values()} == {*quantizers.values()}, "every quantizer is in the graph"
 
     def nearest(node: Any, step: Callable[[Any], list[Any]], *, through_quantizers: bool) -> list[str]:
-        """The layers reached from a node without passing another."""
+        """Return the layers reachable from a node without passing through another layer."""
         found, seen, waiting = [], set(), step(node)
         while waiting:
             reached = waiting.pop()
@@ -158,13 +158,13 @@ def revert_worst(
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Switch the worst layers of fake-quantized "image" and "text" towers to float until `criterion` scores at least
-    `float_score - max_drop`; return what was found and done, for the manifest.
+    `float_score - max_drop`; return the measurements and the reverted layers for the manifest.
 
-    Worst is the least SQNR of the tower's features on `calibration` with this layer alone in int8, the tower in float
-    being the signal:   SQNR = 10 log10( sum |f|^2 / sum |f - q|^2 )  dB.  Equal ones go in the order of their names.
+    The worst layer has the lowest SQNR of the tower's features on `calibration` with this layer alone in int8.  The
+    signal is the tower in float:   SQNR = 10 log10( sum |f|^2 / sum |f - q|^2 )  dB.  Ties are ordered by name.
 
     Raises:
-        GateError: not even the towers in float, as fine-tuning left them, hold the budget.
+        GateError: even the fine-tuned towers with every layer in float miss the budget.
     """
     layers = {
         f"{tower}/{name}": (tower, quantizers)
@@ -187,8 +187,8 @@ def revert_worst(
         reverted.append(row | {"drop_before": round(before, 5), "drop_after": round(drop, 5)})
     if not drop <= max_drop:  # not `>`: NaN must fail
         raise GateError(
-            f"quantize.max_drop: {criterion.what} is {drop:.4f} below the float student's {float_score:.4f} with every "
-            f"layer back in float, allowed is {max_drop:g}: fine-tuning itself costs that much. "
+            f"quantize.max_drop: {criterion.what} is {drop:.4f} below the float student's {float_score:.4f} even with "
+            f"every layer in float; allowed: {max_drop:g}. Fine-tuning itself costs that much. "
             "Lower quantize.lr, or calibrate only: --set quantize.method=ptq"
         )
     _switch(layers, on)
@@ -210,7 +210,7 @@ def _measure_layers(
     layers: "_Layers",
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Return each layer's SQNR and its effect on the score with this layer alone in int8, the worst first."""
+    """Return each layer's SQNR and score drop with this layer alone in int8, worst first."""
     few = criterion.subset or criterion
     in_float = _features(towers, few, layers, ())
     score_in_float = few.score(in_float["image"], in_float["text"])
@@ -226,7 +226,7 @@ def _measure_layers(
 
 
 def score_towers(towers: Mapping[str, nn.Module], criterion: Criterion) -> float:
-    """Return the score of two towers as they are."""
+    """Return the score of two towers in their current state."""
     features = _features(towers, criterion, {}, ())
     return criterion.score(features["image"], features["text"])
 
@@ -235,7 +235,7 @@ _Layers = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
 def _switch(layers: _Layers, on: Sequence[str]) -> None:
-    """Switch the quantizers of the layers `on` on, all others off."""
+    """Enable the quantizers of the layers in `on` and disable all others."""
     for _, quantizers in layers.values():
         for quantizer in quantizers:
             quantizer.enabled.fill_(0)
