@@ -142,8 +142,8 @@ def test_foreign_packages_are_refused(tmp_path: Path, package: str) -> None:
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        f"error: the package '{package}' comes from {tmp_path / 'foreign'}, clipkd from {REPOSITORY}; "
-        f"run from another folder, or take {tmp_path / 'foreign'} out of PYTHONPATH\n"
+        f"error: the package '{package}' was found in {tmp_path / 'foreign'}, expected in {REPOSITORY}; "
+        f"run from another directory, or remove {tmp_path / 'foreign'} from PYTHONPATH\n"
     )
 
 
@@ -302,7 +302,7 @@ def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:
     assert ended.err == (f"error: {tmp_path}: no image.onnx; not an exported model; make one with: clipkd export RUN\n")
     ended = clipkd("predict", tmp_path, tmp_path / "letter.png", "--labels", " , ")
     assert ended.code == 2
-    assert ended.err == "error: --labels ' , ': no label in it; write --labels 'a cat,a dog'\n"
+    assert ended.err == "error: --labels ' , ': contains no label; write, for example, --labels 'a cat,a dog'\n"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,10 @@ def test_a_missing_package_names_its_extra(clipkd: Clipkd, run: Path, monkeypatc
     monkeypatch.setattr(training_stages, "train_checkpoints", train)
     ended = clipkd("export", run)
     assert ended.code == 3
-    assert ended.err == "error: this command needs open_clip.model: pip install 'clipkd[train]'\n"
+    assert (
+        ended.err
+        == "error: this command needs open_clip.model, which is not installed; run: pip install 'clipkd[train]'\n"
+    )
 
 
 def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
