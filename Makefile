@@ -1,10 +1,10 @@
-# make quickstart   install, then distil, export and measure a small model on this machine
-# make test         install what the tests need, then run them
-# make check        format, lint, types: the gate before a commit; make fix repairs the first two
-# make wheel        dist/clipkd-*.whl
+# make quickstart   install, then distill, export and measure a small model on this machine
+# make test         install the test dependencies, then run the tests
+# make check        check format, lint and types before a commit; make fix fixes the first two
+# make wheel        build dist/clipkd-*.whl
 #
-# PYTHON=python3.12 chooses the interpreter, OUT=runs/other the quickstart's run, PYTEST='-k losses' what to test
-# (PYTEST=--slow: the tests of more than some ten seconds too).
+# Variables: PYTHON=python3.12 (interpreter), OUT=runs/other (the quickstart's run directory), PYTEST='-k losses'
+# (arguments for pytest; PYTEST=--slow also runs the slow tests).
 
 PYTHON ?= python3
 OUT ?= runs/quickstart
@@ -12,7 +12,7 @@ PYTEST ?=
 
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt Makefile
-# The pinned NumPy and SciPy have no build for Python 3.10, where pip therefore chooses.
+# The pinned NumPy and SciPy have no build for Python 3.10, so pip chooses the versions there.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
@@ -36,7 +36,7 @@ fix: .venv/installed-dev
 wheel: .venv/installed
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-# The stamps: pip runs again only when what it would install has changed.
+# Stamp files: pip runs again only when these sources change.
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
@@ -51,6 +51,6 @@ wheel: .venv/installed
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	@echo 'installing what the tests need into .venv' >&2
+	@echo 'installing the test dependencies into .venv' >&2
 	@$(PIP) -e '.[all,dev]'
 	@touch $@

@@ -1,7 +1,7 @@
 """The command line: the only module that parses arguments or exits.
 
-`run` is the map of the system.  Commands such as distill, quantize and export run one step of it.
-Heavy packages are imported inside the functions that need them, so that help and cached runs start at once.
+`run` calls every step of the system in order.  Commands such as distill, quantize and export run one step of it.
+Functions import heavy packages themselves, which lets help and cached runs start at once.
 """
 
 import errno
@@ -20,15 +20,15 @@ import typer
 
 
 def _foreign_package() -> str | None:
-    """`toolchain`, `export` and `recipes` are common names; somebody else's on the path would break us obscurely."""
+    """Return a message if `toolchain`, `export` or `recipes`, all common names, would be imported from elsewhere."""
     here = Path(__file__).resolve().parent
     for package in ("toolchain", "export", "recipes"):
         spec = importlib.util.find_spec(package)
         found = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
         if found != here:
             return (
-                f"the package '{package}' comes from {found}, clipkd from {here}; "
-                f"run from another folder, or take {found} out of PYTHONPATH"
+                f"the package '{package}' was found in {found}, expected in {here}; "
+                f"run from another directory, or remove {found} from PYTHONPATH"
             )
     return None
 
@@ -39,7 +39,7 @@ try:
     from toolchain.precisions import SAFEST_FIRST
     from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result
     from toolchain.text_table import Note, TextTable
-except ImportError:  # somebody else's toolchain, which `main` would refuse
+except ImportError:  # a foreign `toolchain`, which `main` would refuse
     sys.stderr.write(f"error: {_foreign_package()}\n")
     sys.exit(2)
 
@@ -48,24 +48,30 @@ if TYPE_CHECKING:
     from toolchain.report.row import Report
     from toolchain.stage import Stage
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+_HELP = """Distill a CLIP model into a small one, quantize it, export it, and report accuracy and latency.
+
+Start with: [bold]clipkd run glyphs --out runs/quickstart[/]"""
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=_HELP)
 _EXTRAS = {"torch": "train", "open_clip": "train", "nncf": "train", "onnx": "train", "safetensors": "train"}
 _EXTRAS |= {"torchvision": "train", "timm": "train", "transformers": "train"}
 _EXTRAS |= {"onnxscript": "train", "matplotlib": "report", "plotly": "report", "onnxruntime": "onnxruntime"}
 
-RecipeArg = Annotated[
-    str, typer.Argument(help="A recipe that ships (see `clipkd recipes`) or a path.", metavar="RECIPE")
-]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The run directory.")]
-RunArg = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
-RunsArg = Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")]
+RecipeArg = Annotated[str, typer.Argument(help="A name from `clipkd recipes`, or a path.", metavar="RECIPE")]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="The run directory: created, or resumed.", metavar="RUN")]
+RunArg = Annotated[Path, typer.Argument(help="An existing run directory.", metavar="RUN")]
+RunsArg = Annotated[list[Path], typer.Argument(help="Existing run directories.", metavar="RUN...")]
+ModelsArg = Annotated[list[Path], typer.Argument(help="Exported models, or a run's checkpoints.", metavar="MODEL...")]
 SetOpt = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a recipe field: section.field=value. Repeatable.", metavar="FIELD=VALUE"),
+    typer.Option("--set", help="Override a recipe field, as in distill.steps=9. Repeatable.", metavar="FIELD=VALUE"),
 ]
 WorkersOpt = Annotated[
-    int | None, typer.Option(min=0, help="Loader processes beside each training process.", show_default="by the data")
+    int | None, typer.Option(min=0, help="Data loader processes per rank.", show_default="by the kind of data")
 ]
+DeviceOpt = Annotated[
+    str, typer.Option("--device", "-d", help="cpu, cuda:0, gpu, npu, or a name that `clipkd devices list` prints.")
+]
+ExternalOpt = Annotated[list[Path] | None, typer.Option(help="Rows measured elsewhere, CSV or JSON. Repeatable.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -73,9 +79,9 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document o
 def run(
     recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, workers: WorkersOpt = None, as_json: JsonOpt = False
 ) -> None:
-    """Distil, quantize, export, prove, measure and report: every stage of a recipe.
+    """Run every stage of a recipe: distill, quantize, export, check, measure, report.
 
-    Interrupted, the same command continues; what is complete is reused.
+    Repeat the command to resume an interrupted run; complete stages are reused.
 
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
@@ -89,18 +95,18 @@ def run(
     from toolchain.pipeline.train import train_checkpoints
 
     with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
-        require_evaluation(loaded)  # before hours of training
+        require_evaluation(loaded)  # fail before hours of training
         require_references(loaded)
         checkpoints = train_checkpoints(loaded, out, screen, TrainingOptions(workers))  # teacher, baseline, student
         checkpoints |= quantize_or_reject(loaded, out, checkpoints, screen)  # student-int8
         exported = export_models(loaded, out, checkpoints, screen)  # graphs that passed parity
         chosen = choose_precisions(loaded, out, exported, {}, screen) if loaded.export.auto else None
         sound = exported if chosen is None else without_failed(exported, chosen)
-        measured = measure_models(loaded, out, sound, screen)  # accuracy and latency of what ships
-        measured |= measure_references(loaded, out, checkpoints, exported, screen)  # and of it in PyTorch
+        measured = measure_models(loaded, out, sound, screen)  # accuracy and latency of exported models
+        measured |= measure_references(loaded, out, checkpoints, exported, screen)  # the same in PyTorch
         if not exported:
-            require_choices(chosen, out)  # there is nothing to report
-        document = report_run(out, screen)  # the table, and the front
+            require_choices(chosen, out)  # nothing to report: raise
+        document = report_run(out, screen)  # the table and the Pareto front
     _print_report(document, out, as_json)
     require_choices(chosen, out)
 
@@ -111,18 +117,21 @@ def distill(
     out: OutOpt,
     overrides: SetOpt = None,
     workers: WorkersOpt = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Checkpoint every so many steps, too.")] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Checkpoint at least this often.")] = 1.0,
-    keep_checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints to keep while training.")] = 2,
+    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also write a checkpoint every N steps.")] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Most minutes between two checkpoints.")] = 1.0,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints kept.")] = 2,
     as_json: JsonOpt = False,
 ) -> None:
-    """Train a recipe's student from its teacher, and its baseline without; or, with no teacher, plain CLIP training.
+    """Train a recipe's student with its teacher, and its baseline without.
 
-    Interrupted, even by kill -9, the same command continues at the last checkpoint and ends with the same bytes.
+    A recipe without a teacher trains plain CLIP.
 
-    On many GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill RECIPE --out RUN[/]
+    An interrupted run, even by kill -9, resumes at its last checkpoint when you
+    repeat the command, and ends with the same bytes.
 
-    Example: [bold]clipkd distill glyphs_teacher --out runs/glyphs_teacher[/]
+    On 8 GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill RECIPE --out RUN[/]
+
+    Example: [bold]clipkd distill glyphs --out runs/quickstart[/]
     """
     from toolchain.distillation.training_options import TrainingOptions
     from toolchain.pipeline.train import train_checkpoints
@@ -137,20 +146,22 @@ def distill(
 @app.command()
 def adopt(
     model: Annotated[
-        str, typer.Argument(help="An open_clip architecture, hf-hub:ORG/NAME, or a local folder.", metavar="MODEL")
+        str, typer.Argument(help="An open_clip architecture, hf-hub:ORG/NAME, or a model directory.", metavar="MODEL")
     ],
     out: OutOpt,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of weights for the architecture.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="A file of weights for the architecture.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="The architecture's weights, by their open_clip tag.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The architecture's weights, from a file.")] = None,
     like: Annotated[
-        str | None, typer.Option(help="A recipe whose data, quantize, export, evaluate and profile sections to take.")
+        str | None, typer.Option(help="A recipe to copy data, quantize, export, evaluate and profile from.")
     ] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Make a run of an existing model, to quantize, export, measure and report it without training.
+    """Create a run from an existing model, to ship it without training.
 
-    Example: [bold]clipkd adopt ViT-B-32 --pretrained laion2b_s34b_b79k --like mine.yaml --out runs/b32[/]
+    Its directory then works with quantize, export, profile and report.
+
+    Example: [bold]clipkd adopt glyphs_teacher --like glyphs --out runs/adopted[/]
     """
     from toolchain.pipeline.train import train_checkpoints
     from toolchain.recipe.load import adopting, load_recipe, recipe_path
@@ -165,11 +176,12 @@ def adopt(
 
 @app.command()
 def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
-    """Run a recipe's teacher once over every stored view and caption, for distill to look its features up.
+    """Store the teacher's features of all training data, for distill to read.
 
-    What it saves and how many bytes it takes is said first.  Interrupted, the same command continues.
+    Prints the expected saving and disk use before it starts.
+    An interrupted run resumes when you repeat the command.
 
-    Side by side: [bold]torchrun --nproc-per-node 8 -m clipkd cache RECIPE --out RUN[/]
+    On 8 GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd cache RECIPE --out RUN[/]
 
     Example: [bold]clipkd cache glyphs --out runs/quickstart[/]
     """
@@ -183,7 +195,9 @@ def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: Jso
 
 @app.command()
 def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
-    """Make the int8 student of a run.
+    """Quantize a run's student to int8.
+
+    The recipe's quantize section sets the method and the accepted accuracy loss.
 
     Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
     """
@@ -196,7 +210,8 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
         made = quantize_checkpoint(loaded, run, checkpoints, screen)
     if not made:
         raise UsageError(
-            f"{run}: its recipe has no int8, int8-fp16 or int8-bf16 in export.precisions; nothing to quantize"
+            f"{run}: nothing to quantize, because its recipe has no int8, int8-fp16 or int8-bf16 in export.precisions; "
+            "add one with: --set 'export.precisions=[fp32, int8]'"
         )
     _print_stages(made, as_json)
 
@@ -204,46 +219,44 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
 @app.command()
 def export(
     run: RunArg,
-    onnx: Annotated[bool, typer.Option("--onnx", help="For ONNX Runtime.")] = False,
-    openvino: Annotated[bool, typer.Option("--openvino", help="For OpenVINO.")] = False,
-    trt: Annotated[
-        bool, typer.Option("--trt", help="Also write TensorRT kits, and build their engines here if this can.")
-    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Export for ONNX Runtime.")] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="Export for OpenVINO.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="Also write TensorRT build kits.")] = False,
     build: Annotated[
-        bool, typer.Option("--build/--no-build", help="Build engines here; --no-build leaves them to the device.")
+        bool, typer.Option("--build/--no-build", help="Build the kits' engines here, or leave it to the device.")
     ] = True,
     precision: Annotated[
         str | None, typer.Option(help=f"Of the student, comma-separated: {', '.join(SAFEST_FIRST)}.")
     ] = None,
     auto: Annotated[
-        bool | None,
-        typer.Option("--auto/--no-auto", help="Of all precisions, choose for each runtime the one to ship."),
+        bool | None, typer.Option("--auto/--no-auto", help="Choose the precision to ship for each runtime.")
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(min=0, help="--auto tolerates this fraction of top-1.", show_default="quantize.max_drop, or 0.01"),
+        typer.Option(min=0, help="--auto: top-1 loss accepted, a fraction.", show_default="quantize.max_drop or 0.01"),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, max=1, help="Fix the batch of the graphs to 1; else as the recipe says.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=1, help="Fix the batch size of the graphs to 1.")] = None,
     uint8_input: Annotated[
-        bool, typer.Option("--uint8-input", help="Also write image_uint8.onnx: a picture of any size in, features out.")
+        bool, typer.Option("--uint8-input", help="Also write image_uint8.onnx, which preprocesses images itself.")
     ] = False,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Export a run's models, each proven equal to its PyTorch model in its own runtime.
+    """Export a run's models, each checked against PyTorch in its own runtime.
 
-    Without flags, to what the run's recipe says; what flags say is recorded there.
-    A model that fails its proof is kept beside, marked failed, and never used; the exit code is then 5.
-    With --trt, exit code 3 or 4 says that the kits are written but TensorRT or a GPU is missing here.
+    Without flags, exports what the run's recipe.yaml asks for.  Flags change it.
 
-    With --auto, each precision is also scored and timed here, in its runtime.  The one to ship is within --max-drop of
-    fp32 and measurably faster than the safer ones; auto.json of the run names it, and says why not each of the others.
+    Exit code 5: a model failed its parity check.  It is kept, marked as failed,
+    and never used.  With --trt, exit code 3 or 4: the build kits are written,
+    but TensorRT (3) or a GPU (4) is missing here.  A kit builds engines on a GPU.
 
-    The fastest that is still right: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
+    With --auto, each precision is scored and timed on this machine.  A precision
+    is chosen if it loses at most --max-drop and is significantly faster than the
+    safer ones.  The run's auto.json lists the reasons against each of the others.
 
-    Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build --precision fp32,fp16,int8,int8-fp16[/]
+    Choose precisions: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
+
+    Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build --precision fp32,int8[/]
     """
     from export.pipeline.choices_table import describe_choices
     from export.pipeline.choose_precision import choose_precisions, require_choices
@@ -272,7 +285,7 @@ def export(
         print_note(f"{kit} is not weighed: its engines are built and measured on the device")
     recipe = load_recipe(run / "recipe.yaml", overrides, changes={"export": changes})
     if trt and "tensorrt" not in recipe.export.runtimes:
-        raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; name it there too")
+        raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; add it there")
     with _run_directory(recipe, run) as (loaded, screen):
         checkpoints = train_checkpoints(loaded, run, screen)
         checkpoints |= quantize_or_reject(loaded, run, checkpoints, screen)
@@ -289,18 +302,20 @@ def export(
 @app.command()
 def report(
     runs: RunsArg,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; one run: into it.")] = None,
-    external: Annotated[
-        list[Path] | None, typer.Option(help="Rows measured elsewhere: CSV or JSON (docs/report.md). Repeatable.")
-    ] = None,
-    against: Annotated[Path | None, typer.Option(help="An older report.json: exit 5 if anything got worse.")] = None,
-    max_slower: Annotated[float, typer.Option(min=0, help="--against tolerates this, as a fraction of p50.")] = 0.05,
-    max_top1_loss: Annotated[float, typer.Option(min=0, help="--against tolerates this fraction of top-1.")] = 0.005,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output directory, if not the run.")] = None,
+    external: ExternalOpt = None,
+    against: Annotated[Path | None, typer.Option(help="An older report.json; exit 5 if a model got worse.")] = None,
+    max_slower: Annotated[float, typer.Option(min=0, help="--against: slowdown accepted, fraction of p50.")] = 0.05,
+    max_top1_loss: Annotated[float, typer.Option(min=0, help="--against: top-1 loss accepted, a fraction.")] = 0.005,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write the report of runs again, together if there are several, and print its table.
+    """Write the report of a run, or one report of several, and print its table.
 
-    Example: [bold]clipkd report runs/small runs/large --out runs/compared --external jetson.csv[/]
+    Writes report.json, .csv, .md, .png, .svg and .html.
+
+    Several runs: [bold]clipkd report runs/small runs/large --out runs/compared[/]
+
+    Example: [bold]clipkd report runs/quickstart[/]
     """
     from toolchain.pipeline.run_directory import require_run
     from toolchain.report.compare import compare, comparison_table
@@ -313,9 +328,9 @@ def report(
     for run in runs:
         require_run(run)
     if len(runs) > 1 and out is None:
-        raise UsageError(f"--out: {len(runs)} runs have one report together; say where to write it: --out DIR")
+        raise UsageError(f"--out is missing: {len(runs)} runs have one joint report; add --out DIR")
     folder = runs[0] if out is None else out
-    older = None if against is None else read_report(against)  # before it may be written over
+    older = None if against is None else read_report(against)  # read first: the new report may overwrite it
     elsewhere = [row for path in external or [] for row in external_rows(path)]
     with run_lock(folder) if folder in runs else nullcontext():
         document = write_report(runs, folder, elsewhere)
@@ -325,23 +340,23 @@ def report(
     compared = compare(older, document, max_slower=max_slower, max_top1_loss=max_top1_loss)
     print_result(asdict(compared) | {"holds": compared.holds}, as_json, comparison_table(compared))
     if not compared.holds:
-        raise GateError(f"{folder}: worse than {against} beyond what is tolerated; see the table")
+        raise GateError(f"{folder}: worse than {against} by more than is accepted; the table lists what changed")
 
 
 @app.command()
 def best(
     runs: RunsArg,
-    device: Annotated[str | None, typer.Option("--device", "-d", help="Which device's rows to choose among.")] = None,
-    where: Annotated[str, typer.Option(help="Conditions: 'p90_ms<=10, top1_drop_vs_teacher<=0.02'.")] = "",
-    by: Annotated[str, typer.Option(help="What to be best by: a field of report.json.")] = "top1",
-    external: Annotated[list[Path] | None, typer.Option(help="Rows measured elsewhere: CSV or JSON.")] = None,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Use only rows of this device.")] = None,
+    where: Annotated[str, typer.Option(help="Conditions on fields of report.json, comma-separated.")] = "",
+    by: Annotated[str, typer.Option(help="The field of report.json to rank by.")] = "top1",
+    external: ExternalOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Choose the model to ship: the best that meets conditions, the runner-up, and why not each of the others.
+    """Choose the model to ship: the best one that meets your conditions.
 
-    Exit code 5 if none does.
+    Also prints the runner-up and why not the others.  Exit code 5: none fits.
 
-    Example: [bold]clipkd best runs/quickstart --device cpu --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2' --by top1[/]
+    Example: [bold]clipkd best runs/quickstart --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2'[/]
     """
     from toolchain.pipeline.run_directory import require_run
     from toolchain.report.choose_model import choice_lines, choose_model, conditions, rejected_table
@@ -360,27 +375,24 @@ def best(
     print_result(answer, as_json, *choice_lines(choice), *warnings, *tables)
     if choice.best is None:
         raise GateError(
-            f"no model meets: {', '.join(map(str, wanted)) or 'what was asked'}; relax a condition, or see the reasons"
+            f"no model meets: {', '.join(map(str, wanted)) or 'the request'}; relax a condition, see the reasons above"
         )
 
 
 @app.command()
 def evaluate(
-    models: Annotated[
-        list[Path], typer.Argument(help="Directories: of exported models, or of checkpoints.", metavar="MODEL...")
-    ],
+    models: ModelsArg,
     recipe: Annotated[
-        str | None,
-        typer.Option(help="A recipe whose evaluate section to take.", show_default="that of the model's run"),
+        str | None, typer.Option(help="Use this recipe's evaluate section.", show_default="the model's run")
     ] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Score models on evaluation sets: zero-shot accuracy and retrieval, and how each differs from the first.
+    """Score models on evaluation sets: zero-shot accuracy and retrieval.
 
-    Of exported models this is the truth about what ships, in its own runtime and without torch.
+    Compares each model with the first.  Exported models need no torch.
 
-    Example: [bold]clipkd evaluate runs/mine/exported/student-onnxruntime-int8 --recipe mine.yaml[/]
+    Example: [bold]clipkd evaluate runs/quickstart/exported/student-onnxruntime-int8[/]
     """
     from export.model_folder import run_of
     from export.pipeline.measure_model import evaluate_models
@@ -402,16 +414,18 @@ def evaluate(
 @app.command()
 def classes(
     model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
-    labels: Annotated[Path, typer.Option(help="A file of labels, one a line.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to make.")],
+    labels: Annotated[Path, typer.Option(help="A text file with one label per line.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The output directory.")],
     templates: Annotated[
-        Path | None, typer.Option(help="A file of captions, one a line, {} where the label goes; the model's own.")
+        Path | None, typer.Option(help="Captions, one per line, {} for the label.", show_default="the model's")
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Bake a set of labels into an exported model, so that the device needs no text tower; needs no torch.
+    """Store the features of your labels, to classify without torch or text tower.
 
-    Example: [bold]clipkd classes runs/quickstart/exported/student-onnxruntime-int8 --labels labels.txt --out letters[/]
+    Make labels: [bold]printf 'plus sign\\neuro sign\\n' > labels.txt[/]
+
+    Example: [bold]clipkd classes runs/quickstart/exported/student-onnxruntime-int8 --labels labels.txt --out signs[/]
     """
     from export.runtime.bake_classes import bake
 
@@ -420,37 +434,31 @@ def classes(
 
 @app.command()
 def profile(
-    models: Annotated[
-        list[Path],
-        typer.Argument(help="Directories: of exported models, or of a run's checkpoints.", metavar="MODEL..."),
-    ],
-    device: Annotated[
-        str, typer.Option("--device", "-d", help="Where: cpu, cuda:0, gpu, npu, or a device of `clipkd devices`.")
-    ] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="3 processes of 2 s for each tower.")] = False,
-    standard: Annotated[bool, typer.Option("--standard", help="5 processes of 12 s: numbers to publish.")] = False,
-    processes: Annotated[int | None, typer.Option(min=1, help="Fresh processes per tower.", show_default="3")] = None,
+    models: ModelsArg,
+    device: DeviceOpt = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="2 s in each of 3 processes for each tower.")] = False,
+    standard: Annotated[bool, typer.Option("--standard", help="12 s in each of 5 processes; to publish.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes per tower.", show_default="3")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.01, help="Measured time per tower, shared among them.", show_default="1")
+        float | None, typer.Option(min=0.01, help="Seconds per tower, divided among its processes.", show_default="1")
     ] = None,
     scored: Annotated[
-        bool, typer.Option("--evaluate", help="Also score it on the device, on the sets of its run's recipe.")
+        bool, typer.Option("--evaluate", help="Also score accuracy there, on the run's evaluation sets.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A folder for the result and every latency measured.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write results and latencies here.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure exported models here, or on a device reached by ssh: latency, throughput, memory, and how sure we are.
+    """Measure latency, throughput and memory of exported models on one device.
 
-    Several models take turns.  One that crashes, hangs or does not fit is a row with its reason; the others are
-    measured, and the exit code is that of the first that failed.
+    Several models are measured interleaved.  One that fails is a row with its
+    reason, and sets the exit code.
 
-    What another device than cpu measured of a run's model is kept in the run, in measured/MODEL/DEVICE, and used again;
-    before it is timed there, it is proven to compute there what it computed in PyTorch.  A run's checkpoint
-    (RUN/student) is timed in PyTorch eager, for reference, on this machine's CPU alone.
+    On a device other than cpu, a model must pass a parity check first.  Results
+    are stored in its run, in measured/MODEL/DEVICE, and reused.
 
-    Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --device orin[/]
+    A run's checkpoint, as in RUN/student, is timed in PyTorch on this CPU.
+
+    Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --quick[/]
     """
     from export.pipeline.profile_models import profile_models
     from export.profiling.protocol import QUICK, STANDARD, Effort
@@ -459,8 +467,8 @@ def profile(
     _refuse_torchrun()
     own = {key: value for key, value in (("processes", processes), ("seconds", seconds)) if value is not None}
     if quick + standard + bool(own) > 1:
-        raise UsageError("choose one of --quick, --standard, and --processes with --seconds: each says how long")
-    effort = QUICK if quick else STANDARD if standard else Effort(**own)  # type: ignore[arg-type]  # of an int and a float
+        raise UsageError("choose one of --quick, --standard, or --processes with --seconds")
+    effort = QUICK if quick else STANDARD if standard else Effort(**own)  # type: ignore[arg-type]  # an int and a float
     with open_screen() as screen:
         rows, errors = profile_models(models, device, effort, scored=scored, out=out, screen=screen)
     if len(models) > 1 or not errors:
@@ -472,20 +480,22 @@ def profile(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures.", metavar="IMAGE...")],
-    labels: Annotated[str | None, typer.Option(help="Comma-separated labels in place of the model's own.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Labels per picture.")] = 5,
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    labels: Annotated[str | None, typer.Option(help="Labels, comma-separated.", show_default="the model's")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of labels printed for each image.")] = 5,
     as_json: JsonOpt = False,
 ) -> None:
-    """Name what is in pictures with an exported model; needs no torch.
+    """Classify images with an exported model, without torch.
 
-    Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 letter.png --labels "a cat,a dog"[/]
+    Make an image: [bold]clipkd data inspect glyphs --sheet glyphs.png[/]
+
+    Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 glyphs.png[/]
     """
     from export.runtime.predict import predict as rank_labels
 
     wanted = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else None
     if wanted == []:
-        raise UsageError(f"--labels '{labels}': no label in it; write --labels 'a cat,a dog'")
+        raise UsageError(f"--labels '{labels}': contains no label; write, for example, --labels 'a cat,a dog'")
     answers = rank_labels(model, images, wanted, top)
     rows = [
         ["" if position else answer["image"], ranked["label"], f"{100 * ranked['probability']:.1f} %"]
@@ -498,29 +508,24 @@ def predict(
 @app.command()
 def students(
     models: Annotated[
-        list[str] | None,
-        typer.Argument(help="Architectures; those that clipkd knows, unless told.", metavar="[MODEL]..."),
+        list[str] | None, typer.Argument(help="open_clip architectures; else a built-in list.", metavar="[MODEL]...")
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", "-d", help="Where: cpu, cuda:0, gpu, npu, or a device of `clipkd devices`.")
-    ] = "cpu",
-    max_ms: Annotated[float | None, typer.Option(min=0, help="Leave out what takes longer at batch 1.")] = None,
-    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16, int8.")] = "fp32,int8",
+    device: DeviceOpt = "cpu",
+    max_ms: Annotated[float | None, typer.Option(min=0, help="Longest latency listed, in ms at batch 1.")] = None,
+    precision: Annotated[str, typer.Option(help="Of fp32, fp16, bf16, int8, comma-separated.")] = "fp32,int8",
     runtime: Annotated[
-        str | None, typer.Option(help="onnxruntime or openvino.", show_default="onnxruntime; of gpu and npu, openvino")
+        str | None, typer.Option(help="onnxruntime or openvino.", show_default="onnxruntime; on gpu and npu openvino")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, show_default="the cores there are")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write students.json and students.png.")] = Path(
-        "runs/students"
-    ),
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="one per core")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")] = Path("runs/students"),
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure students before training any: untrained image towers, exported here and timed on a device.
+    """Measure the latency of untrained students, to choose one before training.
 
-    Accuracies are published ones, of the architecture as others trained it. What was measured once is kept, for each
-    device; interrupted, the same command continues.
+    Exports each image tower and times it on the device.  The accuracies are
+    published ones.  Results are stored; repeat an interrupted command to resume.
 
-    Example: [bold]clipkd students --device orin --max-ms 10[/]
+    Example: [bold]clipkd students --device cpu --max-ms 10[/]
     """
     from export.devices.doctor import device_named
     from export.students.candidates import candidates
@@ -554,29 +559,27 @@ def students(
 
 data_app = typer.Typer(
     no_args_is_help=True,
-    help="Look at training data, or pack it into shards.\n\nExample: [bold]clipkd data inspect glyphs[/]",
+    help="Inspect training data, or pack it into shards.\n\nExample: [bold]clipkd data inspect glyphs[/]",
 )
 app.add_typer(data_app, name="data")
 
-SourceArg = Annotated[
-    str, typer.Argument(help="A recipe, for its data; or, with --kind, a path or pattern.", metavar="SOURCE")
-]
-KindOpt = Annotated[
-    str | None, typer.Option("--kind", help="What a path is: webdataset or image_folder. Never guessed.")
-]
+SourceArg = Annotated[str, typer.Argument(help="A recipe, or with --kind a path or pattern.", metavar="SOURCE")]
+KindOpt = Annotated[str | None, typer.Option("--kind", help="The format of a path: webdataset or image_folder.")]
 
 
 @data_app.command("inspect")
 def inspect_data(
     source: SourceArg,
     kind: KindOpt = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Read only so many samples, chosen by chance.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Write a PNG of some of the pictures here.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Read only N samples, chosen at random.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a PNG with some of the images here.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Say what training data holds: numbers, sizes, caption lengths, duplicates, and what is broken; needs no torch.
+    """Report the content of training data: counts, sizes, captions, corrupt samples.
 
-    Example: [bold]clipkd data inspect "data/cc3m/{00000..00331}.tar" --kind webdataset --sheet cc3m.png[/]
+    Shards: [bold]clipkd data inspect "data/cc3m/{00000..00331}.tar" --kind webdataset[/]
+
+    Example: [bold]clipkd data inspect glyphs --sheet glyphs.png[/]
     """
     from toolchain.data.inspection import inspect
     from toolchain.data.inspection_tables import inspection_tables
@@ -593,14 +596,17 @@ def inspect_data(
 @data_app.command("pack")
 def pack_data(
     source: SourceArg,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the shards.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory of the shards.")],
     kind: KindOpt = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each shard but the last.")] = 10_000,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each shard except the last.")] = 10_000,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write training data as webdataset shards with an index: pictures as they are, without what is damaged.
+    """Pack training data into webdataset shards with an index.
 
-    Interrupted, even by kill -9, the same command continues and ends with the same bytes.
+    Images are copied unchanged; corrupt samples are skipped and listed.
+
+    An interrupted run, even by kill -9, resumes when you repeat the command, and
+    ends with the same bytes.
 
     Example: [bold]clipkd data pack my.yaml --out data/mine[/]
     """
@@ -620,7 +626,7 @@ def pack_data(
 
 devices_app = typer.Typer(
     no_args_is_help=True,
-    help="Machines to measure on: this one, and any that ssh reaches.\n\nExample: [bold]clipkd devices list[/]",
+    help="Manage devices to measure on: this machine, and any ssh reaches.\n\nExample: [bold]clipkd devices list[/]",
 )
 app.add_typer(devices_app, name="devices")
 
@@ -629,10 +635,10 @@ DeviceArg = Annotated[str, typer.Argument(help="The device's name.", metavar="NA
 
 @devices_app.command("list")
 def list_devices(
-    presets: Annotated[bool, typer.Option("--presets", help="Say what common boards support instead.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List what common boards support instead.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """List the devices of this machine and those added, or what is known of common boards.
+    """List the devices of this machine and those you added.
 
     Example: [bold]clipkd devices list --presets[/]
     """
@@ -654,17 +660,19 @@ def list_devices(
 @devices_app.command("add")
 def add_device(
     name: DeviceArg,
-    destination: Annotated[str, typer.Argument(help="As ssh takes it: HOST or USER@HOST.", metavar="DESTINATION")],
-    port: Annotated[int | None, typer.Option(min=1, max=65535, show_default="as ssh's configuration says")] = None,
-    python: Annotated[
-        str, typer.Option(help="The device's Python, 3.8 or newer, with numpy and a runtime.")
-    ] = "python3",
-    preset: Annotated[str | None, typer.Option(help="What board it is: see `clipkd devices list --presets`.")] = None,
-    workdir: Annotated[str | None, typer.Option(help="Its folder for clipkd.", show_default="in ~/.cache")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Even if there is one of this name.")] = False,
+    destination: Annotated[str, typer.Argument(help="The ssh destination: HOST or USER@HOST.", metavar="DESTINATION")],
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of ssh.", show_default="as ssh has it")
+    ] = None,
+    python: Annotated[str, typer.Option(help="Its Python, 3.8 or later, with numpy and a runtime.")] = "python3",
+    preset: Annotated[str | None, typer.Option(help="Its board, from `clipkd devices list --presets`.")] = None,
+    workdir: Annotated[str | None, typer.Option(help="Its directory for clipkd.", show_default="in ~/.cache")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a device of the same name.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Name a machine that ssh reaches, with the keys, jump hosts and known hosts of your own ssh configuration.
+    """Add a device that ssh reaches.
+
+    Your ssh configuration supplies keys, jump hosts and known hosts.
 
     Example: [bold]clipkd devices add orin me@orin.local --preset jetson-orin-nano[/]
     """
@@ -676,13 +684,13 @@ def add_device(
     keep(device, replace=replace)
     if preset is not None:
         print_note(PRESETS[preset].notes)
-    print_note(f"Try it with: clipkd devices test {name}")
+    print_note(f"Test it with: clipkd devices test {name}")
     print_result(asdict(device), as_json, config_file())
 
 
 @devices_app.command("test")
 def try_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
-    """Connect to a device and find out what it can do, by doing it.
+    """Connect to a device and run each capability that it should have.
 
     Example: [bold]clipkd devices test orin[/]
     """
@@ -698,7 +706,7 @@ def try_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 
 @devices_app.command("remove")
 def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
-    """Forget a device; nothing on it is touched.
+    """Remove a device from the list; nothing on the device changes.
 
     Example: [bold]clipkd devices remove orin[/]
     """
@@ -710,15 +718,15 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 
 @app.command()
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe: what it needs is marked.", metavar="[RECIPE]")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Mark what this recipe needs.", metavar="[RECIPE]")] = None,
     device: Annotated[str | None, typer.Option("--device", "-d", help="cpu, cuda:0, gpu, npu, or one added.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Find out what this machine, and a device, can do, by doing it; say what mends what cannot be done.
+    """Check what this machine and a device support, and print how to fix failures.
 
-    Exit code 0 if all that the recipe and the device need is there.  Nothing is downloaded.
+    Runs each capability.  Downloads nothing.  Exit code 0: all needed ones work.
 
-    Example: [bold]clipkd doctor glyphs --device orin[/]
+    Example: [bold]clipkd doctor glyphs[/]
     """
     from export.devices.doctor import device_named, diagnose, problem
     from export.devices.table import capabilities_table, machine_lines
@@ -739,7 +747,7 @@ app.add_typer(recipes_app, name="recipes")
 
 @recipes_app.callback()
 def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
-    """List the recipes that ship; copy one to edit.
+    """List the included recipes, or copy one to edit.
 
     Example: [bold]clipkd recipes[/]
     """
@@ -754,10 +762,10 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A recipe that ships.")],
-    file: Annotated[Path, typer.Argument(help="Where to write it.")],
+    name: Annotated[str, typer.Argument(help="A name from `clipkd recipes`.")],
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
 ) -> None:
-    """Copy a recipe that ships to a file of yours.
+    """Copy an included recipe to a new file.
 
     Example: [bold]clipkd recipes copy glyphs my.yaml[/]
     """
@@ -773,11 +781,11 @@ def copy_recipe(
 @app.command()
 def show(
     recipe: RecipeArg,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A run directory: say what of it is done.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Print which stages this run has.")] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Print a recipe as clipkd understands it, the stages it asks for, and which of them a run has: the dry run.
+    """Print a recipe with every default, and its stages: a dry run.
 
     Example: [bold]clipkd show glyphs --out runs/quickstart[/]
     """
@@ -798,10 +806,10 @@ def show(
 
 @app.command()
 def verify(
-    directories: Annotated[list[Path], typer.Argument(help="Stages or runs.", metavar="DIR...")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories of stages or runs.", metavar="DIR...")],
     as_json: JsonOpt = False,
 ) -> None:
-    """Check every file of stages or runs against the hash recorded when it was made.
+    """Compare every file of stages or runs with its recorded sha256.
 
     Example: [bold]clipkd verify runs/quickstart[/]
     """
@@ -818,9 +826,9 @@ def verify(
 
 @contextmanager
 def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Iterator[tuple[Recipe, TerminalScreen]]":
-    """Hold a run directory with its recipe resolved into it.
+    """Lock a run directory, and write the resolved recipe into it.
 
-    `shared`: several processes may work in it, of which the first holds it.
+    `shared`: the ranks of torchrun may work in it together; rank 0 holds the lock.
     """
     from rich.progress import Progress
 
@@ -858,7 +866,7 @@ def _print_report(document: "Report", out: Path, as_json: bool) -> None:
 
 
 def main() -> NoReturn:
-    """The `clipkd` command: one place where errors become messages and exit codes."""
+    """Run the `clipkd` command, and turn errors into messages and exit codes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(130))
     try:
@@ -871,7 +879,11 @@ def main() -> NoReturn:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        _exit(MissingDependency(f"this command needs {error.name}: pip install 'clipkd[{extra}]'"))
+        _exit(
+            MissingDependency(
+                f"this command needs {error.name}, which is not installed; run: pip install 'clipkd[{extra}]'"
+            )
+        )
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -1,4 +1,4 @@
-"""What may import what, read from the source; and what must run where torch cannot be imported."""
+"""The imports that each module may have, read from the source, and the modules that must import without torch."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ MODULES = [
     *sorted(REPOSITORY.glob("export/**/*.py")),
 ]
 
-# A module or package imports only what stands above it here.
+# A module or package imports only those above it in this list.
 IMPORT_ORDER = (
     "toolchain.errors",
     "toolchain.text_table",
@@ -59,7 +59,7 @@ LARGER = {
     "export/device_programs/runner.py": (700, "one file by design: it is copied to devices"),
 }
 
-PROGRAMS = ("runner", "machine", "probes", "agent", "build_engine")  # copied to devices that have no clipkd
+PROGRAMS = ("runner", "machine", "probes", "agent", "build_engine")  # copied to devices without clipkd
 USERS_OF_RICH = ("toolchain/terminal.py",)
 
 TORCH_FREE = [
@@ -110,7 +110,7 @@ TORCH_FREE = [
     "clipkd",
 ]
 FORBIDDEN = ["torch", "torchvision", "open_clip", "timm", "transformers", "nncf", "onnx", "onnxscript", "safetensors"]
-# Imports each module where the forbidden packages cannot be, and prints what failed.
+# Imports each module while the forbidden packages cannot be imported, and prints the failures.
 WITHOUT_TORCH = f"""
 import importlib, json, sys
 
@@ -135,7 +135,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module imported anywhere, functions included."""
+    """Yield every module imported anywhere, functions included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -149,12 +149,12 @@ def name_of(path: Path) -> str:
 
 
 def place(module: str) -> str:
-    """The entry of IMPORT_ORDER that a module belongs to."""
+    """Return the entry of IMPORT_ORDER that a module belongs to."""
     return ".".join(module.split(".")[:2])
 
 
 def imported_modules(path: Path, names: set[str]) -> set[str]:
-    """Our modules that a file imports anywhere, functions and type checking included."""
+    """Return our modules that a file imports anywhere, functions and type checking included."""
     found = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -166,7 +166,7 @@ def imported_modules(path: Path, names: set[str]) -> set[str]:
 
 
 def upward_imports(modules: Mapping[str, Path]) -> list[str]:
-    """Imports of what stands below the importing module in IMPORT_ORDER."""
+    """Return imports of modules that come after the importing module in IMPORT_ORDER."""
     return [
         f"{module} imports {imported}"
         for module, path in modules.items()
@@ -176,7 +176,7 @@ def upward_imports(modules: Mapping[str, Path]) -> list[str]:
 
 
 def circles(modules: Mapping[str, Path]) -> list[str]:
-    """Modules that import each other, directly or through others."""
+    """Return modules that import each other, directly or through others."""
     graph = {module: imported_modules(path, set(modules)) for module, path in modules.items()}
     try:
         tuple(TopologicalSorter(graph).static_order())
@@ -186,7 +186,7 @@ def circles(modules: Mapping[str, Path]) -> list[str]:
 
 
 def private_imports(modules: Mapping[str, Path]) -> list[str]:
-    """Private names that cross from one module into another, imported or reached as an attribute."""
+    """Return private names used in another module, imported or as an attribute."""
     found = []
     for module, path in modules.items():
         tree = tree_of(path)
@@ -271,7 +271,7 @@ def test_the_runner_stands_alone() -> None:
     everywhere = {name.partition(".")[0] for name in imports(tree)}
     top = {name.partition(".")[0] for node in tree.body if not isinstance(node, ast.If) for name in _imports_of(node)}
     third_party = {"numpy", "onnxruntime", "tensorrt", "cuda", "PIL", "tokenizers"}
-    third_party |= {"torch", "open_clip"}  # of a checkpoint, which is timed on the machine that trains alone
+    third_party |= {"torch", "open_clip"}  # a checkpoint is timed only on the machine that trains
     assert everywhere - set(sys.stdlib_module_names) <= third_party
     assert top - set(sys.stdlib_module_names) <= {"numpy"}, "a device without Pillow can still time graphs"
 

@@ -1,4 +1,4 @@
-"""The command line: exit codes, whole messages, what goes to stdout, and how little is loaded to help."""
+"""The command line: exit codes, full messages, the content of stdout, and the few modules that help imports."""
 
 import json
 import re
@@ -41,7 +41,7 @@ COMMANDS = [
 
 
 def python(*arguments: str | Path, cwd: Path = REPOSITORY, path: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, that finds clipkd but not by the folder it is started in."""
+    """Run Python in a new process that finds clipkd through PYTHONPATH, not through its working directory."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -54,7 +54,7 @@ def python(*arguments: str | Path, cwd: Path = REPOSITORY, path: Path = REPOSITO
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run directory with its recipe and nothing done."""
+    """A run directory with a recipe and no stages."""
     folder = tmp_path / "run"
     folder.mkdir()
     recipe = load_recipe(REPOSITORY / "recipes" / "glyphs.yaml").model_dump(mode="json")
@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, teacher_folder: Path) -> Path:
-    """A recipe of one's own, with the teacher's weights beside it."""
+    """A recipe outside the repository, next to its teacher's weights."""
     shutil.copytree(teacher_folder, tmp_path / "teacher")
     content = (REPOSITORY / "recipes" / "glyphs.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(content.replace("model: glyphs_teacher", "model: teacher"))
@@ -112,7 +112,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert ended.stderr == ""
 
 
-# stdout is the result, stderr the rest, the exit code the verdict: in a process of its own, from another folder.
+# Results go to stdout, everything else to stderr; in a new process, started in another directory.
 
 
 def test_a_result_goes_to_stdout(tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_foreign_packages_are_refused(tmp_path: Path, package: str) -> None:
     )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        f"error: the package '{package}' comes from {tmp_path / 'foreign'}, clipkd from {REPOSITORY}; "
-        f"run from another folder, or take {tmp_path / 'foreign'} out of PYTHONPATH\n"
+        f"error: the package '{package}' was found in {tmp_path / 'foreign'}, expected in {REPOSITORY}; "
+        f"run from another directory, or remove {tmp_path / 'foreign'} from PYTHONPATH\n"
     )
 
 
@@ -175,7 +175,7 @@ clipkd.main()
 
 @pytest.fixture
 def working(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """`clipkd distill` in the middle of a training that takes a minute."""
+    """A `clipkd distill` process in the middle of a one-minute training."""
     arguments = [sys.executable, "-c", INTERRUPTED, "distill", "glyphs", "--out", str(tmp_path / "run")]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(arguments, cwd=REPOSITORY, **pipes) as process:
@@ -205,7 +205,7 @@ def test_two_runs_at_once(working: "subprocess.Popen[str]", tmp_path: Path, clip
     assert ended.err == f"error: {run}: another clipkd is at work in this run; wait for it, or choose another --out\n"
 
 
-# Every bad input: its exit code and its whole message.
+# Bad input: exit code and full message.
 
 
 def test_wrong_type(clipkd: Clipkd, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:
     assert ended.err == (f"error: {tmp_path}: no image.onnx; not an exported model; make one with: clipkd export RUN\n")
     ended = clipkd("predict", tmp_path, tmp_path / "letter.png", "--labels", " , ")
     assert ended.code == 2
-    assert ended.err == "error: --labels ' , ': no label in it; write --labels 'a cat,a dog'\n"
+    assert ended.err == "error: --labels ' , ': contains no label; write, for example, --labels 'a cat,a dog'\n"
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,10 @@ def test_a_missing_package_names_its_extra(clipkd: Clipkd, run: Path, monkeypatc
     monkeypatch.setattr(training_stages, "train_checkpoints", train)
     ended = clipkd("export", run)
     assert ended.code == 3
-    assert ended.err == "error: this command needs open_clip.model: pip install 'clipkd[train]'\n"
+    assert (
+        ended.err
+        == "error: this command needs open_clip.model, which is not installed; run: pip install 'clipkd[train]'\n"
+    )
 
 
 def test_a_bug_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,7 +482,7 @@ def test_json_of_a_stage(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def reported_run(run: Path) -> Path:
-    """A run of stages with manifests as they are: trained, exported, measured."""
+    """Return a run of trained, exported and measured stages with real manifests."""
     make_run(run)
 
     def again(path: Path) -> None:
@@ -498,7 +501,7 @@ def reported_run(run: Path) -> Path:
 
 
 class Lines:
-    """A screen that keeps how stages ended."""
+    """A screen that records the last line of each stage."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -511,7 +514,7 @@ class Lines:
 
 
 def reported(run: Path) -> str:
-    """How `clipkd run` ends with a run's report; that what is there afterwards is of what the run has."""
+    """Return the screen's line for a run's report, after checking that the written files match the run."""
     screen = Lines()
     document = report_module.report_run(run, screen)  # type: ignore[arg-type]
     (ended,) = screen.lines
@@ -554,13 +557,13 @@ def measure_on_another_device(run: Path) -> None:
 
 
 def export_a_kit(run: Path) -> None:
-    """Of a kit nothing is measured here: its row says so."""
+    """Export a TensorRT build kit, which is not measured here; its row gives that as its status."""
     summary = {"role": "student", "runtime": "tensorrt", "precision": "int8"}
     run_stage(StageSpec(run / "exported" / "student-tensorrt-int8", kind="export", version=1), lambda folder: summary)
 
 
 def train_again(run: Path) -> None:
-    """The same bytes as before, in another time: digests are as they were."""
+    """Train to the same bytes in another time, so the digests are unchanged."""
     edit(run / "student" / "manifest.json", summary={"train_s": 1.0})
 
 
@@ -584,7 +587,7 @@ def train_again(run: Path) -> None:
 def test_a_report_of_something_else_is_written_again(
     reported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]
 ) -> None:
-    """As after a kill between measuring and reporting, too: every stage is cached, but the report is of older ones."""
+    """This includes a kill between measuring and reporting: every stage is cached, but the report is older."""
     monkeypatch.setattr("toolchain.report.chart.render_picture", lambda report, form: b"drawn")
     run = shutil.copytree(reported_once, tmp_path / "run")
     change(run)
@@ -636,7 +639,7 @@ def test_a_report_that_is_up_to_date_loads_nothing_heavy(reported_once: Path) ->
 
 
 def test_a_run_of_kits_alone_is_reported(tmp_path: Path) -> None:
-    """What is there already without a record of what it is of may be older."""
+    """Report files without a record of their inputs may be older."""
     run = tmp_path / "run"
     export_a_kit(run)
     for suffix in ("json", "csv", "md", "png", "svg", "html"):
