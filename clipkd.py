@@ -328,7 +328,7 @@ def report(
     for run in runs:
         require_run(run)
     if len(runs) > 1 and out is None:
-        raise UsageError(f"--out is missing: {len(runs)} runs have one joint report; add --out DIR")
+        raise UsageError(f"--out: {len(runs)} runs have one joint report; say where to write it: --out DIR")
     folder = runs[0] if out is None else out
     older = None if against is None else read_report(against)  # read first: the new report may overwrite it
     elsewhere = [row for path in external or [] for row in external_rows(path)]
