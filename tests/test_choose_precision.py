@@ -249,7 +249,7 @@ def test_fp32_that_cannot_be_timed_and_damaged_timings_end_the_command(
     told(monkeypatch, fp32=3.0, fp16=2.0, int8=1.0)
     choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
     (tmp_path / "auto" / "onnxruntime" / "profiles.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="damaged since clipkd wrote it"):
+    with pytest.raises(ArtifactError, match="changed since clipkd wrote it"):
         choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
 
 
