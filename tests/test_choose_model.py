@@ -42,7 +42,7 @@ def test_the_best_that_meets_the_conditions_and_why_not_the_others() -> None:
     assert reasons == {
         "b": ["p90_ms is 9, not <=5"],
         "c": ["top1 is 0.55, that of a 0.6"],
-        "d": ["p90_ms is not known"],
+        "d": ["p90_ms is unknown"],
         "e": ["status: no profile.json"],
     }
     assert choice.warnings == []
@@ -71,7 +71,7 @@ def test_what_ran_in_pytorch_is_never_chosen() -> None:
     reference = row("r", p50_ms=0.1, top1=0.99, runtime="pytorch", pytorch="eager")
     choice = choose_model([*ROWS, reference], [], "top1", None)
     assert choice.best == ROWS[3]
-    assert (reference, ["a reference: the checkpoint in PyTorch, which is no model that ships"]) in choice.rejected
+    assert (reference, ["reference row: the checkpoint in PyTorch, which is not an exported model"]) in choice.rejected
 
 
 def test_noise_and_overlap_are_warned_of() -> None:
@@ -81,20 +81,20 @@ def test_noise_and_overlap_are_warned_of() -> None:
     ]
     noisy, overlap = choose_model(rows, [], "top1", None).warnings
     assert "grade C (BUSY)" in noisy
-    assert "overlaps that of the runner-up, b" in overlap
+    assert "intervals of top-1 of a and the runner-up b overlap" in overlap
 
 
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("p90ms<=10", "no field 'p90ms'; did you mean p90_ms?"),
-        ("p90_ms", "'p90_ms' is no condition; write FIELD<=NUMBER"),
+        ("p90ms<=10", "unknown field 'p90ms'; did you mean p90_ms?"),
+        ("p90_ms", "'p90_ms' is not a condition; expected FIELD<=NUMBER"),
         ("p90_ms<=fast", "expected a number after <=, got 'fast'"),
-        ("top1>=30%", "2 % is 0.02"),
-        ("precision<fp16", "precision is a word; compare it with = or !="),
+        ("top1>=30%", "write 2 % as 0.02"),
+        ("precision<fp16", "precision is text; compare it with = or !="),
         ("p50_ms<=1; import os", "expected a number"),
         ("p50_ms<=nan", "expected a number"),
-        ("__class__=x", "no field '__class__'"),
+        ("__class__=x", "unknown field '__class__'"),
     ],
 )
 def test_a_condition_that_is_none(where: str, said: str) -> None:
@@ -108,10 +108,10 @@ def test_sizes_may_be_short() -> None:
 
 def test_several_devices_need_a_name() -> None:
     rows = [*ROWS, row("f", device="orin", top1=0.5, p50_ms=4.0)]
-    with pytest.raises(UsageError, match="several devices: cpu, orin; name one with --device"):
+    with pytest.raises(UsageError, match=r"several devices \(cpu, orin\); choose one with --device"):
         choose_model(rows, [], "top1", None)
     assert choose_model(rows, [], "top1", "orin").best == rows[-1]
-    with pytest.raises(UsageError, match="--device pi: no row is of it; there are: cpu, orin"):
+    with pytest.raises(UsageError, match="--device pi: no rows of this device; expected one of: cpu, orin"):
         choose_model(rows, [], "top1", "pi")
 
 

@@ -249,7 +249,7 @@ def test_fp32_that_cannot_be_timed_and_damaged_timings_end_the_command(
     told(monkeypatch, fp32=3.0, fp16=2.0, int8=1.0)
     choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
     (tmp_path / "auto" / "onnxruntime" / "profiles.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="damaged since clipkd wrote it"):
+    with pytest.raises(ArtifactError, match="changed since clipkd wrote it"):
         choose_precisions(recipe_of(), tmp_path, exported, scores, Silent())
 
 
@@ -362,10 +362,10 @@ def test_an_int8_that_cannot_be_made_is_rejected_with_the_reason(
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"precisions": ["fp16"], "auto": {}}, "auto holds every precision against fp32; add fp32 to precisions"),
-        ({"runtimes": ["tensorrt"], "precisions": ["fp32"], "auto": {}}, "auto weighs what runs here"),
+        ({"precisions": ["fp16"], "auto": {}}, "auto compares every precision with fp32; add fp32 to precisions"),
+        ({"runtimes": ["tensorrt"], "precisions": ["fp32"], "auto": {}}, "auto measures on this machine, but"),
         ({"precisions": ["fp32"], "auto": {"max_drop": 1}}, "export.auto.max_drop: Input should be less than 1"),
-        ({"precisions": ["fp32", "int8"]}, "there is no quantize section"),
+        ({"precisions": ["fp32", "int8"]}, "there is no `quantize` section"),
     ],
 )
 def test_recipes_that_cannot_be_weighed(section: dict[str, Any], said: str) -> None:
@@ -438,8 +438,8 @@ def test_nothing_to_ship_is_a_gate(clipkd: Clipkd, run: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--max-drop", "0.1"], "--max-drop is about --auto"),
-        (["--auto", "--trt"], "a kit's engines run on its device"),
+        (["--max-drop", "0.1"], "--max-drop applies to --auto"),
+        (["--auto", "--trt"], "--auto measures on this machine, but TensorRT engines run on the target device"),
         (["--auto", "--max-drop", "2"], "export.auto.max_drop: Input should be less than 1"),
         (["--auto", "--precision", "fp8"], "export.precisions.1"),
     ],
@@ -473,7 +473,7 @@ def test_a_kit_that_set_leaves_out_is_refused(clipkd: Clipkd, run: Path) -> None
     assert "--trt asks for tensorrt, which --set export.runtimes leaves out" in ended.err
     ended = clipkd("export", run, "--trt", "--no-build", "--set", "export.auto={}")
     assert (ended.code, ended.out) == (2, "")
-    assert "a tensorrt engine runs on its device; export kits apart" in ended.err
+    assert "tensorrt engines run on the target device: export tensorrt without auto" in ended.err
 
 
 def test_run_chooses_where_its_recipe_says_so(clipkd: Clipkd, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

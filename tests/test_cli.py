@@ -202,7 +202,7 @@ def test_two_runs_at_once(working: "subprocess.Popen[str]", tmp_path: Path, clip
     run = tmp_path / "run"
     ended = clipkd("distill", "glyphs", "--out", run)
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err == f"error: {run}: another clipkd is at work in this run; wait for it, or choose another --out\n"
+    assert ended.err == f"error: {run}: another clipkd is using this run; wait for it to end, or choose another --out\n"
 
 
 # Bad input: exit code and full message.
@@ -220,7 +220,7 @@ def test_wrong_type(clipkd: Clipkd, tmp_path: Path) -> None:
 def test_unknown_recipe(clipkd: Clipkd, tmp_path: Path) -> None:
     ended = clipkd("run", "glyph", "--out", tmp_path / "run")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "error: glyph: no recipe of this name ships and no such file exists; did you mean glyphs?\n"
+    assert ended.err == "error: glyph: no shipped recipe has this name, and no such file exists; did you mean glyphs?\n"
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export", "report"])
@@ -245,7 +245,7 @@ def test_foreign_directory(clipkd: Clipkd, tmp_path: Path, verb: str, name: str)
     ended = clipkd(verb, "glyphs", "--out", tmp_path)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == (
-        f"error: {tmp_path}: not empty and has no recipe.yaml of clipkd's; not a run. Choose another --out\n"
+        f"error: {tmp_path}: not empty, and no recipe.yaml of clipkd; not a run. Choose another --out\n"
     )
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "years of work")]
 
@@ -257,7 +257,7 @@ def test_foreign_directory_in_a_stages_place(clipkd: Clipkd, recipe: Path, tmp_p
     ended = clipkd("distill", recipe, "--out", tmp_path / "run")
     assert ended.code == 1
     assert ended.err == (
-        f"error: {teacher}: no manifest.json; clipkd did not make this directory and will not touch it\n"
+        f"error: {teacher}: no manifest.json, so clipkd did not make this directory and does not change it\n"
     )
     assert list(teacher.iterdir()) == []
 
@@ -279,8 +279,8 @@ def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeyp
         ended = clipkd(*arguments)
         assert (ended.code, ended.out) == (1, ""), arguments
         assert re.sub("[0-9a-f]{16}", "HASH", ended.err) == (
-            f"error: {weights}: damaged since clipkd wrote it: sha256 HASH, recorded HASH. "
-            f"Remove {run / 'teacher'} and repeat the command to make it again\n"
+            f"error: {weights}: changed since clipkd wrote it: expected sha256 HASH, got HASH. "
+            f"Remove {run / 'teacher'} and run the command again\n"
         )
 
 

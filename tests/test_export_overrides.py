@@ -65,10 +65,13 @@ def test_flags_change_what_they_name(recorded: ExportSpec, flags: dict[str, Any]
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ({"build_engines": False}, "--no-build is about TensorRT engines"),
-        ({"max_drop": 0.01}, "--max-drop is about --auto"),
-        ({"max_drop": 0.01, "auto": False}, "--max-drop is about --auto"),
-        ({"auto": True, "runtimes": ("tensorrt",)}, "a kit's engines run on its device"),
+        ({"build_engines": False}, "--no-build applies to TensorRT engines"),
+        ({"max_drop": 0.01}, "--max-drop applies to --auto"),
+        ({"max_drop": 0.01, "auto": False}, "--max-drop applies to --auto"),
+        (
+            {"auto": True, "runtimes": ("tensorrt",)},
+            "--auto measures on this machine, but TensorRT engines run on the target device",
+        ),
     ],
 )
 def test_flags_that_make_no_sense_together(flags: dict[str, Any], problem: str) -> None:
@@ -77,7 +80,7 @@ def test_flags_that_make_no_sense_together(flags: dict[str, Any], problem: str) 
 
 
 def test_a_choice_needs_a_runtime_that_runs_here() -> None:
-    with pytest.raises(UsageError, match="the recipe has tensorrt alone: add --onnx or --openvino"):
+    with pytest.raises(UsageError, match="the recipe exports only for tensorrt: add --onnx or --openvino"):
         export_overrides(KITS_ALONE, ExportFlags(auto=True))
 
 
@@ -118,7 +121,7 @@ def test_every_combination_gives_a_valid_recipe_or_a_usage_error(recorded: Expor
 def test_what_flags_make_is_checked_with_what_set_says(tmp_path: Path) -> None:
     path = written(tmp_path / "recipe.yaml", BOTH)
     kits = ExportFlags(runtimes=("tensorrt",))
-    with pytest.raises(UsageError, match="a tensorrt engine runs on its device; export kits apart"):
+    with pytest.raises(UsageError, match="tensorrt engines run on the target device: export tensorrt without auto"):
         exporting(path, kits, ["export.auto={}"])
     chosen = exporting(path, ExportFlags(auto=True), ["export.auto.max_drop=0.03", "export.precisions=[fp32, fp16]"])
     assert chosen.export.auto == AutoSpec(max_drop=0.03)

@@ -106,7 +106,7 @@ def test_a_damaged_file_is_named_before_anything_is_opened(model, tmp_path) -> N
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        with pytest.raises(ArtifactError, match=f"{name}: damaged since clipkd wrote it"):
+        with pytest.raises(ArtifactError, match=f"{name}: changed since clipkd wrote it"):
             open_exported(folder)
 
 

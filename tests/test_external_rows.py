@@ -44,13 +44,13 @@ def test_csv_and_json_give_the_same_rows(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("name,device,p50ms\na,b,1\n", "row 1: unknown field 'p50ms'; did you mean p50_ms?"),
-        ("name,p50_ms\na,1\n", "row 1: no device; a row needs name and device"),
-        ("name,device,top1\na,b,41\n", "expected a fraction from 0 to 1, and not percent"),
-        ("name,device,p50_ms\na,b,fast\n", "p50_ms 'fast'; expected a number from 0"),
-        ("name,device,p50_ms\na,b,nan\n", "p50_ms 'nan'; expected a number from 0"),
+        ("name,p50_ms\na,1\n", "row 1: no device; every row needs name and device"),
+        ("name,device,top1\na,b,41\n", "expected a fraction from 0 to 1, not percent"),
+        ("name,device,p50_ms\na,b,fast\n", "p50_ms 'fast'; expected a number of at least 0"),
+        ("name,device,p50_ms\na,b,nan\n", "p50_ms 'nan'; expected a number of at least 0"),
         ("name,device,precision\na,b,fp8\n", "precision 'fp8'; expected one of fp32"),
         ("name,device\na,b,c\n", "more cells than the header"),
-        ("name,device\n", "no row in it"),
+        ("name,device\n", "no rows; expected a CSV header and rows"),
         ('name,device\n"a,b\n', "not CSV"),
     ],
 )

@@ -97,7 +97,7 @@ def test_a_reference_is_measured_as_an_export_is_and_ships_as_nothing(run: Path,
     assert unmeasured["pytorch"] is None
     choice = choose_model([row, unmeasured], [], "top1", "cpu")
     assert choice.best is None
-    assert choice.rejected[0][1] == ["a reference: the checkpoint in PyTorch, which is no model that ships"]
+    assert choice.rejected[0][1] == ["reference row: the checkpoint in PyTorch, which is not an exported model"]
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -150,12 +150,12 @@ def test_an_unknown_model_names_the_nearest(recipes: Path, model: str, near: str
     assert said.startswith(
         f"student.model '{model}': no such model, and no folder at {recipes.resolve() / model}. Did you mean {near}? "
     )
-    assert said.endswith("an architecture of open_clip's (ViT-B-16), hf-hub:ORG/NAME, or a folder")
+    assert said.endswith("an open_clip architecture (ViT-B-16), hf-hub:ORG/NAME, or a folder")
 
 
 def test_an_unknown_model_like_no_other(recipes: Path) -> None:
     said = problem("zzzz", recipes)
-    assert f"no folder at {recipes.resolve() / 'zzzz'}. A model is one that ships (efficientnet_b0, glyphs_st" in said
+    assert f"no folder at {recipes.resolve() / 'zzzz'}. Expected a shipped model (efficientnet_b0, glyphs_st" in said
 
 
 @pytest.mark.parametrize("model", ["hf-hub:", "hf-hub:name", "hf-hub:a/b/c", "hf-hub:a b/c", "hf-hub:a/b@main"])
@@ -165,15 +165,16 @@ def test_a_name_that_the_hub_cannot_have(recipes: Path, model: str) -> None:
 
 def test_a_file_needs_its_architecture(recipes: Path) -> None:
     assert problem("weights.pt", recipes) == (
-        f"student.model 'weights.pt': {recipes.resolve() / 'weights.pt'} is a file; weights need their architecture. "
-        "Write student: {model: ViT-B-16, checkpoint: weights.pt} with theirs in place of ViT-B-16"
+        f"student.model 'weights.pt': {recipes.resolve() / 'weights.pt'} is a file of weights; "
+        "expected a model or a folder. "
+        "Write student: {model: ViT-B-16, checkpoint: weights.pt} with its architecture instead of ViT-B-16"
     )
 
 
 def test_a_folder_that_holds_no_model(recipes: Path) -> None:
     assert problem("models", recipes) == (
         f"student.model: {recipes.resolve() / 'models'} has neither open_clip_config.json (an open_clip local-dir) nor "
-        "recipe.yaml (a run of clipkd's)"
+        "recipe.yaml (a run directory)"
     )
     assert "has neither" in problem("", recipes), "the recipe's own folder"
 
@@ -194,7 +195,9 @@ def test_an_int8_model_cannot_teach(recipes: Path) -> None:
         if fine:
             anchored(ModelSpec(model="run"), recipes, "student")
         else:
-            assert "is an int8 model, which cannot teach" in problem("run/student", recipes)
+            assert "is an int8 model, which cannot be a teacher or be trained further" in problem(
+                "run/student", recipes
+            )
     for foreign in ("{", "[]", '"text"', "{}"):
         (folder / "manifest.json").write_text(foreign)
         anchored(ModelSpec(model="run/student"), recipes, "student")
@@ -204,7 +207,7 @@ def test_an_int8_model_cannot_teach(recipes: Path) -> None:
 def test_a_tag_belongs_to_an_architecture_of_open_clips(recipes: Path, model: str) -> None:
     said = problem(model, recipes, pretrained="openai")
     assert said.startswith(
-        f"student: pretrained is a tag of open_clip's for an architecture of its own, and {model} is"
+        f"student.pretrained is a tag for open_clip's architectures, and {model} is not one of them. "
     )
 
 

@@ -201,16 +201,16 @@ def test_a_recipe_is_found_by_name_and_by_path(path: Path) -> None:
         ("paper/vit_t_16_fdd", "did you mean paper/vit_t_16_fd?"),
         ("vit_t_16_fd", "did you mean paper/vit_t_16_fd?"),
         ("vit_t16_fd", "did you mean paper/vit_t_16_fd?"),
-        ("paper", "clipkd recipes lists those that ship"),
+        ("paper", "clipkd recipes lists the shipped recipes"),
         ("../recipes/glyphs", "did you mean glyphs?"),
-        ("imagenet.yaml", "clipkd recipes lists those that ship"),
+        ("imagenet.yaml", "clipkd recipes lists the shipped recipes"),
         ("", "clipkd recipes"),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe_path(name)
-    assert str(caught.value).startswith(f"{name}: no recipe of this name ships and no such file exists; {hint}")
+    assert str(caught.value).startswith(f"{name}: no shipped recipe has this name, and no such file exists; {hint}")
 
 
 # What is wrong.
@@ -225,14 +225,14 @@ def test_an_unknown_key_suggests_the_nearest_valid_one(path: Path) -> None:
 
 def test_an_unknown_key_like_no_other_lists_those_known(path: Path) -> None:
     assert problem(path, profile={"zzz": 1}) == (
-        "mine.yaml: 1 problem(s)\n  profile.zzz: unknown key; known here: processes, seconds, pytorch"
+        "mine.yaml: 1 problem(s)\n  profile.zzz: unknown key; known keys: processes, seconds, pytorch"
     )
 
 
 def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
     said = problem(path, quantize={"steps": 1, "gradient": 2})
     assert said.endswith(
-        "quantize.gradient: unknown key; known here: method, towers, attention, steps, lr, batch_size, "
+        "quantize.gradient: unknown key; known keys: method, towers, attention, steps, lr, batch_size, "
         "calibration_samples, anchor, max_drop"
     )
     said = problem(path, teacher={"modell": "x", "model": "y"})
@@ -311,15 +311,15 @@ def test_all_problems_are_said_at_once(path: Path) -> None:
         ),
         (
             {"export": {"precisions": ["fp32", "int8"]}},
-            "recipe: export.precisions has int8 but there is no quantize section; add one or drop int8",
+            "recipe: export.precisions has int8, but there is no `quantize` section; add one or drop int8",
         ),
         (
             {"quantize": {"lr": 1e-4}},
-            "quantize: method: qat needs steps, of its optimizer; or calibrate only, with method: ptq",
+            "quantize: method: qat needs steps, its optimizer steps; set steps, or method: ptq to calibrate only",
         ),
         (
             {"quantize": {"method": "ptq", "towers": ["text", "text"]}},
-            "quantize: towers ['text', 'text']: each at most once",
+            "quantize: towers ['text', 'text']: expected each tower at most once",
         ),
     ],
     ids=["warmup", "headline", "int8", "steps", "towers"],
@@ -333,8 +333,8 @@ def test_fields_must_agree(path: Path, changes: dict[str, Any], said: str) -> No
     [
         (b"name: [", "not YAML: "),
         (b"\xff\xfe\x00", "not YAML: "),
-        (b"", "a recipe is a mapping of sections; got NoneType"),
-        (b"- a\n- b\n", "a recipe is a mapping of sections; got list"),
+        (b"", "expected a mapping of sections, got NoneType"),
+        (b"- a\n- b\n", "expected a mapping of sections, got list"),
         (b"1: 2\n", "1 problem(s)\n"),
     ],
 )
@@ -430,13 +430,16 @@ def test_a_path_that_is_not_beside_the_recipe_is_one_from_here(path: Path, monke
     assert recipe.student.model == str(here.resolve() / "runs" / "mine" / "student")
     assert recipe.student.checkpoint == str(here.resolve() / "weights.pt")
     said = problem(path, ["student.model=runs/absent"])
-    assert f"no folder at {path.parent.resolve() / 'runs' / 'absent'}, nor in {here.resolve()}. A model is" in said
+    assert (
+        f"no folder at {path.parent.resolve() / 'runs' / 'absent'}, nor in {here.resolve()}. Expected a shipped model ("
+        in said
+    )
 
 
 def test_the_spec_of_a_model(path: Path) -> None:
     both = "keep one"
     assert problem(path, student={"model": "ViT-B-16", "pretrained": "openai", "checkpoint": "x.pt"}).endswith(
-        f"student: pretrained and checkpoint both name weights; {both}"
+        f"student: pretrained and checkpoint both give weights; {both}"
     )
     for weights in ({"pretrained": "openai"}, {"checkpoint": "x.pt"}):
         assert problem(path, student={"model": "ViT-B-16", "init": "random", **weights}).endswith(
@@ -445,9 +448,7 @@ def test_the_spec_of_a_model(path: Path) -> None:
     for teacher in ({}, {"model": "ViT-B-16", "recipe": "glyphs_teacher"}):
         assert problem(path, teacher=teacher).endswith("teacher: give either model or recipe")
     for extra in ({"init": "random"}, {"model_cfg": {"embed_dim": 3}}, {"pretrained": "openai"}):
-        assert "a teacher that a recipe trains takes no " in problem(
-            path, teacher={"recipe": "glyphs_teacher", **extra}
-        )
+        assert "a teacher given by recipe takes no " in problem(path, teacher={"recipe": "glyphs_teacher", **extra})
     recipe = load(path, teacher={"model": "glyphs_teacher", "model_cfg": {"text_cfg": {"layers": 1}}})
     assert recipe.teacher == TeacherSpec(model="glyphs_teacher", model_cfg={"text_cfg": {"layers": 1}})
 
@@ -472,7 +473,7 @@ def test_a_teacher_of_a_recipe_beside_this_one(path: Path, monkeypatch: pytest.M
 
 def test_a_teacher_of_a_recipe_that_is_wrong_is_said(path: Path) -> None:
     assert problem(path, teacher={"recipe": "glyphs_taecher"}) == (
-        "teacher.recipe glyphs_taecher: no recipe of this name ships and no such file exists; "
+        "teacher.recipe glyphs_taecher: no shipped recipe has this name, and no such file exists; "
         "did you mean glyphs_teacher?"
     )
     taught = "teacher.recipe {}: this recipe has a teacher itself; expected plain contrastive training. "
@@ -508,9 +509,9 @@ def test_adopting_alone_exports_in_float() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"distill": None}, "there is no distill section, so that the student's weights are taken as they are"),
+        ({"distill": None}, "no `distill` section, so the student needs existing weights; add distill, or give"),
         ({"distill": None, "baseline": True}, "teacher and baseline are for training"),
-        ({"data": None}, "there is no data section to train on"),
+        ({"data": None}, "no `data` section to train on; add one"),
     ],
 )
 def test_a_recipe_that_trains_nothing_has_no_more_than_it_needs(

@@ -421,7 +421,7 @@ def test_nothing_exported_is_an_error_with_the_next_command(tmp_path):
     with pytest.raises(ArtifactError) as raised:
         collect([tmp_path])
     assert str(raised.value) == (
-        f"{tmp_path}: no exported/*/manifest.json, nothing to report. Export a model first:\n"
+        f"{tmp_path}: no exported/*/manifest.json, so there is nothing to report. Export a model first:\n"
         f"  clipkd export {tmp_path} --onnx --precision fp32"
     )
 

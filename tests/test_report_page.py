@@ -135,7 +135,7 @@ def test_eight_pictures_are_shown_those_first_on_which_models_part(run):
     assert re.findall(r">([^<>]+) 0\.25</span>", right) == ["student fp32", "student int8"]
     assert wrong.startswith("wrong><b>another name</b>")
     assert re.findall(r">([^<>]+) 0\.25</span>", wrong) == ["teacher fp32", "baseline fp32"]
-    assert "8 of 16 pictures spread evenly over stix" in html
+    assert "8 of 16 images spaced evenly over stix" in html
 
 
 def test_a_report_without_pictures_has_no_such_section(run):
@@ -148,7 +148,7 @@ def test_only_pictures_are_embedded(run):
     add_examples(run, {}, count=1)
     path = run / "measured" / "student-onnxruntime-int8" / "cpu" / "examples.json"
     path.write_text(path.read_text().replace("data:image/png;base64,", "https://example.org/"))
-    with pytest.raises(ArtifactError, match="expected a picture as a data URI, got 'https://example"):
+    with pytest.raises(ArtifactError, match="expected an image as a data URI, got 'https://example"):
         render_page([run], collect([run]), title=run.name)
 
 

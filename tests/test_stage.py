@@ -368,7 +368,7 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     free = f"{shutil.disk_usage(tmp_path).free / 1e6:.0f}"
     assert str(caught.value).replace(free, "N").startswith(f"{partial}: the disk is full (")
     assert str(caught.value).endswith(
-        "MB free). Nothing finished is lost; free some space and repeat the command to continue"
+        "MB free). Finished work is kept; free some space and run the command again to resume"
     )
     assert make(tmp_path / "teacher").digest == finished.digest
     make(tmp_path / "student", continued)
@@ -409,7 +409,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, writer: str) -> None:
     try:
         finished = make(small / "teacher", write())
         with pytest.raises(
-            ClipkdError, match=r"/\.student\.partial: the disk is full \(0 MB free\)\. Nothing finished"
+            ClipkdError, match=r"/\.student\.partial: the disk is full \(0 MB free\)\. Finished work is kept"
         ):
             make(small / "student", full)
         assert make(small / "teacher").digest == finished.digest
@@ -434,8 +434,8 @@ def test_damage_is_found_and_both_hashes_are_said(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         make(path)
     assert str(caught.value) == (
-        f"{path / 'weights'}: damaged since clipkd wrote it: sha256 {got[:16]}, recorded {recorded[:16]}. "
-        f"Remove {path} and repeat the command to make it again"
+        f"{path / 'weights'}: changed since clipkd wrote it: expected sha256 {recorded[:16]}, got {got[:16]}. "
+        f"Remove {path} and run the command again"
     )
     with pytest.raises(ArtifactError):  # also where another stage is asked for: damage is never silently replaced
         make(path, write(), fields={"steps": 4})
@@ -446,7 +446,10 @@ def test_damage_is_found_and_both_hashes_are_said(tmp_path: Path) -> None:
 def test_a_missing_file_is_damage(tmp_path: Path) -> None:
     make(tmp_path / "student", write())
     (tmp_path / "student" / "inner" / "file").unlink()
-    with pytest.raises(ArtifactError, match=r"inner/file: damaged since clipkd wrote it: sha256 no such file, recor"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"inner/file: changed since clipkd wrote it: expected sha256 [0-9a-f]{16}, got no such file. ",
+    ):
         make(tmp_path / "student")
 
 
@@ -473,7 +476,7 @@ def test_a_broken_manifest_is_said(tmp_path: Path, change: Callable[[dict[str, A
 def test_a_digest_that_is_not_of_the_files_is_said(tmp_path: Path) -> None:
     stage = make(tmp_path / "student", write())
     (stage.path / MANIFEST).write_text(json.dumps(stage.manifest | {"digest": "0" * 64}))
-    with pytest.raises(ArtifactError, match="its digest does not belong to its list of files; remove "):
+    with pytest.raises(ArtifactError, match="its digest does not match its list of files; remove "):
         open_stage(stage.path)
 
 
@@ -483,7 +486,9 @@ def test_a_foreign_directory_is_never_touched(tmp_path: Path) -> None:
     (path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError) as caught:
         make(path, write())
-    assert str(caught.value) == f"{path}: no manifest.json; clipkd did not make this directory and will not touch it"
+    assert (
+        str(caught.value) == f"{path}: no manifest.json, so clipkd did not make this directory and does not change it"
+    )
     assert tree(tmp_path) == {"student/thesis.tex": b"years of work"}
 
 
@@ -494,7 +499,7 @@ def test_a_stage_at_work_elsewhere_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError) as caught:
             make(path)
         assert str(caught.value) == (
-            f"{tmp_path / '.student.partial'}: another process is at work on this stage; wait for it"
+            f"{tmp_path / '.student.partial'}: another process is making this stage; wait for it to end"
         )
         assert tree(tmp_path) == before
     make(path, continued)  # killed, so the lock is free
@@ -516,7 +521,7 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError) as caught, run_lock(run):
             pass
         assert str(caught.value) == (
-            f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"
+            f"{run}: another clipkd is using this run; wait for it to end, or choose another --out"
         )
         holder.kill()
     with run_lock(run):
@@ -552,7 +557,7 @@ def test_somebody_elses_directory_is_no_run(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError) as caught, run_lock(tmp_path):
         pass
     assert str(caught.value) == (
-        f"{tmp_path}: not empty and has no recipe.yaml of clipkd's; not a run. Choose another --out"
+        f"{tmp_path}: not empty, and no recipe.yaml of clipkd; not a run. Choose another --out"
     )
     assert os.listdir(tmp_path) == [name]  # noqa: PTH208  # the names are what matters
 
@@ -566,7 +571,10 @@ def test_a_copied_run_without_its_hidden_files_is_still_a_run(tmp_path: Path) ->
 def test_a_run_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(ArtifactError, match=f"{file}: is a file; --out names a run directory"), run_lock(file):
+    with (
+        pytest.raises(ArtifactError, match=f"{file}: is a file; expected a run directory. Choose another --out"),
+        run_lock(file),
+    ):
         pass
     with pytest.raises(ArtifactError) as caught, run_lock(file / "run"):
         pass

@@ -236,7 +236,7 @@ def test_distill_reuses_what_cache_made(
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     ended = clipkd("verify", tmp_path / "run")
     assert ended.code == 1
-    assert "00000.safetensors: damaged since clipkd wrote it" in ended.err
+    assert "00000.safetensors: changed since clipkd wrote it" in ended.err
 
 
 def test_further_teachers_have_a_cache_each_from_their_own_weights(

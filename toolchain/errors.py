@@ -1,15 +1,15 @@
-"""Everything a user can cause, and the exit code it ends with.
+"""Errors that a user can cause, and their exit codes.
 
     ClipkdError               printed without a traceback                      1
     ├── UsageError            a flag or a recipe is wrong                      2
-    ├── ArtifactError         a folder missing, foreign, damaged, busy or full 1
+    ├── ArtifactError         a folder missing, foreign, corrupt, busy or full 1
     ├── MissingDependency     a package, compiler or driver is not installed   3
     ├── UnavailableBackend    the requested device or provider is not there    4
     ├── GateError             parity, accuracy or a budget was not met         5
-    └── Interrupted           asked to stop; what was done is kept           130
+    └── Interrupted           asked to stop; finished work is kept           130
 
-Anything else that escapes is a bug in clipkd and keeps its traceback.
-A message says what, where, expected and got, and the next command.
+Any other exception is a bug in clipkd and is shown with its traceback.
+A message gives, in this order: the problem, where it is, expected and got, and the next command.
 """
 
 

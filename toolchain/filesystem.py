@@ -13,7 +13,7 @@ from toolchain.errors import ArtifactError
 
 
 def partial_path(path: Path) -> Path:
-    """Return the directory in which the directory `path` is made: `.NAME.partial` beside it."""
+    """Return the directory in which the directory `path` is made: `.NAME.partial` next to it."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -21,7 +21,7 @@ def partial_path(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the file to write; it becomes `path` when the block ends without an error, and is removed otherwise.
 
-    A reader sees the old file or the new one, never half of one, even after a power failure.  Several processes may
+    A reader sees the old or the new file, never a partial one, even after a power failure.  Several processes may
     write the same file at once.
     """
     partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
@@ -39,7 +39,7 @@ def write_json(path: Path, document: Any, *, allow_nan: bool = True) -> None:
     """Write a JSON document atomically.
 
     Raises:
-        ValueError: it has NaN or infinity, and `allow_nan` is False.
+        ValueError: the document has NaN or infinity, and `allow_nan` is False.
     """
     text = json.dumps(document, indent=1, allow_nan=allow_nan) + "\n"
     with replacing(path) as partial:
@@ -54,14 +54,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def held(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file until the process ends, however it does.
+    """Hold a lock file until the block or the process ends, even if it is killed.
 
     Raises:
         ArtifactError: another process holds it; `busy` is the message.
     """
     with path.open("a") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the loaders of a killed process would keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders of a killed process would keep it
         except (BlockingIOError, PermissionError):  # POSIX allows either
             raise ArtifactError(busy) from None
         yield
@@ -77,6 +77,6 @@ def file_sha256(path: Path) -> str:
 
 
 def user_cache_folder() -> Path:
-    """Where clipkd keeps, for this user, what it can make again."""
+    """Return the user's cache folder, for files that clipkd can make again."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "clipkd"

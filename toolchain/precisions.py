@@ -1,6 +1,6 @@
-"""The precisions that a model is exported in: one row holds every fact about each.
+"""The precisions that a model is exported in: one table row has every fact about each.
 
-To add one, write its row and its name in `PrecisionName`, then say in runner.py how each runtime computes in it.
+To add one, add its row and its name in `PrecisionName`, then define in runner.py how each runtime computes in it.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 PrecisionName: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", "int8-bf16"]
-"""As recipes and messages list them: the safest first."""
+"""In the order of recipes and messages."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Precision:
     """Least signal-to-noise ratio of the worst sample's features: 20 dB are cos = 0.995, 40 dB cos = 0.99995."""
 
     min_top1_agreement: float
-    """Least share of samples whose nearest caption (or image) stays the same among all of the samples'."""
+    """Least share of samples whose nearest caption (or image) among all samples stays the same."""
 
     marker: str
     """Matplotlib's name of its point."""
@@ -43,7 +43,7 @@ class Precision:
     """Its color in the chart of untrained students; None: `clipkd students` does not measure it."""
 
     instead: str = ""
-    """The precisions to export where this one cannot be."""
+    """The precisions to suggest when this one cannot be exported."""
 
 
 # Colors: Wong, "Points of view: Color blindness", Nature Methods 8 (2011).
@@ -58,7 +58,7 @@ PRECISIONS: Mapping[str, Precision] = {
             min_opset=18,
             # Reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32.
             min_sqnr_db=80.0,
-            min_top1_agreement=1.0,  # whatever is further apart than parity.TIE is told apart
+            min_top1_agreement=1.0,  # differences above parity.TIE count as changes
             marker="o",
             symbol="circle",
             color="#0072B2",
@@ -130,7 +130,7 @@ PRECISIONS: Mapping[str, Precision] = {
         ),
     )
 }
-"""By name, in the order in which a report lists them."""
+"""Precisions by name, in the order of the report."""
 
 REFERENCE_PRECISION: PrecisionName = "fp32"
 """The precision that the others are compared with."""

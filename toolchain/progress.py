@@ -1,4 +1,4 @@
-"""How long work reports progress: stages and functions call these protocols, and `terminal.py` shows them."""
+"""Protocols that stages and functions call to report progress; `terminal.py` shows it."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from toolchain.stage import Stage
 
 
 class Progress(Protocol):
-    """Report that `done` of `total` units of `what` are done; `note` is a rate or a loss beside the bar."""
+    """Report that `done` of `total` units of `what` are done; `note` is a rate or a loss shown after the bar."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None: ...
 
@@ -16,10 +16,10 @@ def no_progress(what: str, done: int, total: int, note: str = "", /) -> None:
 
 
 class Screen(Protocol):
-    """Where the stages of a command report what they do."""
+    """The output of a command's stages."""
 
     def starts(self, stage: str) -> None:
-        """A stage begins; the progress that follows belongs to it."""
+        """Begin a stage; the progress that follows belongs to it."""
         ...
 
     def progress(self, what: str, done: int, total: int, note: str = "", /) -> None: ...
@@ -29,7 +29,7 @@ class Screen(Protocol):
         ...
 
     def line(self, name: str, text: str) -> None:
-        """Print how a stage ended."""
+        """Print the result of a stage."""
         ...
 
     def done(self, name: str, stage: Stage) -> None:

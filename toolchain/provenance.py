@@ -1,4 +1,4 @@
-"""What produced a result: the machine, the versions of packages, the source's commit."""
+"""Describe what produced a result: the machine, package versions and the source commit."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ _PACKAGES = ("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx", "onnx
 
 @cache
 def machine() -> dict[str, Any]:
-    """The CPU this process runs on."""
+    """Return the CPU that this process runs on."""
     cpu = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result may depend on, those that are installed."""
+    """Return the versions of Python and of the installed packages that a result may depend on."""
     found = {"python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def revision() -> str | None:
-    """The source's commit, with a mark where files differ from it; None outside a checkout."""
+    """Return the source's commit, marked if files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

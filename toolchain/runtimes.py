@@ -1,6 +1,7 @@
-"""The runtimes that exported models run in: one row holds every fact about each.
+"""The runtimes that exported models run in: one table row has every fact about each.
 
-To add one, write its row and its name in `RuntimeName`, a function that opens its graphs in runner.py, and a
+A TensorRT build kit (kit) is a folder of graphs from which the target device builds its own TensorRT engines.
+To add a runtime, add its row and its name in `RuntimeName`, a function that opens its graphs in runner.py, and a
 capability in export/devices/doctor.py with its probe in export/device_programs/probes.py.
 """
 
@@ -18,13 +19,13 @@ class Runtime:
     name: RuntimeName
     title: str
     install: str
-    """The command that installs it beside clipkd."""
+    """The command that installs it for clipkd."""
 
     graphs_open_in: RuntimeName
-    """The runtime that opens its graphs where they are exported: itself, or of a kit another one."""
+    """The runtime that opens its graphs on the exporting machine: itself, or another one for a kit."""
 
     devices: tuple[str, ...]
-    """The kinds of device that it drives, as `--device` names them."""
+    """The kinds of device that it supports, as in `--device`."""
 
     capabilities: tuple[str, ...]
     """The capabilities in export/devices/doctor.py that it needs on its usual device."""
@@ -33,14 +34,14 @@ class Runtime:
     """The package that a device without clipkd installs; None: more than one command is needed."""
 
     computes_alone: tuple[PrecisionName, ...] = ()
-    """The precisions that no other runtime computes in."""
+    """The precisions that only this runtime supports."""
 
     separates_products: bool = False
     """It computes queries, keys and values faster as separate products than as one that is split."""
 
     @property
     def is_kit(self) -> bool:
-        """True if the exported model is a kit: the device that it runs on builds engines from its graphs."""
+        """Return True if the exported model is a TensorRT build kit."""
         return self.graphs_open_in != self.name
 
 
@@ -77,20 +78,20 @@ RUNTIMES: Mapping[str, Runtime] = {
         ),
     )
 }
-"""By name; the first that can do something does it where none is named."""
+"""Runtimes by name; by default the first suitable one is used."""
 
 
 def runtime_title(name: str) -> str:
-    """Return the title of a runtime, or the name itself where the table has none."""
+    """Return the title of a runtime, or the name itself if it is unknown."""
     return RUNTIMES[name].title if name in RUNTIMES else name
 
 
 def runtime_of(device: str) -> str:
-    """Return the first runtime that drives a kind of device (`cpu`, `cuda:0`, `npu`), or the first of all."""
+    """Return the first runtime that supports a device (`cpu`, `cuda:0`, `npu`), or the first of all."""
     kind = device.partition(":")[0]
     return next((runtime.name for runtime in RUNTIMES.values() if kind in runtime.devices), next(iter(RUNTIMES)))
 
 
 def runtime_that_computes_alone(precision: str) -> Runtime | None:
-    """Return the one runtime that computes in a precision, or None if others do too."""
+    """Return the only runtime that supports a precision, or None if several do."""
     return next((runtime for runtime in RUNTIMES.values() if precision in runtime.computes_alone), None)

@@ -1,4 +1,4 @@
-"""Statistics that decide whether two results differ: accuracies on the same images, latencies of interleaved runs."""
+"""Test whether two results differ significantly: accuracies on the same images, latencies of interleaved runs."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,19 +10,18 @@ from numpy.typing import NDArray
 
 MIN_PROCESSES = 3
 MIN_TURNS = 6
-"""From so many on, all turns for the same side are beyond chance: 2 / 2^6."""
+"""Least number of interleaved runs that can be significant: all six in favour of one side have p = 2 / 2^6."""
 
 MAX_P = 0.05
-"""How often two equal models may be taken for different."""
+"""Significance level: how often two equal models may be found different."""
 
 
 def told_apart(first_F: Sequence[float], second_S: Sequence[float], *, in_turns: bool = False) -> bool:
-    """Whether chance would part two equal models so far in at most MAX_P of all cases.
+    """Return True if two latencies differ at significance level MAX_P.
 
-    `in_turns` says that the processes of the two took turns: then each is held against the one that ran beside it,
-    because a machine drifts further in a minute than in a second.  Fewer than MIN_TURNS could not show anything so.
-    Three processes a side cannot either: there one side must be wholly below the other, a chance of 1 in 10.  Fewer
-    tell nothing apart.
+    `in_turns` is True if the processes of the two were interleaved.  Each is then compared with its neighbour, because
+    a machine drifts more in a minute than in a second; this needs at least MIN_TURNS.  Three processes a side cannot
+    reach MAX_P: there one side must be entirely below the other, a chance of 1 in 10.  With fewer, return False.
     """
     if min(len(first_F), len(second_S)) < MIN_PROCESSES:
         return False
@@ -33,15 +32,15 @@ def told_apart(first_F: Sequence[float], second_S: Sequence[float], *, in_turns:
 
 
 def rank_sum(first_F: Sequence[float], second_S: Sequence[float]) -> float:
-    """The two-sided exact p of the rank-sum test (Wilcoxon, Biometrics Bulletin 1, 1945; Mann and Whitney, 1947).
+    """Return the exact two-sided p of the rank-sum test (Wilcoxon, Biometrics Bulletin 1, 1945; Mann and Whitney 1947).
 
-    U counts the pairs of a process of each in which the first's is the larger, ties half.  Were the models equal, all
-    orders of the processes would be as likely: p = 2 P(U <= the smaller of what was found and its mirror), at most 1.
+    U counts the pairs of processes in which the first's is larger; ties count half.  For equal models all orders of
+    the processes are equally likely: p = 2 P(U <= the smaller of the observed U and its mirror), at most 1.
     """
     f, s = len(first_F), len(second_S)
     found = sum((one > other) + (one == other) / 2 for one in first_F for other in second_S)
     smaller = min(found, f * s - found)
-    orders = [[1] + [0] * (f * s) for _ in range(f + 1)]  # by how many of the first are placed, and U
+    orders = [[1] + [0] * (f * s) for _ in range(f + 1)]  # indexed by the number of placed values of the first, and U
     for placed_s in range(1, s + 1):
         for placed_f in range(1, f + 1):  # the largest so far is the second's, or the first's, above all placed_s
             above = orders[placed_f - 1]
@@ -53,11 +52,11 @@ def rank_sum(first_F: Sequence[float], second_S: Sequence[float]) -> float:
 
 
 def signed_rank(first_T: Sequence[float], second_T: Sequence[float]) -> float:
-    """The two-sided exact p of the signed-rank test over T turns (Wilcoxon, Biometrics Bulletin 1, 1945).
+    """Return the two-sided exact p of the signed-rank test over T turns (Wilcoxon, Biometrics Bulletin 1, 1945).
 
-    Turns are ranked by the slower over the faster of the two; W sums the ranks of those in which the second was slower.
-    Equal turns are left out, ties share their mean rank.  Were the models equal, each rank would be as likely
-    on either side: p = 2 P(W <= the smaller of what was found and its mirror), at most 1.
+    Turns are ranked by slower / faster; W sums the ranks of the turns in which the second was slower.  Equal turns are
+    skipped, ties share their mean rank.  For equal models each rank is equally likely on either side:
+    p = 2 P(W <= the smaller of the observed W and its mirror), at most 1.
     """
     pairs = zip(first_T, second_T, strict=True)
     turns = sorted((max(one, other) / min(one, other), other > one) for one, other in pairs if one != other)
@@ -65,7 +64,7 @@ def signed_rank(first_T: Sequence[float], second_T: Sequence[float]) -> float:
     twice_ranks: list[int] = []
     for _, tied in groupby(turns, key=lambda turn: turn[0]):
         slower = [second_is_slower for _, second_is_slower in tied]
-        twice_rank = 2 * placed + 1 + len(slower)  # the mean rank may be half a whole one
+        twice_rank = 2 * placed + 1 + len(slower)  # doubled, because a mean rank may be a half
         found += twice_rank * sum(slower)
         twice_ranks += [twice_rank] * len(slower)
         placed += len(slower)
@@ -80,7 +79,7 @@ _Z_95 = 1.959963984540054
 
 
 class PairedDrop(NamedTuple):
-    """What top-1 loses from one model to another on the same images."""
+    """The top-1 drop from one model to another on the same images."""
 
     drop: float
     """Fraction of the images, positive where the second model is worse."""
@@ -90,16 +89,16 @@ class PairedDrop(NamedTuple):
     """Its 95 % interval."""
 
     p: float
-    """McNemar's exact p: how often chance alone would part two equal models at least so far."""
+    """McNemar's exact p: the probability that two equal models differ at least this much."""
 
 
 def paired_drop(first_right_N: NDArray[np.bool_], second_right_N: NDArray[np.bool_]) -> PairedDrop:
-    """From which images each of two models gets right.
+    """Return the top-1 drop, given the images that each of two models classifies correctly.
 
     The interval is Agresti and Min's, "Simple improved confidence intervals for comparing matched proportions",
     Statistics in Medicine 24 (2005): Wald's, with half an image added to each of the four cells.
 
-    Raises: ValueError if the two were not asked about the same images.
+    Raises: ValueError if the two arrays differ in length or are empty.
     """
     if first_right_N.shape != second_right_N.shape or not len(first_right_N):
         raise ValueError(f"expected the same images, got {first_right_N.shape} and {second_right_N.shape}")
@@ -113,9 +112,9 @@ def paired_drop(first_right_N: NDArray[np.bool_], second_right_N: NDArray[np.boo
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The two-sided exact p of McNemar's test (Psychometrika 12, 1947), from the images that only one gets right.
+    """Return the exact two-sided p of McNemar's test (Psychometrika 12, 1947), from the images only one gets right.
 
-    Were the models equal, each of these would be as likely either's: p = 2 P(X <= min), X binomial(n, 1/2), at most 1.
+    For equal models each of these is equally likely to be either's: p = 2 P(X <= min), X binomial(n, 1/2), at most 1.
     """
     n = only_first + only_second
     tail = sum(
@@ -126,7 +125,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion, within [0, 1] and never empty; (0, 1) for n = 0.
+    """Return the 95 % score interval of a proportion, within [0, 1] and never empty; (0, 1) for n = 0.
 
     (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n) with p = successes / n: E. B. Wilson, "Probable
     Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
@@ -136,5 +135,5 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     p, z2_n = successes / n, _Z_95**2 / n
     center = (p + z2_n / 2) / (1 + z2_n)
     half = _Z_95 * sqrt(p * (1 - p) / n + z2_n / (4 * n)) / (1 + z2_n)
-    # exact at the ends, where rounding would leave 1e-17 below or above the proportion itself
+    # exact at the ends, where rounding would leave an error of 1e-17
     return (0.0 if successes == 0 else center - half), (1.0 if successes == n else center + half)

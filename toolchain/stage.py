@@ -1,10 +1,10 @@
-"""Stages: what a run directory is made of.
+"""Make, resume and reuse the stages that form a run directory.
 
 A stage is a function of some recipe fields and some input directories.  It works in `.NAME.partial/`, under a lock, and
-then renames that to `NAME/`, which is never written again: a directory that exists is complete.  Its key hashes all it
-depends on, so a stage whose key is unchanged is reused.  `manifest.json` says what it came from; the content digest,
-which the stages after it depend on, is of the other files alone, so redoing a stage that gives the same bytes redoes
-nothing else.  Importing this needs neither torch nor numpy.
+then renames that to `NAME/`, which is never written again: a directory that exists is complete.  Its key hashes all its
+inputs, so a stage with an unchanged key is reused.  `manifest.json` records its inputs.  Later stages depend on the
+content digest, which covers the other files only: a repeated stage with the same bytes leaves later stages valid.
+Importing this needs neither torch nor numpy.
 """
 
 import errno
@@ -24,17 +24,17 @@ from toolchain.filesystem import file_sha256, held, partial_path, write_json
 from toolchain.provenance import machine, revision, versions
 
 MANIFEST = "manifest.json"
-REFERENCE_KIND = "reference"  # the kind of a stage that measured a checkpoint in PyTorch: nothing of it was exported
+REFERENCE_KIND = "reference"  # kind of a stage that measures a checkpoint in PyTorch, without an export
 RESOLVED = "resolved by clipkd:"  # in the header of a run's recipe.yaml
 _FORMAT = 1
 SCRATCH = ".scratch"
-"""A folder, in a stage's directory, of what only continuing an interrupted attempt needs; a complete stage has none."""
+"""A folder of files in a stage's directory that only resuming needs; a complete stage has none."""
 
-# How a stage went, with times: recorded, but nothing depends on it.
+# Logs with times: recorded, but not in the digest, so nothing depends on them.
 _LOGS = frozenset({MANIFEST, "train.jsonl", "tensorboard"})
 _KEY, _LOCK = "key", "lock"
 _TORN = ("*.partial", ".tmp??????")
-"""Files that an earlier, killed attempt was writing: under our own name for such, and under that of safetensors."""
+"""Incomplete files of a killed attempt: names used by clipkd, and by safetensors."""
 
 _FULL_BYTES = 1 << 20
 
@@ -46,22 +46,22 @@ class Stage:
     path: Path
     manifest: dict[str, Any]
     cached: bool
-    """Whether an earlier call made it."""
+    """True if an earlier call made it."""
 
     @property
     def digest(self) -> str:
-        """What later stages depend on."""
+        """Return the content digest, which later stages depend on."""
         return str(self.manifest["digest"])
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What a stage is: where it lies, and everything that decides the bytes it makes."""
+    """The specification of a stage: its path, and everything that determines its bytes."""
 
     path: Path
     kind: str
     version: int
-    """Raised when the code of this kind of stage changes its result."""
+    """Increased when the code of this kind of stage changes its result."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The recipe fields that the work reads."""
@@ -74,7 +74,7 @@ class StageSpec:
 
     @property
     def depends(self) -> dict[str, Any]:
-        """Everything that the stage depends on, as its manifest records it."""
+        """Return everything that the stage depends on, as recorded in its manifest."""
         return {
             "kind": self.kind,
             "version": self.version,
@@ -85,12 +85,12 @@ class StageSpec:
 
     @property
     def key(self) -> str:
-        """The hash of all that the stage depends on."""
+        """Return the hash of everything that the stage depends on."""
         return hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
 
     @property
     def partial(self) -> Path:
-        """The directory in which the stage is made."""
+        """Return the directory in which the stage is made."""
         return partial_path(self.path)
 
 
@@ -99,10 +99,10 @@ Work = Callable[[Path], dict[str, Any]]
 
 
 def run_stage(spec: StageSpec, work: Work) -> Stage:
-    """Make a stage's directory, resume it where it was interrupted, or reuse it.
+    """Make a stage's directory, resume an interrupted attempt, or reuse the finished stage.
 
     Raises:
-        ArtifactError: a finished stage is damaged or foreign, another process is at work on this one, the disk is full.
+        ArtifactError: a finished stage is corrupt or foreign, another process is making it, or the disk is full.
     """
     key = spec.key
     if spec.path.exists():
@@ -112,10 +112,10 @@ def run_stage(spec: StageSpec, work: Work) -> Stage:
     spec.path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(spec.partial), _explaining_full_disk(spec.partial):
         manifest = _manifest_of(spec.partial, key)
-        cached = manifest is not None  # killed only while the directory was moved into place
+        cached = manifest is not None  # the last attempt was killed while the directory was renamed
         if manifest is None:
             manifest = _make(spec, key, work)
-        shutil.rmtree(spec.partial / SCRATCH, ignore_errors=True)  # only now: until here, a killed attempt resumes
+        shutil.rmtree(spec.partial / SCRATCH, ignore_errors=True)  # not earlier: a killed attempt needs it to resume
         (spec.partial / _KEY).unlink(missing_ok=True)
         (spec.partial / _LOCK).unlink()
         _swap_in(spec.partial, spec.path)
@@ -123,10 +123,10 @@ def run_stage(spec: StageSpec, work: Work) -> Stage:
 
 
 def _make(spec: StageSpec, key: str, work: Work) -> dict[str, Any]:
-    """Do a stage's work in its partial directory and write its manifest, which is returned."""
+    """Do a stage's work in its partial directory; write and return its manifest."""
     partial = spec.partial
     if not (partial / _KEY).exists() or (partial / _KEY).read_text() != key:
-        _empty(partial)  # an interrupted attempt at something else: its checkpoints do not belong here
+        _empty(partial)  # an interrupted attempt with another key, whose checkpoints do not apply
         (partial / _KEY).write_text(key)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
     summary = work(partial)
@@ -152,7 +152,7 @@ def _make(spec: StageSpec, key: str, work: Work) -> dict[str, Any]:
 
 
 def is_made(spec: StageSpec) -> bool:
-    """Return True if `run_stage` would reuse what is there."""
+    """Return True if `run_stage` would reuse the existing stage."""
     try:
         return bool(open_stage(spec.path).manifest["key"] == spec.key)
     except ArtifactError:
@@ -160,19 +160,19 @@ def is_made(spec: StageSpec) -> bool:
 
 
 def _manifest_of(partial: Path, key: str) -> dict[str, Any] | None:
-    """The manifest of an attempt that finished its work; None where it did not, or was at something else."""
+    """Return the manifest of an attempt that finished its work; None if it did not, or had another key."""
     try:
         manifest: dict[str, Any] = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # a machine that loses power may leave the name without the content
+    except (FileNotFoundError, ValueError):  # after a power failure the file may exist without its content
         return None
     return manifest if manifest["key"] == key else None
 
 
 def open_stage(path: Path) -> Stage:
-    """A finished stage, every file of it checked against its recorded hash.
+    """Return a finished stage after checking every file against its recorded hash.
 
     Raises:
-        ArtifactError: no such directory, not made by clipkd, or a file is missing or has changed.
+        ArtifactError: no such directory, it was not made by clipkd, or a file is missing or has changed.
     """
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
@@ -182,7 +182,7 @@ def open_stage(path: Path) -> Stage:
         digest, _ = manifest["digest"], manifest["key"]
     except FileNotFoundError:
         raise ArtifactError(
-            f"{path}: no {MANIFEST}; clipkd did not make this directory and will not touch it"
+            f"{path}: no {MANIFEST}, so clipkd did not make this directory and does not change it"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path / MANIFEST}: not a clipkd manifest ({error!r})") from None
@@ -191,40 +191,40 @@ def open_stage(path: Path) -> Stage:
         got = file_sha256(file) if file.is_file() else "no such file"
         if got != expected:
             raise ArtifactError(
-                f"{file}: damaged since clipkd wrote it: sha256 {got[:16]}, recorded {expected[:16]}. "
-                f"Remove {path} and repeat the command to make it again"
+                f"{file}: changed since clipkd wrote it: expected sha256 {expected[:16]}, got {got[:16]}. "
+                f"Remove {path} and run the command again"
             )
     if digest != _digest(recorded):
-        raise ArtifactError(f"{path / MANIFEST}: its digest does not belong to its list of files; remove {path}")
+        raise ArtifactError(f"{path / MANIFEST}: its digest does not match its list of files; remove {path}")
     return Stage(path, manifest, cached=True)
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """A hash of every file in a folder that is not a stage: an external model, say."""
+    """Return a hash of every file in a folder that is not a stage, for example an external model."""
     return _digest(_hashes(folder))
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold a run directory: two commands at once would redo each other's stages.
+    """Lock a run directory, because two commands at once would replace each other's stages.
 
     Raises:
-        ArtifactError: the path is a file or a directory that is not a run's, or another process holds it.
+        ArtifactError: the path is a file or not a run directory, or another process holds the lock.
     """
     if run.exists() and not run.is_dir():
-        raise ArtifactError(f"{run}: is a file; --out names a run directory")
+        raise ArtifactError(f"{run}: is a file; expected a run directory. Choose another --out")
     if run.is_dir() and any(run.iterdir()) and not (run / ".lock").exists() and not _resolved_here(run):
-        raise ArtifactError(f"{run}: not empty and has no recipe.yaml of clipkd's; not a run. Choose another --out")
+        raise ArtifactError(f"{run}: not empty, and no recipe.yaml of clipkd; not a run. Choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{run}: cannot make this directory: {error.strerror}. Choose another --out") from None
-    with held(run / ".lock", f"{run}: another clipkd is at work in this run; wait for it, or choose another --out"):
+    with held(run / ".lock", f"{run}: another clipkd is using this run; wait for it to end, or choose another --out"):
         yield
 
 
 def _resolved_here(run: Path) -> bool:
-    """Whether the directory's recipe.yaml is a run's, and not somebody's own that a run would overwrite."""
+    """Return True if the directory's recipe.yaml was written by clipkd and not by a user."""
     recipe = run / "recipe.yaml"
     return recipe.is_file() and RESOLVED in recipe.read_text(encoding="utf-8", errors="replace")
 
@@ -232,7 +232,7 @@ def _resolved_here(run: Path) -> bool:
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
-    with held(partial / _LOCK, f"{partial}: another process is at work on this stage; wait for it"):
+    with held(partial / _LOCK, f"{partial}: another process is making this stage; wait for it to end"):
         yield
 
 
@@ -240,19 +240,19 @@ def _locked(partial: Path) -> Iterator[None]:
 def _explaining_full_disk(partial: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # torch and safetensors raise errors of their own for it
+    except Exception as error:  # torch and safetensors raise their own errors for a full disk
         free = shutil.disk_usage(partial.parent).free
-        said = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if isinstance(error, ClipkdError) or not (said or free < _FULL_BYTES):
+        disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if isinstance(error, ClipkdError) or not (disk_full or free < _FULL_BYTES):
             raise
         raise ArtifactError(
-            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Nothing finished is lost; "
-            "free some space and repeat the command to continue"
+            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Finished work is kept; "
+            "free some space and run the command again to resume"
         ) from error
 
 
 def _swap_in(partial: Path, path: Path) -> None:
-    """Rename the finished directory into place; a stage it supersedes is moved aside first, then removed."""
+    """Rename the finished directory into place; an older stage is moved away first, then removed."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

@@ -1,4 +1,4 @@
-"""The terminal: progress on stderr, tables on stdout.  Beside `clipkd.py` the only user of rich."""
+"""Print progress on stderr and tables on stdout.  Only this module and `clipkd.py` use rich."""
 
 import json
 import time
@@ -26,7 +26,7 @@ _LINE_EVERY_S = 30.0
 
 @dataclass
 class TerminalScreen:
-    """Progress on stderr: a live bar on a terminal, a line now and then elsewhere, one line per stage anywhere."""
+    """Progress on stderr: a live bar on a terminal, otherwise periodic lines; one line per stage in both cases."""
 
     bar: "Progress"
     silent: bool = False
@@ -34,28 +34,28 @@ class TerminalScreen:
     what: str = ""
     stage: str = ""
     first: tuple[float, int] = (0.0, 0)
-    spoken_at: float = 0.0
+    printed_at: float = 0.0
 
     def starts(self, stage: str) -> None:
         self.stage, self.what = stage, ""
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         if self.bar.disable:
-            self._now_and_then(what, done, total, note)
+            self._print_periodically(what, done, total, note)
             return
         if self.task is None or what != self.what:
             self._clear()
             self.what, self.task = what, self.bar.add_task(f"{self.stage}: {what}", total=total, note="")
         self.bar.update(self.task, completed=done, total=total, note=note)
 
-    def _now_and_then(self, what: str, done: int, total: int, note: str) -> None:
-        """Where there is no terminal to draw on: a line every half minute, with the time left at the rate since."""
+    def _print_periodically(self, what: str, done: int, total: int, note: str) -> None:
+        """Print a line every 30 s with the estimated time left; used where there is no terminal."""
         now = time.monotonic()
         if what != self.what:
-            self.what, self.first, self.spoken_at = what, (now, done), now
-        if now - self.spoken_at < _LINE_EVERY_S or self.silent:
+            self.what, self.first, self.printed_at = what, (now, done), now
+        if now - self.printed_at < _LINE_EVERY_S or self.silent:
             return
-        self.spoken_at = now
+        self.printed_at = now
         left_s = (now - self.first[0]) / max(1, done - self.first[1]) * (total - done)
         left = timedelta(seconds=round(left_s))
         self.bar.console.print(
@@ -63,7 +63,7 @@ class TerminalScreen:
         )
 
     def say(self, text: str) -> None:
-        """Something the user should know that is neither progress nor an error."""
+        """Print a message that is neither progress nor an error."""
         if not self.silent:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -92,7 +92,7 @@ def open_screen() -> "Iterator[TerminalScreen]":
 
 
 def print_result(document: Any, as_json: bool, *shown: TextTable | Note | object) -> None:
-    """Print a command's result: as one JSON document, or what a person reads, tables and lines in order."""
+    """Print a command's result, either as one JSON document or as tables and lines in order."""
     if as_json:
         stdout.print_json(json.dumps(document))
         return
@@ -107,17 +107,17 @@ def print_result(document: Any, as_json: bool, *shown: TextTable | Note | object
 
 
 def print_line(text: object) -> None:
-    """Print a line of the result on stdout, as it is."""
+    """Print a line of the result on stdout, without markup."""
     stdout.print(str(text), soft_wrap=True, highlight=False, markup=False)
 
 
 def print_note(text: object) -> None:
-    """Print a line that is not the result on stderr, as it is."""
+    """Print a line that is not part of the result on stderr, without markup."""
     stderr.print(str(text), soft_wrap=True, highlight=False, markup=False)
 
 
 def print_table(table: TextTable) -> None:
-    """Print a table on stdout; a file or a pipe gets whole cells."""
+    """Print a table on stdout; in a file or pipe it is 160 columns wide."""
     columns = [
         Column(
             escape(header),

@@ -1,26 +1,26 @@
-"""A table as a value: what a module makes for people to read, and `terminal.py` prints."""
+"""Tables and notes as values; modules return them, and `terminal.py` prints them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class TextTable(NamedTuple):
-    """Headers and rows of text, and how the columns are laid out."""
+    """Headers and rows of text, and the layout of the columns."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     right: Sequence[str] = ()
-    """Headers of the columns that are aligned to the right."""
+    """Headers of right-aligned columns."""
 
     no_wrap: Sequence[str] = ()
-    """Headers of the columns that are never broken over lines."""
+    """Headers of columns that are never wrapped."""
 
     dense: bool = False
-    """No space on the left of cells, so that a wide table fits into 100 columns."""
+    """True: no space on the left of cells, so a wide table fits into 100 columns."""
 
 
 class Note(NamedTuple):
-    """A line beside the result, for stderr."""
+    """A line for stderr that is not part of the result."""
 
     text: str

@@ -1,4 +1,4 @@
-"""The stage that makes the int8 student."""
+"""Make the stage of the int8 student."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +18,26 @@ from toolchain.stage import Stage, StageSpec, run_stage
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """The sections of a recipe that quantizing reads, all of them there, and the stages made before."""
+    """The recipe sections and earlier stages that quantization uses."""
 
     role: str
-    """Of the float model: student, or adopted."""
+    """Role of the float model: student or adopted."""
 
     spec: QuantizeSpec
     data: DataSpec
     loss_weights: LossWeights
     scoring: EvaluateSpec | None
-    """The evaluate section, if its headline set is to hold `quantize.max_drop`."""
+    """The evaluate section, if `quantize.max_drop` is checked on its headline set."""
 
     seed: int
     student: Stage
     teacher: Stage | None
     cache: CacheInputs | None
-    """The teacher's stored features, if they are there."""
+    """The teacher's stored features, if they exist."""
 
 
 def quantize_checkpoint(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """Make the int8 student, calibrated and fine-tuned against the teacher; nothing where the recipe asks for none."""
+    """Make the int8 student, calibrated and fine-tuned with the teacher; return {} if the recipe has none."""
     inputs = _quantize_inputs(recipe, out, made)
     if inputs is None:
         return {}
@@ -72,7 +72,7 @@ def _stage_spec(inputs: QuantizeInputs, path: Path) -> StageSpec:
         "data": data_fields(inputs.data),
         "quantize": inputs.spec.model_dump(),
         "loss_weights": inputs.loss_weights.model_dump(),
-        # computed anew, they are nearly the same bits as stored in float32
+        # features computed live differ little from those stored in float32
         "teacher_features": inputs.cache.spec.dtype if inputs.cache else "float32",
     }
     fingerprints = {"data": fingerprint_data(inputs.data)}

@@ -1,4 +1,4 @@
-"""A run directory: whether one is there, the recipe it was made from, and who holds it."""
+"""Check, lock and read a run directory and the recipe that it was made from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from toolchain.stage import RESOLVED, open_stage, run_lock
 
 @contextmanager
 def hold_run(recipe: Recipe, run: Path, command: str) -> Iterator[None]:
-    """Hold a run directory, made where it is not there, and write its resolved recipe under the command in a comment.
+    """Lock a run directory, creating it if needed, and write its resolved recipe with the command in a comment.
 
     Raises:
-        ArtifactError: the directory is not a run, or another process holds it.
+        ArtifactError: the directory is not a run, or another process has locked it.
     """
     with run_lock(run):
         header = "".join(f"# {line}\n" for line in [*command.splitlines(), RESOLVED])
@@ -28,10 +28,10 @@ def hold_run(recipe: Recipe, run: Path, command: str) -> Iterator[None]:
 
 
 def require_run(run: Path) -> None:
-    """Refuse a directory that is not a run.
+    """Raise an error for a directory that is not a run.
 
     Raises:
-        UsageError: it has no recipe.yaml, or is not there.
+        UsageError: the directory does not exist, or has no recipe.yaml.
     """
     if not (run / "recipe.yaml").is_file():
         problem = "no recipe.yaml in it; not a clipkd run" if run.is_dir() else "no such run directory"
@@ -52,7 +52,7 @@ def stage_state(path: Path) -> str:
     """Return made, failed, interrupted or not made.
 
     Raises:
-        ArtifactError: the stage was made and is damaged.
+        ArtifactError: the stage was made, but its files have changed.
     """
     if path.exists():
         open_stage(path)

@@ -1,4 +1,4 @@
-"""The inputs that training stages take from a recipe, and a stage made by one rank or several."""
+"""Collect the inputs of training stages from a recipe, and run a stage on one or several ranks."""
 
 import os
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """The sections of a recipe that training reads, all of them there."""
+    """The recipe sections that training uses."""
 
     student: ModelSpec
     data: DataSpec
@@ -28,7 +28,7 @@ class TrainingInputs:
 
     @property
     def scoring(self) -> EvaluateSpec | None:
-        """The evaluate section, if the student is scored while it trains."""
+        """Return the evaluate section if the student is evaluated while it trains."""
         return self.evaluate if self.distill.evaluate_every else None
 
     def without_teacher(self) -> "TrainingInputs":
@@ -37,23 +37,23 @@ class TrainingInputs:
 
 
 def training_inputs(recipe: Recipe) -> TrainingInputs:
-    """Return what training reads of a recipe that has a distill section, and so, by its schema, a data section."""
+    """Return the training inputs of a recipe with a distill section (the schema then requires a data section)."""
     assert recipe.distill is not None
     assert recipe.data is not None
     return TrainingInputs(recipe.student, recipe.data, recipe.distill, recipe.evaluate, recipe.seed)
 
 
 def data_fields(spec: DataSpec) -> dict[str, Any]:
-    """Return the fields of the data section that decide what is trained: not when to give up."""
+    """Return the fields of the data section that affect the trained weights, so without max_damaged."""
     return spec.model_dump(exclude={"max_damaged": True, "sources": {"__all__": {"max_damaged"}}})
 
 
 def num_workers(spec: DataSpec, options: TrainingOptions, device: str) -> int:
-    """Return the loader processes of each rank.
+    """Return the number of data loader processes per rank.
 
-    Unless told: none for glyphs, which cost little to draw; beside a GPU the cores that training leaves free.
+    Default: 0 for glyphs, which are cheap to draw; with a GPU, the cores that training leaves free.
 
-    Training on a CPU uses all its cores, and takes far longer for a picture than a loader does: one stays ahead of it.
+    Training on a CPU uses all cores and takes far longer per image than loading, so one loader is enough.
     """
     if options.workers is not None:
         return options.workers
@@ -64,7 +64,7 @@ def num_workers(spec: DataSpec, options: TrainingOptions, device: str) -> int:
 
 
 def run_stage_on_ranks(spec: StageSpec, work: Work) -> Stage:
-    """Make a stage on the ranks that torchrun started: rank 0 holds the directory, the others work along."""
+    """Make a stage on the ranks started by torchrun: rank 0 locks the directory, all ranks do the work."""
     if torchrun.world_size() == 1:
         return run_stage(spec, work)
     from toolchain.distributed import join_processes
@@ -89,19 +89,19 @@ def run_stage_on_ranks(spec: StageSpec, work: Work) -> Stage:
 
 
 def require_evaluation(recipe: Recipe) -> EvaluateSpec:
-    """Return the recipe's evaluate section, whose sets are all there.
+    """Return the recipe's evaluate section after checking that all its sets exist.
 
     Raises:
-        UsageError: there is no such section, or a set of it is missing or wrong.
+        UsageError: the section is absent, or a set is missing or invalid.
     """
     from toolchain.evaluation.open_sets import open_set
 
     if recipe.evaluate is None:
         raise UsageError(
-            f"recipe {recipe.name} has no evaluate section, so that there is nothing to export for and report on; "
-            "add one, or train only, with: clipkd distill"
+            f"recipe {recipe.name} has no evaluate section, so there is nothing to report; "
+            "add one, or train only with: clipkd distill"
         )
     for spec in recipe.evaluate.sets:
-        if not isinstance(spec, str):  # glyphs are always there
+        if not isinstance(spec, str):  # glyph sets always exist
             open_set(spec)
     return recipe.evaluate

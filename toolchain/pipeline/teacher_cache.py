@@ -1,4 +1,4 @@
-"""The stages that store a teacher's features, and how a later stage opens them."""
+"""Make the stages that store teacher features, and open them for later stages."""
 
 import json
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from toolchain.stage import Stage, StageSpec, open_stage
 
 @dataclass(frozen=True)
 class CacheInputs:
-    """A teacher, the training that reads its stored features, and where those lie."""
+    """A teacher, the training that uses its stored features, and their location."""
 
     training: TrainingInputs
     spec: TeacherCacheSpec
     teacher: Stage
     out: Path
-    """The run."""
+    """The run directory."""
 
     name: str = "teacher"
 
     @property
     def own_folder(self) -> Path:
-        """The folder in which this run stores them."""
+        """Return the folder in which this run stores the features."""
         return self.out / "teacher-cache" / self.name
 
     @property
     def folder(self) -> Path:
-        """The folder in which they are read: this run's, or another run's."""
+        """Return the folder that the features are read from: this run's or another run's."""
         return self.own_folder if self.spec.path is None else Path(self.spec.path)
 
 
@@ -74,7 +74,7 @@ def _store_features(inputs: CacheInputs, depends: dict[str, Any], folder: Path, 
 
 
 def open_or_make_cache(inputs: CacheInputs, screen: Screen) -> tuple[Any, float]:
-    """Return the cache that a student learns from, made first if it is this run's, and the seconds its making took."""
+    """Return the cache that a student learns from and the seconds to make it; make it if it belongs to this run."""
     from toolchain.distillation.teacher_cache import open_cache
 
     if inputs.spec.path is not None:
@@ -87,7 +87,7 @@ def open_or_make_cache(inputs: CacheInputs, screen: Screen) -> tuple[Any, float]
 
 
 def find_cache(inputs: TrainingInputs, out: Path, teacher: Stage) -> CacheInputs | None:
-    """Return the stored features that the student learnt from, if they are still there."""
+    """Return the stored features that the student learned from, if they still exist."""
     if inputs.distill.teacher_cache is None:
         return None
     cache = CacheInputs(inputs, inputs.distill.teacher_cache, teacher, out)
@@ -98,7 +98,7 @@ def open_found_cache(inputs: CacheInputs) -> Any:
     """Open stored features that `find_cache` found.
 
     Raises:
-        ArtifactError: they belong to something else.
+        ArtifactError: the features were made from other inputs.
     """
     from toolchain.distillation.teacher_cache import open_cache
 
@@ -106,7 +106,7 @@ def open_found_cache(inputs: CacheInputs) -> Any:
 
 
 def _depends(inputs: CacheInputs) -> dict[str, Any]:
-    """Return what decides the bytes of a teacher's features."""
+    """Return everything that determines the bytes of the teacher's features."""
     from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES
 
     training, teacher = inputs.training, inputs.teacher

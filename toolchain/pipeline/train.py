@@ -1,6 +1,6 @@
-"""The stages up to the float checkpoints: teacher, baseline and student.
+"""Make the stages of the float checkpoints: teacher, baseline and student.
 
-Heavy packages are imported inside the work, so that a run whose stages are all complete needs none of them.
+Heavy packages are imported inside the work, so a run with all stages complete does not need them.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ def train_checkpoints(
 ) -> dict[str, Stage]:
     """Make the frozen teacher, the student and, with `baseline: true`, the same student trained without the teacher.
 
-    A recipe that trains nothing makes the model that it adopts.
+    A recipe without training makes only the adopted model.
     """
     if recipe.distill is None:
         return {"adopted": _adopt(recipe.student, recipe.seed, out, "adopted", screen)}
@@ -49,7 +49,7 @@ def train_checkpoints(
 
 
 def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, screen: Screen) -> None:
-    """Report that models cannot be trained together before anything is read, downloaded or trained for them."""
+    """Raise an error for models that cannot be trained together, before anything is read, downloaded or trained."""
     from toolchain.distillation.compatibility import check_pair
     from toolchain.models.build import build_model
     from toolchain.recipe.load import teacher_recipe
@@ -64,7 +64,7 @@ def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, sc
 
 
 def _adopt(spec: ModelSpec, seed: int, out: Path, name: str, screen: Screen) -> Stage:
-    """Save a model from wherever it comes as an open_clip local-dir in the run."""
+    """Save a model from any source as an open_clip local-dir in the run."""
     from toolchain.recipe.model_names import fingerprint
 
     def work(folder: Path) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _train_one(
     """Train a student, with its teacher or alone."""
     from toolchain.recipe.model_names import fingerprint
 
-    if teacher is None:  # nothing it reads depends on the weights of losses it does not have
+    if teacher is None:  # without a teacher, the weights of teacher losses must not affect the key
         inputs = inputs.without_teacher()
     screen.starts(name)
     scoring = {"headline": inputs.scoring.headline} if inputs.scoring else {}
@@ -101,7 +101,7 @@ def _train_one(
         fields={
             "seed": inputs.seed,
             "data": data_fields(inputs.data),
-            "distill": inputs.distill.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # they change no feature
+            "distill": inputs.distill.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # no effect on features
         }
         | scoring,
         fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)},
@@ -160,22 +160,22 @@ def _train(
         processes=processes,
         say=screen.say,
     )
-    train_s = round(trained["train_s"] + caching_s, 1)  # what the student cost, the teacher's part included
+    train_s = round(trained["train_s"] + caching_s, 1)  # includes the time to store the teacher's features
     return {"role": name, "teacher_s": caching_s} | trained | {"train_s": train_s}
 
 
 def cache_teachers(
     recipe: Recipe, out: Path, screen: Screen, options: TrainingOptions = _NO_OPTIONS
 ) -> dict[str, Stage]:
-    """Store the features of the recipe's teacher, and of those it names beside it: a stage for each."""
+    """Store the features of the recipe's teacher and of its `also` teachers, one stage each."""
     spec = recipe.distill
     if spec is None or spec.teacher_cache is None or recipe.teacher is None:
         raise UsageError(
-            f"recipe {recipe.name} has no distill.teacher_cache; add one, as in --set distill.teacher_cache={{}}, and "
+            f"recipe {recipe.name} has no distill.teacher_cache; add it with --set distill.teacher_cache={{}}, and "
             "data.views: the number of augmentations of each sample to store"
         )
     if spec.teacher_cache.path is not None:
-        raise UsageError("distill.teacher_cache.path names a cache that is made already; remove it to make one")
+        raise UsageError("distill.teacher_cache.path refers to an existing cache; remove path to make a cache")
     made = {"teacher": _make_teacher(recipe.teacher, recipe.seed, out, screen, options)}
     for number, further in enumerate(spec.teacher_cache.also, 2):
         name = f"teacher-{number}"
@@ -188,7 +188,7 @@ def cache_teachers(
 
 
 def _make_teacher(spec: TeacherSpec, seed: int, out: Path, screen: Screen, options: TrainingOptions) -> Stage:
-    """Train the teacher by its own recipe, or save it as it is."""
+    """Train the teacher with its own recipe, or save the existing model."""
     from toolchain.recipe.load import teacher_recipe
 
     if spec.recipe is not None:

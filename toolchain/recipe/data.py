@@ -1,7 +1,7 @@
-"""The `data` section: one spec for each kind of training data, with the facts about a kind that other modules ask for.
+"""The `data` section: one spec for each kind of training data, with the facts about a kind that other modules need.
 
-A new kind is a spec here and in `DataSpec` (in `FileSpec` if a listing provides its samples), a file in toolchain/data,
-and its cases in toolchain/data/open.py.
+To add a kind, add a spec here and in `DataSpec` (in `FileSpec` if a listing provides its samples), a file in
+toolchain/data, and its cases in toolchain/data/open.py.
 """
 
 from typing import Annotated, ClassVar, Literal, Self
@@ -11,25 +11,25 @@ from pydantic import Field, model_validator
 from toolchain.recipe.section import Fraction, Positive, Section
 
 MAX_DAMAGED = 0.1
-"""Share of damaged samples at which a run stops unless told otherwise: broken downloads are a few in a hundred at the
-worst, a wrong column, root or folder is nearly all.  In between is room, so that chance stops no run at hour nine."""
+"""Default share of corrupt samples above which a run stops.  Failed downloads corrupt a few in a hundred at the worst,
+a wrong column, root or folder nearly all.  The limit is far from both, so chance does not stop a run after hours."""
 
 
 class DataSection(Section):
-    """The base of every kind: facts about it that no recipe changes and that are no part of a stage's key."""
+    """The base of every kind of data.  Its class variables are not set in recipes and do not enter a stage's key."""
 
     needs_loader_workers: ClassVar[bool] = True
-    """False: samples cost so little to make that the training process makes them itself."""
+    """False: samples are so cheap to make that the training process makes them itself."""
 
     is_stored: ClassVar[bool] = True
-    """False: images are drawn while training, so that there is nothing to pack."""
+    """False: images are drawn during training, so there is nothing to pack."""
 
     licence: ClassVar[str | None] = None
-    """For the model card, where it is known without asking the user."""
+    """Licence of the data for the model card; None if only the user can know it."""
 
     @property
     def captionless_kind(self) -> str | None:
-        """The kind of data that has images without captions; None if all images have captions."""
+        """Return the kind of data whose images have no captions; None if all images have captions."""
         return None
 
 
@@ -45,22 +45,22 @@ class GlyphsSpec(DataSection):
     kind: Literal["glyphs"]
 
     views: Positive = 3
-    """Distinct augmentations of each sample; epoch e shows view e mod views."""
+    """Number of distinct augmentations of each sample; epoch e shows view e mod views."""
 
 
 class _StoredImagesSpec(DataSection):
     views: Positive | None = None
-    """Distinct augmentations of each sample; epoch e shows view e mod views.  Absent: every epoch its own, which no
-    teacher cache can hold."""
+    """Number of distinct augmentations of each sample; epoch e shows view e mod views.  Absent: every epoch draws new
+    augmentations, which a teacher cache cannot store."""
 
     crop_scale: tuple[Fraction, Fraction] = (0.9, 1.0)
-    """Share of the picture's area that a random crop keeps, from and to."""
+    """Smallest and largest share of the image's area that a random crop keeps."""
 
     max_damaged: Annotated[float, Field(ge=0, le=1)] = MAX_DAMAGED
-    """Share of damaged samples above which training stops; below it others are shown in their place."""
+    """Share of corrupt samples above which training stops; below it, other samples replace them."""
 
     @model_validator(mode="after")
-    def _crops_exist(self) -> Self:
+    def _check_crop_scale(self) -> Self:
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"crop_scale {list(self.crop_scale)}: the first must not exceed the second")
         return self
@@ -71,42 +71,44 @@ class WebdatasetSpec(_StoredImagesSpec):
 
     shards: Annotated[tuple[str, ...], Field(min_length=1)]
     """Tar files of image-text pairs as img2dataset writes them; braces expand: data/cc3m/{00000..00331}.tar.
-    Relative to the folder clipkd runs in."""
+    Paths are relative to the current folder."""
 
 
 class CsvSpec(_StoredImagesSpec):
-    """data:
-    kind: csv
-    paths: [data/train.tsv]    # UTF-8, the first line names the columns
-    delimiter: "\\t"
-    image_column: filepath
-    caption_column: title      # or several: [title, alt_text]
-    root: data/pictures        # of relative names of pictures
-    quoted: false              # true: a field in "..." may hold the delimiter
+    """CSV or TSV files that name an image and its caption in each row.
+
+    data:
+      kind: csv
+      paths: [data/train.tsv]    # UTF-8, the first line names the columns
+      delimiter: "\\t"
+      image_column: filepath
+      caption_column: title      # or several: [title, alt_text]
+      root: data/images          # folder that relative image paths start from
+      quoted: false              # true: a field in "..." may contain the delimiter
     """
 
     kind: Literal["csv"]
 
     paths: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Relative to the folder clipkd runs in, as is `root`."""
+    """Paths of the files.  They and `root` are relative to the current folder."""
 
     delimiter: str
     image_column: str
     caption_column: str | tuple[str, ...]
-    """Several columns are several captions of the same picture; so are several rows that name it."""
+    """Several columns are several captions of the same image; so are several rows with the same image."""
 
     root: str | None = None
-    """Where relative names of pictures start.  Absent: at the folder of the file that names them."""
+    """Folder that relative image paths start from.  Absent: the folder of the CSV file."""
 
     quoted: bool = False
-    """Whether a field may stand in double quotes, and then hold the delimiter, a line's end, or a doubled quote."""
+    """true: a field may be in double quotes, and may then contain the delimiter, a line break or a doubled quote."""
 
     @model_validator(mode="after")
-    def _fields_can_be_told_apart(self) -> Self:
+    def _check_columns(self) -> Self:
         if len(self.delimiter) != 1 or not self.delimiter.isascii() or self.delimiter in '"\r\n':
             raise ValueError(f"delimiter {self.delimiter!r}: expected one ASCII character, such as ',' or '\\t'")
         if not self.caption_column:
-            raise ValueError("caption_column names no column")
+            raise ValueError("caption_column is empty; expected a column or a list of columns")
         return self
 
 
@@ -114,41 +116,45 @@ Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]
 
 
 class ImageFolderSpec(_StoredImagesSpec):
-    """data:
-    kind: image_folder
-    path: data/animals             # data/animals/CLASS/PICTURE
-    names: data/animals_names.tsv  # FOLDER, a tab, a name; several lines of a folder: several names
-    templates: ["a photo of a {}.", "a drawing of a {}."]
+    """Images in one folder per class; class names in templates are their captions.
+
+    data:
+      kind: image_folder
+      path: data/animals             # data/animals/CLASS/IMAGE
+      names: data/animals_names.tsv  # FOLDER, tab, name; several lines for a folder give it several names
+      templates: ["a photo of a {}.", "a drawing of a {}."]
     """
 
     kind: Literal["image_folder"]
 
     path: str
-    """Relative to the folder clipkd runs in, as is `names`."""
+    """Folder of the class folders.  It and `names` are relative to the current folder."""
 
     names: str | None = None
-    """Absent: a class is called as its folder, underscores as spaces."""
+    """File of class names.  Absent: the folder's name, with spaces for underscores."""
 
     templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of a {}.",)
-    """Each with {} in place of the class; every template with every name is a caption of the picture."""
+    """Captions with {} in place of the class name; each template with each name is one caption of the image."""
 
 
 class ImagesSpec(_StoredImagesSpec):
-    """data:
-      kind: images                   # pictures without captions, and the classes a student is made for
-      path: data/unlabelled          # everything below it
+    """Images without captions, and the classes that the student must recognize.
+
+    data:
+      kind: images
+      path: data/unlabelled          # all images in it and its subfolders
       classes: data/classes.txt      # one a line
       templates: ["a photo of a {}."]
 
-    In every epoch a picture is shown beside a prompt drawn by chance, which says nothing of it: the objectives that
-    hold picture and text to belong together cannot be used, those that compare what student and teacher make of each
-    can (fd, mfd, crd, cross_kd).
+    Every epoch pairs each image with a random prompt that does not describe it.  Objectives that need matching pairs
+    therefore cannot be used; objectives that compare the student's features with the teacher's can (fd, mfd, crd,
+    cross_kd).
     """
 
     kind: Literal["images"]
 
     path: str
-    """Relative to the folder clipkd runs in, as is `classes`."""
+    """Folder of the images.  It and `classes` are relative to the current folder."""
 
     classes: str
     templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of a {}.",)
@@ -163,37 +169,41 @@ SourceSpec = WebdatasetSpec | FileSpec
 
 
 class MixtureSpec(DataSection):
-    """data:
-    kind: mixture                  # an epoch shows all of them, shuffled
-    sources:
-      - {kind: webdataset, shards: ["data/cc3m/{00000..00331}.tar"]}
-      - {kind: image_folder, path: data/animals}
-    repeat: [1, 4]                 # the animals four times an epoch, cropped and captioned anew each time
+    """Several sources together; an epoch shows all their samples, shuffled.
+
+    data:
+      kind: mixture
+      sources:
+        - {kind: webdataset, shards: ["data/cc3m/{00000..00331}.tar"]}
+        - {kind: image_folder, path: data/animals}
+      repeat: [1, 4]                 # animals four times an epoch, with a new crop and caption each time
     """
 
     kind: Literal["mixture"]
 
     sources: Annotated[tuple[Annotated[SourceSpec, Field(discriminator="kind")], ...], Field(min_length=2)]
     repeat: tuple[Positive, ...] | None = None
-    """How often an epoch shows each source.  Absent: once."""
+    """Number of times that an epoch shows each source.  Absent: once each."""
 
     views: Positive | None = None
-    """Distinct augmentations of each sample, of all sources together."""
+    """Number of distinct augmentations of each sample, for all sources."""
 
     max_damaged: Annotated[float, Field(ge=0, le=1)] = MAX_DAMAGED
-    """Share of damaged samples, of all sources together, above which training stops."""
+    """Share of corrupt samples, over all sources, above which training stops."""
 
     @property
     def captionless_kind(self) -> str | None:
         return next((source.captionless_kind for source in self.sources if source.captionless_kind), None)
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Self:
+    def _check_sources(self) -> Self:
         if self.repeat is not None and len(self.repeat) != len(self.sources):
             raise ValueError(f"repeat has {len(self.repeat)} numbers for {len(self.sources)} sources")
         for field in ("max_damaged", "views"):
             if any(field in source.model_fields_set for source in self.sources):
-                raise ValueError(f"{field} is of all sources together: say it beside sources, not in one of them")
+                raise ValueError(
+                    f"{field} applies to all sources together; set data.{field}, not {field} of one source"
+                )
         return self
 
 

@@ -1,7 +1,7 @@
 """The `distill` section: objectives, schedule, teacher cache.
 
-The weights of the objectives stand here, and which of them need captions; everything else about an objective stands in
-distillation/objectives.py.
+It holds the weights of the objectives and lists which objectives need captions; everything else about an objective is
+in distillation/objectives.py.
 """
 
 from typing import Annotated
@@ -13,10 +13,10 @@ from toolchain.recipe.section import BatchSize, Positive, Precision, Section, St
 
 
 class LossWeights(Section):
-    """Multiplies each objective (docs/method.md); 0 leaves it out of the computation too.
+    """Weights that multiply the objectives (docs/method.md); an objective of weight 0 is not computed.
 
-    The default is CLIP-KD's published combination: its 2000 of FD's mean over the width D is 2000 / D of the sum, here
-    at D = 512.
+    The default is CLIP-KD's published combination.  CLIP-KD weights FD's mean over the width D by 2000, which is a
+    weight of 2000 / D for the sum used here; the default is for D = 512.
     """
 
     task: Weight = 1.0
@@ -29,7 +29,7 @@ class LossWeights(Section):
     """Feature distillation, summed over the width."""
 
     mfd: Weight = 0.0
-    """Masked feature distillation: the same, of an image tower that sees only some patches."""
+    """Masked feature distillation: FD with an image tower that sees only some patches."""
 
     gd: Weight = 0.0
     """Gradient distillation, summed over the width and scaled by the square of the batch."""
@@ -41,80 +41,80 @@ class LossWeights(Section):
     """Augmented feature distillation."""
 
     cross_kd: Weight = 0.0
-    """Relational distillation of the similarities between the two models."""
+    """Relational distillation of the similarities between student and teacher."""
 
 
 NEED_CAPTIONS = ("task", "gd", "icl", "afd")
-"""Objectives that hold an image and its caption to belong together."""
+"""Objectives that need each image to be paired with its own caption."""
 
 
 class TeacherCacheSpec(Section):
     """The teacher's features of every view of `data.views` and every caption, computed once (docs/teacher_cache.md)."""
 
     dtype: StoredDtype = "float32"
-    """How they are stored; int8 with a scale for each row."""
+    """Data type of the stored features; int8 has one scale per row."""
 
     path: str | None = None
-    """A cache that another run made of the same data and teacher: runs/OTHER/teacher-cache/teacher.
-    Absent: this run's own, made if it is not there.  Relative to the folder clipkd runs in."""
+    """Teacher cache of another run with the same data and teacher: runs/OTHER/teacher-cache/teacher, relative to the
+    current folder.  Absent: this run's own cache, made if it does not exist."""
 
     also: tuple[TeacherSpec, ...] = ()
-    """Further teachers that `clipkd cache` stores the features of, for other recipes."""
+    """More teachers whose features `clipkd cache` stores, for use by other recipes."""
 
     @model_validator(mode="after")
-    def _check_further_teachers(self) -> "TeacherCacheSpec":
+    def _check_also(self) -> "TeacherCacheSpec":
         if any(spec.recipe is not None for spec in self.also):
-            raise ValueError("also: a teacher that a recipe trains is trained by that recipe; name its run as model")
+            raise ValueError("also: a teacher cannot be given by recipe; train it first, and name its run as model")
         return self
 
 
 class DistillSpec(Section):
     steps: Positive | None = None
-    """Number of optimizer steps; or `epochs`."""
+    """Number of optimizer steps; give either `steps` or `epochs`."""
 
     epochs: Positive | None = None
 
     batch_size: BatchSize
-    """Samples per optimizer step, over all processes."""
+    """Samples per optimizer step, over all ranks."""
 
     lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate of AdamW, reached after warm-up."""
+    """Peak learning rate of AdamW, reached at the end of warm-up."""
 
     warmup: Annotated[int, Field(ge=0)]
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
 
     weight_decay: Weight = 0.1
     loss_weights: LossWeights = LossWeights()
 
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
-    """Share of the patches that MFD hides from the student."""
+    """Fraction of patches that MFD hides from the student."""
 
     reference_compat: bool = False
-    """Reproduce CLIP-KD's released code where it differs from the paper's mathematics (docs/method.md)."""
+    """Reproduce CLIP-KD's released code where it differs from the paper's equations (docs/method.md)."""
 
     precision: Precision = "fp32"
-    """Of the student's forward and backward pass; parameters, losses and optimizer stay float32."""
+    """Precision of the student's forward and backward pass; parameters, losses and optimizer stay float32."""
 
     teacher_precision: Precision = "fp32"
 
     teacher_cache: TeacherCacheSpec | None = None
-    """Run the teacher over every view once, before training, instead of in each step; {} does with the defaults."""
+    """Run the teacher once over every view before training, instead of in each step; {} uses the defaults."""
 
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Bound on the norm of all gradients together, those of the loss heads included."""
+    """Maximum norm of all gradients together, including those of the loss heads."""
 
     compile: bool = False
-    """torch.compile for student and teacher: minutes once, then faster steps on a GPU."""
+    """Compile student and teacher with torch.compile: takes minutes once, then speeds up steps on a GPU."""
 
     evaluate_every: Positive | None = None
-    """Steps between zero-shot evaluations of the student on the headline set."""
+    """Number of steps between zero-shot evaluations of the student on the headline set.  Absent: none."""
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps."""
         return self.steps or (self.epochs or 0) * steps_per_epoch
 
     def without_teacher(self) -> "DistillSpec":
-        """Return the same training without a teacher: contrastive, and independent of every field that concerns one."""
+        """Return the same training without a teacher: contrastive loss only, independent of teacher fields."""
         task_alone = LossWeights(**dict.fromkeys(LossWeights.model_fields, 0.0) | {"task": 1.0})
         changes = {"loss_weights": task_alone, "teacher_cache": None, "teacher_precision": "fp32"}
         return self.model_copy(update=changes | {"reference_compat": False})

@@ -11,32 +11,32 @@ GlyphSet = Literal["stix", "serif", "novel"]
 
 
 class FolderSet(Section):
-    """The user's own labelled pictures: CLASS/PICTURE."""
+    """The user's own labelled images, in one folder per class: CLASS/IMAGE."""
 
     kind: Literal["folder"]
     name: SetName
     path: str
 
     classes: str | dict[str, str] | None = None
-    """What each folder shows, {FOLDER: NAME}, or a YAML file of that; absent: the folders' names are the classes'."""
+    """Class name of each folder, {FOLDER: NAME}, or a YAML file of that mapping.  Absent: the folders' names."""
 
     templates: tuple[str, ...] | str = ("a photo of a {}.",)
-    """Prompts with {} where the name goes, or a file of them, one a line."""
+    """Prompts with {} in place of the class name, or a file with one prompt a line."""
 
 
 class ImagenetSet(Section):
-    """ImageNet's validation pictures, or a set labelled with its classes, in folders as published."""
+    """ImageNet's validation images, or a variant with the same classes, in folders as published."""
 
     kind: Literal["imagenet"]
     name: SetName = "imagenet"
     path: str
 
     variant: Literal["val", "v2", "r", "a", "sketch"] = "val"
-    """v2's folders are the classes' numbers, all others' WordNet ids; r and a are of 200 classes, ranked alone."""
+    """Folders are class numbers in v2 and WordNet ids in all others.  r and a rank only their own 200 classes."""
 
 
 class ClipBenchmarkSet(Section):
-    """A test set as CLIP_benchmark's webdataset format holds it: classification, or retrieval."""
+    """A classification or retrieval test set in CLIP_benchmark's webdataset format."""
 
     kind: Literal["clip_benchmark"]
     name: SetName
@@ -45,40 +45,40 @@ class ClipBenchmarkSet(Section):
 
 
 class KarpathySet(Section):
-    """The test split of COCO or Flickr30k by Karpathy's dataset_*.json: 5,000 and 1,000 pictures."""
+    """The test split of COCO (5,000 images) or Flickr30k (1,000 images) from Karpathy's dataset_*.json."""
 
     kind: Literal["karpathy"]
     name: SetName
     file: str
     images: str
-    """The folder of the pictures, or the one that holds COCO's val2014."""
+    """Folder of the images, or the folder that contains COCO's val2014."""
 
     captions: Literal["all", "one"] = "all"
-    """All of each picture's captions, five or a few more: the standard protocol; or only the first, as in CLIP-KD."""
+    """all: every caption of each image (five or a few more), the standard protocol; one: the first, as in CLIP-KD."""
 
 
 class PairsSet(Section):
-    """One caption per picture, each to be found among all others, as CC3M's validation pairs are evaluated."""
+    """Image retrieval and text retrieval with one caption per image, as CC3M's validation pairs are evaluated."""
 
     kind: Literal["pairs"]
     name: SetName
 
     file: str | None = None
-    """A table with a header, one pair a line; or `shards`."""
+    """A table with a header and one pair a line; give either `file` or `shards`."""
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = "\t"
-    """Tab: cells are taken as they are.  Any other: cells may be in double quotes."""
+    """With a tab, quotes in cells are plain characters; with any other delimiter, cells may be in double quotes."""
 
     image_column: str = "filepath"
     caption_column: str = "title"
     images: str | None = None
-    """The folder that paths in the table start from; absent: the table's."""
+    """Folder that relative paths in the table start from.  Absent: the table's folder."""
 
     shards: tuple[str, ...] | None = None
-    """Webdataset archives, as in data.shards: relative to the folder clipkd runs in."""
+    """Webdataset archives, as in data.shards; relative to the current folder."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> "PairsSet":
+    def _check_source(self) -> "PairsSet":
         if bool(self.file) == bool(self.shards):
             raise ValueError("give either file or shards")
         return self
@@ -108,25 +108,25 @@ def set_name(spec: EvalSetSpec) -> str:
 
 class EvaluateSpec(Section):
     headline: str = "stix"
-    """The set whose top-1 the report ranks by."""
+    """Name of the evaluation set whose top-1 the report ranks models by."""
 
     sets: tuple[EvalSetSpec, ...] = ("stix", "serif", "novel")
-    """Glyph sets by name (stix, serif, novel), others by kind (docs/evaluation.md)."""
+    """Evaluation sets: glyph sets by name (stix, serif, novel), others by kind (docs/evaluation.md)."""
 
     examples: Annotated[int, Field(ge=0, le=16)] = 16
-    """Pictures of the headline set, of 96 pixels at most, that are kept with each model's answer for the report's page,
-    which shows up to 8.  0: no picture leaves the set."""
+    """Number of images of the headline set that are stored, scaled to at most 96 pixels, with each model's answer.  The
+    report page shows up to 8.  0: no image is copied."""
 
     @property
     def headline_set(self) -> EvalSetSpec:
         return next(spec for spec in self.sets if set_name(spec) == self.headline)
 
     @model_validator(mode="after")
-    def _headline_is_evaluated(self) -> "EvaluateSpec":
+    def _check_headline(self) -> "EvaluateSpec":
         names = [set_name(spec) for spec in self.sets]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"two sets are named {twice[0]!r}; give each a name of its own")
+            raise ValueError(f"two sets have the name {twice[0]!r}; give each a different name")
         if self.headline not in names:
             raise ValueError(f"headline '{self.headline}' is not among sets {names}")
         return self

@@ -1,4 +1,6 @@
-"""The `export` and `profile` sections, and what the flags of `clipkd export` change in the first."""
+"""The `export` and `profile` sections, and the changes that the flags of `clipkd export` make to `export`.
+
+A TensorRT build kit (kit) is a folder of graphs from which the target device builds its own TensorRT engines."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,46 +15,49 @@ from toolchain.runtimes import RUNTIMES, RuntimeName
 
 class AutoSpec(Section):
     max_drop: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """How much top-1 on the headline set may fall below that of fp32 in the same runtime, as a fraction.
+    """Largest accepted drop of headline top-1 from fp32 in the same runtime, as a fraction.
     Absent: quantize.max_drop, or 0.01."""
 
 
 class ExportSpec(Section):
     runtimes: tuple[RuntimeName, ...] = ("onnxruntime",)
-    """`tensorrt` writes kits of the shipped model, and builds their engines here if `build_engines`."""
+    """Runtimes to export for.  `tensorrt` writes TensorRT build kits of the shipped model, and builds their engines
+    on this machine if `build_engines`."""
 
     build_engines: bool = True
     precisions: tuple[PrecisionName, ...] = ("fp32", "int8")
-    """Of the student; teacher and baseline, which are there for comparison, in fp32 and for the first runtime alone."""
+    """Precisions of the student.  Teacher and baseline serve for comparison: they are exported in fp32 for the first
+    runtime only."""
 
     opset: Literal[18, 19, 20] = 20
 
     auto: AutoSpec | None = None
-    """Choose, for each runtime, the one of `precisions` to ship: the fastest here within a budget of fp32's accuracy.
-    One that cannot be made is then no error but rejected.  Absent: nothing is chosen."""
+    """Choose the precision to ship for each runtime: the fastest on this machine whose top-1 stays within `max_drop` of
+    fp32's.  A precision that cannot be exported is then rejected without an error.  Absent: no choice is made."""
 
     batch: Literal[1] | None = None
-    """1 fixes the first dimension of every graph, for NPUs and runtimes that know no other; absent: it is free."""
+    """1 fixes the first dimension of every graph, for NPUs and runtimes that need fixed shapes.  Absent: any size."""
 
     uint8_input: bool = False
-    """Beside image.onnx of the student also image_uint8.onnx, which preprocesses too; not in kits of TensorRT."""
+    """Also write the student's image_uint8.onnx, which includes preprocessing; not in TensorRT build kits."""
 
     @model_validator(mode="after")
-    def _something_is_exported(self) -> "ExportSpec":
+    def _check_not_empty(self) -> "ExportSpec":
         if not self.runtimes or not self.precisions:
             raise ValueError("runtimes and precisions need at least one entry each")
         return self
 
     @model_validator(mode="after")
-    def _auto_has_something_to_weigh(self) -> "ExportSpec":
+    def _check_auto(self) -> "ExportSpec":
         if self.auto is not None and REFERENCE_PRECISION not in self.precisions:
             raise ValueError(
-                f"auto holds every precision against {REFERENCE_PRECISION}; add {REFERENCE_PRECISION} to precisions"
+                f"auto compares every precision with {REFERENCE_PRECISION}; add {REFERENCE_PRECISION} to precisions"
             )
         kits = [runtime for runtime in self.runtimes if RUNTIMES[runtime].is_kit]
         if self.auto is not None and kits:
             raise ValueError(
-                f"auto weighs what runs here, and a {kits[0]} engine runs on its device; export kits apart"
+                f"auto measures on this machine, but {kits[0]} engines run on the target device: "
+                f"export {kits[0]} without auto"
             )
         return self
 
@@ -64,14 +69,14 @@ class ExportSpec(Section):
 
 @dataclass(frozen=True)
 class ExportFlags:
-    """The flags of `clipkd export`; what is absent stays as the run's recipe says.
+    """The flags of `clipkd export`; an absent flag leaves the run's recipe as it is.
 
     Raises:
-        UsageError: one of them makes no sense without, or with, another.
+        UsageError: a flag needs, or excludes, another flag.
     """
 
     runtimes: tuple[RuntimeName, ...] = ()
-    """Those that run here replace the recorded ones; kits are added to them."""
+    """Runtimes that run on this machine replace the recorded ones; TensorRT build kits are added to them."""
 
     precisions: tuple[str, ...] | None = None
     build_engines: bool = True
@@ -83,20 +88,23 @@ class ExportFlags:
     def __post_init__(self) -> None:
         kits = any(RUNTIMES[runtime].is_kit for runtime in self.runtimes)
         if not (self.build_engines or kits):
-            raise UsageError("--no-build is about TensorRT engines: write --trt --no-build")
+            raise UsageError("--no-build applies to TensorRT engines: write --trt --no-build")
         if self.max_drop is not None and not self.auto:
-            raise UsageError("--max-drop is about --auto: write --auto --max-drop 0.01")
+            raise UsageError("--max-drop applies to --auto: write --auto --max-drop 0.01")
         if self.auto and kits:
-            raise UsageError("--auto weighs what runs here, and a kit's engines run on its device: export kits apart")
+            raise UsageError(
+                "--auto measures on this machine, but TensorRT engines run on the target device: "
+                "export TensorRT without --auto"
+            )
 
 
 def export_overrides(recorded: ExportSpec, flags: ExportFlags) -> dict[str, Any]:
-    """Return the fields of a run's `export` section that flags change, as a recipe would write them.
+    """Return the fields of a run's `export` section that flags change, in a recipe's form.
 
-    With --auto, fp32 is always among the precisions, and every precision is if none is named.
+    With --auto, fp32 is always among the precisions; without --precision, all precisions are.
 
     Raises:
-        UsageError: --auto has no runtime that runs here.
+        UsageError: --auto has no runtime that runs on this machine.
     """
     kits = [runtime for runtime in flags.runtimes if RUNTIMES[runtime].is_kit]
     named = [runtime for runtime in flags.runtimes if not RUNTIMES[runtime].is_kit]
@@ -107,7 +115,7 @@ def export_overrides(recorded: ExportSpec, flags: ExportFlags) -> dict[str, Any]
         named = named or [runtime for runtime in recorded.runtimes if not RUNTIMES[runtime].is_kit]
         if not named:
             raise UsageError(
-                f"--auto weighs what runs here, and the recipe has {', '.join(recorded.runtimes)} alone: "
+                f"--auto measures on this machine, but the recipe exports only for {', '.join(recorded.runtimes)}: "
                 "add --onnx or --openvino"
             )
         precisions = SAFEST_FIRST if flags.precisions is None else flags.precisions
@@ -128,11 +136,11 @@ def export_overrides(recorded: ExportSpec, flags: ExportFlags) -> dict[str, Any]
 
 class ProfileSpec(Section):
     processes: Positive = 3
-    """Fresh processes per measurement."""
+    """Number of new processes per measurement."""
 
     seconds: Annotated[float, Field(gt=0)] = 1.0
-    """Measured time per tower, shared among the processes."""
+    """Measured seconds per tower, divided among the processes."""
 
     pytorch: tuple[Literal["eager", "compiled"], ...] = ()
-    """Also measure the checkpoint that ships as plain open_clip runs it, in PyTorch fp32: rows for reference, beside
-    its fp32 export, and none without one.  `compiled` (torch.compile) needs a C++ compiler."""
+    """Also measure the shipped checkpoint in PyTorch fp32, as plain open_clip runs it: reference rows of the report,
+    next to its fp32 export; without that export there are none.  `compiled` (torch.compile) needs a C++ compiler."""

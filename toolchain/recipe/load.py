@@ -1,4 +1,4 @@
-"""Find, read, override and anchor recipes."""
+"""Find, read and override recipes, and make their paths absolute."""
 
 import difflib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from toolchain.recipe.recipe import Recipe
 
 
 def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
-    """A recipe by the name of one that ships, or by path, in a recipe relative to that.
+    """Return the path of a recipe, given a shipped recipe's name or a path; in a recipe, the path is relative to it.
 
     Raises:
         UsageError: there is no such recipe.
@@ -30,20 +30,20 @@ def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
         return path
     last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
     near = difflib.get_close_matches(name.rpartition("/")[2], last_parts, 1)
-    hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists those that ship"
-    raise UsageError(f"{name}: no recipe of this name ships and no such file exists; {hint}")
+    hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists the shipped recipes"
+    raise UsageError(f"{name}: no shipped recipe has this name, and no such file exists; {hint}")
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes installed with clipkd, those in a folder with its name: paper/vit_t_16."""
+    """Return the names of the recipes installed with clipkd, with their subfolder if any: paper/vit_t_16."""
     paths = [path.relative_to(SHIPPED) for path in (*SHIPPED.glob("*.yaml"), *SHIPPED.glob("*/*.yaml"))]
     return sorted(path.with_suffix("").as_posix() for path in paths)
 
 
 def recipe_headlines() -> dict[str, str]:
     """Return the first sentence of the header of each recipe that ships, by name."""
-    described = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
-    return {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in described.items()}
+    texts = {name: (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped_recipes()}
+    return {name: text.split("\n#\n")[0].replace("\n", " ").replace("# ", "") for name, text in texts.items()}
 
 
 def load_recipe(
@@ -51,11 +51,11 @@ def load_recipe(
 ) -> Recipe:
     """Return a recipe, read and checked as a whole.
 
-    `changes` replaces fields by section, as flags of a command do; `overrides` are `section.field=value` strings, which
-    come after them.
+    `changes` replaces fields by section, as a command's flags do; `overrides` are `section.field=value` strings and
+    are applied after `changes`.
 
     Raises:
-        UsageError: not YAML, or anything in it is unknown or wrong: every problem at once, each with its path.
+        UsageError: not YAML, or fields are unknown or wrong; the message lists every problem with its path.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def load_recipe(
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of sections; got {type(raw).__name__}")
+        raise UsageError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     for section, fields in (changes or {}).items():
         raw[section] = {**(raw.get(section) or {}), **fields}
     for override in overrides or []:
@@ -73,10 +73,11 @@ def load_recipe(
 
 
 def adopting(model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None) -> Recipe:
-    """A recipe that trains nothing: a model as it is, with what `like` says of evaluating, exporting and quantizing.
+    """Return a recipe that adopts a model without training it, with the data, quantize, export, evaluate and profile
+    sections of `like`.
 
     Raises:
-        UsageError: there is no such model, or it has no weights of its own and none are named.
+        UsageError: there is no such model, or it has no weights and none are given.
     """
     sections = ("data", "quantize", "export", "evaluate", "profile")
     taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
@@ -90,10 +91,10 @@ def adopting(model: str, weights: dict[str, str], like: Recipe | None, overrides
 
 
 def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
-    """A recipe from its sections, whose paths are relative to a folder; `where` is for messages.
+    """Return a checked recipe from its sections, whose paths are relative to `folder`; `where` is for messages.
 
     Raises:
-        UsageError: anything in it is unknown or wrong: every problem at once, each with its path.
+        UsageError: fields are unknown or wrong; the message lists every problem with its path.
     """
     try:
         recipe = Recipe.model_validate(raw)
@@ -117,16 +118,16 @@ def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
 
 
 def teacher_recipe(spec: TeacherSpec) -> Recipe:
-    """The recipe that trains a loaded recipe's teacher."""
+    """Return the recipe that trains a loaded recipe's teacher."""
     assert spec.recipe is not None
     return load_recipe(recipe_path(spec.recipe))
 
 
 def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
-    """The same recipe by a name that ships or by an absolute path, once it is known to be one that trains a teacher.
+    """Check that a recipe can train a teacher; return it by its shipped name or by an absolute path.
 
     Raises:
-        UsageError: there is no such recipe, it is wrong, or it has a teacher itself.
+        UsageError: there is no such recipe, it has errors, or it has a teacher itself.
     """
     assert spec.recipe is not None
     try:
@@ -136,18 +137,18 @@ def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        raw = None  # load_recipe says it better
-    if isinstance(raw, dict) and raw.get("teacher") is not None:  # before loading: it may name itself
+        raw = None  # load_recipe has the better message
+    if isinstance(raw, dict) and raw.get("teacher") is not None:  # before loading, because it may refer to itself
         raise UsageError(
             f"teacher.recipe {spec.recipe}: this recipe has a teacher itself; expected plain contrastive training. "
-            f"To distil from its student, run it and write teacher: {{model: runs/NAME}}"
+            f"To distill from its student, run it and write teacher: {{model: runs/NAME}}"
         )
     load_recipe(path)
     return spec if spec.recipe in shipped_recipes() else spec.model_copy(update={"recipe": str(path)})
 
 
 def _anchor_set(spec: EvalSetSpec, folder: Path) -> EvalSetSpec:
-    """The same set by absolute paths, beside the recipe or else in the current folder."""
+    """Return the same set with absolute paths, found relative to the recipe or else to the current folder."""
     if isinstance(spec, str):
         return spec
     written = {key: getattr(spec, key, None) for key in ("path", "file", "images", "classes", "templates")}

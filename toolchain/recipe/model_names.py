@@ -1,11 +1,11 @@
-"""Names of models: resolve those that a recipe may use, and fingerprint what a stage that uses one depends on.
+"""Resolve the model names that a recipe may use, and compute the fingerprint of a model for stage keys.
 
-A model is an architecture and perhaps weights.  The architecture is a folder that ships with clipkd, a folder of one's
-own (an open_clip local-dir, or a run of clipkd's), a repository of the Hugging Face Hub, or one that open_clip knows by
-name.  The weights lie in that folder or repository, or open_clip's tag or a checkpoint file names them.
+A model is an architecture and optionally weights.  The architecture is a folder that ships with clipkd, the user's own
+folder (an open_clip local-dir or a run directory), a repository of the Hugging Face Hub, or the name of an open_clip
+architecture.  The weights are in that folder or repository, or are given by open_clip's tag or a checkpoint file.
 
-Nothing is opened here, and nothing is downloaded: importing this needs neither torch nor numpy nor open_clip, so that
-a recipe can be checked, and a finished run recognised, on a device that has none of them.
+This module loads no model and downloads nothing.  Importing it needs neither torch nor numpy nor open_clip, so a device
+without them can check a recipe and recognize a finished run.
 """
 
 import difflib
@@ -32,19 +32,19 @@ HUB, LOCAL_DIR = "hf-hub:", "local-dir:"
 
 
 def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
-    """The same model by a name or an absolute path, so that a resolved recipe means the same in any folder.
+    """Return the model with a known name or an absolute path, so a resolved recipe means the same in any folder.
 
-    Names go before paths: write ./ViT-B-16 for a folder of that name.  A path is relative to the recipe or, where there
-    is nothing beside that, to the current folder, which is what --set means by one.  `role` is for messages.
+    Names take precedence over paths: write ./ViT-B-16 for a folder of that name.  A path is relative to the recipe or,
+    if nothing exists there, to the current folder, as in --set.  `role` is for messages.
 
     Raises:
-        UsageError: nothing of this name is known, or what is there is no model.
+        UsageError: the name is unknown, or the path is not a model.
     """
     model = _anchor_model(spec.model, recipe_folder, role)
     if spec.pretrained is not None and (model.startswith(HUB) or local_folder(model)):
         raise UsageError(
-            f"{role}: pretrained is a tag of open_clip's for an architecture of its own, and {spec.model} is none. "
-            f"Remove it (the weights there are used by init: weights), or name a file with {role}.checkpoint"
+            f"{role}.pretrained is a tag for open_clip's architectures, and {spec.model} is not one of them. "
+            f"Remove pretrained (init: weights uses the weights of {spec.model}), or give a file as {role}.checkpoint"
         )
     changes: dict[str, Any] = {"model": model}
     if spec.checkpoint is not None:
@@ -56,21 +56,21 @@ def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
 
 
 def model_folder(spec: "ModelSpec") -> Path | None:
-    """Return the folder of an anchored model; None: in the Hub, or among open_clip's own."""
+    """Return the folder of a resolved model; None if it is in the Hub or an open_clip architecture."""
     return local_folder(spec.model)
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder of an anchored model's name, if it has one."""
+    """Return the folder of a resolved model name; None if it has none."""
     if model in shipped_models():
         return SHIPPED / model
     return Path(model) if Path(model).is_absolute() else None
 
 
 def fingerprint(spec: "ModelSpec") -> str:
-    """Return what a stage that uses an anchored model depends on: the content of its files, and the names of all else.
+    """Return a hash of a resolved model for stage keys: of its files' content, and of the names of everything else.
 
-    A name stands for what it meant when the stage was made: nothing asks the Hub whether that has changed since.
+    A repository on the Hub enters by name only: a later change to it is not noticed.
     """
     folder = model_folder(spec)
     depends = {
@@ -82,16 +82,16 @@ def fingerprint(spec: "ModelSpec") -> str:
 
 
 def shipped_models() -> list[str]:
-    """Names of the models installed with clipkd."""
+    """Return the names of the models installed with clipkd."""
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
 
 
 @cache
 def architectures() -> tuple[str, ...]:
-    """Names of the architectures that the installed open_clip knows, read without importing it; none without it."""
+    """Return the architecture names of the installed open_clip without importing it; empty if it is not installed."""
     try:
         package = importlib.util.find_spec("open_clip")
-    except ModuleNotFoundError:  # what an import hook that hides the package raises
+    except ModuleNotFoundError:  # raised by an import hook that hides the package
         package = None
     if package is None or package.origin is None:
         return ()
@@ -99,7 +99,7 @@ def architectures() -> tuple[str, ...]:
 
 
 def suggestion(name: str, known: list[str] | tuple[str, ...]) -> str | None:
-    """The nearest known name, whatever its case."""
+    """Return the most similar known name, ignoring case; None if none is similar."""
     folded = {entry.casefold(): entry for entry in known}
     near = difflib.get_close_matches(name.casefold(), folded, 1)
     return folded[near[0]] if near else None
@@ -118,30 +118,30 @@ def _anchor_model(model: str, recipe_folder: Path, role: str) -> str:
         return str(_folder_of_model(path, role))
     if path.is_file():
         raise UsageError(
-            f"{role}.model '{model}': {path} is a file; weights need their architecture. "
-            f"Write {role}: {{model: ViT-B-16, checkpoint: {written}}} with theirs in place of ViT-B-16"
+            f"{role}.model '{model}': {path} is a file of weights; expected a model or a folder. "
+            f"Write {role}: {{model: ViT-B-16, checkpoint: {written}}} with its architecture instead of ViT-B-16"
         )
-    spelled = model.replace("/", "-")  # ViT-B/16, as papers write it and open_clip takes it
+    spelled = model.replace("/", "-")  # papers write ViT-B/16, and open_clip accepts it
     if spelled in architectures():
         return spelled
     if not architectures() and written == model and re.fullmatch(r"[\w.-]+", model) and not model.startswith("."):
-        return model  # no open_clip here to know it, and none that could build it
+        return model  # open_clip is not installed, so the name cannot be checked
     near = suggestion(spelled, [*shipped_models(), *architectures()])
     hint = f"Did you mean {near}? " if near else ""
     raise UsageError(
         f"{role}.model '{model}': no such model, and no folder at {path}{_other_place(path)}. {hint}"
-        f"A model is one that ships ({', '.join(shipped_models())}), "
-        f"an architecture of open_clip's (ViT-B-16), {HUB}ORG/NAME, or a folder"
+        f"Expected a shipped model ({', '.join(shipped_models())}), "
+        f"an open_clip architecture (ViT-B-16), {HUB}ORG/NAME, or a folder"
     )
 
 
 def _folder_of_model(folder: Path, role: str) -> Path:
-    """Return the folder of the model that a directory is or holds: a local-dir itself, of a run the student."""
+    """Return the model's folder: the given folder if it is a local-dir, the student's folder if it is a run."""
     if (folder / CONFIG).is_file():
         if _stage_kind(folder) == "quantize":
             raise UsageError(
-                f"{role}.model: {folder} is an int8 model, which cannot teach or be trained further. "
-                f"Name the student it was made from"
+                f"{role}.model: {folder} is an int8 model, which cannot be a teacher or be trained further. "
+                f"Give the student it was quantized from"
             )
         return folder
     if (folder / "recipe.yaml").is_file():
@@ -153,24 +153,24 @@ def _folder_of_model(folder: Path, role: str) -> Path:
             f"Make it with: clipkd distill {folder / 'recipe.yaml'} --out {folder}"
         )
     raise UsageError(
-        f"{role}.model: {folder} has neither {CONFIG} (an open_clip local-dir) nor recipe.yaml (a run of clipkd's)"
+        f"{role}.model: {folder} has neither {CONFIG} (an open_clip local-dir) nor recipe.yaml (a run directory)"
     )
 
 
 def _stage_kind(folder: Path) -> str | None:
     try:
         kind: str | None = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):  # no stage of clipkd's; its manifest, if any, means something else
+    except (OSError, ValueError, AttributeError):  # not a stage of clipkd; a manifest of another program may exist
         return None
     return kind
 
 
 def resolved(path: str, recipe_folder: Path) -> Path:
-    """Return the absolute path of what a recipe names, beside the recipe or else in the current folder."""
+    """Return the absolute path of a path in a recipe: relative to the recipe or else to the current folder."""
     places = [(folder / Path(path).expanduser()).resolve() for folder in (recipe_folder, Path.cwd())]
     return next((place for place in places if place.exists()), places[0])
 
 
 def _other_place(path: Path) -> str:
-    """Return the other place where a path was looked for, for a message."""
+    """Return the second folder that was searched for a path, for a message."""
     return "" if path.is_relative_to(Path.cwd()) else f", nor in {Path.cwd()}"

@@ -1,4 +1,4 @@
-"""Explain what is wrong with a recipe: every problem at once, with its path and a suggestion."""
+"""Describe every problem of a recipe, each with its path and a suggestion."""
 
 import difflib
 from typing import Any, get_args
@@ -9,11 +9,12 @@ from toolchain.recipe.recipe import Recipe
 
 
 def describe_problem(problem: Any) -> str:
+    """Return one line on a validation error of pydantic."""
     places, known = _walk(problem["loc"])
     where = ".".join(places) or "recipe"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(places[-1], known, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"  {where}: unknown key; {hint}"
     if problem["type"] == "union_tag_not_found":
         return f"  {where}.kind: Field required"
@@ -25,9 +26,9 @@ def describe_problem(problem: Any) -> str:
 
 
 def _walk(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
-    """A problem's place as the recipe writes it, and the fields known in the section that holds it.
+    """Return a problem's path in the recipe, and the known fields of the section that contains it.
 
-    pydantic also puts into the location which `kind` of section was meant; that is no part of the recipe's path.
+    pydantic's location also contains the `kind` of a section, which is not part of the path in the recipe.
     """
     models: list[Any] = [Recipe]
     places: list[str] = []
@@ -35,7 +36,7 @@ def _walk(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
     for part in location:
         kinds = [model for model in models if "kind" in model.model_fields]
         if len(kinds) > 1:
-            if isinstance(part, int):  # a place in a list of sections
+            if isinstance(part, int):  # an index into a list of sections
                 places.append(str(part))
                 continue
             models = [model for model in kinds if part in get_args(model.model_fields["kind"].annotation)]
@@ -48,7 +49,7 @@ def _walk(location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
 
 
 def _sections(annotation: Any) -> list[Any]:
-    """The sections that a field may hold, by itself or in a list."""
+    """Return the section types that a field may have, directly or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections(part)]

@@ -1,4 +1,4 @@
-"""A recipe: its sections together, and the rules between them."""
+"""The whole recipe: its sections and the rules between them."""
 
 from typing import Annotated
 
@@ -17,24 +17,24 @@ class Recipe(Section):
     name: str
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     data: Annotated[DataSpec | None, Field(discriminator="kind")] = None
-    """Absent: nothing is trained or calibrated."""
+    """Training data.  Absent: nothing is trained or calibrated."""
 
     teacher: TeacherSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
 
     student: ModelSpec
     baseline: bool = False
-    """Also train the same student, from the same seed and batches, without the teacher."""
+    """Also train the same student without the teacher, from the same seed and batches."""
 
     distill: DistillSpec | None = None
-    """Absent: the student's weights are taken as they are (clipkd adopt)."""
+    """Absent: the student keeps its existing weights (clipkd adopt)."""
 
     quantize: QuantizeSpec | None = None
     """Absent: no int8 student."""
 
     export: ExportSpec = ExportSpec()
     evaluate: EvaluateSpec | None = None
-    """Absent: train only; accuracy and the report need it."""
+    """Absent: train only; accuracies and the report need this section."""
 
     profile: ProfileSpec = ProfileSpec()
 
@@ -42,25 +42,25 @@ class Recipe(Section):
     def _check_training(self) -> "Recipe":
         if self.distill is not None:
             if self.data is None:
-                raise ValueError("there is no data section to train on")
+                raise ValueError("no `data` section to train on; add one")
             if self.distill.teacher_cache is not None and self.teacher is None:
-                raise ValueError("distill.teacher_cache stores a teacher's features, and there is no teacher")
+                raise ValueError("distill.teacher_cache needs a `teacher` section; add one, or drop teacher_cache")
             if self.distill.teacher_cache is not None and self.data.views is None:
                 raise ValueError(
                     "distill.teacher_cache needs data.views, the number of augmentations of each sample to store: "
-                    "epoch e then shows view e mod views. As many as fit the disk; 1 is cheapest"
+                    "epoch e then shows view e mod views. Set it to 1 (the cheapest) or more, as the disk allows"
                 )
         elif self.teacher is not None or self.baseline:
             raise ValueError(
-                "teacher and baseline are for training, and there is no distill section; add one or drop them"
+                "teacher and baseline are for training, but there is no `distill` section; add one or drop them"
             )
         elif self.student.is_random and self.student.init != "weights":
             raise ValueError(
-                "there is no distill section, so that the student's weights are taken as they are, and it names none; "
+                "no `distill` section, so the student needs existing weights; "
                 "add distill, or give student one of pretrained, checkpoint, init: weights"
             )
         if self.quantize is not None and self.data is None:
-            raise ValueError("quantize calibrates on training data, and there is no data section; add one or drop it")
+            raise ValueError("quantize needs a `data` section to calibrate on; add one, or drop quantize")
         return self
 
     @model_validator(mode="after")
@@ -71,11 +71,11 @@ class Recipe(Section):
         weights = self.distill.loss_weights.model_dump()
         wrong = [name for name in NEED_CAPTIONS if weights[name]]
         if self.teacher is None or self.baseline:
-            raise ValueError(f"data of kind {kind} has no captions: it needs a teacher, and no baseline can be trained")
+            raise ValueError(f"data of kind {kind} has no captions: it needs a teacher, and baseline must be false")
         if wrong:
             raise ValueError(
-                f"data of kind {kind} has no captions, and {', '.join(wrong)} hold a picture and its caption to belong "
-                f"together; set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
+                f"data of kind {kind} has no captions, but {', '.join(wrong)} need images with their own captions; "
+                f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
                 "crd or cross_kd"
             )
         return self
@@ -83,17 +83,17 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_int8(self) -> "Recipe":
         if self.export.is_quantized and self.quantize is None and self.export.auto is None:
-            raise ValueError("export.precisions has int8 but there is no quantize section; add one or drop int8")
+            raise ValueError("export.precisions has int8, but there is no `quantize` section; add one or drop int8")
         return self
 
     @model_validator(mode="after")
     def _check_baseline(self) -> "Recipe":
         if self.baseline and self.teacher is None:
-            raise ValueError("baseline: true asks for the student without its teacher, and there is no teacher")
+            raise ValueError("baseline: true needs a `teacher` section; add one, or drop baseline")
         return self
 
     @model_validator(mode="after")
-    def _check_evaluating(self) -> "Recipe":
+    def _check_evaluation(self) -> "Recipe":
         if self.distill is not None and self.distill.evaluate_every and self.evaluate is None:
-            raise ValueError("distill.evaluate_every needs an evaluate section, which names the headline set")
+            raise ValueError("distill.evaluate_every needs an `evaluate` section with the headline set; add one")
         return self

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
-BatchSize = Annotated[int, Field(ge=2)]  # a contrastive loss of one pair is 0
+BatchSize = Annotated[int, Field(ge=2)]  # the contrastive loss of a single pair is always 0
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -13,6 +13,8 @@ StoredDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class Section(BaseModel):
+    """The base of every section: frozen, without unknown keys, and with attribute docstrings as field help."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )

@@ -1,7 +1,7 @@
-"""The report of a run as a stage: what it depends on, and whether the files in the run are still that report.
+"""Treat the report of a run as a stage, so an up-to-date report is read instead of written again.
 
-Its files lie in the root of the run, where others look for them, so that its manifest is a hidden file beside them.
-Importing this needs neither numpy nor a plotting package: a run whose report is up to date loads none of them.
+Its files are in the root of the run, where users expect them, so its manifest is a hidden file next to them.
+Importing this needs neither numpy nor a plotting package: a run with an up-to-date report loads none of them.
 """
 
 import json
@@ -14,14 +14,14 @@ from toolchain.report.row import FIELDS, Report, read_report
 from toolchain.stage import StageSpec
 
 RECORD = ".report.json"
-_VERSION = 1  # raised when a report of the same measurements is written differently
+_VERSION = 1  # raise when the same measurements give different report files
 
 
 def report_spec(run: Path) -> StageSpec:
-    """Return the report of a run as a stage: its key is that of everything in the run that a report shows.
+    """Return the stage spec of a run's report; its key depends on everything in the run that a report shows.
 
-    It reads the manifests of stages and not their digests, which leave out times and training logs.  A manifest has the
-    hash of every other file of its stage.
+    The key hashes whole manifests, because the digests of stages exclude times and training logs.  A manifest contains
+    the hash of every other file of its stage.
     """
     return StageSpec(
         run / RECORD,
@@ -33,7 +33,7 @@ def report_spec(run: Path) -> StageSpec:
 
 
 def read_recorded(run: Path) -> Report | None:
-    """Return the report of a run if its files are as they were written, of what the run has now; None otherwise."""
+    """Return the report of a run if its files are unchanged and match the run's current content; None otherwise."""
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
         key, files = record["key"], dict(record["files"])
@@ -45,7 +45,7 @@ def read_recorded(run: Path) -> Report | None:
 
 
 def write_record(spec: StageSpec, names: Iterable[str]) -> None:
-    """Record the files of a report that was just written into its run."""
+    """Record the hashes of a report's files right after they were written to its run."""
     run = spec.path.parent
     files = {name: file_sha256(run / name) for name in names}
     write_json(spec.path, {"key": spec.key, **spec.depends, "files": files})
@@ -56,7 +56,7 @@ def _hash_or_none(file: Path) -> str | None:
 
 
 def _recipe(run: Path) -> str | None:
-    """Return the recipe without its header, which names the command that was run last."""
+    """Return the recipe without its header, which contains the last command."""
     path = run / "recipe.yaml"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The accuracy-latency front as a picture, for papers and pull requests; Matplotlib is imported where it draws."""
+"""Draw the accuracy-latency front as PNG or SVG for papers and pull requests.  Matplotlib is imported on use."""
 
 import io
 import math
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
-_REFERENCE_MARKER = "X"  # PyTorch, whatever the precision
+_REFERENCE_MARKER = "X"  # for PyTorch rows of any precision
 
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
-_LABEL_DARKNESS = 0.62  # of a role's colour: at least 4.5 : 1 against white for every one of them
+_LABEL_DARKNESS = 0.62  # factor on a role's colour; gives each a contrast of at least 4.5 : 1 on white
 
 
 def render_picture(report: Report, form: Literal["png", "svg"]) -> bytes:
@@ -29,18 +29,18 @@ def render_picture(report: Report, form: Literal["png", "svg"]) -> bytes:
 
     groups = list(front_groups(report["rows"]).values())
     figure = Figure(figsize=(8, 5.2 * max(1, len(groups))), dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)  # measures text
+    FigureCanvasAgg(figure)  # needed to measure text
     if not groups:
         figure.text(0.5, 0.5, "no row has both a latency and an accuracy yet", ha="center", color=_QUIET)
     panels = [(figure.add_subplot(len(groups), 1, place), group) for place, group in enumerate(groups, 1)]
     for axes, group in panels:
         _draw_panel(axes, group)
-    figure.draw_without_rendering()  # settles the layout, without which labels cannot be placed
+    figure.draw_without_rendering()  # fixes the layout, which placing labels needs
     figure.set_layout_engine("none")
     for axes, group in panels:
         _place_labels(axes, group)
     content = io.BytesIO()
-    with rc_context({"svg.hashsalt": "clipkd", "svg.fonttype": "none"}):  # the same bytes again; text that is text
+    with rc_context({"svg.hashsalt": "clipkd", "svg.fonttype": "none"}):  # reproducible bytes; text stays text
         figure.savefig(content, format=form, metadata={"Date": None} if form == "svg" else None)
     return content.getvalue()
 
@@ -56,7 +56,7 @@ def latency_axis(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float]
         ticks = [m * 10.0**decade for decade in decades for m in mantissas if low <= math.log10(m) + decade <= high]
         if len(ticks) >= 4:
             return (10**low, 10**high), ticks
-    # less than about half a decade: evenly spaced, the step the largest of 1, 2 or 5 times 10^n that gives four
+    # below about half a decade: even spacing, with the largest step of 1, 2 or 5 times 10^n that gives four ticks
     wanted = (10**high - 10**low) / 5
     decade = 10.0 ** math.floor(math.log10(wanted))
     step = max(m * decade for m in (1, 2, 5) if m * decade <= wanted)
@@ -78,7 +78,7 @@ def front_line(rows: Sequence[ReportRow]) -> list[tuple[float, float]]:
 
 
 def lay_out_axes(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
-    """Set a logarithmic axis of the rows' latencies, a quiet grid, and no frame."""
+    """Set a logarithmic latency axis for the rows, a light grid, and no frame."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     limits, ticks = latency_axis(rows)
@@ -104,13 +104,13 @@ def _draw_panel(axes: "Axes", group: Sequence[ReportRow]) -> None:
     )
     axes.set_xlabel("median latency of the image tower, ms", color=_INK, fontsize=10)
     axes.set_ylabel("top-1, %", color=_INK, fontsize=10)
-    line = front_line(group)  # empty where there are references alone
+    line = front_line(group)  # empty if the group has only reference rows
     axes.plot(*zip(*line, strict=True), color=_INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
     for row in group:
         _draw_point(axes, row)
     key = "dashed: Pareto front    lines: 95 % intervals    hollow: grade C"
     if any(row["pytorch"] for row in group):
-        key += "    cross: PyTorch, for reference"
+        key += "    cross: PyTorch (reference)"
     axes.text(1, -0.16, key, transform=axes.transAxes, ha="right", va="top", color=_QUIET, fontsize=8)
 
 
@@ -142,7 +142,7 @@ def _marker(row: ReportRow) -> str:
 
 
 def _place_labels(axes: "Axes", group: Sequence[ReportRow]) -> None:
-    """Write every name where it covers least: no marker, interval, front or other name if there is such a place."""
+    """Place each name where it overlaps the least with markers, intervals, the front and other names."""
     from matplotlib.transforms import Bbox
 
     def pixels(p50_ms: float, top1: float) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def _label(axes: "Axes", row: ReportRow, direction: tuple[int, int], distance: i
 
 
 def _covered(extent: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
-    """Return the pixels of a label that lie on something, and, counted double, outside of the panel."""
+    """Return a label's overlap with occupied areas in pixels, plus twice its area outside the panel."""
     from matplotlib.transforms import Bbox
 
     def area(box: Bbox | None) -> float:

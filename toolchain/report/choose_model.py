@@ -1,6 +1,6 @@
-"""Choose the model to ship: the best row of a report that meets conditions, and why not each of the others.
+"""Choose the model to ship: the best row of a report that meets all conditions, and the reasons against the others.
 
-Conditions: comparisons of a field of report.json with a number or a word, joined by commas, all of which must hold:
+A condition compares a field of report.json with a number or a word; commas join conditions, and all must hold:
 
     p90_ms<=10, top1_drop_vs_teacher<=0.02, precision!=fp32
 """
@@ -17,10 +17,10 @@ from toolchain.report.row import FIELDS, ReportRow
 from toolchain.text_table import TextTable
 
 NUMBERS = {name: field.better for name, field in FIELDS.items() if field.better is not None}
-"""Fields with a number that can be compared, and whether more (1) or less (-1) is better."""
+"""Numeric fields that can be compared; 1 if more is better, -1 if less is better."""
 
 WORDS = tuple(name for name, field in FIELDS.items() if field.where)
-"""Fields with a word that a condition may name."""
+"""Text fields that a condition may use."""
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -37,7 +37,7 @@ _SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
 
 @dataclass(frozen=True)
 class Condition:
-    """One comparison."""
+    """One comparison of a field with a value."""
 
     field: str
     comparison: str
@@ -47,10 +47,10 @@ class Condition:
         return f"{self.field}{self.comparison}{self.value if isinstance(self.value, str) else f'{self.value:g}'}"
 
     def unmet_by(self, row: Mapping[str, Any]) -> str | None:
-        """Return why a row does not meet it, or None if it does; what is not known does not."""
+        """Return why a row does not meet the condition, or None if it does; unknown values do not meet it."""
         found = row.get(self.field)
         if found is None:
-            return f"{self.field} is not known"
+            return f"{self.field} is unknown"
         if _COMPARISONS[self.comparison](found, self.value):
             return None
         return f"{self.field} is {found if isinstance(found, str) else f'{found:.4g}'}, not {self.shown}"
@@ -62,7 +62,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Choice:
-    """The answer."""
+    """The best row, the runner-up, and the rejected rows with their reasons."""
 
     best: ReportRow | None
     runner_up: ReportRow | None
@@ -75,22 +75,22 @@ class Choice:
 def conditions(text: str) -> list[Condition]:
     """Return the conditions of `--where`.
 
-    Raises: UsageError for a field that does not exist, a comparison that makes no sense, or anything else.
+    Raises: UsageError for an unknown field, an invalid comparison, or any other text.
     """
     return [_condition(part) for part in text.split(",") if part.strip()]
 
 
 def choose_model(rows: Sequence[ReportRow], where: Sequence[Condition], by: str, device: str | None) -> Choice:
-    """Return the best row `by` a field among those that meet every condition; among equals the fastest.
+    """Return the row that is best in field `by` among those that meet every condition; the fastest of equals.
 
-    Raises: UsageError if no row is of the device, or the rows are of several and none was named.
+    Raises: UsageError if the device has no row, or the rows are of several devices and none was given.
     """
     devices = sorted({str(row["device"]) for row in rows})
     if device is None and len(devices) > 1:
-        raise UsageError(f"these rows are of several devices: {', '.join(devices)}; name one with --device")
+        raise UsageError(f"the rows are of several devices ({', '.join(devices)}); choose one with --device")
     here = [row for row in rows if device is None or row["device"] == device]
     if not here:
-        raise UsageError(f"--device {device}: no row is of it; there are: {', '.join(devices)}")
+        raise UsageError(f"--device {device}: no rows of this device; expected one of: {', '.join(devices)}")
     _direction(by)
     reasons = {id(row): _reasons(row, where, by) for row in here}
     fit = sorted((row for row in here if not reasons[id(row)]), key=lambda row: _order(row, by))
@@ -104,12 +104,12 @@ def _condition(part: str) -> Condition:
     match = _CONDITION.fullmatch(part)
     if match is None:
         raise UsageError(
-            f"--where: {part.strip()!r} is no condition; write FIELD<=NUMBER, as in 'p90_ms<=10, top1>=0.3'"
+            f"--where: {part.strip()!r} is not a condition; expected FIELD<=NUMBER, as in 'p90_ms<=10, top1>=0.3'"
         )
     field, comparison, value = match.groups()
     if field in WORDS:
         if comparison not in ("=", "==", "!="):
-            raise UsageError(f"--where: {part.strip()!r}: {field} is a word; compare it with = or !=")
+            raise UsageError(f"--where: {part.strip()!r}: {field} is text; compare it with = or !=")
         return Condition(field, comparison, value.strip("'\""))
     _direction(field, WORDS)
     number, factor = (value[:-1], _SUFFIXES[value[-1]]) if value[-1] in _SUFFIXES else (value, 1.0)
@@ -118,7 +118,7 @@ def _condition(part: str) -> Condition:
     except ValueError:
         bound = float("nan")
     if bound != bound:
-        percent = ", fractions are not percent: 2 % is 0.02" if value.endswith("%") else ""
+        percent = "; write 2 % as 0.02" if value.endswith("%") else ""
         raise UsageError(f"--where: {part.strip()!r}: expected a number after {comparison}, got {value!r}{percent}")
     return Condition(field, comparison, bound)
 
@@ -128,7 +128,7 @@ def _direction(field: str, others: Sequence[str] = ()) -> int:
         known = [*NUMBERS, *others]
         near = difflib.get_close_matches(field, known, 1)
         raise UsageError(
-            f"no field {field!r}; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}")
+            f"unknown field {field!r}; " + (f"did you mean {near[0]}?" if near else f"known fields: {', '.join(known)}")
         )
     return NUMBERS[field]
 
@@ -136,10 +136,10 @@ def _direction(field: str, others: Sequence[str] = ()) -> int:
 def _reasons(row: Mapping[str, Any], where: Sequence[Condition], by: str) -> list[str]:
     reasons = [] if row["status"] == "ok" else [f"status: {row['status']}"]
     if row["pytorch"] is not None:
-        reasons.append("a reference: the checkpoint in PyTorch, which is no model that ships")
+        reasons.append("reference row: the checkpoint in PyTorch, which is not an exported model")
     reasons += filter(None, (condition.unmet_by(row) for condition in where))
-    if row[by] is None and f"{by} is not known" not in reasons:
-        reasons.append(f"{by} is not known")
+    if row[by] is None and f"{by} is unknown" not in reasons:
+        reasons.append(f"{by} is unknown")
     return reasons
 
 
@@ -157,17 +157,17 @@ def _behind(row: Mapping[str, Any], best: Mapping[str, Any], by: str) -> str:
 def _warnings(fit: Sequence[ReportRow], by: str) -> list[str]:
     if not fit:
         return []
-    best, said = fit[0], []
+    best, warnings = fit[0], []
     if best["grade"] == "C":
         flags = ", ".join(best["flags"])
-        said.append(
-            f"{best['name']} was measured with grade C ({flags}): measure again on a quiet machine before you ship it"
+        warnings.append(
+            f"{best['name']} was measured with grade C ({flags}): measure again on an idle machine before you ship it"
         )
     if len(fit) > 1 and by == "top1":
         low, high = best["top1_low"], fit[1]["top1_high"]
         if low is not None and high is not None and low <= high:
-            said.append(f"its 95 % interval of top-1 overlaps that of the runner-up, {fit[1]['name']}")
-    return said
+            warnings.append(f"the 95 % intervals of top-1 of {best['name']} and the runner-up {fit[1]['name']} overlap")
+    return warnings
 
 
 def rejected_table(choice: Choice) -> TextTable:
@@ -177,7 +177,7 @@ def rejected_table(choice: Choice) -> TextTable:
 
 
 def choice_lines(choice: Choice) -> list[str]:
-    """Return a line for the best model and one for the runner-up, with what they measure and where they are."""
+    """Return one line each for the best model and the runner-up, with their measurements and folders."""
     lines = []
     for title, row in (("best", choice.best), ("runner-up", choice.runner_up)):
         if row is None:

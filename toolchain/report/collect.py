@@ -24,16 +24,16 @@ from toolchain.report.row import (
 from toolchain.significance import paired_drop
 
 RightAnswers = NDArray[np.bool_] | None
-"""[N] which images of the headline set a model got right; None where that was not kept."""
+"""[N] True for each headline image that a model classified correctly; None if that was not stored."""
 
 
 def collect(runs: Sequence[Path], external: Sequence[Mapping[str, Any]] = ()) -> Report:
-    """Return the content of report.json: what `exported/`, `measured/` and the training stages' manifests of runs say,
-    and rows measured elsewhere (external_rows.py).
+    """Return the content of report.json, from `exported/`, `measured/` and the training stages' manifests of runs, and
+    from rows measured elsewhere (external_rows.py).
 
-    A checkpoint that was measured in PyTorch has a row too, whose `pytorch` says how it was run: a reference.
+    A checkpoint that was measured in PyTorch has a reference row; its `pytorch` field is how it was run.
 
-    Raises: ArtifactError if nothing was exported, or for a file that is not what its name says.
+    Raises: ArtifactError if nothing was exported, or for a file with invalid content.
     """
     rows = [read_row(found) for run in runs for found in measured_models(run)]
     rows += [complete_row(row) for row in external]
@@ -64,7 +64,7 @@ def _reading_order(row: ReportRow) -> tuple[Any, ...]:
 
 
 def _unique_names(rows: Sequence[ReportRow]) -> list[str]:
-    """Return role and precision, and of those that share them as much more as it takes to tell them apart."""
+    """Return role and precision as names, with as many more details as make them unique."""
     names = [row["name"] or (f"{row['role']} {row['precision']}" if row["role"] else str(row["model"])) for row in rows]
     details = (
         [Path(row["run"]).name if row["run"] else None for row in rows],
@@ -88,7 +88,7 @@ def _unique_names(rows: Sequence[ReportRow]) -> list[str]:
 
 
 def _drops(rows: Sequence[ReportRow]) -> list[dict[str, float]]:
-    """Return for each row the fields that compare it with the teacher, and with fp32 of its own role."""
+    """Return for each row the fields that compare it with the teacher and with its own fp32 model."""
     right = {id(row): _right_answers(row) for row in rows}
     found = []
     for row in rows:
@@ -101,7 +101,7 @@ def _drops(rows: Sequence[ReportRow]) -> list[dict[str, float]]:
 def _reference(
     rows: Sequence[ReportRow], row: ReportRow, *, role: str | None, precision: str | None
 ) -> ReportRow | None:
-    """Return the row of the same run to compare with on the same images: fp32, then the same runtime, then device."""
+    """Return the row of the same run and images to compare with; prefer fp32, then the same runtime, then device."""
     candidates = [
         other
         for other in rows
@@ -143,7 +143,7 @@ def _right_answers(row: ReportRow) -> RightAnswers:
 def _drop(
     row: ReportRow, reference: ReportRow | None, right: Mapping[int, RightAnswers], against: str
 ) -> dict[str, float]:
-    """Return what top-1 loses to a reference on the same images, with a paired test if the answers were kept."""
+    """Return the top-1 drop from a reference on the same images, with a paired test if the answers were stored."""
     if reference is None or reference["top1"] is None or row["top1"] is None:
         return {}
     key = f"top1_drop_vs_{against}"

@@ -1,4 +1,4 @@
-"""Compare a report with an older one: what has changed, and what of it is worse than tolerated."""
+"""Compare a report with an older one, and list the changes that are worse than tolerated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ _IDENTITY = tuple(name for name, field in FIELDS.items() if field.identity)
 
 @dataclass(frozen=True)
 class Change:
-    """A row in both reports."""
+    """The change of a row that both reports have."""
 
     name: str
     p50_ratio: float | None
     """New over old; above 1 is slower."""
 
-    is_told_apart: bool
-    """True if the latencies differ by more than chance: by their processes (significance.py), or where a report does
-    not have enough of them, by disjoint 95 % intervals."""
+    is_significant: bool
+    """True if the latencies are significantly different: by the medians of their processes (significance.py), or by
+    disjoint 95 % intervals if a report has too few processes."""
 
     top1_change: float | None
     """New minus old; below 0 is worse."""
 
     worse: list[str]
-    """Where it is beyond what is tolerated, in words."""
+    """The changes beyond tolerance, as text."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Return True if nothing got worse beyond tolerance; a row that is gone counts as worse."""
+        """Return True if nothing got worse beyond tolerance; a missing row counts as worse."""
         return not self.only_old and not any(change.worse for change in self.changes)
 
 
 def compare(old: Report, new: Report, *, max_slower: float, max_top1_loss: float) -> Comparison:
     """Return what changed in the rows that both reports have, and which rows only one of them has.
 
-    Rows match if their `identity` fields agree (row.py); the name tells equals apart.
+    Rows match if their `identity` fields agree (row.py); rows with equal identities are matched by name.
 
-    Slower counts beyond a ratio of 1 + `max_slower` if the two are told apart, or nothing says whether they are; less
-    accurate beyond `max_top1_loss`, a fraction of the images.
+    A row is slower if its ratio exceeds 1 + `max_slower` and the latencies are significantly different, or if that
+    cannot be tested.  It is less accurate if it loses more than `max_top1_loss`, a fraction of the images.
     """
     before, after = _by_identity(old["rows"]), _by_identity(new["rows"])
     changes = [_change(before[key], after[key], max_slower, max_top1_loss) for key in after if key in before]
@@ -70,24 +70,24 @@ def _by_identity(rows: Sequence[ReportRow]) -> dict[tuple[Any, ...], ReportRow]:
 def _change(old: ReportRow, new: ReportRow, max_slower: float, max_top1_loss: float) -> Change:
     worse = []
     ratio = None if not old["p50_ms"] or new["p50_ms"] is None else new["p50_ms"] / old["p50_ms"]
-    apart = _told_apart(old, new)
-    if ratio is not None and ratio > 1 + max_slower and apart:
+    significant = _differs(old, new)
+    if ratio is not None and ratio > 1 + max_slower and significant:
         worse.append(f"{100 * (ratio - 1):.1f} % slower")
     if old["p50_ms"] is not None and new["p50_ms"] is None:
-        worse.append("its latency is not known any more")
+        worse.append("its latency is missing now")
     change = None if old["top1"] is None or new["top1"] is None else new["top1"] - old["top1"]
     if change is not None and change < -max_top1_loss:
         worse.append(f"{-100 * change:.1f} points of top-1 lost")
     if old["top1"] is not None and new["top1"] is None:
-        worse.append("its top-1 is not known any more")
+        worse.append("its top-1 is missing now")
     if old["status"] == "ok" and new["status"] != "ok":
         worse.append(f"status: {new['status']}")
-    return Change(str(new["name"]), ratio, apart, change, worse)
+    return Change(str(new["name"]), ratio, significant, change, worse)
 
 
-def _told_apart(old: ReportRow, new: ReportRow) -> bool:
+def _differs(old: ReportRow, new: ReportRow) -> bool:
     processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
-    if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer would never count as slower
+    if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer could never show a difference
         return told_apart(*processes)
     old_low, old_high = old["p50_low_ms"], old["p50_high_ms"]
     new_low, new_high = new["p50_low_ms"], new["p50_high_ms"]
@@ -97,14 +97,14 @@ def _told_apart(old: ReportRow, new: ReportRow) -> bool:
 
 
 def comparison_table(compared: Comparison) -> TextTable:
-    """Return how each model changed, then those that are gone, then the new ones."""
+    """Return a table of changed models, then of missing ones, then of new ones."""
     rows = []
     for change in compared.changes:
         ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
-        if change.p50_ratio is not None and not change.is_told_apart:
+        if change.p50_ratio is not None and not change.is_significant:
             ratio += " (may be chance)"
         points = "-" if change.top1_change is None else f"{100 * change.top1_change:+.1f} pp"
         rows.append([change.name, ratio, points, "; ".join(change.worse)])
-    rows += [[name, "-", "-", "gone"] for name in compared.only_old]
+    rows += [[name, "-", "-", "missing"] for name in compared.only_old]
     rows += [[name, "-", "-", "(new)"] for name in compared.only_new]
     return TextTable(["name", "p50 new / old", "top-1 change", "worse"], rows)

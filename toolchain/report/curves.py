@@ -7,22 +7,21 @@ from typing import TypedDict
 
 from toolchain.errors import ArtifactError
 
-MAX_POINTS = 600  # more cannot be told apart on a screen, and a long run would make a page of many megabytes
+MAX_POINTS = 600  # a screen shows no more, and a long run would make a page of many megabytes
 
 
 class Curve(TypedDict):
-    """The columns of a training log; a step's value is null where it was not logged or not finite."""
+    """The columns of a training log; a value is null if it was not logged or is not finite."""
 
     step: list[int]
     loss: list[float | None]
     images_per_s: list[float | None]
     terms: dict[str, list[float | None]]
-    """Each term of the loss, as weighted in it."""
+    """Each weighted term of the loss."""
 
 
 def read_curve(log: Path) -> Curve:
-    """Return the columns of a train.jsonl, means over stretches of equal length where there are more steps than a
-    screen shows.
+    """Return the columns of a train.jsonl, averaged over equal numbers of steps if it has more than MAX_POINTS.
 
     Raises: ArtifactError for a line that is not a JSON object with a step.
     """

@@ -1,9 +1,9 @@
-"""Rows for a report that clipkd did not measure: a table of the user's, and the times that trtexec exports.
+"""Read report rows that clipkd did not measure, from a user's table and from times exported by trtexec.
 
-A table is CSV with a header, or JSON: a list of objects.  A row needs `name` and `device`; every other field of
-report.json is optional and means what it means there (milliseconds, bytes, fractions, never percent).  In place of
-latencies it may have `trtexec`: the file that trtexec --exportTimes wrote, relative to the table; p50_ms, p90_ms and
-p99_ms are then of its GPU compute times.  Such a row's role is `external` unless it says otherwise.
+A table is CSV with a header, or a JSON list of objects.  A row needs `name` and `device`; every other field of
+report.json is optional and has the same meaning (milliseconds, bytes, fractions, never percent).  Instead of latencies,
+a row may have `trtexec`: a file written by trtexec --exportTimes, relative to the table; p50_ms, p90_ms and p99_ms are
+then percentiles of its GPU compute times.  The default role of a row is `external`.
 """
 
 import csv
@@ -19,35 +19,35 @@ from toolchain.errors import UsageError
 from toolchain.report.row import FIELDS, Number, Word
 
 ExternalRow = dict[str, Any]
-"""Those fields of a ReportRow that its table gives."""
+"""The fields of a ReportRow that the table gives."""
 
 _WORDS = {name: field.kind for name, field in FIELDS.items() if field.external and isinstance(field.kind, Word)}
 _NUMBERS = {name: field.kind for name, field in FIELDS.items() if field.external and isinstance(field.kind, Number)}
 _KNOWN = (*_WORDS, *_NUMBERS, "trtexec")
-_MIN_SAMPLES = {"p50_ms": 1, "p90_ms": 64, "p99_ms": 662}  # as export/profiling/protocol.py has them
+_MIN_SAMPLES = {"p50_ms": 1, "p90_ms": 64, "p99_ms": 662}  # the same as in export/profiling/protocol.py
 
 
 def external_rows(path: Path) -> list[ExternalRow]:
     """Return the rows of a table.
 
-    Raises: UsageError for anything in it that is not understood, naming the row and the field.
+    Raises: UsageError for anything invalid in it; the message gives the row and the field.
     """
-    rows = [_checked_row(path, f"{path}: row {number}", raw) for number, raw in enumerate(_raw_rows(path), 1)]
+    rows = [_check_row(path, f"{path}: row {number}", raw) for number, raw in enumerate(_raw_rows(path), 1)]
     if not rows:
-        raise UsageError(f"{path}: no row in it; expected a CSV header and rows, or a JSON list of objects")
+        raise UsageError(f"{path}: no rows; expected a CSV header and rows, or a JSON list of objects")
     return rows
 
 
-def _checked_row(path: Path, where: str, raw: dict[str, Any]) -> ExternalRow:
+def _check_row(path: Path, where: str, raw: dict[str, Any]) -> ExternalRow:
     given = {key: value for key, value in raw.items() if value not in (None, "")}
     for key in given:
         if key not in _KNOWN:
             near = difflib.get_close_matches(str(key), _KNOWN, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(_KNOWN)}"
+            hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(_KNOWN)}"
             raise UsageError(f"{where}: unknown field {key!r}; {hint}")
     for key in ("name", "device"):
         if key not in given:
-            raise UsageError(f"{where}: no {key}; a row needs name and device")
+            raise UsageError(f"{where}: no {key}; every row needs name and device")
     row: ExternalRow = {key: str(given[key]) for key in _WORDS if key in given}
     row |= {key: _number(where, key, given[key], kind) for key, kind in _NUMBERS.items() if key in given}
     row["role"] = row.get("role", "external")
@@ -87,11 +87,11 @@ def _number(where: str, key: str, value: Any, kind: Number) -> float | int:
         number = float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if not kind.least <= number < float("inf") or isinstance(value, bool):  # NaN is not within
-        raise UsageError(f"{where}: {key} {value!r}; expected a number from {kind.least:g}")
+    if not kind.least <= number < float("inf") or isinstance(value, bool):  # NaN fails this test
+        raise UsageError(f"{where}: {key} {value!r}; expected a number of at least {kind.least:g}")
     if number > kind.most:
         limits = f"{kind.least:g} to {kind.most:g}"
-        raise UsageError(f"{where}: {key} {value!r}; expected a fraction from {limits}, and not percent")
+        raise UsageError(f"{where}: {key} {value!r}; expected a fraction from {limits}, not percent")
     return int(number) if kind.is_whole else number
 
 
@@ -103,11 +103,11 @@ def _trtexec_times(path: Path, where: str) -> dict[str, float]:
         raise UsageError(f"{where}: trtexec: {path}: no such file") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
-            f"{where}: trtexec: {path}: expected what trtexec --exportTimes writes, a list of objects with computeMs "
+            f"{where}: trtexec: {path}: expected the file of trtexec --exportTimes, a list of objects with computeMs "
             f"({type(error).__name__}: {error})"
         ) from None
     if not len(times_ms):
-        raise UsageError(f"{where}: trtexec: {path}: no times in it")
+        raise UsageError(f"{where}: trtexec: {path}: it has no times")
     percentiles = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
     return {
         key: float(np.percentile(times_ms, percentile))

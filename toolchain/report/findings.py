@@ -1,4 +1,4 @@
-"""The findings of a report: what distillation, compression and quantization bought and cost."""
+"""The findings of a report: gains and costs of distillation, compression and quantization."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from toolchain.runtimes import runtime_title
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence a reader came for."""
+    """One result of the runs, in one sentence."""
 
     title: str
     value: str
@@ -20,25 +20,31 @@ class Finding:
 
 
 def findings(rows: Sequence[ReportRow]) -> list[Finding]:
-    """Return what distillation, the smaller model and quantization bought and cost, as far as the rows of one run tell.
+    """Return gains and costs of distillation, the smaller model and quantization, as far as one run's rows show them.
 
-    Of several runs it is the last that has a student.
+    With several runs, use the last one that has a student.
     """
     for comparable in front_groups(rows).values():
         runs = [row["run"] for row in comparable if row["role"] == "student" and row["run"] is not None]
-        group = [row for row in comparable if row["run"] in runs[-1:]]  # one run's: others have weights of their own
-        made = {(row["runtime"], row["role"], row["precision"]): row for row in group if row["pytorch"] is None}
+        group = [row for row in comparable if row["run"] in runs[-1:]]  # of one run: other runs have other weights
+        by_variant = {(row["runtime"], row["role"], row["precision"]): row for row in group if row["pytorch"] is None}
         eager = next((row for row in group if row["pytorch"] == "eager"), None)
-        runtimes = list(dict.fromkeys(runtime for runtime, *_ in made))
-        # roles are compared in the runtime that has most of them: only what ships is exported for every one
-        main = max(runtimes, key=lambda runtime: sum(key[0] == runtime for key in made), default=None)
-        teacher, baseline, student = (made.get((main, role, "fp32")) for role in ("teacher", "baseline", "student"))
+        runtimes = list(dict.fromkeys(runtime for runtime, *_ in by_variant))
+        # compare roles in the runtime that has the most: only the shipped model is exported for every runtime
+        main = max(runtimes, key=lambda runtime: sum(key[0] == runtime for key in by_variant), default=None)
+        teacher, baseline, student = (
+            by_variant.get((main, role, "fp32")) for role in ("teacher", "baseline", "student")
+        )
         pairs = [
             (_distillation, baseline, student),
             (_compression, teacher, student),
             (_deployment, eager, student),
             *(
-                (_quantization, made.get((runtime, "student", "fp32")), made.get((runtime, "student", "int8")))
+                (
+                    _quantization,
+                    by_variant.get((runtime, "student", "fp32")),
+                    by_variant.get((runtime, "student", "int8")),
+                )
                 for runtime in runtimes
             ),
         ]
@@ -105,7 +111,7 @@ def _smaller(before: ReportRow, after: ReportRow) -> str:
 
 
 def _overlap(first: Mapping[str, Any], second: Mapping[str, Any], key: str, unit: str) -> str:
-    """Say so where two intervals do not tell two rows apart."""
+    """Return a remark if the intervals of two rows overlap."""
     limits = [row[f"{key}_{end}{unit}"] for row in (first, second) for end in ("low", "high")]
     if None in limits:
         return ""

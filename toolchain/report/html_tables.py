@@ -1,4 +1,4 @@
-"""Write the tables of the page as HTML, and the attributes by which its script filters their rows."""
+"""Write the tables of the page as HTML, with the attributes that the page's script filters rows by."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,17 +8,17 @@ FILTERS = ("device", "runtime", "precision", "grade")
 
 
 def filter_value(row: Mapping[str, Any], field: str) -> str:
-    """Return the value of a field as the page's filters offer it."""
+    """Return the value of a field as shown in the page's filters."""
     return "unknown" if row[field] is None else str(row[field])
 
 
 def filter_data(row: Mapping[str, Any]) -> str:
-    """Return the attributes by which the script shows or hides a table's row."""
+    """Return the attributes that the script uses to show or hide a row."""
     return "".join(f' data-{field}="{escape(filter_value(row, field))}"' for field in FILTERS)
 
 
 def leading_number(text: str) -> float | None:
-    """Return the number that a cell begins with, by which it is sorted; None if it begins with none."""
+    """Return the number at the start of a cell, used for sorting; None if there is none."""
     try:
         return float(text.split(" ")[0].replace(",", ""))
     except ValueError:
@@ -33,9 +33,9 @@ def sortable_table(
     marks: Sequence[str],
     name: str,
 ) -> str:
-    """Return a table whose columns the script sorts by `keys`; wide ones scroll under a first column that stays.
+    """Return a table that the script can sort by `keys`; a wide table scrolls while its first column stays visible.
 
-    `marks` are attributes of its rows.
+    `marks` are HTML attributes of its rows.
     """
     head = "".join(
         f"<th scope=col{' class=number' if number else ''}><button type=button>{escape(header)}</button></th>"
@@ -56,7 +56,7 @@ def sortable_table(
 
 
 def plain_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table that cannot be sorted; without headers, one of facts."""
+    """Return a table that cannot be sorted; without headers it is a table of facts."""
     head = "".join(f"<th scope=col>{escape(header)}</th>" for header in headers)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     thead = f"<thead><tr>{head}</tr></thead>" if any(headers) else ""

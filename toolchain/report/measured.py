@@ -1,4 +1,4 @@
-"""Read what a run knows of each model on each device: its export, its checkpoint, and what was measured of it."""
+"""Read each model of a run on each device: its export, its checkpoint and its measurements."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on a device, as the files of its run describe it; a document that does not exist is empty."""
+    """A model on a device, as described by the files of its run; a missing document is empty."""
 
     run: Path
 
     manifest: Path
-    """The manifest of the exported model; of a checkpoint in PyTorch that of its measurement."""
+    """The manifest of the exported model, or of the measurement for a checkpoint in PyTorch."""
 
     summary: Document
     """The summary in that manifest."""
@@ -32,10 +32,10 @@ class Measured:
     profile: Document
 
     checkpoint: Document
-    """The summary of the checkpoint that the model was exported from: quantized, or as trained."""
+    """The summary of the checkpoint that the model was exported from, quantized or float."""
 
     outdated: str | None
-    """Why the measurement is of an earlier model; None if it is of this one."""
+    """Reason why the measurement is outdated; None if it is of the current model."""
 
     @property
     def image(self) -> Document:
@@ -59,7 +59,7 @@ class Measured:
 
     @property
     def status(self) -> str:
-        """Return `ok`, or why numbers are missing or not to be trusted."""
+        """Return `ok`, or the reason why numbers are missing or outdated."""
         if self.outdated is not None:
             return self.outdated
         if self.folder is None:
@@ -71,14 +71,14 @@ class Measured:
 
 def measured_models(run: Path) -> list[Measured]:
     """Return every exported model of a run on every device it was measured on, then every checkpoint measured in
-    PyTorch.  A model that was not measured is there once.
+    PyTorch.  A model that was not measured is returned once.
 
-    Raises: ArtifactError if nothing was exported, or for a file that is not what its name says.
+    Raises: ArtifactError if nothing was exported, or for a file with invalid content.
     """
     manifests = sorted(run.glob(f"exported/[!.]*/{MANIFEST}"))
     if not manifests:
         raise ArtifactError(
-            f"{run}: no exported/*/manifest.json, nothing to report. Export a model first:\n"
+            f"{run}: no exported/*/manifest.json, so there is nothing to report. Export a model first:\n"
             f"  clipkd export {run} --onnx --precision fp32"
         )
     return [found for path in manifests for found in _exported(run, path)] + list(_references(run))
@@ -91,7 +91,7 @@ def manifests_of(run: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; NaN and infinities, which JSON does not have, are read as null.
+    """Return a JSON object; NaN and infinities, which JSON does not allow, are read as null.
 
     Raises: ArtifactError if the file is not JSON, or not an object.
     """
@@ -105,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def machine_name(machine: Any) -> str | None:
-    """Return a machine in words that stay the same from one measurement to the next (load and temperature do not)."""
+    """Return a machine's name without load and temperature, which differ between measurements."""
     if not isinstance(machine, dict):
         return None if machine is None else str(machine)
     if machine.get("name"):
@@ -150,7 +150,7 @@ def _measured(run: Path, manifest: Path, summary: Document, folder: Path | None,
 
 
 def _checkpoint_summary(run: Path, role: str | None, precision: str | None) -> Document:
-    """Return the summary of the checkpoint a model was exported from; int8, int8-fp16 and int8-bf16 have the same."""
+    """Return the summary of the checkpoint a model was exported from; int8, int8-fp16 and int8-bf16 share one."""
     quantized = f"{role}-{'int8' if precision and precision.startswith('int8') else precision}"
     for stage in (quantized, f"{role}"):
         manifest = run / stage / MANIFEST
@@ -160,7 +160,7 @@ def _checkpoint_summary(run: Path, role: str | None, precision: str | None) -> D
 
 
 def _is_of_another(measured: Path, what: str, digest: str | None) -> bool:
-    """Return True if a measurement is known to be of something else than what is there now."""
+    """Return True if a measurement is known to be of an earlier model or checkpoint."""
     manifest = measured / MANIFEST
     recorded = (read_json(manifest).get("inputs") or {}).get(what) if manifest.exists() else None
     return recorded is not None and digest is not None and recorded != digest

@@ -6,7 +6,7 @@ const termColors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B
 const settings = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "reset"};
 
 const color = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
-// Plotly reads a little HTML, and %{fields}, in labels: what a run calls itself must stay text
+// Plotly interprets some HTML and %{fields} in labels, so names from a run are escaped
 const text = value => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
   .replace(/%\{/g, "%&#123;");
 
@@ -63,7 +63,7 @@ const sides = ["bottom right", "top left", "top right", "bottom left", "middle r
   "bottom center"];
 const pen = document.createElement("canvas").getContext("2d");
 
-// Every name where it covers least of the markers, the intervals and the names before it, and stays inside
+// Place each name where it overlaps the least with markers, intervals and earlier names, inside the plot
 function placeLabels(plot) {
   const area = plot.querySelector(".nsewdrag").getBoundingClientRect();
   const [x0, x1] = plot.layout.xaxis.range, [y0, y1] = plot.layout.yaxis.range;

@@ -1,8 +1,8 @@
-"""The report as one HTML page that needs nothing else: no network, no server, no other file.
+"""Write the report as one self-contained HTML page: no network, no server, no other file.
 
-The page is readable before and without its script: headings, findings, tables and provenance are in the HTML; the
-script draws the front and the training curves with Plotly, whose source is in the page, and sorts the tables.  A
-content security policy forbids every request, so that nothing a run contains can make the page send one.
+The page is readable without its script: headings, findings, tables and provenance are in the HTML.  The script draws
+the front and the training curves with Plotly, whose source is in the page, and sorts the tables.  A content security
+policy forbids every request, so no content of a run can make the page send one.
 """
 
 import json
@@ -31,7 +31,7 @@ _TRAINED = ("student", "baseline", "student-int8", "teacher")
 
 
 class Point(TypedDict):
-    """A point of a front, as the script draws it; it has every field of FILTERS."""
+    """A point of a front for the script; it has every field of FILTERS."""
 
     name: str
     device: str
@@ -47,11 +47,11 @@ class Point(TypedDict):
     color: str
     symbol: str
     hover: list[list[str]]
-    """Headers and cells of the table, to show beside the point."""
+    """Headers and cells of the table, shown when hovering over the point."""
 
 
 class Front(TypedDict):
-    """One front, as the script draws it."""
+    """One front for the script."""
 
     headline: str | None
     limits_ms: tuple[float, float]
@@ -70,7 +70,7 @@ class Shares(TypedDict):
 
 
 class Histogram(TypedDict):
-    """The latencies of the rows of one front, in bins that they have in common."""
+    """The latencies of the rows of one front, in common bins."""
 
     title: str
     edges: list[float]
@@ -78,13 +78,13 @@ class Histogram(TypedDict):
 
 
 class StageCurve(Curve):
-    """A curve and the stage that it is of."""
+    """The training curve of a stage."""
 
     stage: str
 
 
 class PageData(TypedDict):
-    """Everything that the script draws."""
+    """All data for the script."""
 
     fronts: list[Front]
     histograms: list[Histogram]
@@ -140,12 +140,12 @@ def render_page(runs: Sequence[Path], report: Report, *, title: str) -> str:
 
 
 def _of_run(runs: Sequence[Path], run: Path, name: str) -> str:
-    """Return a name within a run, with the run's where there are several."""
+    """Return a name in a run, prefixed with the run's name if there are several runs."""
     return name if len(runs) == 1 else f"{run.name}: {name}"
 
 
 def _script_json(data: Any) -> str:
-    """Return JSON that no string inside can end: `<` and `&` only as escapes."""
+    """Return JSON with `<` and `&` escaped, so no string inside can end the script element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
@@ -154,7 +154,7 @@ def _script_json(data: Any) -> str:
 
 
 def _lead(groups: Sequence[Sequence[ReportRow]]) -> str:
-    """Return what was compared, in one line."""
+    """Return one line on what was compared."""
     if not groups:
         return "<p class=lead>No model has both a latency and an accuracy yet.</p>"
     images = groups[0][0]["num_eval_images"]
@@ -169,11 +169,11 @@ def _findings_section(rows: Sequence[ReportRow]) -> str:
         f"<p>{escape(item.detail)}.</p></div>"
         for item in findings(rows)
     ]
-    return f"<section class=cards aria-label='What it bought and cost'>{''.join(cards)}</section>" if cards else ""
+    return f"<section class=cards aria-label='Gains and costs'>{''.join(cards)}</section>" if cards else ""
 
 
 def _filters_section(rows: Sequence[ReportRow]) -> str:
-    """Return a choice for every field in which rows differ; it works on fronts and tables alike."""
+    """Return a filter for every field in which rows differ; it applies to charts and tables."""
     choices = []
     for field in FILTERS:
         values = sorted({filter_value(row, field) for row in rows})
@@ -231,7 +231,7 @@ def _front_section(groups: Sequence[Sequence[ReportRow]]) -> str:
         return ""
     key = "Up and left is better. Dashed: Pareto front. Lines: 95 % intervals. Hollow: grade C. "
     if any(row["pytorch"] for group in groups for row in group):
-        key += "Cross: PyTorch, for reference. "
+        key += "Cross: PyTorch (reference). "
     key += "Hover or tap for more."
     return f"<section><h2>Accuracy against latency</h2>{''.join(panels)}<p class=note>{key}</p></section>"
 
@@ -260,7 +260,7 @@ _STAGES = ("decode", "preprocess", "image_tower", "match")
 
 
 def _latency_section(rows: Sequence[ReportRow], histograms: Sequence[Histogram]) -> str:
-    """Show where the time from a picture's bytes to its label goes, and how single latencies are spread."""
+    """Return the section on latency: its parts from image bytes to label, and its distribution."""
     cells, marks = [], []
     for row in rows:
         stages_ms = _profile_of(row).get("e2e_stages_ms") or {}
@@ -275,18 +275,18 @@ def _latency_section(rows: Sequence[ReportRow], histograms: Sequence[Histogram])
         numeric = [place > 0 for place in range(len(headers))]
         parts.append(sortable_table(headers, cells, keys, numeric, marks, "stages"))
     parts += [
-        f"<figure><figcaption>latencies of single queries of the image tower, {escape(histogram['title'])}</figcaption>"
+        f"<figure><figcaption>Latencies of single image-tower queries, {escape(histogram['title'])}</figcaption>"
         f"<div class='plot small' id=histogram-{place} role=img aria-label='Histogram of latencies'></div></figure>"
         for place, histogram in enumerate(histograms)
     ]
     if not parts:
         return ""
-    note = "<p class=note>Medians at batch 1: of a JPEG's bytes to its label, and of its stages.</p>"
+    note = "<p class=note>Medians at batch 1: from JPEG bytes to label, and of each step.</p>"
     return f"<section><h2>Where the time goes</h2>{''.join(parts)}{note}</section>"
 
 
 def _histogram(group: Sequence[ReportRow]) -> Histogram | None:
-    """Return the shares of the latencies that were measured, in bins that all rows of a front have in common."""
+    """Return the share of latencies in each bin, with common bins for all rows of a front."""
     samples_ms = {str(row["name"]): found for row in group if (found := _samples_ms(row)) is not None}
     if not samples_ms:
         return None
@@ -313,7 +313,7 @@ def _profile_of(row: ReportRow) -> dict[str, Any]:
 
 
 def _samples_ms(row: ReportRow) -> NDArray[Any] | None:
-    """Return every latency of the image tower that was kept, [n] in milliseconds; None where none was."""
+    """Return every stored latency of the image tower, [n] in milliseconds; None if none was stored."""
     folder = measured_folder(row)
     if folder is None or not (folder / "samples.npz").exists():
         return None
@@ -338,7 +338,7 @@ def _curves_section(curves: Sequence[StageCurve]) -> str:
 
 
 def _provenance_section(runs: Sequence[Path], rows: Sequence[ReportRow]) -> str:
-    """Show where every number comes from: stages, machines, versions, source revision and recipe."""
+    """Return the section on the origin of the numbers: stages, machines, versions, source revision and recipe."""
     found = [(run, path) for run in runs for path in _manifests(run, rows)]
     stages = [(_of_run(runs, run, path.parent.relative_to(run).as_posix()), read_json(path)) for run, path in found]
     stage_rows = [
@@ -371,7 +371,7 @@ def _manifests(run: Path, rows: Sequence[ReportRow]) -> list[Path]:
     sources = dict.fromkeys(row["source"] for row in rows if row["run"] == run.as_posix())
     paths = [run / stage / "manifest.json" for stage in _TRAINED] + [run / str(source) for source in sources]
     paths += sorted(run.glob("measured/*/[!.]*/manifest.json"))
-    return [path for path in dict.fromkeys(paths) if path.exists()]  # a reference's source is its measurement
+    return [path for path in dict.fromkeys(paths) if path.exists()]  # the source of a reference row is its measurement
 
 
 def _distinct(found: Iterable[Any]) -> list[dict[str, Any]]:
@@ -383,7 +383,7 @@ def _fact(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
-    """Return the page's stylesheet or script, a file beside this module."""
+    """Return the page's stylesheet or script, a file next to this module."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
-"""The rows of report.json: a type of their fields, and a table from which everything else about a field follows.
+"""The rows of report.json: the types of their fields, and a table of everything else about each field.
 
-To add a field, add it to `ReportRow` and to `FIELDS`, in the same place; a Column in tables.py prints it.
+To add a field, add it to `ReportRow` and to `FIELDS` at the same position; a Column in tables.py prints it.
 """
 
 import math
@@ -19,7 +19,7 @@ ROLES = ("teacher", "baseline", "student", "adopted", "external")
 GRADES = ("A", "B", "C")
 TRUSTED_GRADES = ("A", "B")
 
-# Wong, "Points of view: Color blindness", Nature Methods 8 (2011); grey is the one to beat
+# Wong, "Points of view: Color blindness", Nature Methods 8 (2011); grey is the baseline
 ROLE_COLORS = {
     "teacher": "#0072B2",
     "baseline": "#7F7F7F",
@@ -40,7 +40,7 @@ class SetAccuracy(TypedDict):
 
 
 class ReportRow(TypedDict):
-    """A row of report.json: one model on one device.  docs/report.md says what each field means."""
+    """A row of report.json: one model on one device.  docs/report.md explains each field."""
 
     name: str
     run: str | None
@@ -104,7 +104,7 @@ class Report(TypedDict):
 
 @dataclass(frozen=True)
 class Number:
-    """A number, and the range that a table from elsewhere must keep to."""
+    """A number, and its valid range in a table of external rows."""
 
     least: float = 0.0
     most: float = math.inf
@@ -113,7 +113,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Word:
-    """A text, and the only ones that a table from elsewhere may have; empty if it may have any."""
+    """A text, and its valid values in a table of external rows; empty if any is valid."""
 
     among: tuple[str, ...] = ()
 
@@ -125,28 +125,28 @@ LESS, MORE = -1, 1
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a row: everything that is known of it beside its name and its type."""
+    """A field of a row: all its properties except name and type."""
 
     kind: Number | Word | None = None
-    """None: a list, a mapping or a truth value, which neither a condition nor a table from elsewhere can have."""
+    """None: a list, mapping or boolean, which conditions and tables of external rows cannot use."""
 
     read: Callable[[Measured], Any] | None = None
-    """Returns its value of a measured model; None: `collect` finds it by comparing rows."""
+    """Returns the field's value for a measured model; None: `collect` computes it by comparing rows."""
 
     better: int | None = None
-    """LESS or MORE of this number is better; None: `best` does not compare by it."""
+    """LESS or MORE: the better direction of this number; None: `best` does not compare by it."""
 
     where: bool = False
-    """True if a condition of `best --where` may name this word; it may name every number that has `better`."""
+    """True if `best --where` may use this text field; it may use every number that has `better`."""
 
     external: bool = False
-    """True if a table of rows from elsewhere may give it."""
+    """True if a table of external rows may give it."""
 
     identity: bool = False
-    """True if it tells what was measured where: rows of two reports are compared if all of these agree."""
+    """True if it identifies what was measured where: rows of two reports match if all of these agree."""
 
     empty: Any = None
-    """Its value where it is unknown."""
+    """Its value if it is unknown."""
 
 
 def _accuracy(of: Measured) -> dict[str, SetAccuracy]:
@@ -167,7 +167,7 @@ def _reverted(of: Measured) -> int | None:
     return None if found is None else len(found["reverted"])
 
 
-# In the order of report.json and report.csv; `of` is what was measured.
+# In the order of report.json and report.csv; `of` is the measured model.
 FIELDS: dict[str, Field] = {
     "name": Field(WORD, where=True, external=True, empty=""),
     "run": Field(WORD, lambda of: of.run.as_posix()),
@@ -233,23 +233,23 @@ FIELDS: dict[str, Field] = {
 
 
 def read_row(measured: Measured) -> ReportRow:
-    """Return the row of a measured model, without what only comparing rows tells."""
+    """Return the row of a measured model, without the fields that come from comparing rows."""
     return complete_row({name: field.read(measured) for name, field in FIELDS.items() if field.read is not None})
 
 
 def complete_row(known: Mapping[str, Any]) -> ReportRow:
-    """Return a row of the fields that are known, with every other one unknown."""
+    """Return a row with the known fields; every other field gets its empty value."""
     return cast(ReportRow, {name: copy(field.empty) for name, field in FIELDS.items()} | dict(known))
 
 
 def read_report(path: Path) -> Report:
-    """Return a report.json, or the one in a folder.
+    """Return the content of a report.json, given its path or its folder.
 
-    Raises: UsageError if there is none; ArtifactError if it is not one that this clipkd reads.
+    Raises: UsageError if there is none; ArtifactError if its schema is not supported.
     """
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"{file}: no such report. Write it with: clipkd report RUN")
+        raise UsageError(f"{file}: no such report. Write one with: clipkd report RUN")
     report = read_json(file)
     if report.get("schema") != SCHEMA or not isinstance(report.get("rows"), list):
         raise ArtifactError(f"{file}: expected a report of schema {SCHEMA}, got schema {report.get('schema')!r}")
@@ -262,5 +262,5 @@ def measured_folder(row: ReportRow) -> Path | None:
 
 
 def runtime_name(row: ReportRow) -> str | None:
-    """The runtime, and of PyTorch how it ran: `pytorch eager`.  Reports written before had no such field."""
+    """Return the runtime, for PyTorch with its mode: `pytorch eager`.  Older reports have no `pytorch` field."""
     return " ".join(filter(None, (row["runtime"], row.get("pytorch")))) or None

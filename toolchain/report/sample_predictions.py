@@ -1,4 +1,4 @@
-"""Show what every model made of the same pictures: the page's section of sample predictions."""
+"""Write the page's section of sample predictions: every model's answers to the same images."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _MAX_EXAMPLES = 8
 
 
 class Example(TypedDict):
-    """A picture of the headline set with a model's answer, as examples.json has it."""
+    """An image of the headline set with a model's answer, as stored in examples.json."""
 
     index: int
     true: list[str]
@@ -25,8 +25,8 @@ class Example(TypedDict):
 
 
 def examples_section(rows: Sequence[ReportRow]) -> str:
-    """Return some pictures of each headline set with what every model made of them."""
-    pictures: dict[str, dict[str, list[tuple[ReportRow, Example]]]] = {}  # by set, by picture
+    """Return the section: a few images of each headline set with every model's answer."""
+    pictures: dict[str, dict[str, list[tuple[ReportRow, Example]]]] = {}  # by set, by image
     for row in rows:
         folder = measured_folder(row)
         if folder is None or not (folder / "examples.json").exists():
@@ -37,22 +37,22 @@ def examples_section(rows: Sequence[ReportRow]) -> str:
             pictures.setdefault(str(found["set"]), {}).setdefault(key, []).append((row, example))
     parts = []
     for name, answers in pictures.items():
-        chosen = _telling(list(answers.values()))
+        chosen = _choose_images(list(answers.values()))
         cards = "".join(_example(answered) for answered in chosen)
         note = (
-            f"{len(chosen)} of {len(answers)} pictures spread evenly over {name}, those first on which models differ. "
-            "A check mark is a right answer; numbers are cosines of picture and name."
+            f"{len(chosen)} of {len(answers)} images spaced evenly over {name}, first those on which models differ. "
+            "A check mark is a correct answer; numbers are cosine similarities of image and class name."
         )
         parts.append(f"<div class=examples>{cards}</div><p class=note>{escape(note)}</p>")
     return f"<section><h2>Sample predictions</h2>{''.join(parts)}</section>" if parts else ""
 
 
-def _telling(
+def _choose_images(
     pictures: Sequence[list[tuple[ReportRow, Example]]],
 ) -> list[list[tuple[ReportRow, Example]]]:
-    """Return at most `_MAX_EXAMPLES` pictures in their order.
+    """Return at most `_MAX_EXAMPLES` images, in their order.
 
-    Chosen first are those of which some answers are right and some wrong, then those of which answers differ otherwise.
+    Images with both right and wrong answers come first, then images whose answers differ otherwise.
     """
 
     def dullness(place: int) -> tuple[bool, bool]:
@@ -64,23 +64,25 @@ def _telling(
 
 
 def _example(answered: Sequence[tuple[ReportRow, Example]]) -> str:
-    """Return one picture, its true name, and every answer with the models that gave it."""
+    """Return one image, its true class name, and every answer with the models that gave it."""
     first = answered[0][1]
     others = len(first["true"]) - 1
     true = str(first["true"][0]) + (f" (and {others} more)" if others else "")
-    said: dict[tuple[bool, str], list[str]] = {}
+    answers: dict[tuple[bool, str], list[str]] = {}
     for row, answer in answered:
         key = (not answer["right"], "no answer" if answer["top1"] is None else str(answer["top1"]))
         cosine = "" if answer["cosine"] is None else f" {answer['cosine']:.2f}"
         model = f"<span{filter_data(row)}>{escape(str(row['name']))}{cosine}</span>"
-        said.setdefault(key, []).append(model)
+        answers.setdefault(key, []).append(model)
     lines = "".join(
         f"<li class={'wrong' if wrong else 'right'}><b>{escape(text)}</b> <small>{''.join(models)}</small></li>"
-        for (wrong, text), models in sorted(said.items(), key=lambda item: item[0][0])  # then as rows are ordered
+        for (wrong, text), models in sorted(
+            answers.items(), key=lambda item: item[0][0]
+        )  # then in the order of the rows
     )
     picture = str(first["picture"])
     if not picture.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")):
-        raise ArtifactError(f"examples.json: expected a picture as a data URI, got {picture[:40]!r}")
+        raise ArtifactError(f"examples.json: expected an image as a data URI, got {picture[:40]!r}")
     return (
         f'<figure class=example><img src="{escape(picture)}" alt="{escape(true)}">'
         f"<figcaption><strong>{escape(true)}</strong><ul>{lines}</ul></figcaption></figure>"

@@ -23,7 +23,7 @@ from toolchain.text_table import TextTable
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the printed table: what a person reads, and what it is sorted by (None is always last)."""
+    """One column of the printed table: its header, its text, and its sort key (None sorts last)."""
 
     header: str
     text: Callable[[ReportRow], str]
@@ -37,7 +37,7 @@ def terminal_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_table(report: Report) -> TextTable:
-    """Return the table that the terminal shows, without runtime and precision where the names say both."""
+    """Return the terminal's table, without the runtime and precision columns if the names contain both."""
     headers, rows = terminal_rows(report)
     if len({row["runtime"] for row in report["rows"]}) == 1:  # the names end in the precision
         kept = [index for index, header in enumerate(headers) if header not in ("runtime", "precision")]
@@ -49,9 +49,9 @@ def terminal_table(report: Report) -> TextTable:
 
 
 def columns(rows: Sequence[ReportRow]) -> list[Column]:
-    """Return the columns of the printed table, with a status only if not all are ok.
+    """Return the columns of the printed table; `status` is included only if some row is not ok.
 
-    This is the one place where fractions are printed as percent.
+    Fractions are printed as percent only here.
     """
     headlines = {row["headline"] for row in rows if row["headline"]}
     top1 = f"{headlines.pop()} top-1" if len(headlines) == 1 else "top-1"
@@ -122,11 +122,11 @@ def render_markdown(report: Report, *, title: str) -> str:
 
 
 READING = (
-    "p50 is the median latency of the image tower at the batch size given, inputs resident; square brackets are 95 % "
-    "intervals. Accuracy is measured on the exported model in its own runtime. A star marks the Pareto front of its "
-    "device: nothing else is both faster and more accurate. Grade A was measured with locked clocks, B was stable, C "
-    "is noisy for the reasons named; the front is drawn over A and B where there are any. A row in PyTorch is the "
-    "checkpoint as open_clip runs it, a reference that is never on the front: it is not what ships."
+    "p50 is the median latency of the image tower at the given batch size, with inputs in memory; square brackets are "
+    "95 % intervals. Accuracy is measured on the exported model in its own runtime. A star marks the Pareto front of "
+    "the device: no other model is both faster and more accurate. Grade A: clocks were locked; B: the measurement was "
+    "stable; C: it was noisy, for the reasons listed. The front uses rows of grade A and B if there are any. A PyTorch "
+    "row is the checkpoint as open_clip runs it: a reference, never on the front, because it does not ship."
 )
 
 
@@ -138,7 +138,7 @@ def set_rows(rows: Sequence[ReportRow]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         for set_name, accuracy in row["accuracy"].items():
             interval = {"top1": accuracy["top1"], "top1_low": accuracy["low"], "top1_high": accuracy["high"]}
-            # of a set of classes, which has one image of each, the texts are the names
+            # in a set with one image of each class, the texts are the class names
             retrieval = {
                 key.replace("name", "text"): value for key, value in row["retrieval"].get(set_name, {}).items()
             }

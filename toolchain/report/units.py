@@ -16,7 +16,7 @@ def format_interval(row: Mapping[str, Any], key: str, unit: str, text: Callable[
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, never in exponents."""
+    """Return a number with three significant digits, without an exponent."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}"
 

@@ -13,15 +13,17 @@ from toolchain.report.tables import render_csv, render_markdown
 
 
 def write_report(runs: Sequence[Path], out: Path, external: Sequence[Mapping[str, Any]] = ()) -> Report:
-    """Write `collect` to a folder as report.json, .csv, .md, .png, .svg and .html, each replaced in one step.
+    """Write the report of runs to a folder as report.json, .csv, .md, .png, .svg and .html, each replaced atomically.
 
-    A report of one run into that run, without rows from elsewhere, is recorded there as up to date.
+    A report of one run that is written to that run, without external rows, is recorded there as up to date.
     """
     from toolchain.report.chart import render_picture
     from toolchain.report.page import render_page
 
     is_of_its_run = not external and [run.resolve() for run in runs] == [out.resolve()]
-    spec = report_spec(out) if is_of_its_run else None  # before anything is read: what changes meanwhile makes it old
+    spec = (
+        report_spec(out) if is_of_its_run else None
+    )  # before reading, so that a later change makes the report outdated
     report = collect(runs, external)
     title = out.resolve().name
     contents = {
