@@ -104,13 +104,13 @@ def test_a_tokenizer_that_drops_the_end_token_is_caught(copied):
     tokenizer = json.loads((copied / "tokenizer.json").read_text())
     tokenizer["post_processor"] = None
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(GateError, match=r"tokenizer of tokenizer\.json differs"):
+    with pytest.raises(GateError, match=r"tokenizer in tokenizer\.json differs"):
         prove(copied, runtime="openvino", precision="fp32")
 
 
 def test_a_runtime_that_crashes_is_a_reason_and_not_the_end(fp32, monkeypatch):
     monkeypatch.setattr(proof, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(GateError, match="fp32: the process that proves it was killed by SIGSEGV"):
+    with pytest.raises(GateError, match="fp32: the process of the parity check was killed by SIGSEGV"):
         prove(fp32, runtime="onnxruntime", precision="fp32")
 
 
@@ -153,12 +153,12 @@ def test_a_device_runs_what_this_machine_cannot(fp32, monkeypatch):
     """Nothing but pictures, texts and features is of this machine; ONNX Runtime here would refuse this precision."""
     asked = []
 
-    def runner_on(device, folder, tower, words, *, once):
+    def encode_on(device, folder, tower, words, *, once):
         rows = np.load(once[0])
         asked.append((device.name, tower, words[words.index("--input") + 1], rows.shape))
         return {"features": [[1.0, 0.0]] * len(rows)}
 
-    monkeypatch.setattr(remote_model, "runner_on", runner_on)
+    monkeypatch.setattr(remote_model, "encode_on", encode_on)
     encoders = encoders_on(Device("board", "board"), fp32, precision="int8-bf16")
     assert encoders.encode_images(np.zeros((3, 40, 50, 3), np.uint8)).shape == (3, 2)
     assert encoders.encode_texts(["a b"]).shape == (1, 2)
