@@ -1,7 +1,6 @@
 """Exporting and measuring: from checkpoints to exported models, their parity checks, accuracies and latencies.
 
-Checkpoints go in as stages; exported models and measurements come out as stages.
-The packages are in the order in which they may import each other: device_programs, devices, graphs, runtime, proof,
-profiling, students, pipeline; what a precision or a runtime is stands in toolchain/precisions.py and
-toolchain/runtimes.py.
+The input is checkpoints as stages; the output is exported models and measurements as stages.
+The packages may import each other in this order: device_programs, devices, graphs, runtime, proof, profiling, students,
+pipeline. Precisions and runtimes are defined in toolchain/precisions.py and toolchain/runtimes.py.
 """

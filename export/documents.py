@@ -1,7 +1,7 @@
-"""What flows through exporting: a planned export, the summary of an exported model, and what its proof found.
+"""Types of the documents of an export: the planned export, the summary of an exported model, its parity check.
 
-The summary is what `manifest.json` of an exported model keeps under "summary"; the other documents are parts of it, or
-stand in `measured/`.
+`manifest.json` of an exported model stores the summary under "summary". The other documents are parts of it, or are
+stored in `measured/`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ class PlannedExport:
     """One model to export."""
 
     role: str
-    """Of the checkpoint, as a report names it: teacher, baseline, student, adopted."""
+    """The role of the checkpoint, as in the report: teacher, baseline, student, adopted."""
 
     precision: str
     runtime: str = "onnxruntime"
     opset: int = 20
-    """At least this ONNX opset: 20 is the last whose QuantizeLinear ONNX Runtime optimises correctly
+    """The lowest ONNX opset to use: 20 is the last whose QuantizeLinear ONNX Runtime optimizes correctly
     (onnxruntime#25526)."""
 
     batch: int | None = None
     """1 fixes the first dimension of every graph; None leaves it free."""
 
     uint8_input: bool = False
-    """Also write image_uint8.onnx, which preprocesses too."""
+    """Also write image_uint8.onnx, which includes the preprocessing."""
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class PlannedExport:
 
 
 class Comparison(TypedDict):
-    """How far features are from those of PyTorch: the worst sample's numbers."""
+    """The difference of features from those of PyTorch: the worst sample's numbers."""
 
     min_cosine: float
     min_sqnr_db: float
@@ -75,7 +75,7 @@ class Parity(TypedDict):
 
 
 class Uint8Parity(TypedDict):
-    """What preprocessing in the graph changes, of pixels in grey levels, and of features."""
+    """The difference that preprocessing in the graph makes, in pixels (grey levels) and in features."""
 
     max_levels: float
     share_of_values: float
@@ -86,19 +86,19 @@ class Uint8Parity(TypedDict):
 
 
 class ExecutedGraph(TypedDict):
-    """What a runtime made of a graph: numbers of operators."""
+    """The numbers of operators that a runtime executes for a graph."""
 
     ops: dict[str, int]
-    """By type, after the runtime's own optimisation."""
+    """By type, after the runtime's own optimization."""
 
     precisions: dict[str, int]
-    """Of OpenVINO: matrix products and convolutions by the precision that they are executed in."""
+    """Matrix products and convolutions by executed precision; OpenVINO only."""
 
     integer: int
     """Products and convolutions that are executed in integers."""
 
     rounding: dict[str, int]
-    """What is left of quantization, by type."""
+    """Remaining quantization operators, by type."""
 
     attention: dict[str, int]
     """Attentions that became one operator (`fused`), and those that did not (`open`)."""
@@ -110,14 +110,14 @@ class _Proof(TypedDict):
 
 class Proof(_Proof, total=False):
     uint8_input: Uint8Parity
-    """Where image_uint8.onnx was asked for."""
+    """Present if image_uint8.onnx was requested."""
 
     nodes: dict[str, ExecutedGraph | None]
-    """By tower, on a CPU; None where what reads the graph is not installed."""
+    """By tower, on a CPU; None if the package that reads the graph is not installed."""
 
 
 class GraphSummary(TypedDict):
-    """What is known of an exported model before it is proven."""
+    """The facts about an exported model before its parity check."""
 
     role: str
     runtime: str
@@ -127,7 +127,7 @@ class GraphSummary(TypedDict):
     opset: int
     batch: int | None
     size_bytes: int
-    """Of both towers' graphs."""
+    """The size of both towers' graphs together."""
 
 
 class ExportSummary(GraphSummary, Proof):

@@ -1,4 +1,4 @@
-"""The layout of an exported model's directory: its graphs, inputs and files, and the run it belongs to."""
+"""Define the layout of an exported model's directory: its graphs, inputs and files, and the run it belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from toolchain.recipe.model_names import CONFIG, WEIGHTS
 IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
 IMAGE_INPUT, TEXT_INPUT = "pixel_values", "input_ids"
 UINT8_GRAPH, UINT8_INPUT = "image_uint8.onnx", "pixels"
-"""The image tower with its preprocessing, where it was asked for: RGB, uint8 [H, W, 3]."""
+"""The optional graph of the image tower with its preprocessing; its input is RGB, uint8 [H, W, 3]."""
 
 
 def tower_files(folder: Path, engines: Path | None) -> dict[str, Path]:
@@ -26,18 +26,18 @@ def is_checkpoint(model: Path) -> bool:
     """Return True for a checkpoint's directory, which runs in PyTorch, and False for an exported model's.
 
     Raises:
-        UsageError: an int8 checkpoint, which PyTorch cannot run in integers.
+        UsageError: it is an int8 checkpoint, which PyTorch cannot run in integers.
     """
     if (model / "nncf.json").is_file():
-        raise UsageError(f"{model}: an int8 checkpoint, which is int8 only once exported; name RUN/exported/...-int8")
+        raise UsageError(f"{model}: an int8 checkpoint runs in int8 only after export; name RUN/exported/...-int8")
     return (model / CONFIG).is_file() and not (model / IMAGE_GRAPH).is_file()
 
 
 def exported_of(checkpoint: Path) -> Path:
-    """Return the exported model of a run's checkpoint, in fp32 if there is one: all have the same samples.
+    """Return an exported model of a run's checkpoint, fp32 if there is one; all have the same samples.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the checkpoint has no exported model.
     """
     made = [path.parent for path in checkpoint.parent.glob(f"exported/{checkpoint.name}-*/parity.npz")]
     if not made:
@@ -50,7 +50,7 @@ def exported_of(checkpoint: Path) -> Path:
 
 
 def runtime_words(folder: Path) -> list[str]:
-    """Return the runner's arguments that say how the manifest would have the graphs opened."""
+    """Return the runner's arguments that open the graphs with the runtime and precision in the manifest."""
     manifest = folder / "manifest.json"
     summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
     named = {name: summary[name] for name in ("runtime", "precision") if name in summary}
@@ -58,7 +58,7 @@ def runtime_words(folder: Path) -> list[str]:
 
 
 def run_of(model: Path) -> Path | None:
-    """Return the run that a model's directory belongs to, if it lies in one."""
+    """Return the run directory that contains a model's directory, or None."""
     return next((folder for folder in model.absolute().parents[:2] if (folder / "recipe.yaml").is_file()), None)
 
 

@@ -329,7 +329,7 @@ def test_int8_bf16_is_not_begun_where_nothing_computes_in_it(tmp_path: Path, mon
     weighed = recipe_of(export={"precisions": ["fp32", "int8-bf16"], "auto": {}})
     assert list(export_models(weighed, tmp_path, checkpoints, Silent())) == ["adopted-onnxruntime-fp32"]
     failed = tmp_path / "exported" / ".adopted-onnxruntime-int8-bf16.partial" / "failed.json"
-    said = "adopted-onnxruntime-int8-bf16: OpenVINO alone computes in int8-bf16; export int8 for onnxruntime"
+    said = "adopted-onnxruntime-int8-bf16: only OpenVINO computes in int8-bf16; export int8 for onnxruntime"
     assert json.loads(failed.read_text()) == {"status": "failed", "exit_code": 4, "reason": said}
 
 
@@ -338,7 +338,7 @@ def test_an_int8_that_cannot_be_made_is_rejected_with_the_reason(
 ) -> None:
     failed = tmp_path / "exported" / ".adopted-onnxruntime-int8.partial" / "failed.json"
     assert quantize_or_reject(recipe_of(), tmp_path, {}, Silent()) == {}
-    assert json.loads(failed.read_text())["reason"] == "the recipe has no quantize section to make it with"
+    assert json.loads(failed.read_text())["reason"] == "the recipe has no quantize section, which int8 needs"
     assert "adopted-int8" not in stage_paths(recipe_of())
     assert stage_paths(recipe_of())[-1] == "auto/onnxruntime"
 
@@ -432,7 +432,9 @@ def test_nothing_to_ship_is_a_gate(clipkd: Clipkd, run: Path, monkeypatch: pytes
     ended = clipkd("export", run, "--auto")
     assert ended.code == 5
     assert ended.out.startswith("openvino: nothing to ship\n")
-    assert ended.err.endswith(f"error: {run / 'auto.json'}: nothing to ship for openvino, not even fp32; it says why\n")
+    assert ended.err.endswith(
+        f"error: {run / 'auto.json'}: nothing to ship for openvino, not even fp32; it lists the reasons\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -292,8 +292,8 @@ def test_unreadable_picture(clipkd: Clipkd, tmp_path: Path, content: bytes | Non
     (tmp_path / "image.onnx").write_bytes(b"")
     ended = clipkd("predict", tmp_path, picture)
     assert (ended.code, ended.out) == (2, "")
-    damaged = f"not a readable picture: cannot identify image file '{picture}'"
-    assert ended.err == f"error: {picture}: {'no such picture' if content is None else damaged}\n"
+    damaged = f"not a readable image: cannot identify image file '{picture}'"
+    assert ended.err == f"error: {picture}: {'no such image' if content is None else damaged}\n"
 
 
 def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:

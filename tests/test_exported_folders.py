@@ -115,7 +115,7 @@ def test_the_cards_snippet_runs_without_torch(model, picture) -> None:
     assert SNIPPET in card
     assert "SQNR" in card
     blocked = "import sys; sys.modules['torch'] = sys.modules['onnx'] = sys.modules['open_clip'] = None\n"
-    code = blocked + SNIPPET.replace('"picture.png"', repr(str(picture)))
+    code = blocked + SNIPPET.replace('"image.png"', repr(str(picture)))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=model, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -150,8 +150,8 @@ def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labe
     card = (made / CARD).read_text(encoding="utf-8")
     snippet = uint8_snippet("fp32")
     assert snippet in card
-    assert "of batch 1 only" in card
-    code = snippet.replace('"picture.png"', repr(str(picture))) + "print(image_features.shape)"
+    assert "batch size 1 only" in card
+    code = snippet.replace('"image.png"', repr(str(picture))) + "print(image_features.shape)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=made, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert len(predict(made, [picture, picture], ["a", "b"], 1)) == 2
@@ -235,7 +235,7 @@ def test_the_baked_graph_computes_the_logits(model, labels, picture, tmp_path) -
         (b"a\n\nb\n", "line 2 is blank"),
         (b"a\nb\na\n", "line 3 repeats line 1: 'a'"),
         (b"caf\xe9\n", "not UTF-8 at byte 3"),
-        (b"a\0b\n", "line 1 holds a NUL"),
+        (b"a\0b\n", "line 1 contains a NUL"),
     ],
 )
 def test_label_files_are_refused_with_the_line(tmp_path, content, said) -> None:

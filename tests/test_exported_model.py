@@ -278,7 +278,7 @@ def test_a_damaged_file_is_named_with_the_command(name, content, student_tokeniz
 def test_a_graph_with_other_inputs_is_refused(student_tokenizer, tmp_path):
     folder = export_to(tmp_path / "m", student_tokenizer, 20)
     (folder / "image.onnx").write_bytes((folder / "text.onnx").read_bytes())
-    with pytest.raises(ArtifactError, match="expected the one input pixel_values, got input_ids"):
+    with pytest.raises(ArtifactError, match="expected one input, pixel_values; got input_ids"):
         open_exported(folder, threads=1)
 
 
@@ -286,7 +286,7 @@ def test_a_section_missing_from_preprocess_is_named(student_tokenizer, tmp_path)
     folder = export_to(tmp_path / "m", student_tokenizer, 20)
     spec = json.loads((folder / "preprocess.json").read_text())
     (folder / "preprocess.json").write_text(json.dumps({"image": spec["image"]}))
-    with pytest.raises(ArtifactError, match=r"preprocess.json: expected 'image' and 'text', no 'text'"):
+    with pytest.raises(ArtifactError, match=r"preprocess.json: expected sections 'image' and 'text', missing 'text'"):
         open_exported(folder, threads=1)
 
 

@@ -198,7 +198,7 @@ def test_a_checkpoint_that_cannot_be_timed_says_why(run: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="timed in PyTorch on the CPU, not on cuda"):
         profile(run / "student", Effort(1, 0.05), Target("cuda"))
     (tmp_path / "nncf.json").touch()
-    with pytest.raises(UsageError, match="an int8 checkpoint, which is int8 only once exported"):
+    with pytest.raises(UsageError, match="an int8 checkpoint runs in int8 only after export"):
         profile(tmp_path, Effort(1, 0.05))
 
 

@@ -776,7 +776,7 @@ def test_a_run_on_sets_of_ones_own(own_run: Path, own: FolderSet, clipkd: Clipkd
 
     ended = clipkd("predict", exported, Path(own.path) / "000/0.png")
     assert ended.code == 2
-    assert "has no labels of its own; name some" in ended.err
+    assert "the model was exported without labels; pass some" in ended.err
 
     shutil.copyfile(Path(own.path) / "000/0.png", Path(own.path) / "000/9.png")  # another set now
     ended = clipkd("run", own_run / "recipe.yaml", "--out", own_run)

@@ -86,7 +86,7 @@ def test_without_fp32_nothing_is_chosen(fp32: Candidate | None) -> None:
     found = decide([*([fp32] if fp32 else []), broken, Candidate("bf16"), timed("int8", 5)], MAX_DROP)
     assert {verdict.count for verdict in found.values()} == {"failed"}
     assert found["fp16"].reason == "SQNR 3 dB"
-    assert found["int8"].reason == "there is no fp32 in this runtime to hold it against"
+    assert found["int8"].reason == "there is no fp32 in this runtime to compare it with"
     assert all(verdict.reason for verdict in found.values())
 
 
@@ -157,7 +157,7 @@ def test_a_drop_whose_interval_reaches_beyond_the_budget_is_said() -> None:
     assert doubts(timed("int8", 5, drop=0.005), MAX_DROP) == []
     (said,) = doubts(timed("int8", 5, drop=0.009), MAX_DROP)
     assert said == (
-        "int8: its drop is within 1 pp, but the 95 % interval reaches 1.10 pp; a larger headline set would tell"
+        "int8: its drop is within 1 pp, but the 95 % interval reaches 1.10 pp; use a larger headline set to be sure"
     )
 
 

@@ -99,7 +99,7 @@ def test_an_unreadable_picture_is_said_before_the_model_is_opened(
         broken.write_bytes({"empty": b"", "text": b"a cat", "torn": whole[: len(whole) // 2]}[kind])
     with pytest.raises(UsageError) as caught:
         predict(model, [*pictures, broken], ["red"], top=1)
-    said = "no such picture" if kind == "absent" else "not a readable picture: "
+    said = "no such image" if kind == "absent" else "not a readable image: "
     assert str(caught.value).startswith(f"{broken}: {said}")
 
 
@@ -118,7 +118,7 @@ def test_a_run_is_not_a_model_but_says_which_it_has(tmp_path: Path) -> None:
     (exported / "image.onnx").write_bytes(b"")
     with pytest.raises(ArtifactError) as caught:
         predict(tmp_path / "run", [], None, top=1)
-    assert str(caught.value) == (f"{tmp_path / 'run'}: no image.onnx; not an exported model; it has these: {exported}")
+    assert str(caught.value) == (f"{tmp_path / 'run'}: no image.onnx; not an exported model; it contains: {exported}")
     with pytest.raises(ArtifactError) as caught:
         predict(tmp_path / "absent", [], None, top=1)
     assert str(caught.value) == (

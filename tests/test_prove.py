@@ -104,13 +104,13 @@ def test_a_tokenizer_that_drops_the_end_token_is_caught(copied):
     tokenizer = json.loads((copied / "tokenizer.json").read_text())
     tokenizer["post_processor"] = None
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(GateError, match=r"tokenizer of tokenizer\.json differs"):
+    with pytest.raises(GateError, match=r"tokenizer in tokenizer\.json differs"):
         prove(copied, runtime="openvino", precision="fp32")
 
 
 def test_a_runtime_that_crashes_is_a_reason_and_not_the_end(fp32, monkeypatch):
     monkeypatch.setattr(proof, "_CHILD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(GateError, match="fp32: the process that proves it was killed by SIGSEGV"):
+    with pytest.raises(GateError, match="fp32: the process of the parity check was killed by SIGSEGV"):
         prove(fp32, runtime="onnxruntime", precision="fp32")
 
 

@@ -1,6 +1,6 @@
-"""Graphs: write a checkpoint's towers as ONNX graphs, with all that a device without torch needs beside them.
+"""Graphs: write a checkpoint's towers as ONNX graphs, with all files that a device without torch needs.
 
-A model with its towers and a `PlannedExport` come in; the files of an exported model and their `GraphSummary` go out.
-An equivalent form that a runtime executes faster goes to onnx_rewrites.py, what a precision does to a tower to
-precision.py, and a file that a kit needs beside its graphs to a module such as tensorrt_kit.py.
+The input is a model with its towers and a `PlannedExport`; the output is the files of an exported model and their
+`GraphSummary`. Add an equivalent form that a runtime executes faster to onnx_rewrites.py, the conversion of a tower to
+a precision to precision.py, and further files of a build kit to a module such as tensorrt_kit.py.
 """

@@ -1,9 +1,9 @@
-"""A checkpoint becomes two ONNX graphs, image and text, and everything a device without torch needs beside them.
+"""Export a checkpoint as two ONNX graphs, image and text, with all files that a device without torch needs.
 
-Precision is a property of the exported graph, decided here: fp16 and bf16 store half-precision weights and compute in
-them (inputs, outputs and the final normalisation stay fp32, LayerNormalization sums in fp32), int8 stores what
-freeze.py rounded, int8-fp16 that with everything else as in fp16, and int8-bf16 the graph of int8, of which
-OpenVINO computes everything else in bfloat16.
+Precision is a property of the exported graph and is decided here. fp16 and bf16 store half-precision weights and
+compute in them; inputs, outputs and the final normalization stay fp32, and LayerNormalization sums in fp32. int8 stores
+the values that freeze.py rounded. int8-fp16 stores the same integers with everything else as in fp16. int8-bf16 is the
+graph of int8; OpenVINO computes its float parts in bfloat16.
 """
 
 import json
@@ -32,7 +32,7 @@ from toolchain.models.towers import ImageTower, TextTower, example_pixels, num_p
 
 
 class FrozenTowers(NamedTuple):
-    """The towers of an int8 student as `quantization/freeze.py` returns them, in float32."""
+    """The towers of an int8 student that `quantization/freeze.py` returns, in float32."""
 
     image: nn.Module
     text: nn.Module
@@ -43,14 +43,13 @@ def export_onnx(
 ) -> GraphSummary:
     """Write image.onnx, text.onnx, tokenizer.json, preprocess.json, classes.npz and parity.npz into `folder`.
 
-    The classes, and the samples of parity, are those of `headline`; of a set of captions, which has no classes,
-    classes.npz holds none.  An int8 precision is exported from `frozen` towers, with which the graphs will also be
-    compared; every other one from the towers of `model`, and compared with those.
-    Returns the manifest's summary as far as it is known then.
+    The classes and the parity samples are those of `headline`. A set of captions has no classes, and classes.npz
+    then holds none. An int8 precision is exported from the `frozen` towers, every other one from the towers of `model`;
+    the parity check compares the graphs with the same towers. Returns the part of the summary that is known here.
 
     Raises:
         ClipkdError: torch cannot export a tower, or exports a graph that breaks the contract.
-        GateError: fp16 cannot hold a weight, or what a layer makes of the samples.
+        GateError: a weight, or the output of a layer on the samples, exceeds the range of fp16.
     """
     if planned.in_precision.is_quantized != (frozen is not None):
         raise ValueError("int8 is exported from frozen towers, the others from the model's own")
@@ -106,7 +105,7 @@ def _summary(model: ClipModel, folder: Path, planned: PlannedExport, opset: int)
 
 
 def _metadata(model: ClipModel, planned: PlannedExport, preprocess: dict[str, Any]) -> dict[str, str]:
-    """Return what each graph says of itself."""
+    """Return the metadata stored in each graph."""
     return {
         "clipkd.version": _version(),
         "clipkd.tokenizer": model.name,
@@ -139,7 +138,7 @@ def _write_classes(path: Path, model: ClipModel, text_tower: nn.Module, headline
 
 @torch.no_grad()
 def class_embeddings(text_tower: nn.Module, model: ClipModel, names: list[str], templates: tuple[str, ...]) -> Tensor:
-    """[K, D] float32: normalise( mean over templates of the unit text feature ).  CLIP (arXiv:2103.00020), 3.1.4."""
+    """Return [K, D] float32: normalize(mean over templates of the unit text feature). CLIP (arXiv:2103.00020), 3.1.4"""
     ids_PKT = [model.tokenize([template.format(name) for name in names]) for template in templates]
     return F.normalize(torch.stack([in_chunks(text_tower, ids_KT) for ids_KT in ids_PKT]).mean(0), dim=-1)
 
@@ -147,7 +146,7 @@ def class_embeddings(text_tower: nn.Module, model: ClipModel, names: list[str], 
 def _write_samples(
     path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet, precision: str
 ) -> None:
-    """Write the samples of parity; what the layers make of them has to fit the precision."""
+    """Write the parity samples, and check that the layers' outputs on them fit the precision."""
     with ExitStack() as watching:
         if is_half(precision):
             for name, tower in zip(("image", "text"), towers, strict=True):

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what an exported folder is, where it came from, and how to use it without torch."""
+"""Write MODEL_CARD.md: what an exported model is, its origin, its parity check, and how to use it without torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from export.documents import ExportSummary, Parity, Uint8Parity
 from toolchain.filesystem import file_sha256
 
 CARD = "MODEL_CARD.md"
-_APART = (CARD, "SHA256SUMS", "manifest.json", "key", "lock")
-"""Written after the card, or not part of what is exported."""
+_UNLISTED = (CARD, "SHA256SUMS", "manifest.json", "key", "lock")
+"""Files that the card does not list: they are written after it, or are not part of the exported model."""
 
-_BATCH = {None: "of any batch", 1: "of batch 1 only"}
+_BATCH = {None: "any batch size", 1: "batch size 1 only"}
 
 SNIPPET = """\
 from pathlib import Path
@@ -23,7 +23,7 @@ from PIL import Image
 from export.runtime import open_exported
 
 model = open_exported(Path("."))
-image_features = model.encode_images([Image.open("picture.png")])
+image_features = model.encode_images([Image.open("image.png")])
 text_features = model.encode_texts(["a cat", "a dog"])
 print(image_features @ text_features.T)
 """
@@ -36,33 +36,35 @@ from PIL import Image
 
 options = onnxruntime.SessionOptions()
 {options}session = onnxruntime.InferenceSession("image_uint8.onnx", options)
-pixels = np.asarray(Image.open("picture.png").convert("RGB"))
+pixels = np.asarray(Image.open("image.png").convert("RGB"))
 (image_features,) = session.run(["image_features"], {{"pixels": pixels}})
 """
-_LESS_OPTIMISED = (  # as runner.onnxruntime_options says why
+_LESS_OPTIMIZED = (  # runner.onnxruntime_options gives the reason
     "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED\n"
 )
-_WITHOUT = 'options.add_session_config_entry("optimization.disable_specified_optimizers", "{}")\n'
+_DISABLE = 'options.add_session_config_entry("optimization.disable_specified_optimizers", "{}")\n'
 _OPTIONS = {
-    "fp16": _LESS_OPTIMISED,
-    "bf16": _LESS_OPTIMISED,
-    "int8": _WITHOUT.format("MatMulAddFusion"),
-    "int8-fp16": _LESS_OPTIMISED + _WITHOUT.format("MatMulAddFusion;WeightBiasQuantization"),
+    "fp16": _LESS_OPTIMIZED,
+    "bf16": _LESS_OPTIMIZED,
+    "int8": _DISABLE.format("MatMulAddFusion"),
+    "int8-fp16": _LESS_OPTIMIZED + _DISABLE.format("MatMulAddFusion;WeightBiasQuantization"),
 }
 
 
 def write_card(folder: Path, name: str, summary: ExportSummary, provenance: dict[str, Any]) -> None:
-    """Describe the files in `folder`; equal files and arguments give equal bytes.
+    """Write the model card of the files in `folder`; equal files and arguments give equal bytes.
 
-    `summary` is the manifest's; `provenance` names teacher, data and checkpoint, as the recipe and the manifests do.
+    `summary` is the summary in the manifest. `provenance` names teacher, data and checkpoint as the recipe and the
+    manifests do.
     """
-    kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _APART)
+    kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _UNLISTED)
     sums = "\n".join(f"{file_sha256(path)}  {path.name}" for path in kept)
-    came_from = "\n".join(f"- {what}: {_said(value)}" for what, value in provenance.items())
+    origin = "\n".join(f"- {what}: {_format_value(value)}" for what, value in provenance.items())
     text = f"""\
 # {name}
 
-A CLIP model: an image tower and a text tower into one space, features of unit norm.
+A CLIP model. Its image tower and its text tower map images and texts to features of unit norm in one shared space, so
+the dot product of two features is their cosine similarity.
 
 - role: {summary["role"]}
 - precision: {summary["precision"]}
@@ -70,26 +72,27 @@ A CLIP model: an image tower and a text tower into one space, features of unit n
 - parameters: image {summary["params_image"]:,}, text {summary["params_text"]:,}
 - graphs: {summary["size_bytes"]:,} bytes, ONNX opset {summary["opset"]}, {_BATCH[summary["batch"]]}
 
-## Where it came from
+## Origin
 
-{came_from}
+{origin}
 
-Its licence follows from the teacher's and the data's, which clipkd cannot read off them: what is not given above has to
-be looked up where they were published, before the model is passed on.
+The licence of this model depends on the licences of the teacher and of the training data, which clipkd cannot detect.
+If one is not given above, look it up where the teacher or the data was published before you pass the model on.
 
-## Proof
+## Parity check
 
 {_parity(summary["parity"])}
 
 ## Use
 
-Zero-shot classification and retrieval, on pictures and captions like those it was trained on. It was measured on
-nothing else. It is not meant to identify people or to decide about them.
+Use the model for zero-shot classification and for retrieval, on images and captions like its training data. It was not
+evaluated on other data. Do not use it to identify people or to make decisions about them.
 
 ```python
 {SNIPPET}```
 
-This needs clipkd's base dependencies and ONNX Runtime, not torch. `clipkd classes` bakes a set of labels in.
+This code needs clipkd with its base dependencies and ONNX Runtime; it does not need torch. `clipkd classes` makes a
+copy of this model for a fixed set of labels.
 {_uint8_input(summary.get("uint8_input"), summary["precision"])}
 ## Files
 
@@ -100,7 +103,7 @@ This needs clipkd's base dependencies and ONNX Runtime, not torch. `clipkd class
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
@@ -113,15 +116,15 @@ def _uint8_input(measured: Uint8Parity | None, precision: str) -> str:
     if measured is None:
         return ""
     return f"""
-`image_uint8.onnx` preprocesses by itself. Its one input `pixels` is a decoded picture: RGB, uint8 [height, width, 3],
-of any size, one at a time; `image_features` are [1, D]. ONNX Runtime and OpenVINO run it without clipkd:
+`image_uint8.onnx` includes the preprocessing. Its only input, `pixels`, is one decoded image of any size: RGB, uint8,
+[height, width, 3]. Its output, `image_features`, is [1, D]. ONNX Runtime and OpenVINO run it without clipkd:
 
 ```python
 {uint8_snippet(precision)}```
 
-Against the preprocessing in preprocess.json, on {measured["num_pictures"]} pictures of several sizes: at most \
-{measured["max_levels"]:.0f} of 255 grey levels, in {100 * measured["share_of_values"]:.3f} % of the values; worst \
-cosine of features {measured["min_cosine"]:.6f}.
+Difference from the preprocessing in preprocess.json, on {measured["num_pictures"]} images of several sizes: \
+{100 * measured["share_of_values"]:.3f} % of the values differ, by at most {measured["max_levels"]:.0f} of 255 grey \
+levels. The lowest cosine similarity of the features is {measured["min_cosine"]:.6f}.
 """
 
 
@@ -130,5 +133,9 @@ def _parity(parity: Parity) -> str:
         f"| {name} | {tower['num_samples']} | {tower['min_cosine']:.6f} | {tower['min_sqnr_db']:.1f} |"
         for name, tower in (("image", parity["image"]), ("text", parity["text"]))
     ]
-    head = "Against the checkpoint in PyTorch, from pixels and captions on; the worst sample of each tower:\n\n"
-    return head + "\n".join(["| tower | samples | cosine | SQNR dB |", "|---|---|---|---|", *rows])
+    head = (
+        "The features of this model compared with those of the checkpoint in PyTorch, including preprocessing and\n"
+        "tokenization. The numbers are those of the worst sample; SQNR is the signal-to-quantization-noise ratio of\n"
+        "its features.\n\n"
+    )
+    return head + "\n".join(["| tower | samples | lowest cosine | lowest SQNR, dB |", "|---|---|---|---|", *rows])

@@ -19,8 +19,8 @@ from toolchain.errors import ClipkdError
 from toolchain.runtimes import RUNTIMES
 
 _MAX_BATCH = 1 << 16
-_MAX_SIDE = 1 << 15  # of a picture, in pixels: int32 holds what its kernels are made of
-_EXAMPLE_SIZE = 37, 53  # unlike each other and any model's, so that nothing is taken for the same size
+_MAX_SIDE = 1 << 15  # image side in pixels: the integers in the resize kernels then fit int32
+_EXAMPLE_SIZE = 37, 53  # different from each other and from any model's size, so that no two sizes are unified
 
 
 def write_graph(
@@ -34,10 +34,10 @@ def write_graph(
     batch: int | None = None,
     runtime: str = "onnxruntime",
 ) -> None:
-    """Export one tower as one self-contained file, of a free batch or of a fixed one, and check what was written.
+    """Export one tower as one self-contained file with a free or a fixed batch, and check the written graph.
 
     Raises:
-        ClipkdError: the exporter failed, or froze the batch that was to be free, or wrote an invalid graph.
+        ClipkdError: the exporter failed, fixed a batch that must be free, or wrote an invalid graph.
     """
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
     free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
@@ -58,12 +58,12 @@ def write_graph(
 def write_uint8_graph(
     tower: nn.Module, image_spec: dict[str, Any], path: Path, *, opset: int, metadata: dict[str, str]
 ) -> None:
-    """Export an image tower with its preprocessing before it: `pixels` uint8 [H, W, 3], RGB, of any H and W.
+    """Export an image tower preceded by its preprocessing: `pixels` uint8 [H, W, 3], RGB, of any H and W.
 
-    Within the graph, what the tower sees is named `pixel_values`, for those who want to look at it.
+    The input of the tower is named `pixel_values` within the graph, for inspection.
 
     Raises:
-        ClipkdError: the exporter failed, or froze a dimension, or wrote an invalid graph.
+        ClipkdError: the exporter failed, fixed a dimension, or wrote an invalid graph.
     """
     sizes = {index: torch.export.Dim(name, min=1, max=_MAX_SIDE) for index, name in enumerate(("height", "width"))}
     example = torch.zeros(*_EXAMPLE_SIZE, 3, dtype=torch.uint8)
@@ -87,10 +87,10 @@ def _converted(
     try:
         with (
             redirect_stdout(io.StringIO()),  # stdout belongs to the command's result
-            _errors_only("torch.onnx", "onnxscript"),  # which warns of each chunk that it does not fold
+            _errors_only("torch.onnx", "onnxscript"),  # it warns about each chunk that it does not fold
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # of torch's own internals
+            warnings.simplefilter("ignore")  # they concern torch's internals
             program = torch.onnx.export(
                 tower.eval(),
                 (example,),
@@ -112,7 +112,7 @@ def _converted(
 
 @contextmanager
 def _errors_only(*names: str) -> Iterator[None]:
-    """Keep the loggers of these names from saying less than an error."""
+    """Silence the named loggers below level ERROR."""
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

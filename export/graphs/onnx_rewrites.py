@@ -7,7 +7,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 
 def separate_gemm_biases(graph: GraphProto) -> None:
-    """Gemm(x, int8 weight, bias) becomes Gemm(x, int8 weight) + bias: ONNX Runtime fuses no float bias into QGemm."""
+    """Replace Gemm(x, int8 weight, b) by Gemm(x, int8 weight) + b: ONNX Runtime fuses no float bias into QGemm."""
     dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     nodes = []
     for node in graph.node:
@@ -22,9 +22,9 @@ def separate_gemm_biases(graph: GraphProto) -> None:
 
 
 def separate_products(graph: GraphProto) -> None:
-    """Split(x W + b) becomes a product for each part, so that OpenVINO does not copy queries, keys and values.
+    """Replace Split(x W + b) by one product per part, so that OpenVINO does not copy queries, keys and values.
 
-    Not for ONNX Runtime, which computes an int8 product in floats where others read the same input.
+    Do not use it for ONNX Runtime, which computes an int8 product in floats if other products read the same input.
     """
     maker = {output: node for node in graph.node for output in node.output}
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -62,7 +62,7 @@ def separate_products(graph: GraphProto) -> None:
 def _weight_parts(
     name: str, count: int, maker: dict[str, NodeProto], stored: dict[str, TensorProto], graph: GraphProto
 ) -> list[tuple[list[NodeProto], str]] | None:
-    """The nodes and the name of each part of a weight [E, count * F]: stored so, or as int8 [count * F, E]."""
+    """Return nodes and name of each part of a weight [E, count * F], stored in this form or as int8 [count * F, E]."""
     if name in stored:
         parts = _parts(stored[name], count, 1, graph)
         return None if parts is None else [([], part) for part in parts]
@@ -85,7 +85,7 @@ def _weight_parts(
 
 
 def _copied(node: NodeProto, place: int, inputs: list[str]) -> NodeProto:
-    """The same operator with the same attributes, of other inputs."""
+    """Return a copy of an operator with the same attributes and other inputs."""
     copied = NodeProto()
     copied.CopyFrom(node)
     copied.name, copied.output[0] = f"{node.name}.{place}", f"{node.output[0]}.{place}"
@@ -95,7 +95,7 @@ def _copied(node: NodeProto, place: int, inputs: list[str]) -> NodeProto:
 
 
 def _parts(tensor: TensorProto, count: int, axis: int, graph: GraphProto) -> list[str] | None:
-    """Names of the equal parts of a stored tensor, which are stored too."""
+    """Store the equal parts of a stored tensor and return their names; None if it cannot be split."""
     values = numpy_helper.to_array(tensor)
     if values.ndim <= axis or values.shape[axis] % count:
         return None
@@ -108,7 +108,7 @@ def _parts(tensor: TensorProto, count: int, axis: int, graph: GraphProto) -> lis
 
 
 def _read(nodes: list[NodeProto], graph: GraphProto) -> list[NodeProto]:
-    """The nodes without those that nothing reads."""
+    """Return the nodes without those whose outputs nothing reads."""
     wanted = {value.name for value in graph.output}
     while True:
         readers = Counter(name for node in nodes for name in node.input)

@@ -13,8 +13,8 @@ from toolchain.evaluation.eval_set import EvalSet, Picture
 from toolchain.models.clip_model import ClipModel
 
 MAX_PARITY_SAMPLES = 256
-MAX_PARITY_BYTES = 1 << 26  # of pictures: all 256 at 224x224
-NUM_PARITY_PIXELS = 4  # whose pixel_values are kept too: at 224x224 each takes 600 kB, and one shows a wrong mean
+MAX_PARITY_BYTES = 1 << 26  # of image pixels: all 256 samples at 224x224
+NUM_PARITY_PIXELS = 4  # samples stored with pixel_values: each takes 600 kB at 224x224, and one reveals a wrong mean
 _CHUNK = 256  # samples per forward
 
 
@@ -26,7 +26,7 @@ def in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
-    """Write what parity.py feeds to a runtime, and what torch made of it; the samples are spread over the set."""
+    """Write the inputs that parity.py feeds to a runtime and torch's features; samples are spread over the set."""
     shown, pictures = _parity_pictures(headline, model)
     spoken = _spread(len(headline.texts))
     captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
@@ -46,10 +46,10 @@ def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, 
 
 
 def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:
-    """Return indices of pictures in a set, and the pictures, all of one size so that one array holds them.
+    """Return indices of images in a set, and the images, all of one size so that they fit one array.
 
-    Glyphs are, and stay as they are.  Others are cut to a size a little larger than the model's, and not square, so
-    that parity goes through resizing and cropping too.
+    Glyphs have one size already and are not changed. Other images are cut to a size a little larger than the model's
+    and not square, so that the parity check covers resizing and cropping too.
 
     Raises:
         ClipkdError: none of them can be read.
@@ -68,10 +68,10 @@ def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], li
             shown.append(index)
             pictures.append(picture if as_they_are else ImageOps.fit(picture, fitted))
     if not pictures:
-        raise ClipkdError(f"evaluation set {headline.name}: none of {len(chosen)} pictures tried can be read")
+        raise ClipkdError(f"evaluation set {headline.name}: none of {len(chosen)} images tried can be read")
     return shown, pictures
 
 
 def _spread(count: int, at_most: int = MAX_PARITY_SAMPLES) -> NDArray[np.int64]:
-    """Return at most so many indices below `count`, evenly spread."""
+    """Return at most `at_most` indices below `count`, evenly spread."""
     return np.linspace(0, count - 1, min(at_most, count)).round().astype(np.int64)

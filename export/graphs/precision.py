@@ -15,8 +15,8 @@ from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower
 from toolchain.precisions import PRECISIONS
 
-MAX_HALF_ACTIVATION = 3e4  # of 65504: pictures that calibration did not show may go twice as far
-_LEAST_HALF = 2.0**-24  # greater than zero that fp16 knows
+MAX_HALF_ACTIVATION = 3e4  # fp16 max is 65504: images outside the calibration samples may reach twice as far
+_LEAST_HALF = 2.0**-24  # the smallest positive fp16 number
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -45,8 +45,8 @@ def prepare_tower(tower: nn.Module, example: Tensor, precision: str) -> nn.Modul
 def convert_frozen_tower(tower: nn.Module, precision: str) -> nn.Module:
     """Return a frozen int8 tower as it is, or for int8-fp16 a copy whose floats, scales included, are fp16.
 
-    The stored int8 weights stay as they are.  A scale that fp16 would round to zero becomes the smallest that it has,
-    because nothing can be divided by zero; what it scales is below 1e-5 either way.
+    The stored int8 weights stay as they are. A scale that fp16 would round to zero becomes the smallest positive fp16
+    number, because a division by zero must not occur; the scaled values are below 1e-5 either way.
 
     Raises:
         GateError: a weight is beyond fp16's range.
@@ -72,10 +72,10 @@ def _require_half_weights(tower: nn.Module, precision: str) -> None:
 
 @contextmanager
 def require_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> Iterator[None]:
-    """Watch what the layers of a float tower put out while the block runs.
+    """Check the outputs of a float tower's layers while the block runs.
 
     Raises:
-        GateError: at the end, the first layer whose values pass MAX_HALF_ACTIVATION in magnitude, or are not finite.
+        GateError: at the end, naming the first layer whose values exceed MAX_HALF_ACTIVATION or are not finite.
     """
     peaks: dict[str, float] = {}
 
@@ -98,6 +98,6 @@ def require_half_range(tower: nn.Module, what: str, precision: str = "fp16") -> 
         name, peak = next(iter(beyond.items()))
         raise GateError(
             f"{precision}: {what} tower, layer {name}: values up to {peak:.3g} on real samples, expected at most "
-            f"{MAX_HALF_ACTIVATION:g} of fp16's 65504 ({len(beyond)} layer(s) in all). Export this model in "
+            f"{MAX_HALF_ACTIVATION:g} (fp16 max is 65504; {len(beyond)} layer(s) exceed it). Export this model in "
             f"{PRECISIONS[precision].instead}"
         )

@@ -1,8 +1,8 @@
-"""Write any tokenizer open_clip uses as one `tokenizers` library file, so that a device tokenises without open_clip.
+"""Write any tokenizer open_clip uses as one `tokenizers` library file, so that a device tokenizes without open_clip.
 
 The written `tokenizer.json` holds everything after cleaning: splitting, merges, the start and end tokens, truncation
-that keeps the end token, and padding to the context length.  What the library cannot express (cleaning with ftfy, and
-two habits of open_clip's HFTokenizer) is named in the "text" section of `preprocess.json`, see `text_spec`.
+that keeps the end token, and padding to the context length. The library cannot express cleaning with ftfy and two
+habits of open_clip's HFTokenizer; the "text" section of `preprocess.json` names these, see `text_spec`.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def text_spec(
     zeroed_id: int | None = None,
     appended_id: int | None = None,
 ) -> dict[str, Any]:
-    """The "text" section of `preprocess.json`: what turns a caption into the text graph's `input_ids`.
+    """Return the "text" section of `preprocess.json`: how a caption becomes the text graph's `input_ids`.
 
     `context_length`  T, the width of `input_ids`.
-    `pad_id`          what fills a row after its end token; `tokenizer.json` already pads with it.
-    `eot_id`          the end-of-text token, kept by truncation; None where the vocabulary has none.
-    `clean`           what is done to a caption first: `whitespace` is ftfy.fix_text, html.unescape twice and every run
+    `pad_id`          the token that fills a row after its end token; `tokenizer.json` already pads with it.
+    `eot_id`          the end-of-text token, kept by truncation; None if the vocabulary has none.
+    `clean`           how a caption is cleaned first: `whitespace` is ftfy.fix_text, html.unescape twice and every run
                       of whitespace to one space; `lower` is that in lower case; `canonicalize` replaces underscores by
                       spaces, removes ASCII punctuation and lowers the case.
-    `zeroed_id`       a token that open_clip overwrites by 0 (`strip_sep_token`), or None.
-    `appended_id`     a token that open_clip puts behind the padding (`tokenizer_mode: clips`), or None; then
+    `zeroed_id`       a token that open_clip overwrites with 0 (`strip_sep_token`), or None.
+    `appended_id`     a token that open_clip appends after the padding (`tokenizer_mode: clips`), or None; then
                       `tokenizer.json` makes rows of T - 1.
     """
     return {
@@ -122,11 +122,11 @@ def _wrap(start: tuple[str, int], end: tuple[str, int]) -> processors.TemplatePr
 
 
 def stock_tokenizer_json(tokenizer: SimpleTokenizer | None = None, *, context_length: int = 77) -> str:
-    """CLIP's byte-level BPE (open_clip's SimpleTokenizer, 49,408 tokens) as the text of a `tokenizer.json`.
+    """Return CLIP's byte-level BPE (open_clip's SimpleTokenizer, 49,408 tokens) as the text of a `tokenizer.json`.
 
-    Expects cleaned text.  Differs from transformers' conversion where that differs from SimpleTokenizer: letters and
-    digits are those of the `regex` package's Unicode version, which is newer than the library's, and a caption that
-    spells a special token gets that token, as in SimpleTokenizer, only where its pattern finds it.
+    It expects cleaned text. It follows SimpleTokenizer where transformers' conversion does not: letters and digits are
+    those of the `regex` package's Unicode version, which is newer than the library's; and a caption that spells a
+    special token gets that token only where SimpleTokenizer's pattern finds it.
     """
     tokenizer = tokenizer or SimpleTokenizer()
     special_tokens = [tokenizer.decoder[token_id] for token_id in tokenizer.all_special_ids]
@@ -134,10 +134,10 @@ def stock_tokenizer_json(tokenizer: SimpleTokenizer | None = None, *, context_le
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
     spelling: dict[tuple[str, str], None] = {}
     unaware = copy.copy(tokenizer)
-    unaware.cache = {}  # which is where SimpleTokenizer keeps special tokens whole
+    unaware.cache = {}  # this cache is where SimpleTokenizer keeps special tokens whole
     for token in special_tokens:
         # Merges of the lowest priority spell the special token out of the pieces its text falls into.  They fire
-        # nowhere else: only the special alternatives of the pattern put a letter beside a punctuation mark.
+        # nowhere else: only the special alternatives of the pattern put a letter next to a punctuation mark.
         joined, *pieces = unaware.bpe(token).split(" ")
         for piece in pieces:
             spelling[joined, piece] = None
@@ -159,14 +159,14 @@ def stock_tokenizer_json(tokenizer: SimpleTokenizer | None = None, *, context_le
 
 
 def _stock_pattern(special_tokens: list[str]) -> str:
-    """SimpleTokenizer's pattern with every class spelled out, as open_clip's engine understands it without case."""
+    """Return SimpleTokenizer's pattern with every class spelled out as open_clip's engine matches it, ignoring case."""
     words = [*special_tokens, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
     spelled = ["".join(_members(regex.escape(character)) for character in word) for word in words]
     return "|".join([*spelled, _members(r"[\p{L}]") + "+", _members(r"[\p{N}]"), _members(r"[^\s\p{L}\p{N}]") + "+"])
 
 
 def _members(pattern: str) -> str:
-    """A class of all characters that a pattern matches when case is ignored: s, S and the long s for an s."""
+    """Return a class of all characters that a pattern matches ignoring case: s, S and the long s for an s."""
     runs = regex.findall(f"{pattern}+", _ALL_CHARACTERS, regex.IGNORECASE)
     ends = ((ord(run[0]), ord(run[-1])) for run in runs)
     return (

@@ -1,7 +1,7 @@
-"""Preprocessing as torch operations, so that it can be part of a graph: a picture in, pixel_values out.
+"""Compute preprocessing with torch operations, so that it can be part of a graph: from an image to pixel_values.
 
-It computes what `runner.preprocess_image` does with Pillow, without relying on any runtime's own resizing.
-In names of arrays, H and W are the sides of the picture, h and w those of the model's input.
+It computes the same as `runner.preprocess_image` with Pillow, without relying on any runtime's own resizing.
+In names of arrays, H and W are the sides of the image, h and w those of the model's input.
 """
 
 from typing import Any
@@ -16,18 +16,18 @@ _VERTICAL_FIRST_IF_TALL = int(pillow_version.partition(".")[0]) >= 13
 
 
 class Preprocessing(nn.Module):
-    """uint8 RGB [H, W, 3] to pixel_values float32 [1, 3, h, w], as an open_clip preprocess_cfg says.
+    """A module from uint8 RGB [H, W, 3] to pixel_values float32 [1, 3, h, w], following an open_clip preprocess_cfg.
 
     Pillow's resampling (Resample.c) is two products with matrices, along the width and then along the height, each
     rounded to whole grey levels.  With the support s of the filter f, 2 of the bicubic (a = -0.5), 1 of the bilinear:
 
         K[j, i] = f( ((j + 1/2) - (i + 1/2) old / new) / max(old / new, 1) ), each column divided by its sum
 
-    The argument is one quotient of integers, so that float32 loses nothing in it.  Only what cropping leaves is
-    computed.  Pillow sums in integers of 2^-22; float32 sums round otherwise where a value lies half way between two
-    levels, which a bilinear kernel makes often where the quotient of sizes is that of small numbers.
-    Pillow 13 and later begin with the height where it falls by more than twice what the width does
-    (python-pillow/Pillow#9549); the graph does as the Pillow that is installed where it is made.
+    The argument is one quotient of integers, so float32 loses nothing in it. Only the part that cropping keeps is
+    computed. Pillow sums in integers of 2^-22; float32 sums round differently where a value lies half way between two
+    levels, which is frequent with a bilinear kernel if the ratio of sizes is a ratio of small numbers.
+    Pillow 13 and later resize the height first if it shrinks by more than twice as much as the width
+    (python-pillow/Pillow#9549); the graph follows the Pillow version installed at export.
     """
 
     mean: Tensor
@@ -39,7 +39,7 @@ class Preprocessing(nn.Module):
         self.height, self.width = as_pair(spec["size"])
         self.mode = spec["resize_mode"]
         is_square_crop = self.mode == "shortest" and self.height == self.width
-        # open_clip's ResizeKeepRatio disregards the interpolation asked for where it is to crop
+        # open_clip's ResizeKeepRatio ignores the requested interpolation if it crops
         disregarded = self.mode == "shortest" and not is_square_crop
         self.is_bilinear = spec["interpolation"] == "bilinear" and not disregarded
         self.is_square_crop = is_square_crop
@@ -49,7 +49,7 @@ class Preprocessing(nn.Module):
         self.register_buffer("fill", torch.tensor(fill, dtype=torch.float32).reshape(3, 1, 1))
 
     def forward(self, pixels_HWC: Tensor) -> Tensor:
-        # of int64 and no Python numbers: in a graph they are computed from the picture's shape
+        # int64 tensors instead of Python numbers: the graph computes them from the image's shape
         height, width = (torch.full((), size, dtype=torch.int64) for size in pixels_HWC.shape[:2])
         new_height, new_width = self._resized(height, width)
         kernel_Ww, inside_w = self._kernel(pixels_HWC.shape[1], width, new_width, self.width)
@@ -61,7 +61,7 @@ class Preprocessing(nn.Module):
         else:
             falls = height - new_height
             is_tall = (falls > 0) & (falls > 2 * (width - new_width))
-            if torch.compiler.is_exporting():  # an If in the graph; outside of one torch would compile it
+            if torch.compiler.is_exporting():  # becomes an If in the graph; outside of export, torch would compile it
                 levels_Chw = torch.cond(is_tall, _vertical_first, _horizontal_first, passes)
             else:
                 levels_Chw = (_vertical_first if is_tall else _horizontal_first)(*passes)
@@ -70,11 +70,11 @@ class Preprocessing(nn.Module):
         return ((levels_Chw / 255 - self.mean) / self.std)[None]
 
     def _resized(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-        """Height and width after resizing and before cropping or padding."""
+        """Return height and width after resizing and before cropping or padding."""
         target_height, target_width = (torch.full_like(height, size) for size in (self.height, self.width))
         if self.mode == "squash":
             return target_height, target_width
-        # a side fits exactly, and the other follows; which one is decided by the ratios, compared without dividing
+        # one side fits exactly and the other follows; the ratios decide which, compared without a division
         follows_width = width * self.height <= height * self.width
         if self.mode == "longest":
             follows_width = ~follows_width
@@ -85,7 +85,7 @@ class Preprocessing(nn.Module):
         )
 
     def _kernel(self, source: int, size: Tensor, new: Tensor, target: int) -> tuple[Tensor, Tensor]:
-        """[source, target] weights of resizing `size` to `new`, its middle cut out; and which are of the picture."""
+        """Return weights [source, target] that resize `size` to `new` and crop, and a mask of image pixels."""
         spare = new - target
         cropped = (spare + spare // 2 % 2) // 2  # half of it, rounded to even, as Python rounds
         padded = -spare // 2
@@ -106,7 +106,7 @@ class Preprocessing(nn.Module):
 
 
 class UInt8Tower(nn.Module):
-    """uint8 RGB [H, W, 3] to image_features [1, D] and, beside them, the pixel_values that they are of."""
+    """A module from uint8 RGB [H, W, 3] to image_features [1, D] and the pixel_values they were computed from."""
 
     def __init__(self, tower: nn.Module, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def _whole(levels: Tensor) -> Tensor:
 
 
 def _rounded_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Rounded to the nearest integer, halves to the even one, as Python rounds."""
+    """Return the quotient rounded to the nearest integer, halves to even, as Python rounds."""
     twice = 2 * numerator + denominator
     nearest = twice // (2 * denominator)
     is_half = twice % (2 * denominator) == 0

@@ -1,6 +1,6 @@
-"""Pipeline: the stages after training, each a function of the recipe and of the stages before it.
+"""Pipeline: the stages after training, each a function of the recipe and of earlier stages.
 
-Checkpoints come in as stages; exported models, engines, measurements, auto.json and the report go out.
-Another stage is a module here that makes its `StageSpec`, a line in `run` of clipkd.py, and its directory in
+The input is checkpoints as stages; the output is exported models, engines, measurements, auto.json and the report.
+To add a stage, add a module here that makes its `StageSpec`, a line to `run` in clipkd.py, and its directory to
 `plan.stage_paths`.
 """

@@ -1,4 +1,4 @@
-"""The table of `clipkd export --auto`: each runtime's candidates and why they were chosen or rejected."""
+"""Build the table of `clipkd export --auto`: each runtime's candidates and why they were chosen or rejected."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`export.auto`: score and time what a run exported in each runtime, and write down what to ship."""
+"""Score and time the models that a run exported for each runtime, and record which to ship (`export.auto`)."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ Profiles = Mapping[str, Mapping[str, Any]]
 
 
 class AutoCandidate(TypedDict):
-    """One precision in one runtime; what is not known is null."""
+    """One precision in one runtime; unknown values are null."""
 
     precision: str
     model: str
@@ -62,7 +62,7 @@ class AutoCandidate(TypedDict):
 
 class AutoRuntime(TypedDict):
     precision: str | None
-    """The one to ship; null where not even fp32 can be."""
+    """The precision to ship; null if not even fp32 can be shipped."""
 
     model: str | None
     candidates: list[AutoCandidate]
@@ -81,10 +81,10 @@ class AutoDocument(TypedDict):
 
 
 def choose_precisions(recipe: Recipe, out: Path, exported: Models, measured: Models, screen: Screen) -> AutoDocument:
-    """Return auto.json: for each runtime the model to ship, and on which count each other precision was rejected.
+    """Return auto.json: for each runtime the model to ship, and the reason why each other precision was rejected.
 
-    Accuracy is that of `measure_models`, run here for what `measured` lacks.  Models within the budget are then
-    timed in interleaved processes.
+    Accuracy comes from `measure_models`, which runs here for models missing from `measured`. Models within the budget
+    are then timed in interleaved processes.
     """
     max_drop = _max_drop(recipe)
     runtimes: dict[str, AutoRuntime] = {}
@@ -119,42 +119,42 @@ def choose_precisions(recipe: Recipe, out: Path, exported: Models, measured: Mod
 
 
 def _max_drop(recipe: Recipe) -> float:
-    """Return how much top-1 may drop: as `export.auto` says, else as `quantize` does, else MAX_DROP."""
+    """Return how much top-1 may drop: the value in `export.auto`, else in `quantize`, else MAX_DROP."""
     assert recipe.export.auto is not None
     quantize_drop = recipe.quantize.max_drop if recipe.quantize is not None else None
     return next(drop for drop in (recipe.export.auto.max_drop, quantize_drop, MAX_DROP) if drop is not None)
 
 
 def without_failed(exported: Models, chosen: AutoDocument) -> dict[str, Stage]:
-    """Return the exported models without those that could not be scored or timed, as `choose_precisions` found."""
+    """Return the exported models without those that `choose_precisions` could not score or time."""
     candidates = [candidate for runtime in chosen["runtimes"].values() for candidate in runtime["candidates"]]
     failed = {Path(candidate["model"]).name for candidate in candidates if candidate["verdict"] == "failed"}
     return {name: stage for name, stage in exported.items() if name not in failed}
 
 
 def require_choices(document: AutoDocument | None, run: Path) -> None:
-    """Refuse a choice that leaves a runtime with nothing to ship, not even fp32; None where nothing was chosen.
+    """Check that every runtime has a model to ship; `document` is None if the run makes no choice.
 
     Raises:
-        GateError: there is such a runtime.
+        GateError: a runtime has nothing to ship, not even fp32.
     """
     runtimes = document["runtimes"].items() if document is not None else ()
     without = [runtime for runtime, found in runtimes if found["model"] is None]
     if without:
-        raise GateError(f"{run / AUTO}: nothing to ship for {', '.join(without)}, not even fp32; it says why")
+        raise GateError(f"{run / AUTO}: nothing to ship for {', '.join(without)}, not even fp32; it lists the reasons")
 
 
 def _score(
     recipe: Recipe, out: Path, names: Mapping[str, str], exported: Models, measured: Models, screen: Screen
 ) -> dict[str, Candidate]:
-    """Return every precision of one runtime, safest first, with what it loses to fp32 there, or why that is unknown."""
+    """Return each precision of one runtime, safest first, with its drop compared with fp32 or why it is unknown."""
     candidates: dict[str, Candidate] = {}
     right: dict[str, Any] = {}
     for precision in sorted(names, key=lambda name: PRECISIONS[name].safety_rank):
         name = names[precision]
         if name not in exported:
-            said = json.loads((partial_path(out / "exported" / name) / FAILED).read_text(encoding="utf-8"))
-            candidates[precision] = Candidate(precision, problem=said["reason"])
+            failure = json.loads((partial_path(out / "exported" / name) / FAILED).read_text(encoding="utf-8"))
+            candidates[precision] = Candidate(precision, problem=failure["reason"])
             continue
         try:
             stage = measured.get(name) or measure_models(recipe, out, {name: exported[name]}, screen)[name]
@@ -174,7 +174,7 @@ def _score(
 
 
 def _right_answers(measured: Stage, headline: str) -> Any:
-    """Return [N]: which images of the headline set a model got right."""
+    """Return [N] booleans: True for each image of the headline set that a model classified correctly."""
     import numpy as np
 
     with np.load(measured.path / "samples.npz", allow_pickle=False) as samples:
@@ -182,12 +182,12 @@ def _right_answers(measured: Stage, headline: str) -> Any:
 
 
 def _time(recipe: Recipe, out: Path, runtime: str, models: Models, screen: Screen) -> tuple[Profiles, dict[str, str]]:
-    """Return profiles of one runtime's models by precision, whose processes took turns, and why others have none.
+    """Return interleaved profiles of one runtime's models by precision, and why the other models have none.
 
-    The profiles of a report are measured one model after another, so drift of the machine would decide between them.
+    The profiles of a report are measured one model after another, so drift of the machine would bias a comparison.
     """
     processes = max(MIN_PROCESSES, recipe.profile.processes)
-    seconds = recipe.profile.seconds * processes / recipe.profile.processes  # to each process as much as there
+    seconds = recipe.profile.seconds * processes / recipe.profile.processes  # same time per process as there
     failed: dict[str, ClipkdError] = {}
 
     def work(folder: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _time(recipe: Recipe, out: Path, runtime: str, models: Models, screen: Scree
         by_precision = dict(zip(models, found, strict=True))
         failed.update({of: result for of, result in by_precision.items() if isinstance(result, ClipkdError)})
         if failed:
-            raise next(iter(failed.values()))  # a stage keeps nothing that may go well the next time
+            raise next(iter(failed.values()))  # do not store a failure: the next attempt may succeed
         _write_profiles(folder, {of: result for of, result in by_precision.items() if isinstance(result, Profile)})
         return {"runtime": runtime, "precisions": list(models)}
 
@@ -224,7 +224,7 @@ def _time(recipe: Recipe, out: Path, runtime: str, models: Models, screen: Scree
 
 
 def _write_profiles(folder: Path, profiles: "Mapping[str, Profile]") -> None:
-    """Write profiles.json and, beside it, the samples behind it."""
+    """Write profiles.json and the latency samples it was computed from."""
     import numpy as np
 
     write_json(folder / "profiles.json", {of: profile.document for of, profile in profiles.items()})

@@ -1,4 +1,4 @@
-"""Build TensorRT engines from exported kits, as stages."""
+"""Build TensorRT engines from exported TensorRT build kits, as stages."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from toolchain.stage import Stage, StageSpec, run_stage
 
 
 def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """Return the TensorRT engines of every kit, for the GPU of this machine.
+    """Return the TensorRT engines of every TensorRT build kit, for the GPU of this machine.
 
     Raises:
-        MissingDependency, UnavailableBackend: there is no TensorRT, or no GPU; the kits are complete.
+        MissingDependency, UnavailableBackend: there is no TensorRT, or no GPU; the kits themselves are complete.
     """
     kits = {name: stage for name, stage in exported.items() if RUNTIMES[export_summary(stage)["runtime"]].is_kit}
     if not kits or not recipe.export.build_engines:
@@ -26,8 +26,8 @@ def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen:
     try:
         device = can_build()
     except ClipkdError as error:
-        places = ", ".join(str(stage.path) for stage in kits.values())
-        hint = f"The kits are written: {places}; build on the device with build_on_device.sh, or export with --no-build"
+        paths = ", ".join(str(stage.path) for stage in kits.values())
+        hint = f"The kits are complete: {paths}; build on the device with build_on_device.sh, or export with --no-build"
         raise type(error)(f"{error}. {hint}") from None
     return {f"engines/{name}": engines_of(kit, out, device, screen) for name, kit in kits.items()}
 

@@ -1,4 +1,4 @@
-"""Export every model of a recipe as a stage of its own, proven equal to its PyTorch model before it counts as made.
+"""Export every model of a recipe as its own stage, which is complete only after the parity check with PyTorch passes.
 
 Heavy packages are imported inside the work, so that a run whose stages are all complete needs none of them.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """Return the exported models by name: those that were exported and proven, now or by an earlier call.
+    """Return the exported models by name: those that passed the parity check, now or in an earlier call.
 
-    One that fails is marked failed, and the others are still made.
+    A model that fails is marked as failed, and the others are still exported.
 
     Raises:
-        GateError, UnavailableBackend: at the end, if a model failed that is no candidate of `export.auto`.
+        GateError, UnavailableBackend: at the end, if a model failed that is not a candidate of `export.auto`.
     """
     from toolchain.evaluation.open_sets import fingerprint
 
@@ -39,13 +39,13 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     failures: list[ClipkdError] = []
     for planned in plan_exports(recipe):
         if planned.in_precision.is_quantized and planned.checkpoint not in made:
-            continue  # `quantize` said why
+            continue  # `quantize` reported why
         checkpoint = made[planned.checkpoint]
         spec = _stage_of(planned, recipe, out, checkpoint, headline)
         screen.starts(planned.name)
         try:
             exported[planned.name] = run_stage(spec, partial(_export_and_prove, planned, recipe, checkpoint, screen))
-        except ClipkdError as error:  # the others are still worth having
+        except ClipkdError as error:  # continue with the other models
             is_candidate = recipe.export.auto is not None and planned.role == shipped_role(recipe)
             if not (is_of_the_model(error) if is_candidate else isinstance(error, GateError | UnavailableBackend)):
                 raise
@@ -82,18 +82,18 @@ def _stage_of(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Sta
 def _export_and_prove(
     planned: PlannedExport, recipe: Recipe, checkpoint: Stage, screen: Screen, folder: Path
 ) -> dict[str, Any]:
-    """Write one exported model into `folder`, with its card and, if it is a kit, what its device needs.
+    """Write one exported model into `folder`; return its `ExportSummary`.
 
-    Returns its `ExportSummary`.
+    The model gets a model card and, if it is a TensorRT build kit, the files that its device needs.
 
     Raises:
-        GateError: a graph does not compute in its runtime what PyTorch does, or fp16 cannot hold it.
+        GateError: a graph does not compute in its runtime what PyTorch does, or exceeds the range of fp16.
         UnavailableBackend: the runtime does not compute in the precision.
     """
     alone = runtime_that_computes_alone(planned.precision)
-    if alone is not None and alone != planned.in_runtime:  # its proof would say so, minutes later
+    if alone is not None and alone != planned.in_runtime:  # fail now; the parity check would fail minutes later
         instead = f"export {PRECISIONS[planned.precision].instead} for {planned.runtime}"
-        raise UnavailableBackend(f"{planned.name}: {alone.title} alone computes in {planned.precision}; {instead}")
+        raise UnavailableBackend(f"{planned.name}: only {alone.title} computes in {planned.precision}; {instead}")
 
     from export.graphs.export_onnx import export_onnx
     from export.graphs.model_card import write_card
@@ -103,15 +103,15 @@ def _export_and_prove(
     from toolchain.models.build import load_model
     from toolchain.models.towers import example_pixels
 
-    (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
+    (folder / FAILED).unlink(missing_ok=True)  # left by an earlier attempt
     model = load_model(checkpoint.path)
     frozen = _freeze_towers(planned, checkpoint, model) if planned.in_precision.is_quantized else None
     screen.progress("to ONNX", 0, 2)
     graphs = export_onnx(model, folder, planned, open_set(require_evaluation(recipe).headline_set), frozen)
     screen.progress("parity", 1, 2)
-    # A kit's graphs are proven where they can be run: its engines do not exist yet.
-    proven_in = planned.in_runtime.graphs_open_in
-    proof = prove(folder, runtime=proven_in, precision=planned.precision, uint8_input=planned.uint8_input)
+    # The engines of a kit do not exist yet, so its graphs are checked in a runtime that can run them.
+    runtime = planned.in_runtime.graphs_open_in
+    proof = prove(folder, runtime=runtime, precision=planned.precision, uint8_input=planned.uint8_input)
     summary: ExportSummary = {**graphs, **proof}
     if planned.in_runtime.is_kit:
         height, width = example_pixels(model.net).shape[-2:]
@@ -123,7 +123,7 @@ def _export_and_prove(
 
 
 def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) -> FrozenTowers:
-    """Return the towers of an int8 checkpoint, rounded as its graphs will be; a kit's activations are signed."""
+    """Return the towers of an int8 checkpoint, rounded as in its graphs; activations are signed for TensorRT."""
     from export.graphs.export_onnx import FrozenTowers
     from toolchain.data.glyphs import TEMPLATES
     from toolchain.models.towers import example_pixels
@@ -137,12 +137,12 @@ def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) 
 
 
 def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
-    """Return where a model came from, for its card: names and settings of the recipe, the checkpoint's hash.
+    """Return the origin of a model for its card: names and settings of the recipe, and the checkpoint's hash.
 
-    Of a path only its name: a card travels further than a recipe.
+    Absolute paths are shortened to the file name, because a card is passed on to others and a recipe is not.
     """
 
-    def said(section: Any) -> Any:
+    def describe(section: Any) -> Any:
         if section is None:
             return "none"
         fields = section.model_dump(mode="json", exclude_none=True)
@@ -153,7 +153,7 @@ def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
 
     return {
         "checkpoint": f"sha256 {checkpoint.digest}",
-        "teacher": said(recipe.teacher),
-        "student": said(recipe.student),
-        "data": said(recipe.data),
+        "teacher": describe(recipe.teacher),
+        "student": describe(recipe.student),
+        "data": describe(recipe.data),
     } | ({"licence of the data": recipe.data.licence} if recipe.data and recipe.data.licence else {})

@@ -1,4 +1,4 @@
-"""Measure every exported model, and the PyTorch references beside them, as stages."""
+"""Measure every exported model, and the PyTorch references, as stages."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen
     accuracy, fields, fingerprints = require_evaluation(recipe), _measured_by(recipe), _measured_on(recipe)
     for name, model in exported.items():
         if RUNTIMES[export_summary(model)["runtime"]].is_kit:
-            continue  # a kit runs where its engines are built
+            continue  # the engines of a build kit run on their device
 
         def work(folder: Path, model: Stage = model) -> dict[str, Any]:
             from export.pipeline.measure_model import measure
@@ -43,10 +43,10 @@ def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen
 
 
 def require_references(recipe: Recipe) -> None:
-    """Check, before hours of training, that what the recipe wants of PyTorch itself can be had.
+    """Check, before hours of training, that the PyTorch references in the recipe can be measured.
 
     Raises:
-        MissingDependency: a reference is to be compiled, and there is no C++ compiler.
+        MissingDependency: the recipe asks for a compiled reference, and there is no C++ compiler.
     """
     from export.devices.run_runner import require_compiler
 
@@ -60,7 +60,7 @@ def measure_references(
     """Measure the checkpoint of the shipped model in PyTorch, once for each mode in `profile.pytorch`.
 
     Raises:
-        MissingDependency: it is to be compiled, and there is no C++ compiler.
+        MissingDependency: a compiled reference needs a C++ compiler, and there is none.
     """
     measured: dict[str, Stage] = {}
     planned_references = plan_references(recipe)
@@ -69,7 +69,7 @@ def measure_references(
     accuracy, fields, fingerprints = require_evaluation(recipe), _measured_by(recipe), _measured_on(recipe)
     for planned in planned_references:
         if planned.beside not in exported:
-            continue  # it failed, and has said why
+            continue  # its export failed and reported why
         checkpoint, beside = made[planned.role], exported[planned.beside]
 
         def work(
@@ -97,7 +97,7 @@ def measure_references(
 
 
 def _measured_by(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that any measurement reads."""
+    """Return the recipe fields that every measurement reads."""
     return {
         "evaluate": require_evaluation(recipe).model_dump(mode="json"),
         "profile": recipe.profile.model_dump(exclude={"pytorch"}),
@@ -105,7 +105,7 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
 
 
 def _measured_on(recipe: Recipe) -> dict[str, str]:
-    """Return the data and the machine that any measurement depends on."""
+    """Return fingerprints of the data and the machine that every measurement depends on."""
     from toolchain.evaluation.open_sets import fingerprints
     from toolchain.provenance import machine
 

@@ -14,7 +14,7 @@ FAILED = "failed.json"
 
 
 def mark_failed(path: Path, error: ClipkdError) -> None:
-    """Say in a stage's unfinished directory why it will not become complete; it is kept for inspection."""
+    """Record in a stage's partial directory why the stage failed; the directory is kept for inspection."""
     document = {"status": "failed", "exit_code": error.exit_code, "reason": str(error)}
     file = partial_path(path) / FAILED
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -22,20 +22,20 @@ def mark_failed(path: Path, error: ClipkdError) -> None:
 
 
 def is_of_the_model(error: ClipkdError) -> bool:
-    """Return True if an error says that a model is no good, and not that the command cannot go on."""
+    """Return True if an error concerns one model; other errors stop the whole command."""
     return not isinstance(error, ArtifactError | Interrupted | MissingDependency | UsageError)
 
 
 def shipped_role(recipe: Recipe) -> str:
-    """Return the role of the model that a run is for."""
+    """Return the role of the model that a run ships."""
     return "student" if recipe.distill else "adopted"
 
 
 def plan_exports(recipe: Recipe) -> list[PlannedExport]:
     """Return every model that a recipe exports.
 
-    Teacher and baseline do not ship: they are there to compare with, for which one runtime does, the first that runs
-    here.
+    Teacher and baseline are not shipped. They are only for comparison, so one runtime is enough: the first that runs on
+    this machine.
     """
     spec, shipped = recipe.export, shipped_role(recipe)
     others = (("teacher", "baseline") if recipe.baseline else ("teacher",)) if recipe.teacher else ()
@@ -65,7 +65,7 @@ class PlannedReference:
     """eager or compiled."""
 
     beside: str
-    """The name of its fp32 export, whose samples and preprocessing it is measured with."""
+    """The name of its fp32 export, which provides the samples and the preprocessing for the measurement."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class PlannedReference:
 
 
 def plan_references(recipe: Recipe) -> list[PlannedReference]:
-    """Return every checkpoint that a recipe measures in PyTorch; none where its fp32 is not exported."""
+    """Return every checkpoint that a recipe measures in PyTorch; empty if fp32 is not exported."""
     shipped = shipped_role(recipe)
     beside = [
         planned.name
@@ -84,7 +84,7 @@ def plan_references(recipe: Recipe) -> list[PlannedReference]:
 
 
 def stage_paths(recipe: Recipe) -> list[str]:
-    """Return the directories in a run that a recipe asks for."""
+    """Return the stage directories that a recipe creates in a run."""
     trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
     cache = recipe.distill.teacher_cache if recipe.distill else None
     if cache is not None and cache.path is None:

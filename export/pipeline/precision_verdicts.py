@@ -1,8 +1,8 @@
 """Decide which precision to ship in a runtime: two gates, accuracy and speed, that a candidate must both pass.
 
-A precision below fp32 costs accuracy for certain and buys speed perhaps: in many runtimes, on many machines, 8-bit CLIP
-is slower than fp16, and in some wrong in silence.  So the precisions are walked from the safest on, and one takes the
-place of the one chosen so far only if it is within the budget and measurably faster; where none is, fp32 stays.
+A precision below fp32 always costs accuracy and only sometimes gains speed: in many runtimes, on many machines, 8-bit
+CLIP is slower than fp16, and in some it is silently wrong. Therefore `decide` tries the precisions from the safest on.
+One replaces the precision chosen so far only if it is within the budget and measurably faster; if none is, fp32 stays.
 """
 
 import math
@@ -14,15 +14,16 @@ from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION
 from toolchain.significance import PairedDrop
 
 MAX_DROP = 0.01
-"""Of top-1, where neither the command nor quantize.max_drop says: the default of NNCF's own accuracy control."""
+"""Permitted top-1 drop unless the command or quantize.max_drop sets one: the default of NNCF's own accuracy control."""
 
 MIN_PROCESSES = 5
-"""Fresh processes per model, at least.  The interval of so few is their range, and of two equal models one has all five
-of its medians below all of the other's once in C(10, 5) = 252 times; with three that would be once in 20."""
+"""The least number of fresh processes per model. The interval of so few medians is their range. Of two equally fast
+models, the second has all five medians below all of the first's once in C(10, 5) = 252 times; with three medians, once
+in 20."""
 
 
 class Latency(NamedTuple):
-    """The image tower's median at batch 1, and its 95 % interval."""
+    """The image tower's median latency at batch 1, with its 95 % interval."""
 
     p50_ms: float
     low_ms: float
@@ -34,18 +35,18 @@ class Latency(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One precision in one runtime, as far as it is known."""
+    """One precision in one runtime, with the results known so far."""
 
     precision: str
 
     problem: str | None = None
-    """Why there is nothing to weigh: it was not made, not proven, or could not be run."""
+    """Why it cannot be compared: it was not exported, failed its parity check, or could not be run."""
 
     drop: PairedDrop | None = None
-    """What top-1 loses to fp32 in the same runtime."""
+    """The drop in top-1 compared with fp32 in the same runtime."""
 
     latency: Latency | None = None
-    """Measured in turns with the others'."""
+    """Measured in runs interleaved with those of the other candidates."""
 
 
 Count = Literal["chosen", "failed", "accuracy", "speed"]
@@ -54,31 +55,34 @@ Count = Literal["chosen", "failed", "accuracy", "speed"]
 @dataclass(frozen=True)
 class Verdict:
     count: Count
-    """On which count it was rejected, or that it was not."""
+    """The reason class: `chosen`, or the gate at which it was rejected."""
 
     reason: str = ""
 
 
 def too_far(candidate: Candidate, max_drop: float) -> Verdict | None:
-    """Return the verdict on a candidate that is out before anything is timed, or None.
+    """Return the verdict on a candidate that is rejected before anything is timed, or None.
 
-    What counts is the drop itself and not the end of its interval, as for quantize.max_drop: of a few hundred images
-    the interval alone is wider than any budget, and nothing would ever pass.  `doubts` says where it reaches beyond.
+    The drop itself is compared with the budget, not the end of its interval, as for quantize.max_drop: with a few
+    hundred images the interval alone is wider than any budget, and nothing would ever pass. `doubts` warns if the
+    interval reaches beyond the budget.
     """
     if candidate.problem is not None:
         return Verdict("failed", candidate.problem)
     if candidate.precision == REFERENCE_PRECISION:
         return None
-    if candidate.drop is None or not candidate.drop.drop <= max_drop:  # not `>`: NaN must fail
-        return Verdict("accuracy", f"top-1 drops by {_said(candidate.drop)}, more than {100 * max_drop:g} pp")
+    if candidate.drop is None:
+        return Verdict("accuracy", "the top-1 drop was not measured")
+    if not candidate.drop.drop <= max_drop:  # not `>`: NaN must fail
+        return Verdict("accuracy", f"top-1 drops by {_format_drop(candidate.drop)}, more than {100 * max_drop:g} pp")
     return None
 
 
 def decide(candidates: Sequence[Candidate], max_drop: float) -> dict[str, Verdict]:
     """Return the verdict on each candidate of one runtime, the safest first; one is chosen, or none if fp32 failed.
 
-    From the safest on, a candidate within `max_drop` replaces the one chosen so far where its interval of the latency
-    lies wholly below.
+    From the safest on, a candidate within `max_drop` replaces the one chosen so far if its latency interval lies wholly
+    below that of the chosen one.
     """
     ordered = sorted(candidates, key=lambda candidate: PRECISIONS[candidate.precision].safety_rank)
     rejected = {candidate.precision: too_far(candidate, max_drop) or _untimed(candidate) for candidate in ordered}
@@ -91,42 +95,40 @@ def decide(candidates: Sequence[Candidate], max_drop: float) -> dict[str, Verdic
             continue
         assert candidate.latency is not None
         assert chosen.latency is not None
-        against = f"{candidate.latency} against {chosen.latency} ms"
+        latencies = f"{candidate.latency} against {chosen.latency} ms"
         if candidate.latency.high_ms < chosen.latency.low_ms:
-            why = f"{candidate.precision} is measurably faster: {against}"
+            why = f"{candidate.precision} is measurably faster: {latencies}"
             rejected[chosen.precision] = Verdict("speed", why)
             chosen = candidate
         else:
-            why = f"not measurably faster than {chosen.precision}: {against}"
+            why = f"not measurably faster than {chosen.precision}: {latencies}"
             rejected[candidate.precision] = Verdict("speed", why)
     return {precision: verdict or Verdict("chosen") for precision, verdict in rejected.items()}
 
 
 def _without_reference(candidates: Sequence[Candidate]) -> dict[str, Verdict]:
-    """Return the verdicts on the others where fp32 failed: their own problem, or the lack of fp32."""
-    alone = f"there is no {REFERENCE_PRECISION} in this runtime to hold it against"
+    """Return the verdicts on the other candidates if fp32 failed: their own problem, or the lack of fp32."""
+    alone = f"there is no {REFERENCE_PRECISION} in this runtime to compare it with"
     others = [candidate for candidate in candidates if candidate.precision != REFERENCE_PRECISION]
     return {other.precision: Verdict("failed", alone if other.problem is None else other.problem) for other in others}
 
 
 def doubts(candidate: Candidate, max_drop: float) -> list[str]:
-    """Return what a user should know of a candidate that was chosen."""
+    """Return warnings about a chosen candidate: its drop may exceed the budget."""
     if candidate.drop is None or candidate.drop.high <= max_drop:
         return []
     return [
         f"{candidate.precision}: its drop is within {100 * max_drop:g} pp, but the 95 % interval reaches "
-        f"{100 * candidate.drop.high:.2f} pp; a larger headline set would tell"
+        f"{100 * candidate.drop.high:.2f} pp; use a larger headline set to be sure"
     ]
 
 
 def _untimed(candidate: Candidate) -> Verdict | None:
     latency = candidate.latency
-    if latency is not None and 0 < latency.low_ms <= latency.p50_ms <= latency.high_ms < math.inf:  # NaN is not
+    if latency is not None and 0 < latency.low_ms <= latency.p50_ms <= latency.high_ms < math.inf:  # NaN fails this
         return None
     return Verdict("failed", f"no latency was measured: {latency or 'nothing'}")
 
 
-def _said(drop: PairedDrop | None) -> str:
-    if drop is None:
-        return "what nobody measured"
+def _format_drop(drop: PairedDrop) -> str:
     return f"{100 * drop.drop:.2f} [{100 * drop.low:.2f}, {100 * drop.high:.2f}] pp"

@@ -1,4 +1,4 @@
-"""The int8 student as a stage of `clipkd run`: where `export.auto` chooses, a failure rejects it and ends nothing."""
+"""Quantize the student as a stage of `clipkd run`; with `export.auto`, a failure only rejects the int8 precisions."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from toolchain.stage import Stage
 
 
 def quantize_or_reject(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """Return the int8 student; where `export.auto` chooses, one that cannot be made is rejected."""
+    """Return the int8 student; with `export.auto`, reject it if it cannot be made."""
     try:
         if recipe.quantize is None and recipe.export.is_quantized:
-            raise UsageError("the recipe has no quantize section to make it with")
+            raise UsageError("the recipe has no quantize section, which int8 needs")
         return quantize_checkpoint(recipe, out, made, screen)
     except ClipkdError as error:
         if recipe.export.auto is None or isinstance(error, ArtifactError | Interrupted):

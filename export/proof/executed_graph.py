@@ -1,4 +1,4 @@
-"""Read from a runtime's optimised graph which operators it really executes, and in which precision."""
+"""Read from a runtime's optimized graph which operators it executes, and in which precision."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from export.runtime.exported_model import open_tower
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "FakeQuantize")
 _INTEGER = ("QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")  # and QLinear...
 _FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "QAttention")
-_WORK = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")  # what OpenVINO may run in integers
+_WORK = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution")  # OpenVINO may run these in integers
 
 
 def read_executed_graph(path: Path, input_name: str, *, runtime: str, precision: str | None) -> ExecutedGraph | None:
-    """Return what a runtime executes of a graph on the CPU, after its own optimisation.
+    """Return the operators that a runtime executes for a graph on the CPU, after its own optimization.
 
-    None where nothing here reads the runtime's graph, or ONNX, which reads that of ONNX Runtime, is not installed.
-    Fused attention is in OpenVINO one operator that took in a softmax.  Open-coded attention shows as a Softmax, or in
-    ONNX Runtime's fp16, which has no kernel for it, as the operators that it is made of.
+    Returns None if no reader exists for the runtime, or if the onnx package, which reads ONNX Runtime's optimized
+    graph, is not installed. In OpenVINO, fused attention is one operator that absorbed a softmax. Open-coded attention
+    appears as a Softmax, or in ONNX Runtime's fp16, which has no Softmax kernel, as the operators that make one up.
     """
     read = _READERS.get(runtime)
     return read(path, input_name, precision) if read is not None else None
 
 
-def _executed_by_openvino(path: Path, input_name: str, precision: str | None) -> ExecutedGraph:
+def _read_openvino_graph(path: Path, input_name: str, precision: str | None) -> ExecutedGraph:
     graph = open_tower(path, input_name, runtime="openvino", precision=precision, device="cpu", threads=None)
     described = [op.get_rt_info() for op in graph.handle.get_runtime_model().get_ops()]
     executed = [(str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in described]
@@ -37,10 +37,10 @@ def _executed_by_openvino(path: Path, input_name: str, precision: str | None) ->
         for (kind, _), info in zip(executed, described, strict=True)
     )
     integer = sum(count for of, count in precisions.items() if of in ("i8", "u8"))
-    return _counted(Counter(kind for kind, _ in executed), precisions, integer, fused)
+    return _count_operators(Counter(kind for kind, _ in executed), precisions, integer, fused)
 
 
-def _executed_by_onnxruntime(path: Path, _input_name: str, precision: str | None) -> ExecutedGraph | None:
+def _read_onnxruntime_graph(path: Path, _input_name: str, precision: str | None) -> ExecutedGraph | None:
     import onnxruntime as ort
 
     try:
@@ -49,17 +49,17 @@ def _executed_by_onnxruntime(path: Path, _input_name: str, precision: str | None
         return None
     with tempfile.TemporaryDirectory(prefix="clipkd-nodes-") as scratch:
         options = onnxruntime_options(precision, None)
-        options.optimized_model_filepath = str(Path(scratch) / "optimised.onnx")
+        options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         ops = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
     integer = sum(count for kind, count in ops.items() if kind in _INTEGER or kind.startswith("QLinear"))
-    return _counted(ops, {}, integer, sum(ops[kind] for kind in _FUSED_ATTENTION))
+    return _count_operators(ops, {}, integer, sum(ops[kind] for kind in _FUSED_ATTENTION))
 
 
-_READERS = {"onnxruntime": _executed_by_onnxruntime, "openvino": _executed_by_openvino}
+_READERS = {"onnxruntime": _read_onnxruntime_graph, "openvino": _read_openvino_graph}
 
 
-def _counted(ops: Counter[str], precisions: dict[str, int], integer: int, fused: int) -> ExecutedGraph:
+def _count_operators(ops: Counter[str], precisions: dict[str, int], integer: int, fused: int) -> ExecutedGraph:
     return {
         "ops": dict(ops.most_common()),
         "precisions": precisions,

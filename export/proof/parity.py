@@ -1,8 +1,8 @@
-"""Check that an exported folder, in its own runtime, still computes what its checkpoint computed in torch.
+"""Check that an exported model computes in its own runtime what its checkpoint computed in torch.
 
-The whole path is compared, from uint8 pixels and caption strings on: a wrong mean, a forgotten resize or a tokenizer
-that drops the end token changes what ships as much as a wrong weight does.  Needs no torch: `export_onnx` left inputs
-and torch's outputs in parity.npz.  The table of precisions holds the bounds.
+The check covers the whole path, from uint8 pixels and caption strings to features: a wrong mean, a forgotten resize or
+a tokenizer that drops the end token changes the shipped model as much as a wrong weight does. It needs no torch:
+`export_onnx` stored inputs and torch's outputs in parity.npz. The bounds are in the table in toolchain/precisions.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from export.runtime.exported_model import ExportedEncoders, open_exported
 from toolchain.errors import ArtifactError, GateError
 from toolchain.precisions import PRECISIONS
 
-TIE = 0.01  # of a cosine: candidates nearer than this to the best one count as the same
-MAX_PIXEL_ERROR = 1e-4  # of a normalised pixel: a hundredth of one grey level
-# Of preprocessing in the graph, in grey levels, against Pillow's, over pictures of several sizes.
-MAX_LEVELS = 2.0  # one of each pass, where float32 sums round otherwise than Pillow's integers; 1 measured
-MAX_LEVELS_SHARE = 0.05  # of values: 1e-4 measured, and 0.04 where a bilinear kernel makes many halves; else all differ
-MIN_UINT8_SQNR_DB = 50.0  # of features then, or what the precision may lose by itself: 78 measured in fp32, 35 in int8
-EXACT_DB = 150.0  # reported for equal vectors: float32 resolves 24 bits, which is 144 dB
+TIE = 0.01  # in cosine similarity: candidates within this distance of the best one count as equal
+MAX_PIXEL_ERROR = 1e-4  # in normalized pixel values: a hundredth of one grey level
+# Bounds for preprocessing in the graph, compared with Pillow's on images of several sizes.
+MAX_LEVELS = 2.0  # grey levels: one per pass, where float32 sums round differently from Pillow's integers; measured: 1
+MAX_LEVELS_SHARE = 0.05  # of all values. Measured: 1e-4, or 0.04 where a bilinear kernel makes many halves; 1 if wrong
+MIN_UINT8_SQNR_DB = 50.0  # of features, unless the precision's own bound is lower. Measured: 78 in fp32, 35 in int8
+EXACT_DB = 150.0  # SQNR reported for equal vectors: float32 resolves 24 bits, which is 144 dB
 
 
 class ParityEncoders(Protocol):
@@ -43,12 +43,12 @@ class ParityEncoders(Protocol):
 
 
 def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | None = None) -> Parity:
-    """Return the content of parity.json: of both towers worst cosine, SQNR and sample, and agreement in top-1.
+    """Return the content of parity.json: for each tower the lowest cosine and SQNR, the worst sample, top-1 agreement.
 
     `encoders` defaults to `open_exported(folder)`.
 
     Raises:
-        ArtifactError: parity.npz is missing or damaged.
+        ArtifactError: parity.npz is missing or corrupt.
         GateError: preprocessing, tokenization or features differ by more than the precision explains.
     """
     saved = _read_samples(folder)
@@ -80,7 +80,7 @@ def _compare_tower(
     actual_BD: NDArray[np.float32],
     candidates_KD: NDArray[np.float32],
 ) -> TowerParity:
-    """Compare a tower's features with PyTorch's, and the neighbours that they have among the other tower's.
+    """Compare a tower's features with PyTorch's, and their nearest neighbours among the other tower's features.
 
     Raises:
         GateError: as `compare`, or too few samples keep their nearest candidate.
@@ -91,7 +91,7 @@ def _compare_tower(
     if not agreement >= bounds.min_top1_agreement:
         raise GateError(
             f"{what}: {agreement:.1%} of {len(names)} samples keep their nearest neighbour in the other tower, "
-            f"need {bounds.min_top1_agreement:.0%}. Export it again: clipkd export RUN --onnx"
+            f"expected at least {bounds.min_top1_agreement:.0%}. Export it again: clipkd export RUN --onnx"
         )
     return {**compared, "top1_agreement": agreement}
 
@@ -104,15 +104,15 @@ def check_uint8_input(
     features_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     pixel_values_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
 ) -> Uint8Parity:
-    """Return what preprocessing in the graph changes, in its runtime: of pixels in grey levels, and of features.
+    """Return how far preprocessing in the graph, in its runtime, changes pixels (in grey levels) and features.
 
-    Both functions take RGB [H, W, 3].  Compared are the first pictures of parity.npz, resized to be larger and smaller
-    than the model's size, tall, wide, and of it.
+    Both functions take RGB [H, W, 3]. The compared images are the first ones of parity.npz, resized to be larger than
+    the model's size, smaller, tall, wide, and equal to it.
 
     Raises:
-        ArtifactError: parity.npz is missing or damaged.
-        GateError: a pixel or a feature differs by more than rounding explains, or at all in a picture of the model's
-            size.
+        ArtifactError: parity.npz is missing or corrupt.
+        GateError: a pixel or a feature differs by more than rounding explains, or differs at all in an image of the
+            model's size.
     """
     height, width = as_pair(encoders.image_spec["size"])
     std_C11 = np.array(as_triple(encoders.image_spec["std"]), np.float32).reshape(3, 1, 1)
@@ -129,8 +129,8 @@ def check_uint8_input(
             if not levels.max() <= bound:
                 raise GateError(
                     f"{folder}: preprocessing in the graph differs from Pillow's by {levels.max():.3g} grey levels on "
-                    f"a picture ({names[-1]}), need at most {bound:g}; "
-                    "export without: --set export.uint8_input=false"
+                    f"an image ({names[-1]}), expected at most {bound:g}. "
+                    "Export without it: --set export.uint8_input=false"
                 )
             apart.append(levels.ravel())
             expected.append(encoders.encode_pixels(pixel_values_CHW[None]))
@@ -138,8 +138,8 @@ def check_uint8_input(
     share = float((np.concatenate(apart) > _SAME_LEVEL).mean())
     if not share <= MAX_LEVELS_SHARE:
         raise GateError(
-            f"{folder}: preprocessing in the graph differs from Pillow's in {share:.1%} of all values, need at most "
-            f"{MAX_LEVELS_SHARE:.0%}; export without: --set export.uint8_input=false"
+            f"{folder}: preprocessing in the graph differs from Pillow's in {share:.1%} of all values, expected at "
+            f"most {MAX_LEVELS_SHARE:.0%}. Export without it: --set export.uint8_input=false"
         )
     compared = compare(
         np.concatenate(expected),
@@ -160,7 +160,7 @@ def check_uint8_input(
 
 _NUM_RESIZED = 4
 _RESIZED = {"equal": (1.0, 1.0), "larger": (2.5, 2.5), "smaller": (0.6, 0.6), "tall": (3.1, 1.2), "wide": (1.1, 2.7)}
-_SAME_LEVEL = 0.01  # of a grey level: float32 arithmetic on normalised values
+_SAME_LEVEL = 0.01  # grey levels: the error of float32 arithmetic on normalized values
 
 
 def compare(
@@ -171,12 +171,12 @@ def compare(
     names: Sequence[str],
     what: str,
 ) -> Comparison:
-    """Compare row by row, in float64; return the worst row's numbers.
+    """Return the worst row's numbers of a comparison row by row, in float64.
 
         SQNR_i = 10 log10( |reference_i|^2 / |reference_i - actual_i|^2 )  dB, at most EXACT_DB
 
     Raises:
-        GateError: a row has less than `min_sqnr_db`, or is not finite, or the shapes differ.
+        GateError: the SQNR of a row is below `min_sqnr_db`, or a row is not finite, or the shapes differ.
     """
     if reference_BD.shape != actual_BD.shape or not len(reference_BD):
         raise GateError(f"{what}: expected features {list(reference_BD.shape)}, got {list(actual_BD.shape)}")
@@ -186,11 +186,11 @@ def compare(
         noise_B = ((reference_BD - actual_BD) ** 2).sum(-1)
         sqnr_db_B = np.minimum(10 * np.log10(signal_B / noise_B), EXACT_DB)
         cosine_B = (reference_BD * actual_BD).sum(-1) / np.sqrt(signal_B * (actual_BD**2).sum(-1))
-    worst = int(np.argmin(sqnr_db_B))  # a NaN is argmin's smallest
+    worst = int(np.argmin(sqnr_db_B))  # argmin returns a NaN first
     if not sqnr_db_B[worst] >= min_sqnr_db:  # not `<`: NaN must fail
         raise GateError(
             f"{what}: sample {worst} of {len(names)} ({names[worst]!r}) differs from PyTorch: SQNR "
-            f"{sqnr_db_B[worst]:.1f} dB, need {min_sqnr_db:g} dB; cosine {cosine_B[worst]:.6f}. "
+            f"{sqnr_db_B[worst]:.1f} dB, expected at least {min_sqnr_db:g} dB; cosine {cosine_B[worst]:.6f}. "
             "Export it again: clipkd export RUN --onnx"
         )
     return {
@@ -205,7 +205,7 @@ def compare(
 def _top1_agreement(
     reference_BD: NDArray[np.floating], actual_BD: NDArray[np.floating], candidates_KD: NDArray[np.float32]
 ) -> float:
-    """Return the share of rows whose nearest candidate is the reference's, or one that it holds within TIE of that.
+    """Return the share of rows whose nearest candidate is the reference's, or within TIE of it in the reference.
 
     Candidates are unit features of the other tower.
     """
@@ -221,15 +221,15 @@ def _check_pixels(
     actual_FCHW = actual_BCHW[: len(expected_FCHW)]
     if actual_FCHW.shape != expected_FCHW.shape:
         raise GateError(
-            f"{folder}: preprocessing gives pixel_values {list(actual_FCHW.shape)}, "
+            f"{folder}: preprocessing returns pixel_values {list(actual_FCHW.shape)}, "
             f"expected {list(expected_FCHW.shape)}; see preprocess.json"
         )
     error_F = np.abs(actual_FCHW - expected_FCHW).max((1, 2, 3))
-    worst = int(np.argmax(error_F))  # a NaN is argmax's largest
+    worst = int(np.argmax(error_F))  # argmax returns a NaN first
     if not error_F[worst] <= MAX_PIXEL_ERROR:
         raise GateError(
             f"{folder}: preprocessing of sample {worst} ({names[worst]!r}) differs from open_clip's by "
-            f"{error_F[worst]:.2g}, need at most {MAX_PIXEL_ERROR:g}; see 'image' in preprocess.json"
+            f"{error_F[worst]:.2g}, expected at most {MAX_PIXEL_ERROR:g}; see 'image' in preprocess.json"
         )
 
 
@@ -238,13 +238,13 @@ def _check_ids(
 ) -> None:
     if actual_BT.shape != expected_BT.shape:
         raise GateError(
-            f"{folder}: the tokenizer gives input_ids {list(actual_BT.shape)}, expected {list(expected_BT.shape)}"
+            f"{folder}: the tokenizer returns input_ids {list(actual_BT.shape)}, expected {list(expected_BT.shape)}"
         )
     wrong_B = (actual_BT != expected_BT).any(-1)
     if wrong_B.any():
         worst = int(np.argmax(wrong_B))
         raise GateError(
-            f"{folder}: the tokenizer of tokenizer.json differs from open_clip's on sample {worst} of {len(names)} "
+            f"{folder}: the tokenizer in tokenizer.json differs from open_clip's on sample {worst} of {len(names)} "
             f"({names[worst]!r}): expected {expected_BT[worst].tolist()}, got {actual_BT[worst].tolist()}"
         )
 
@@ -252,9 +252,9 @@ def _check_ids(
 def _read_samples(folder: Path) -> dict[str, NDArray[Any]]:
     path = folder / "parity.npz"
     try:
-        with path.open("rb") as file, np.load(file) as saved:  # np.load leaves a file open that it cannot read
+        with path.open("rb") as file, np.load(file) as saved:  # np.load leaves an unreadable file open
             return dict(saved)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: missing. Export it again: clipkd export RUN --onnx") from None
     except (ValueError, OSError, BadZipFile) as error:  # not an archive, or cut short
-        raise ArtifactError(f"{path}: damaged: {error}. Export it again: clipkd export RUN --onnx") from None
+        raise ArtifactError(f"{path}: corrupt: {error}. Export it again: clipkd export RUN --onnx") from None

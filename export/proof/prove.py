@@ -1,7 +1,7 @@
-"""Prove an exported folder in a process of its own, so that a runtime that crashes is a failed row with a reason.
+"""Run the parity check of an exported model in a child process: a runtime crash becomes a failure with a reason.
 
-The same process says what the runtime made of each graph: which operators run, in integers or in which precision, how
-many QuantizeLinear and DequantizeLinear are left over, and whether attention became one fused operator.
+The child also reports how the runtime executes each graph: which operators run, in integers or in which precision, how
+many QuantizeLinear and DequantizeLinear remain, and whether attention became one fused operator.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ERRORS: dict[str, type[ClipkdError]] = {
 
 
 def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu", uint8_input: bool = False) -> Proof:
-    """Return the parity of both towers and, on the CPU, what the runtime executes of each.
+    """Return the parity of both towers and, on the CPU, the operators that the runtime executes for each.
 
-    With `uint8_input`, which needs ONNX, also what preprocessing in the graph changes.
+    With `uint8_input`, which needs the onnx package, also return how far preprocessing in the graph changes features.
 
     Raises:
-        GateError: a tower does not compute what PyTorch did, or its runtime crashed or hung on it.
+        GateError: a tower does not compute what PyTorch did, or its runtime crashed or hung.
         UnavailableBackend, MissingDependency, ArtifactError: as `runtime.open_exported`.
     """
     question: dict[str, Any] = {"folder": str(folder), "runtime": runtime, "precision": precision, "device": device}
@@ -56,13 +56,13 @@ def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu", ui
             timeout=_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        raise GateError(f"{what}: the process that proves it took longer than {_TIMEOUT_S:g} s") from None
+        raise GateError(f"{what}: the parity check took longer than {_TIMEOUT_S:g} s") from None
     if done.returncode:
         ended = f"ended with status {done.returncode}"
         if done.returncode < 0:
             ended = f"was killed by {signal.Signals(-done.returncode).name}"
-        last = "\n".join(done.stderr.strip().splitlines()[-_STDERR_LINES:]) or "(nothing on stderr)"
-        raise GateError(f"{what}: the process that proves it {ended}. Its last words:\n{last}")
+        last = "\n".join(done.stderr.strip().splitlines()[-_STDERR_LINES:]) or "(stderr is empty)"
+        raise GateError(f"{what}: the process of the parity check {ended}. Last lines of stderr:\n{last}")
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
@@ -70,10 +70,10 @@ def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu", ui
 
 
 def answer() -> None:
-    """Answer, in the child, the question on stdin: a document on stdout."""
+    """Read the question from stdin and write the answer, a JSON document, to stdout; this runs in the child."""
     question = json.load(sys.stdin)
     document = os.dup(1)
-    os.dup2(2, 1)  # whatever a native library prints must not land in the document
+    os.dup2(2, 1)  # keep the output of native libraries out of the document
     folder, uint8_input = Path(question.pop("folder")), question.pop("uint8_input")
     try:
         encoders = open_exported(folder, **question)
@@ -105,7 +105,7 @@ def _proof(folder: Path, encoders: ExportedEncoders, question: dict[str, Any], *
 def _open_uint8(
     folder: Path, encoders: ExportedEncoders, settings: dict[str, Any]
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """Return what image_uint8.onnx computes of an image: image_features and, from a copy, pixel_values."""
+    """Return functions that run image_uint8.onnx on an image: to image_features and, from a copy, to pixel_values."""
     import onnx
 
     graph = onnx.load(folder / UINT8_GRAPH)
@@ -114,6 +114,6 @@ def _open_uint8(
     graph.graph.output.append(onnx.helper.make_tensor_value_info(IMAGE_INPUT, onnx.TensorProto.FLOAT, shape))
     with tempfile.TemporaryDirectory(prefix="clipkd-uint8-") as scratch:
         onnx.save(graph, Path(scratch) / UINT8_GRAPH)
-        places = folder / UINT8_GRAPH, Path(scratch) / UINT8_GRAPH
-        features, pixel_values = (open_tower(path, UINT8_INPUT, threads=None, **settings) for path in places)
+        paths = folder / UINT8_GRAPH, Path(scratch) / UINT8_GRAPH
+        features, pixel_values = (open_tower(path, UINT8_INPUT, threads=None, **settings) for path in paths)
     return features.run, pixel_values.run

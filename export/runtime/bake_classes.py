@@ -1,4 +1,4 @@
-"""Bake a set of labels into an exported model: a class matrix in place of the text tower; needs no torch."""
+"""Bake a set of labels into an exported model: replace the text tower by a class matrix; needs no torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ CLASSIFIER = "classifier.onnx"
 
 
 def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path) -> Stage:
-    """Make `out`: the image tower, classes.npz of the labels and, where the onnx package is installed, classifier.onnx.
+    """Write `out`: the image tower, classes.npz of the labels and, if the onnx package is installed, classifier.onnx.
 
     Raises:
-        UsageError: a file is missing, empty, not UTF-8, or has blank or repeated lines; or `out` is something else.
-        ArtifactError: `model` is not an exported model, or is damaged, or has its labels baked in already.
+        UsageError: a file is missing, empty, not UTF-8, or has blank or repeated lines; or `out` exists and was not
+            made by `clipkd classes`.
+        ArtifactError: `model` is not an exported model, or is corrupt, or already has baked-in labels.
     """
     names = read_lines(labels_file, "labels")
     source = open_stage(model)
@@ -35,11 +36,11 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
     _, _, logit_scale = read_classes(model)
     templates = read_templates(templates_file) if templates_file else _own_templates(model)
     if out.resolve() == model.resolve():
-        raise UsageError(f"--out {out}: is the model itself; name another directory")
+        raise UsageError(f"--out {out}: this is the model directory itself; choose another directory")
     if out.exists() and (
         not out.is_dir() or not (out / MANIFEST).is_file() or open_stage(out).manifest["kind"] != "classes"
     ):
-        raise UsageError(f"--out {out}: exists and was not made by clipkd classes; name another directory")
+        raise UsageError(f"--out {out}: exists and was not made by clipkd classes; choose another directory")
     with_graph = importlib.util.find_spec("onnx") is not None
 
     def work(folder: Path) -> dict[str, Any]:
@@ -75,21 +76,25 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
 
 
 def class_matrix(encoders: ExportedEncoders, names: list[str], templates: list[str]) -> NDArray[np.float32]:
-    """[K, D]: normalise( mean over templates of the unit text feature ).  CLIP (arXiv:2103.00020), 3.1.4."""
+    """Return [K, D]: normalize( mean over templates of the unit text feature ).  CLIP (arXiv:2103.00020), 3.1.4.
+
+    Raises:
+        ArtifactError: the text tower's feature of a label is not finite.
+    """
     features_PKD = np.stack([encoders.encode_texts([t.replace("{}", name) for name in names]) for t in templates])
     mean_KD = features_PKD.mean(0)
     unit_KD: NDArray[np.float32] = (mean_KD / np.linalg.norm(mean_KD, axis=-1, keepdims=True)).astype(np.float32)
     if not np.isfinite(unit_KD).all():
         worst = names[int(np.argmin(np.isfinite(unit_KD).all(-1)))]
-        raise ArtifactError(f"{encoders.folder}: its text tower gives no finite feature for the label {worst!r}")
+        raise ArtifactError(f"{encoders.folder}: the text tower returns NaN or infinity for the label {worst!r}")
     return unit_KD
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file, stripped; none may be blank or come twice.
+    """Return the lines of a text file, stripped; none may be blank or repeated.
 
     Raises:
-        UsageError: it is missing, not UTF-8 or empty, or a line is blank or repeated.
+        UsageError: the file is missing, not UTF-8 or empty, or a line is blank or repeated.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -99,13 +104,13 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if lines == [""]:
-        raise UsageError(f"{path}: empty; expected {what}, one a line")
+        raise UsageError(f"{path}: empty; expected {what}, one per line")
     first: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line:
-            raise UsageError(f"{path}: line {number} is blank; expected {what}, one a line")
+            raise UsageError(f"{path}: line {number} is blank; expected {what}, one per line")
         if "\0" in line:
-            raise UsageError(f"{path}: line {number} holds a NUL character; not a text file")
+            raise UsageError(f"{path}: line {number} contains a NUL character; not a text file")
         if line in first:
             raise UsageError(f"{path}: line {number} repeats line {first[line]}: {line!r}")
         first[line] = number
@@ -113,7 +118,11 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 
 def read_templates(path: Path) -> list[str]:
-    """Captions with {} in place of the label."""
+    """Return the captions in a file of templates, each with one {} in place of the label.
+
+    Raises:
+        UsageError: as `read_lines`, or a line does not contain {} exactly once.
+    """
     templates = read_lines(path, "templates")
     for number, template in enumerate(templates, 1):
         if template.count("{}") != 1:
@@ -129,7 +138,7 @@ def _own_templates(model: Path) -> list[str]:
 def _write_classifier(
     graph: Path, path: Path, features_KD: NDArray[np.float32], logit_scale: float, names: list[str]
 ) -> None:
-    """image.onnx with one product more: `pixel_values` to `logits` [batch, K] = scale * features @ classes."""
+    """Write image.onnx with one more matrix product: `logits` [batch, K] = scale * features @ classes."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -150,15 +159,16 @@ def _write_classifier(
 
 
 def _write_card(folder: Path, source: Stage, num_labels: int, templates: list[str]) -> None:
-    """The model's own card under a note of what was left out of it."""
+    """Write the source model's card under a note about the labels and the missing text tower."""
     own = source.path / CARD
-    said = own.read_text(encoding="utf-8") if own.is_file() else ""
+    own_text = own.read_text(encoding="utf-8") if own.is_file() else ""
     note = f"""\
 # Labels baked in
 
-{num_labels} labels, {len(templates)} templates, in classes.npz; there is no text tower. Made by `clipkd classes` from
-the exported model of sha256 {source.digest}; manifest.json has the hashes of what is here. Use it with
-`clipkd predict {{directory}} PICTURE`. What follows is that model's own card.
+This copy of the model below classifies images into a fixed set of labels: classes.npz holds {num_labels} labels, made
+with {len(templates)} caption templates. It has no text tower. `clipkd classes` made it from the exported model with
+sha256 {source.digest}; manifest.json lists the hashes of the files here. Use it with
+`clipkd predict {{directory}} IMAGE`. The card of the original model follows.
 
 """
-    (folder / CARD).write_text(note + said, encoding="utf-8")
+    (folder / CARD).write_text(note + own_text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Open an exported model and encode with it: numpy, Pillow, tokenizers, ftfy and its own runtime, no torch.
 
-Images and captions become graph inputs exactly as open_clip's own evaluation transform and tokenizers make them.
+The graph inputs of images and captions equal those of open_clip's own evaluation transform and tokenizers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from toolchain.errors import ArtifactError, MissingDependency, UnavailableBacken
 from toolchain.runtimes import RUNTIMES, runtime_title
 from toolchain.stage import MANIFEST, open_stage
 
-_CHUNK = 256  # rows of one run: bounds memory, and is past where larger batches get faster on a CPU
+_CHUNK = 256  # rows per run: bounds memory; larger batches are no faster on a CPU
 _EXPORT_AGAIN = "Export it again: clipkd export RUN --onnx"
-_BAKED = "its labels are baked in, and it has no text tower; bake others in with: clipkd classes MODEL --labels FILE"
+_BAKED = "its labels are baked in and it has no text tower; bake in others with: clipkd classes MODEL --labels FILE"
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ class ExportedEncoders:
 
     context_length: int
     precision: str | None
-    """`fp32`, `fp16`, `int8` … as the manifest says; None where there is no manifest."""
+    """`fp32`, `fp16`, `int8` … from the manifest; None if there is no manifest."""
 
     image_spec: dict[str, Any]
     """An open_clip preprocess_cfg."""
 
     text_spec: dict[str, Any]
-    """As `export.graphs.tokenizer_json.text_spec` documents it."""
+    """The section that `export.graphs.tokenizer_json.text_spec` documents."""
 
     _tokenizer: Tokenizer | None
     _image: Graph | EngineSession
     _text: Graph | EngineSession | None
-    """None where labels were baked in and the text tower left out."""
+    """None if labels were baked in and the text tower left out."""
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
-        """pixel_values [3, H, W], equal to open_clip's evaluation transform."""
+        """Return pixel_values [3, H, W], equal to open_clip's evaluation transform."""
         return preprocess_image(image, self.image_spec)
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """input_ids [B, T], equal to open_clip's tokenizer of this model.
+        """Return input_ids [B, T], equal to open_clip's tokenizer of this model.
 
         Raises:
             ArtifactError: the model's labels are baked in.
@@ -92,7 +92,7 @@ class ExportedEncoders:
         return _run(self._text, input_ids_BT)
 
     def encode_images(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features of pictures, or of uint8 pixels [B, H, W, 3]."""
+        """Return features of images, or of uint8 pixels [B, H, W, 3]."""
         chunks = (images[start : start + _CHUNK] for start in range(0, max(len(images), 1), _CHUNK))
         return np.concatenate([self.encode_pixels(self._pixel_values(chunk)) for chunk in chunks])
 
@@ -116,14 +116,14 @@ def open_exported(
 ) -> ExportedEncoders:
     """Open both graphs of an exported folder; `threads` None leaves their number to the runtime.
 
-    `runtime` and `precision` None: what the manifest says, and without one ONNX Runtime.  `towers`, image and text, are
-    taken in place of the folder's graphs, which are then not opened.
+    `runtime` and `precision` default to the manifest's, or to ONNX Runtime without a manifest. If `towers` (image
+    and text) are given, they replace the folder's graphs, which are then not opened.
 
-    Every file is first held against the hash in the manifest (measured once: 0.08 s per 100 MB).
-    While a folder is being made it has none yet.
+    Every file is first compared with the hash in the manifest (measured once: 0.08 s per 100 MB). A folder that is
+    still being written has no manifest yet.
 
     Raises:
-        ArtifactError: a file is missing, damaged or of another kind.
+        ArtifactError: a file is missing, corrupt or of another kind.
         UnavailableBackend: the device is not there, or has no kernels for the precision.
         MissingDependency: the runtime is not installed.
     """
@@ -135,11 +135,11 @@ def open_exported(
         size, context_length = image_spec["size"], 0 if is_baked else int(text_spec["context_length"])
     except (KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{folder / 'preprocess.json'}: expected 'image' and 'text', no {error}. {_EXPORT_AGAIN}"
+            f"{folder / 'preprocess.json'}: expected sections 'image' and 'text', missing {error}. {_EXPORT_AGAIN}"
         ) from None
     summary = manifest.get("summary", {})
     runtime, precision = runtime or summary.get("runtime", "onnxruntime"), precision or summary.get("precision")
-    if runtime in RUNTIMES:  # of a kit, whose engines tensorrt_engines.open_tensorrt opens, the graphs
+    if runtime in RUNTIMES:  # for a build kit, open its graphs; tensorrt_engines.open_tensorrt opens its engines
         runtime = RUNTIMES[runtime].graphs_open_in
     settings: dict[str, Any] = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
     tokenizer = None if is_baked else _open_tokenizer(folder / "tokenizer.json")
@@ -163,10 +163,10 @@ def open_exported(
 def open_tower(
     path: Path, input_name: str, *, runtime: str, precision: str | None, device: str, threads: int | None
 ) -> Graph:
-    """A graph that takes one input of the given name.
+    """Open a graph that has one input of the given name.
 
     Raises:
-        ArtifactError: the graph is missing, damaged, or has other inputs.
+        ArtifactError: the graph is missing, corrupt, or has other inputs.
         UnavailableBackend: the device is not there, or has no kernels for the precision.
         MissingDependency: the runtime is not installed.
     """
@@ -180,14 +180,13 @@ def open_tower(
             f"{path}: this model runs in {runtime}, which is not installed: {error}. "
             f"Install it with: {RUNTIMES[runtime].install}"
         ) from None
-    except Exception as error:  # the runtimes' exceptions share no base of their own
+    except Exception as error:  # the runtimes' exceptions have no common base class
         raise ArtifactError(
             f"{path}: {runtime_title(runtime)} cannot open this graph: {error}. {_EXPORT_AGAIN}"
         ) from error
     if list(graph.input_shapes) != [input_name]:
         raise ArtifactError(
-            f"{path}: expected the one input {input_name}, got {', '.join(graph.input_shapes) or 'none'}. "
-            f"{_EXPORT_AGAIN}"
+            f"{path}: expected one input, {input_name}; got {', '.join(graph.input_shapes) or 'none'}. {_EXPORT_AGAIN}"
         )
     return graph
 
@@ -213,7 +212,9 @@ def _open_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ArtifactError(f"{path}: not a tokenizer of the `tokenizers` library: {error}. {_EXPORT_AGAIN}") from error
+        raise ArtifactError(
+            f"{path}: not a tokenizer file of the `tokenizers` library: {error}. {_EXPORT_AGAIN}"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -229,4 +230,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _require(path: Path) -> None:
     if not path.is_file():
-        raise ArtifactError(f"{path}: missing; an exported folder holds one. {_EXPORT_AGAIN}")
+        raise ArtifactError(f"{path}: missing; an exported model needs this file. {_EXPORT_AGAIN}")

@@ -1,4 +1,4 @@
-"""Rank labels for pictures with an exported model; needs no torch."""
+"""Rank labels for images with an exported model; needs no torch."""
 
 import zipfile
 from pathlib import Path
@@ -13,21 +13,23 @@ from toolchain.errors import ArtifactError, UsageError
 
 
 def predict(model: Path, images: list[Path], labels: list[str] | None, top: int) -> list[dict[str, Any]]:
-    """For each picture its `top` labels with probabilities, best first; `labels` None: those exported with the model.
+    """Return for each image its `top` labels with probabilities, best first.
+
+    If `labels` is None, the labels exported with the model are ranked.
 
     Raises:
-        UsageError: a picture is missing or unreadable, or there are no labels.
+        UsageError: an image is missing or corrupt, or there are no labels.
         ArtifactError: `model` is not an exported model.
     """
     if not (model / "image.onnx").is_file():
         inside = sorted(path.parent for path in model.rglob("image.onnx")) if model.is_dir() else []
-        hint = f"it has these: {', '.join(map(str, inside))}" if inside else "make one with: clipkd export RUN"
+        hint = f"it contains: {', '.join(map(str, inside))}" if inside else "make one with: clipkd export RUN"
         raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
     pictures = [_open(path) for path in images]
     encoders = open_exported(model)
     own_labels, own_features_KD, logit_scale = read_classes(model)
     if labels is None and not own_labels:
-        raise UsageError(f"{model}: has no labels of its own; name some: --labels 'a cat,a dog'")
+        raise UsageError(f"{model}: the model was exported without labels; pass some: --labels 'a cat,a dog'")
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
     labels = own_labels if labels is None else labels
     probabilities_BK = _softmax(logit_scale * encoders.encode_images(pictures) @ label_features_KD.T)
@@ -40,13 +42,17 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
 
 
 def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:
-    """Names, class matrix [K, D] and logit scale of an exported model."""
+    """Return the label names, class matrix [K, D] and logit scale of an exported model.
+
+    Raises:
+        ArtifactError: classes.npz is missing or corrupt.
+    """
     path = model / "classes.npz"
     try:
         with np.load(path, allow_pickle=False) as classes:
             return classes["names"].tolist(), classes["features_KD"], np.float32(classes["logit_scale"])
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ArtifactError(f"{path}: missing or damaged ({error}); make it again with: clipkd export RUN") from error
+        raise ArtifactError(f"{path}: missing or corrupt ({error}); export it again: clipkd export RUN") from error
 
 
 def _open(path: Path) -> Image.Image:
@@ -55,12 +61,12 @@ def _open(path: Path) -> Image.Image:
             image.load()
             return image
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such picture") from None
+        raise UsageError(f"{path}: no such image") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{path}: not a readable picture: {error}") from None
+        raise UsageError(f"{path}: not a readable image: {error}") from None
 
 
 def _softmax(logits_BK: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     shifted_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
-    normalised_BK: NDArray[np.float32] = shifted_BK / shifted_BK.sum(axis=1, keepdims=True)
-    return normalised_BK
+    probabilities_BK: NDArray[np.float32] = shifted_BK / shifted_BK.sum(axis=1, keepdims=True)
+    return probabilities_BK

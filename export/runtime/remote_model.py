@@ -19,12 +19,12 @@ from export.runtime.exported_model import ExportedEncoders, open_exported
 def encoders_on(
     device: Device, folder: Path, *, precision: str | None = None, engines: Path | None = None
 ) -> ExportedEncoders:
-    """An exported folder's encoders, whose graphs, or a kit's engines, run on a device reached by ssh.
+    """Return encoders whose graphs, or TensorRT engines, run on a device reached by ssh.
 
-    Pictures are preprocessed and texts tokenized here, and each call that encodes is a run of `runner.py` there.
+    Images are preprocessed and texts tokenized on this machine. Each call that encodes runs `runner.py` on the device.
 
     Raises:
-        ClipkdError: when they encode: as `encode_on`.
+        ClipkdError: on encoding, as `run_runner.encode_on`.
     """
     files = tower_files(folder, engines)
 
@@ -40,18 +40,18 @@ def encoders_on(
                 document = encode_on(device, folder, name, words, once=[path])
                 return np.array(document["features"], np.float32)
 
-        # of any batch: the runner there feeds a graph of a fixed one row by row, in one run of its process
+        # any batch size: the runner on the device feeds a graph with a fixed batch row by row, in one process
         return Graph({input_name: [None]}, run, None, "")
 
     towers = tower("image", IMAGE_INPUT), tower("text", TEXT_INPUT)
-    return open_exported(folder, precision=precision, towers=towers)  # this machine may be unable to run its graphs
+    return open_exported(folder, precision=precision, towers=towers)  # this machine may be unable to run the graphs
 
 
 def reference_encoders(checkpoint: Path, exported: Path, *, compiled: bool) -> ExportedEncoders:
-    """A checkpoint's towers in PyTorch, as they are timed, behind the preprocessing and tokenizer of its fp32 export.
+    """Return a checkpoint's PyTorch towers, as they are timed, with preprocessing and tokenizer of its fp32 export.
 
     Raises:
-        MissingDependency: `compiled`, and there is no C++ compiler.
+        MissingDependency: `compiled` is set, and there is no C++ compiler.
         ArtifactError: as `runtime.open_exported`.
     """
     if compiled:

@@ -16,7 +16,7 @@ _ERRORS: dict[int, type[ClipkdError]] = {1: ClipkdError, 3: MissingDependency, 4
 
 
 def can_build() -> dict[str, str]:
-    """The device and TensorRT version that engines would be built with here.
+    """Return the device and the TensorRT version that would build engines on this machine.
 
     Raises:
         MissingDependency: TensorRT is not installed, or older than 10.12.
@@ -29,11 +29,11 @@ def can_build() -> dict[str, str]:
 
 
 def build(kit: Path, folder: Path, progress: Progress, *, max_batch: int = 8) -> dict[str, Any]:
-    """Write the engines of a kit and engine.json into `folder`; returns the manifest's summary.
+    """Write the engines of a TensorRT build kit and engine.json into `folder`; return the manifest's summary.
 
     Raises:
         MissingDependency, UnavailableBackend: as `can_build`.
-        ClipkdError: TensorRT does not take a graph.
+        ClipkdError: TensorRT rejects a graph.
     """
     timing = user_cache_folder() / "tensorrt"
     try:
@@ -45,10 +45,10 @@ def build(kit: Path, folder: Path, progress: Progress, *, max_batch: int = 8) ->
 
 
 def open_tensorrt(kit: Path, engines: Path) -> ExportedEncoders:
-    """A kit's model, its towers running as TensorRT engines.
+    """Open a build kit's model with its towers as TensorRT engines.
 
     Raises:
-        ArtifactError: an engine was not built here from the kit's graphs; nothing of it was executed.
+        ArtifactError: an engine was not built here from the kit's graphs; none of its code was executed.
         MissingDependency: tensorrt or cuda.bindings is not installed.
     """
     try:
