@@ -65,9 +65,7 @@ def time_in_turns(
     failed: set[int] = set()
     done, total = 0, processes * len(jobs)
     for turn in range(processes):
-        for job in jobs[
-            :: -1 if turn % 2 else 1
-        ]:  # alternate the order, so that no job always runs after the same other one
+        for job in jobs[:: -1 if turn % 2 else 1]:  # alternate, so that no job always follows the same other one
             if job.title:
                 progress("timing", done, total, job.title)
             if turn >= job.num_done and job.model not in failed:
