@@ -32,13 +32,15 @@ def test_what_is_added_is_found_until_it_is_removed(config: Path) -> None:
     add_device(Device("pi", "pi"))
     assert config_file() == config / "clipkd" / "devices.json"
     assert find_device("orin") == ORIN
-    with pytest.raises(UsageError, match=r"there is a device of this name, me@orin\.local; --replace it"):
+    with pytest.raises(
+        UsageError, match=r"a device with this name exists \(me@orin\.local\); replace it with --replace"
+    ):
         add_device(replace(ORIN, port=22))
     add_device(replace(ORIN, port=22), replace=True)
     assert find_device("orin").port == 22
     remove_device("orin")
     assert set(read_devices()) == {"pi"}
-    with pytest.raises(UsageError, match="no device 'orin'; there is pi"):
+    with pytest.raises(UsageError, match="no device 'orin'; known devices: pi"):
         remove_device("orin")
 
 
@@ -104,7 +106,7 @@ def test_what_a_user_types_survives_two_shells() -> None:
 def test_a_file_that_is_not_clipkds_is_said(content: str) -> None:
     config_file().parent.mkdir(parents=True)
     config_file().write_text(content)
-    with pytest.raises(UsageError, match="mend it or remove it"):
+    with pytest.raises(UsageError, match="fix or delete the file"):
         read_devices()
     assert config_file().read_text() == content
 

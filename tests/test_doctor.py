@@ -90,7 +90,7 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     assert row["mend"] == "pip install 'clipkd[onnxruntime]'"
     error = problem(document["rows"])
     assert isinstance(error, MissingDependency)
-    assert "onnxruntime cpu (here): not installed. Mend it: pip install 'clipkd[onnxruntime]'" in str(error)
+    assert "onnxruntime cpu (here): not installed. Fix: pip install 'clipkd[onnxruntime]'" in str(error)
     assert problem(diagnose()["rows"]) is None  # nobody needs it
 
 
@@ -124,7 +124,7 @@ def test_a_probe_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     started = time.monotonic()
     row = rows_by_name(diagnose(None, "cpu"))["onnxruntime cpu"]
-    assert (row["status"], row["detail"]) == ("hangs", "nothing in 1 s")
+    assert (row["status"], row["detail"]) == ("hangs", "no result within 1 s")
     assert time.monotonic() - started < 30
     stat = Path(f"/proc/{pid.read_text()}/stat")
     for _ in range(100):  # what it started is ended too

@@ -114,7 +114,7 @@ def test_the_exit_code_is_that_of_the_first_that_failed(folder: Path, clipkd: Cl
     assert "SINGLE" in said
     assert said.count("- - - - - - - - -") == 2, "of the two that have no numbers"
     assert "missing; profiling needs it" in ended.err
-    assert f"error: {kit}: a TensorRT kit, which the cpu of this machine cannot run" in ended.err
+    assert f"error: {kit}: a TensorRT build kit, which the cpu of this machine cannot run" in ended.err
 
 
 def test_how_long_is_said_once(clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_device_of_this_machine_that_is_not_there(folder: Path, clipkd: Clipkd
 def test_what_is_no_folder_is_not_written_to(folder: Path, tmp_path: Path, clipkd: Clipkd) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     ended = clipkd("profile", folder, "--out", tmp_path / "thesis.tex")
-    assert (ended.code, ended.err) == (2, f"error: {tmp_path / 'thesis.tex'}: is a file; --out names a folder\n")
+    assert (ended.code, ended.err) == (2, f"error: {tmp_path / 'thesis.tex'}: is a file; --out expects a folder\n")
     assert clipkd("profile", folder, "--evaluate").code == 2
 
 

@@ -256,7 +256,7 @@ def test_a_crash_names_the_signal_and_the_last_words(folder, monkeypatch):
         profile(folder, Effort(seconds=0.01))
     message = str(caught.value)
     assert message.startswith(
-        f"{folder / 'image.onnx'}: the process that timed it was killed by SIGKILL (a machine that "
+        f"{folder / 'image.onnx'}: the process that timed it was killed by SIGKILL (the signal that "
     )
     assert "last words" in message
     assert message.count("noise") < 10

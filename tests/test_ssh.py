@@ -205,7 +205,7 @@ def test_what_the_login_shell_prints_is_no_part_of_it(board: Device, tmp_path: P
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
-        ("known_by_other_host_key", "has another host key than known_hosts recorded"),
+        ("known_by_other_host_key", "the host key of board differs from the one in known_hosts"),
         ("empty", "the host key of board is not known yet"),
     ],
 )
@@ -230,15 +230,15 @@ def test_a_user_who_is_not_let_in(board: Device, server: Path, tmp_path: Path, m
     config = tmp_path / "config"
     config.write_text(server.read_text().replace("user_key", "other_host_key"))
     monkeypatch.setenv(SSH_CONFIG, str(config))
-    with pytest.raises(UnavailableBackend, match="does not let this user in without a password"):
+    with pytest.raises(UnavailableBackend, match="does not accept this user without a password"):
         run_on(board, program(tmp_path, ECHO), "program.py", [])
 
 
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        (None, "no .* runs there"),
-        ("exit 97", "is before Python 3.8"),
+        (None, "nothing does not run there"),
+        ("exit 97", "is older than Python 3.8"),
     ],
 )
 def test_a_device_without_a_python(board: Device, tmp_path: Path, script: str | None, expected: str) -> None:
@@ -456,7 +456,9 @@ def test_what_a_device_lacks_is_named_with_the_line_that_mends_it(
     with pytest.raises(MissingDependency) as caught:
         profile(folder, Effort(1, 0.02), Target(on=lacking))
     assert f"board: No module named '{module}'." in str(caught.value)
-    assert f"Install it there: ssh -- board '{python} -m pip install numpy onnxruntime pillow'" in str(caught.value)
+    assert f"Install it on the device: ssh -- board '{python} -m pip install numpy onnxruntime pillow'" in str(
+        caught.value
+    )
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,6 +1,6 @@
-"""Know the machines that models are measured on, and run programs there over ssh.
+"""Register the machines that models are measured on, and run programs there over ssh.
 
-A device's name (registry.py) and a program of export/device_programs with its arguments and files go in; the document
-that it prints (documents.py) comes out, or an error of this process (ssh.py, run_runner.py).  The next kind of device
-is a row in presets.py; a new thing that devices can do is a probe in device_programs/probes.py and a row in doctor.py.
+Input: a device's name (registry.py) and a program of export/device_programs with its arguments and files.  Output: the
+document that the program prints (documents.py), or an exception (ssh.py, run_runner.py).  To add a kind of device, add
+a row to presets.py; to add a capability, add a probe to device_programs/probes.py and a row to doctor.py.
 """

@@ -15,14 +15,14 @@ from export.devices.run_runner import TIMEOUT_S
 from export.devices.ssh import run_on
 from toolchain.errors import ClipkdError
 
-_LOOK_AROUND_S = 2.0  # how long other programs are watched before the start
+_LOOK_AROUND_S = 2.0  # seconds for which the load of other programs is measured before the start
 _GPU_CLOCKS = ("sudo nvidia-smi -pm 1", "sudo nvidia-smi -lgc F,F  # F in MHz: nvidia-smi -q -d SUPPORTED_CLOCKS")
 _MACHINE = Path(machine_program.__file__)
 
 
 def with_clocks_of(kind: str, machine: Machine) -> Machine:
-    """Return the machine, its clocks being those of the CPU and of the kind of device that computes."""
-    is_jetson = "sudo jetson_clocks" in machine["to_lock_clocks"]  # which locks the GPU's as well
+    """Return the machine with the clock state of its CPU and of the kind of device that computes."""
+    is_jetson = "sudo jetson_clocks" in machine["to_lock_clocks"]  # the command also locks the GPU's clocks
     if kind == "cpu" or is_jetson:
         return machine
     of_cpu = [] if machine["clocks_locked"] else machine["to_lock_clocks"]
@@ -31,7 +31,7 @@ def with_clocks_of(kind: str, machine: Machine) -> Machine:
 
 
 def look_at(on: Device | None) -> tuple[Machine, Iterator[float | None]]:
-    """Return a machine, None for this one, and the share of its CPU time that others take, as `other_cpu_share`."""
+    """Return a description of `on` (None: this machine), and the iterator of `other_cpu_share` for it."""
     if on is None:
         return cast(Machine, describe_machine()), other_cpu_share(_LOOK_AROUND_S)
     document = _describe(on, _LOOK_AROUND_S)
@@ -39,7 +39,7 @@ def look_at(on: Device | None) -> tuple[Machine, Iterator[float | None]]:
 
 
 def describe_device(device: Device | None) -> DeviceIdentity:
-    """Return what stays the same from one measurement of a device, None for this machine, to the next."""
+    """Return the facts of a device (None: this machine) that stay the same from one measurement to the next."""
     machine = cast(Machine, describe_machine()) if device is None else _describe(device, 0.0)["machine"]
     identity: DeviceIdentity = {
         "name": machine["name"],
@@ -53,6 +53,6 @@ def _describe(device: Device, watch_seconds: float) -> MachineDocument:
     words = ["--watch-seconds", f"{watch_seconds:g}"]
     done = run_on(device, {_MACHINE.name: _MACHINE}, _MACHINE.name, words, timeout_s=TIMEOUT_S)
     if done.returncode:
-        raise ClipkdError(f"{device.name}: it could not be described:\n{done.stderr}")
+        raise ClipkdError(f"{device.name}: cannot describe the machine:\n{done.stderr}")
     document: MachineDocument = json.loads(done.stdout)
     return document

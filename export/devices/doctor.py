@@ -1,7 +1,7 @@
-"""Find out what this machine, or a device, can do: each capability is tried, in a process that may crash or hang.
+"""Check what this machine or a device supports by running each capability in a process that may crash or hang.
 
-A capability is `probes.py` with an argument.  Which of them are needed follows from a recipe and a device; what fails
-has the line that mends it.  Nothing here needs more than the base install, and nothing downloads.
+A capability is `probes.py` with an argument.  The recipe and the device decide which capabilities are needed; each
+failure comes with the command that fixes it.  This module needs only the base install and downloads nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from toolchain.runtimes import RUNTIMES, runtime_of
 
 Row = dict[str, Any]
 
-NOT_INSTALLED, NOT_THERE = 3, 4  # how a probe ends
+NOT_INSTALLED, NOT_THERE = 3, 4  # exit statuses of a probe
 
 _PROBES = Path(probes.__file__)
 _STATUS = {0: "ok", NOT_INSTALLED: "not installed", NOT_THERE: "not there"}
@@ -45,20 +45,20 @@ class Capability:
     probe: str
     timeout_s: float
     install: str
-    """What mends it where something is not installed or broken."""
+    """The fix when something is not installed, or installed and broken."""
 
     driver: str = ""
-    """What mends it where hardware or a driver is not there."""
+    """The fix when hardware or a driver is missing."""
 
     package: str = ""
-    """The package to install on a device without clipkd; empty: as `install` says."""
+    """The package to install on a device without clipkd; empty: use `install`."""
 
     on_devices: bool = False
-    """Also probed on devices that ssh reaches."""
+    """Also probed on devices reached by ssh."""
 
 
 def _runtime(name: str, device: str, timeout_s: float, driver: str = "") -> Capability:
-    """Return the capability of a runtime to run graphs on a kind of device."""
+    """Return the capability of running graphs with a runtime on a kind of device."""
     runtime = RUNTIMES[name]
     package = runtime.package or ""
     return Capability(
@@ -108,11 +108,11 @@ def diagnose(
     *,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Return `rows`, one per capability, and `machine`.
+    """Probe all capabilities; return `rows`, one per capability, and `machine`.
 
     A row has `capability`, `where` (`here`, or the device's name), `status` (`ok`, `not installed`, `not there`,
-    `failed`, `crashed`, `hangs`), `detail` (versions, or the reason), `mend` (what to do, where it is not ok), `needed`
-    (by the recipe or the device) and `took_s`.  `device` is a device reached by ssh, or the name of one here.
+    `failed`, `crashed`, `hangs`), `detail` (versions, or the reason), `mend` (the fix, None if ok), `needed` (by the
+    recipe or the device) and `took_s`.  `device` is a device reached by ssh, or the name of one of this machine.
     """
     needed_here, needed_there = needs(recipe, device)
     remote = device if isinstance(device, Device) else None
@@ -135,7 +135,7 @@ def diagnose(
 
 
 def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of the capabilities that a recipe and a device need: here, and on a device reached by ssh."""
+    """Return the names of the capabilities that a recipe and a device need: here, and on a remote device."""
     here: set[str] = set()
     runtimes: Iterable[str] = recipe.export.runtimes if recipe is not None else ()
     if recipe is not None:
@@ -156,17 +156,17 @@ def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset
 
 
 def problem(rows: list[Row]) -> ClipkdError | None:
-    """Return the error that what is needed and not ok amounts to, or None."""
+    """Return an error that lists the needed capabilities that are not ok, or None."""
     lacking = [row for row in rows if row["needed"] and row["status"] != "ok"]
     if not lacking:
         return None
     kind = UnavailableBackend if all(row["status"] == "not there" for row in lacking) else MissingDependency
-    said = [f"{row['capability']} ({row['where']}): {row['status']}. Mend it: {row['mend']}" for row in lacking]
-    return kind("needed, and not there:\n" + "\n".join(f"  {line}" for line in said))
+    lines = [f"{row['capability']} ({row['where']}): {row['status']}. Fix: {row['mend']}" for row in lacking]
+    return kind("needed capabilities are missing:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def examine(device: Device) -> dict[str, Any]:
-    """Return what a device reached by ssh can do, as `diagnose` does, and what it is (`system`, None out of reach)."""
+    """Probe a device reached by ssh; return `rows` as `diagnose` does, and `system`, None if it cannot be reached."""
     _, needed = needs(None, device)
     reached = _reach(device)
     rows = [reached]
@@ -176,17 +176,18 @@ def examine(device: Device) -> dict[str, Any]:
 
 
 def require(runtime: str, device: Device | str) -> str:
-    """Return the version of a runtime on a device, found by running a graph of one node there.
+    """Return the version of a runtime on a device, after running a graph of one node there.
 
     Raises:
-        UsageError: it is no runtime of that device.
-        MissingDependency, UnavailableBackend: it is not installed there; the device is not there.
+        UsageError: the runtime does not run on that device.
+        MissingDependency: the runtime is not installed there.
+        UnavailableBackend: the device is not there.
     """
     on = device if isinstance(device, Device) else None
     name = "cpu" if on is not None else str(device)
     capability = _BY_NAME.get(f"{runtime} {name.partition(':')[0]}")
     if capability is None:
-        raise UsageError(f"{runtime} has no device {name}: cuda:0 is ONNX Runtime's, gpu and npu are OpenVINO's")
+        raise UsageError(f"{runtime} has no device {name}: cuda:0 needs ONNX Runtime, gpu and npu need OpenVINO")
     probed = replace(capability, probe=f"{runtime}:{name}")
     row = _row(probed, "here", True, _probe_here) if on is None else _row(probed, on.name, True, _prober_on(on))
     if lacking := problem([row]):
@@ -195,7 +196,7 @@ def require(runtime: str, device: Device | str) -> str:
 
 
 def local_devices() -> list[dict[str, str]]:
-    """Return the devices of this machine that some runtime drives, and what they are."""
+    """Return the name and description of each device of this machine that some runtime supports."""
     found = [{"name": "cpu", "what": describe_machine()["name"]}]
     status, details, _ = _probe_here("nvidia", 30)
     if status == 0:
@@ -208,10 +209,10 @@ def local_devices() -> list[dict[str, str]]:
 
 
 def local_device(name: str) -> dict[str, str]:
-    """Return the device of this machine that a name means, as `local_devices` has it: cuda is cuda:0.
+    """Return the device of this machine with this name, as listed by `local_devices`; cuda means cuda:0.
 
     Raises:
-        UnavailableBackend: this machine has none of this name.
+        UnavailableBackend: this machine has no such device.
     """
     if name == "cpu":
         return {"name": name, "what": describe_machine()["name"]}
@@ -222,21 +223,21 @@ def local_device(name: str) -> dict[str, str]:
             return device
     there = ", ".join(device["name"] for device in found)
     raise UnavailableBackend(
-        f"this machine has no device {name}; it has: {there}. What is missing, and what mends it, says: clipkd doctor"
+        f"this machine has no device {name}; it has: {there}. To see what is missing and how to fix it: clipkd doctor"
     )
 
 
 def device_named(name: str) -> Device | str:
-    """Return a device of this machine by its name, or one reached by ssh.
+    """Return the name if it denotes a device of this machine, else the device reached by ssh with this name.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: no device has this name.
     """
     return name if is_local(name) and name.partition(":")[0] in _LOCAL_NEEDS else find_device(name)
 
 
 def describe_here() -> dict[str, Any]:
-    """Return `describe_machine`, with the limit of a container's memory and the free space of what clipkd writes to."""
+    """Return `describe_machine`, plus a container's memory limit and the free space where clipkd writes."""
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return describe_machine() | {
@@ -255,11 +256,11 @@ Prober = Callable[[str, float], Found]
 def _row(capability: Capability, where: str, needed: bool, probe: Prober) -> Row:
     started = time.monotonic()
     status, details, reason = probe(capability.probe, capability.timeout_s)
-    install = capability.install if where == "here" else _installed_there(capability, where)
+    install = capability.install if where == "here" else _install_command_for(capability, where)
     mend = capability.driver or install if status == NOT_THERE else install
     detail = ", ".join(f"{name} {_text(value)}" for name, value in details.items())
     if status is None:
-        word, detail = "hangs", f"nothing in {capability.timeout_s:g} s"
+        word, detail = "hangs", f"no result within {capability.timeout_s:g} s"
     elif status < 0:
         word, detail = "crashed", f"ended by {signal.Signals(-status).name}"
     else:
@@ -284,8 +285,8 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _installed_there(capability: Capability, where: str) -> str:
-    """The same line, for a device that has no clipkd."""
+def _install_command_for(capability: Capability, where: str) -> str:
+    """Return the command that installs the capability on a device, which has no clipkd."""
     device = read_devices().get(where)
     if device is None or not capability.package:
         return capability.install
@@ -332,7 +333,7 @@ def _found(status: int, stdout: str, stderr: str) -> Found:
 
 
 def _reach(device: Device) -> Row:
-    """Open the connection; the row `remote`."""
+    """Connect to a device; return the row `remote`."""
     started = time.monotonic()
     row = {"capability": "remote", "where": device.name, "status": "ok", "detail": "", "mend": None, "needed": True}
     try:

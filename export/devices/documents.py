@@ -1,6 +1,6 @@
-"""The JSON documents that programs print on a device, as types: `runner.py`'s and `machine.py`'s.
+"""Types of the JSON documents that `runner.py` and `machine.py` print on a device.
 
-The programs are copied to devices and stand alone, so they do not import these types.
+The programs are copied to devices and are standalone, so they do not import these types.
 """
 
 from typing import TypedDict
@@ -11,7 +11,7 @@ class Timed(TypedDict):
 
     samples_ms: list[float]
     steady: bool
-    """True: the warm-up settled before its time was up."""
+    """True if the warm-up settled within its time limit."""
 
     warm_up_s: float
 
@@ -25,32 +25,32 @@ class WholePath(Timed):
 
 class _OfClasses(TypedDict, total=False):
     e2e: WholePath
-    """Only of an image tower whose model has classes."""
+    """Present only for an image tower whose model has classes."""
 
 
 class RunnerDocument(Timed, _OfClasses):
-    """One process of `runner.py` that timed one graph."""
+    """The document of one process of `runner.py` that timed one graph."""
 
     load_ms: float
     first_ms: float
     batches: dict[str, Timed]
-    """The larger batches, by size."""
+    """Latencies of the larger batches, by batch size."""
 
     peak_rss_bytes: int
     batch: int
     threads: int
     versions: dict[str, str]
-    """Of Python, numpy and the runtime, by name."""
+    """Versions of Python, numpy and the runtime, by name."""
 
 
 class EncodedDocument(TypedDict):
-    """One process of `runner.py --encode`."""
+    """The document of one process of `runner.py --encode`."""
 
     features: list[list[float]]
 
 
 class Hardware(TypedDict):
-    """A machine and its system; None for what cannot be read."""
+    """A machine and its operating system; None for a value that cannot be read."""
 
     name: str
     cpu: str
@@ -75,7 +75,7 @@ class Machine(Hardware):
 
 class _Reached(TypedDict, total=False):
     destination: str
-    """Only of a device that ssh reaches."""
+    """Present only for a device reached by ssh."""
 
 
 class DeviceIdentity(_Reached):
@@ -91,4 +91,4 @@ class MachineDocument(TypedDict):
 
     machine: Machine
     other_cpu_share: float | None
-    """The share of the machine's CPU time that other programs took; None where that is not known."""
+    """Share of the machine's CPU time that other programs used; None if unknown."""

@@ -8,21 +8,21 @@ from toolchain.runtimes import RuntimeName
 
 @dataclass(frozen=True)
 class Preset:
-    """A common board, and what it supports; None where that depends on what is installed."""
+    """A common board and what it supports; None for a fact that depends on the installed software."""
 
     title: str
     runtimes: tuple[RuntimeName, ...]
     precisions: tuple[PrecisionName, ...]
     tensorrt: str | None = None
-    """The TensorRT its system software brings."""
+    """TensorRT version that comes with the board's system software."""
 
     notes: str = ""
     source: str = ""
 
 
 _JETPACK = "docs.nvidia.com/deeplearning/tensorrt: support matrices of 10.x and 11.x"
-_ORIN = "Compute capability 8.7: int8 and fp16, no fp8. Build engines on the device: none is built elsewhere for it. "
-_LINEAR = "Of ViTs quantize linear layers only: int8 is then 1.15 times as fast as fp16 (onnxsim#1742, Orin Nano)."
+_ORIN = "Compute capability 8.7: int8 and fp16, no fp8. Build engines on the device; they cannot be built elsewhere. "
+_LINEAR = "For ViTs, quantize linear layers only: int8 is then 1.15 times as fast as fp16 (onnxsim#1742, Orin Nano)."
 _JETSON_LOCK = "Lock clocks before measuring: sudo nvpmodel -m 0; sudo jetson_clocks."
 PRESETS = {
     "jetson-orin-nano": Preset(
@@ -54,7 +54,8 @@ PRESETS = {
         ("onnxruntime",),
         ("fp32", "fp16", "int8"),
         "8",
-        f"TensorRT 8 lacks the strongly typed networks that clipkd builds (10.12): ONNX Runtime only. {_JETSON_LOCK}",
+        "TensorRT 8 lacks the strongly typed networks that clipkd builds (they need 10.12): ONNX Runtime only. "
+        f"{_JETSON_LOCK}",
         "developer.nvidia.com/embedded/jetpack-archive",
     ),
     "raspberry-pi-4": Preset(
@@ -63,7 +64,7 @@ PRESETS = {
         ("fp32", "int8"),
         None,
         "64-bit system only. No dot-product instructions: int8 saves memory rather than time. "
-        "Passive cooling throttles: let it soak, and see that vcgencmd get_throttled says 0x0.",
+        "Passive cooling throttles: warm it up first, and check that vcgencmd get_throttled prints 0x0.",
         "ARM Cortex-A72 is ARMv8.0-A: no asimddp in /proc/cpuinfo",
     ),
     "raspberry-pi-5": Preset(
@@ -72,7 +73,7 @@ PRESETS = {
         ("fp32", "fp16", "int8"),
         None,
         "64-bit system. Has dot-product instructions (asimddp). "
-        "Wants its active cooler: see that vcgencmd get_throttled says 0x0.",
+        "Needs its active cooler: check that vcgencmd get_throttled prints 0x0.",
         "ARM Cortex-A76 is ARMv8.2-A: asimddp and asimdhp in /proc/cpuinfo",
     ),
     "intel-n100": Preset(
@@ -80,7 +81,7 @@ PRESETS = {
         ("openvino", "onnxruntime"),
         ("fp32", "fp16", "int8"),
         None,
-        "AVX2 and AVX-VNNI, no AVX-512; OpenVINO also drives its graphics (device gpu). Its fan-less boxes throttle.",
+        "AVX2 and AVX-VNNI, no AVX-512; OpenVINO also runs on its graphics (device gpu). Fanless models throttle.",
         "ark.intel.com: Intel Processor N100",
     ),
     "cuda-server": Preset(
@@ -88,9 +89,10 @@ PRESETS = {
         ("tensorrt", "onnxruntime"),
         ("fp32", "fp16", "bf16", "int8", "int8-fp16"),
         None,
-        "TensorRT 10.12 or newer. int8 may be slower than fp16 (Model-Optimizer#167: twice, on a T4): measure both. "
+        "TensorRT 10.12 or newer. int8 may be slower than fp16 (twice as slow on a T4, Model-Optimizer#167): "
+        "measure both. "
         "Lock clocks before measuring: sudo nvidia-smi -pm 1; sudo nvidia-smi -lgc F,F.",
         "docs.nvidia.com/deeplearning/tensorrt: performance best practices",
     ),
 }
-"""Common boards.  What a preset says informs; what a device can do is found by doing it (`clipkd devices test`)."""
+"""Common boards.  A preset is information only; `clipkd devices test` checks each capability by running it."""

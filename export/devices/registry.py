@@ -1,7 +1,7 @@
-"""The machines that models are measured on: this one, and any that ssh reaches, under names of the user's.
+"""Read and write the user's list of devices: machines reached by ssh, each under a name that the user chose.
 
-A device is three facts: where ssh finds it, its Python, and the folder it may use.  They are kept in devices.json in
-the user's configuration folder; keys, jump hosts and known hosts stay where they are, in ssh's own configuration.
+A device has three facts: its ssh destination, its Python, and the folder that clipkd may use there.  They are stored in
+devices.json in the user's configuration folder; keys, jump hosts and known hosts stay in ssh's own configuration.
 """
 
 import json
@@ -26,7 +26,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Device:
-    """A machine that ssh reaches."""
+    """A machine reached by ssh."""
 
     name: str
     destination: str
@@ -34,26 +34,26 @@ class Device:
 
     port: int | None = None
     python: str = "python3"
-    """A name on the device's PATH, or a path there; one that is not absolute starts at the home folder."""
+    """A name on the device's PATH, or a path there; a relative path starts at the home folder."""
 
     preset: str | None = None
     workdir: str | None = None
-    """Where copies and runs are kept there; None: ~/.cache/clipkd/device."""
+    """Folder on the device for copied files and runs; None: ~/.cache/clipkd/device."""
 
 
 def checked(device: Device) -> Device:
-    """Return the same device, if its fields can be what they say.
+    """Return the same device if all its fields are valid.
 
     Raises:
-        UsageError: a field could be taken for something else: an option of ssh's, another folder, a local device.
+        UsageError: a field could be read as something else: an option of ssh, another folder, a local device.
     """
     problems = []
     if not _NAME.fullmatch(device.name):
-        problems.append(f"name {device.name!r}: expected small letters, digits, '.', '_' and '-'")
+        problems.append(f"name {device.name!r}: expected lower-case letters, digits, '.', '_' and '-'")
     if _LOCAL.fullmatch(device.name):
-        problems.append(f"name {device.name!r}: is a device of this machine; choose another")
+        problems.append(f"name {device.name!r}: reserved for a device of this machine; choose another name")
     if not _DESTINATION.fullmatch(device.destination):
-        problems.append(f"destination {device.destination!r}: expected HOST or USER@HOST, as ssh takes it")
+        problems.append(f"destination {device.destination!r}: expected HOST or USER@HOST, as for ssh")
     if device.port is not None and not 0 < device.port < 1 << 16:
         problems.append(f"port {device.port}: expected 1 to 65535")
     if device.preset is not None and device.preset not in PRESETS:
@@ -75,7 +75,7 @@ def read_devices() -> dict[str, Device]:
     """Return the user's devices by name.
 
     Raises:
-        UsageError: the file is not one that clipkd wrote, or somebody edited it into something else.
+        UsageError: the file is not a valid device list.
     """
     path = config_file()
     try:
@@ -85,31 +85,32 @@ def read_devices() -> dict[str, Device]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: cannot be read as clipkd's devices ({error!r}); mend it or remove it") from None
+        raise UsageError(f"{path}: not a valid device list ({error!r}); fix or delete the file") from None
     except UsageError as error:
-        raise UsageError(f"{path}: {error}; mend it or remove it") from None
+        raise UsageError(f"{path}: {error}; fix or delete the file") from None
     return found
 
 
 def add_device(device: Device, *, replace: bool = False) -> None:
-    """Keep a device under its name.
+    """Store a device under its name.
 
     Raises:
-        UsageError: a field is wrong, or the name is taken.
+        UsageError: a field is invalid, or the name exists and `replace` is False.
     """
     known = read_devices()
     if device.name in known and not replace:
         raise UsageError(
-            f"{device.name}: there is a device of this name, {known[device.name].destination}; --replace it"
+            f"{device.name}: a device with this name exists ({known[device.name].destination}); "
+            "replace it with --replace"
         )
     _write({**known, device.name: checked(device)})
 
 
 def remove_device(name: str) -> None:
-    """Forget a device; nothing on it is touched.
+    """Remove a device from the list; nothing on the device changes.
 
     Raises:
-        UsageError: there is none of this name.
+        UsageError: no device has this name.
     """
     known = read_devices()
     find_device(name)
@@ -117,22 +118,22 @@ def remove_device(name: str) -> None:
 
 
 def find_device(name: str) -> Device:
-    """Return the device of a name.
+    """Return the device with this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no device has this name.
     """
     known = read_devices()
     if name not in known:
         raise UsageError(
-            f"no device {name!r}; there is {', '.join(sorted(known)) or 'none yet'}. "
+            f"no device {name!r}; known devices: {', '.join(sorted(known)) or 'none'}. "
             "Add one with: clipkd devices add NAME USER@HOST"
         )
     return known[name]
 
 
 def is_local(name: str) -> bool:
-    """Return True if a name is a device of this machine: cpu, cuda:0, gpu, npu."""
+    """Return True if a name denotes a device of this machine: cpu, cuda:0, gpu, npu."""
     return _LOCAL.fullmatch(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Run `device_programs/runner.py` here or on a device, and turn however it ends into its document or an error."""
+"""Run `device_programs/runner.py` here or on a device, and return its document or raise an error."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from export.devices.ssh import TimedOut, by_hand, carry, run_on
 from export.model_folder import is_checkpoint
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend
 
-TIMEOUT_S = 600.0  # a runner that takes longer than this, and _TIMES what it was to measure for, hangs
-_TIMES = 6  # warm-up and measurement, and a quarter of both for the whole path and each of the larger batches
+TIMEOUT_S = 600.0  # a runner counts as hung after this time plus _TIMES its measured time
+_TIMES = 6  # warm-up and measurement, plus a quarter of both for the whole path and for each larger batch
 _STDERR_LINES = 8
 _OUT_OF_MEMORY = re.compile(
     r"MemoryError|bad_alloc|ALLOC_FAILED|MemoryAllocation|out ?of ?memory|fail\w* to allocate", re.I
 )
-_KILLED = {"SIGKILL": " (a machine that runs out of memory ends a process so)"}
+_KILLED = {"SIGKILL": " (the signal that the system sends when memory runs out)"}
 _STATUS = {error.exit_code: error for error in (MissingDependency, UnavailableBackend)}
 _RUNNER = Path(runner.__file__)
-_PATHS = frozenset({"--model", "--graph", "--inputs", "--images", "--classes", "--preprocess"})  # the runner's
+# The runner's options that name files.
+_PATHS = frozenset({"--model", "--graph", "--inputs", "--images", "--classes", "--preprocess"})
 
 
 class Finished(Protocol):
-    """How a runner ended, here or elsewhere."""
+    """Exit status and output of a runner, run here or on a device."""
 
     @property
     def returncode(self) -> int: ...
@@ -48,10 +49,10 @@ class Finished(Protocol):
 
 
 def require_compiler() -> None:
-    """Know that torch.compile can compile, before it is begun.
+    """Check that torch.compile has a C++ compiler, before any work starts.
 
     Raises:
-        MissingDependency: the C++ compiler that torch would call is not there.
+        MissingDependency: the C++ compiler that torch would call is not installed.
     """
     compiler = cpp_compiler()[0]
     if shutil.which(compiler) is None:
@@ -62,10 +63,12 @@ def require_compiler() -> None:
 
 
 def runner_here(folder: Path, tower: str, arguments: list[str]) -> RunnerDocument:
-    """Return the runner's document; whatever ends it otherwise becomes an error of this process, never its own end.
+    """Run the runner in a process of its own and return its document; a crash there is an exception here.
 
     Raises:
-        ClipkdError, UnavailableBackend, MissingDependency: it crashed or hung; the device, the runtime is not there.
+        ClipkdError: it crashed or hung.
+        UnavailableBackend: the device does not exist.
+        MissingDependency: the runtime is not installed.
     """
     command, timeout_s = [sys.executable, str(_RUNNER), *arguments], _timeout_s(arguments)
     try:
@@ -80,12 +83,12 @@ def runner_here(folder: Path, tower: str, arguments: list[str]) -> RunnerDocumen
 def runner_on(
     device: Device, folder: Path, tower: str, arguments: list[str], *, once: Sequence[Path] = ()
 ) -> RunnerDocument:
-    """Return the document of the runner on a device, to which the files that its arguments name are copied.
+    """Copy the files that the arguments name to a device, run the runner there, and return its document.
 
-    The device keeps those files for later runs, all but those of `once`.
+    The device keeps the files for later runs, except those in `once`.
 
     Raises:
-        ClipkdError: it crashed, hung, or failed; and as `export.devices.ssh.run_on`.
+        ClipkdError: it crashed, hung, or failed; and see `export.devices.ssh.run_on`.
         MissingDependency: the device lacks numpy or the runtime.
     """
     document: RunnerDocument = _run_there(device, folder, tower, arguments, once)
@@ -98,7 +101,7 @@ def encode_on(
     """Return the features of all the inputs that the arguments name, computed on a device.
 
     Raises:
-        ClipkdError, MissingDependency: as `runner_on`.
+        ClipkdError, MissingDependency: see `runner_on`.
     """
     document: EncodedDocument = _run_there(device, folder, tower, [*arguments, "--encode"], once)
     return document
@@ -117,7 +120,7 @@ def _run_there(device: Device, folder: Path, tower: str, arguments: list[str], o
         last = done.stderr.strip().splitlines()[-1]
         runtime = arguments[arguments.index("--runtime") + 1] if "--runtime" in arguments else "onnxruntime"
         raise MissingDependency(
-            f"{device.name}: {last.removeprefix('ModuleNotFoundError: ')}. Install it there: "
+            f"{device.name}: {last.removeprefix('ModuleNotFoundError: ')}. Install it on the device: "
             + by_hand(device, device.python, "-m", "pip", "install", "numpy", runtime, "pillow")
         )
     return _document(folder, tower, done, [sys.executable, str(_RUNNER), *arguments])
@@ -143,11 +146,11 @@ def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> A
 def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: list[str]) -> ClipkdError:
     text = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
     lines = text.strip().splitlines()[-_STDERR_LINES:] or ["(nothing on stderr)"]
-    by_hand = shlex.join(command[: command.index("--inputs")])  # the staged inputs are gone: random ones do
+    by_hand = shlex.join(command[: command.index("--inputs")])  # the staged inputs are deleted: it uses random ones
     return ClipkdError(
-        f"{_tower_name(folder, tower)}: the process that timed it {what}. Its last words:\n"
+        f"{_tower_name(folder, tower)}: the process that timed it {what}. Last lines of stderr:\n"
         + "\n".join(f"  {line}" for line in lines)
-        + f"\nSee for yourself: {by_hand}"
+        + f"\nReproduce with: {by_hand}"
     )
 
 

@@ -1,9 +1,8 @@
-"""Run a program on a device reached by ssh: copy what it needs and is not there yet, run, bring the result back.
+"""Run a program on a device reached by ssh: copy the files that are not there yet, run it, and return the result.
 
-The user's own OpenSSH does the connecting, with the user's configuration, keys, jump hosts and known hosts.  One
-connection serves one run.  What goes through the device's shell are two fixed words, quoted: its Python and a constant
-that reads `agent.py` from stdin.  File names, arguments and contents go through that stream alone, where nothing is
-interpreted.
+The user's own OpenSSH connects, with the user's configuration, keys, jump hosts and known hosts.  Each run has one
+connection.  Only two quoted words pass through the device's shell: its Python, and a constant that reads `agent.py`
+from stdin.  File names, arguments and contents pass through stdin only, so no shell interprets them.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from toolchain.errors import ArtifactError, ClipkdError, MissingDependency, Unav
 from toolchain.filesystem import file_sha256, replacing
 
 SSH_CONFIG = "CLIPKD_SSH_CONFIG"
-"""Environment variable: a file that ssh reads in place of ~/.ssh/config."""
+"""Environment variable with the path of a file that ssh reads instead of ~/.ssh/config."""
 
 TIMEOUT_S = 600.0
-"""After which a program that has not ended hangs."""
+"""A program that runs longer counts as hung and is ended."""
 
 _CONNECT_S, _ANSWER_S = 15, 60.0
-_MIN_BYTES_PER_S = 20_000  # a slower copy counts as a connection that is stuck
+_MIN_BYTES_PER_S = 20_000  # a slower copy counts as a stuck connection
 _TOO_OLD = 97
-# Double quotes only: in single quotes every shell takes it as it is.
+# It contains double quotes only, because every shell leaves a single-quoted string unchanged.
 _BOOTSTRAP = (
     f"import sys;sys.version_info<(3,8) and sys.exit({_TOO_OLD});s=sys.stdin.buffer;"
     'exec(compile(s.read(int(s.readline())),"agent.py","exec"))'
@@ -48,7 +47,7 @@ _LAST_LINES = 8
 
 @dataclass(frozen=True)
 class Ended:
-    """How a program ended on the device."""
+    """Exit status and output of a program that ran on the device."""
 
     returncode: int
     """Negative: the signal that ended it."""
@@ -56,21 +55,21 @@ class Ended:
     stdout: str
     stderr: str
     copied_bytes: int
-    """What was not on the device before."""
+    """Bytes of the files that were not on the device before."""
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Files to bring back from the device once the program has succeeded."""
+    """Files to copy back from the device after the program has succeeded."""
 
     names: Sequence[str]
-    """Files that the program writes, or folders of such."""
+    """Files that the program writes, or folders of them."""
 
     into: Path
 
 
 class TimedOut(ClipkdError):
-    """The program ran, and had not ended when its time was up."""
+    """The program did not finish within its time limit."""
 
 
 def run_on(
@@ -84,13 +83,13 @@ def run_on(
     fetch: Fetch | None = None,
     on_line: Callable[[str], None] = lambda line: None,
 ) -> Ended:
-    """Run `program`, one of `files`, with the device's Python, in a fresh folder that holds `files` under their names.
+    """Run `program`, one of `files`, with the device's Python, in a fresh folder that contains `files` by name.
 
-    A file that an earlier run brought is not copied again; all but those of `once` are kept there for later runs.
-    `on_line` hears each line of stderr as it comes.
+    A file that an earlier run copied is not copied again; the device keeps all files except those in `once`.
+    `on_line` is called with each line of stderr when it arrives.
 
     Raises:
-        UnavailableBackend: the device cannot be reached, or does not let this user in.
+        UnavailableBackend: the device cannot be reached, or rejects this user.
         MissingDependency: it has no Python 3.8.
         TimedOut: the program took longer than `timeout_s`.
         ClipkdError: its disk is full, or the connection broke.
@@ -120,18 +119,18 @@ def run_on(
         with link.patience(_ANSWER_S + copying_s):
             copied_bytes = _copy([paths[sha] for sha in missing], link)
         with link.patience(_ANSWER_S + timeout_s + copying_s):
-            message, said = _hear(link, on_line)
+            message, stderr = _read_until_end(link, on_line)
             for name, size in message["files"]:
                 link.receive_file((fetch.into if fetch else Path()) / _relative(name), size)
     if message["timed_out"]:
         raise TimedOut(f"{device.name}: the program took longer than {timeout_s:g} s and was ended")
-    if message["returncode"] and "No space left on device" in said:
-        raise _full(device, said.splitlines()[-1], None)
-    return Ended(message["returncode"], message["stdout"], said, copied_bytes)
+    if message["returncode"] and "No space left on device" in stderr:
+        raise _full(device, stderr.splitlines()[-1], None)
+    return Ended(message["returncode"], message["stdout"], stderr, copied_bytes)
 
 
 def _copy(paths: Sequence[Path], link: _Link) -> int:
-    """Send the contents of files, one after another; returns their bytes."""
+    """Send the contents of the files, one after another; return the number of bytes sent."""
     copied_bytes = 0
     for path in paths:
         with path.open("rb") as file:
@@ -141,8 +140,8 @@ def _copy(paths: Sequence[Path], link: _Link) -> int:
     return copied_bytes
 
 
-def _hear(link: _Link, on_line: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """Return the message that the program has ended, and all it wrote to stderr until then."""
+def _read_until_end(link: _Link, on_line: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Return the message that the program has ended, and everything it wrote to stderr."""
     lines: list[str] = []
     message: dict[str, Any] = {}
     while "returncode" not in message:
@@ -154,9 +153,9 @@ def _hear(link: _Link, on_line: Callable[[str], None]) -> tuple[dict[str, Any], 
 
 
 def carry(arguments: Sequence[str | Path]) -> tuple[dict[str, Path], list[str]]:
-    """The files that arguments which are paths name, and the same arguments as they read where those files were copied.
+    """Return the files that the path arguments name, by name on the device, and the arguments with those names.
 
-    A folder is carried with the files in it; an engine with the engine.json beside it, which vouches for it.
+    A folder comes with its files; an engine comes with its engine.json, which records what it was built from.
     """
     files: dict[str, Path] = {}
     words = []
@@ -178,17 +177,20 @@ def carry(arguments: Sequence[str | Path]) -> tuple[dict[str, Path], list[str]]:
 def build_engines_on(
     device: Device, kit: Path, out: Path, *, timeout_s: float = 3600.0, on_line: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Build a kit's TensorRT engines on the device that will run them, into `out`; returns what build_engine.py says.
+    """Build the engines of a TensorRT build kit on the device, copy them to `out`, and return its document.
 
-    `on_line` hears its progress.
+    A build kit is an exported folder with typed ONNX graphs and the program that builds engines from them.  `on_line`
+    is called with each line of the builder's progress.
 
     Raises:
         MissingDependency, UnavailableBackend: the device has no TensorRT, or no GPU.
-        ClipkdError: a graph does not build, and as `run_on`.
+        ClipkdError: a graph cannot be built; and see `run_on`.
     """
     build = kit / "build_engine.py"
     if not build.is_file():
-        raise ArtifactError(f"{kit}: no build_engine.py; not a TensorRT kit. Make one with: clipkd export RUN --trt")
+        raise ArtifactError(
+            f"{kit}: no build_engine.py, so this is not a TensorRT build kit. Make one with: clipkd export RUN --trt"
+        )
     files, words = carry(["--kit", kit, "--out", "engines"])
     ended = run_on(
         device,
@@ -211,7 +213,7 @@ def build_engines_on(
 
 
 def ssh_command(device: Device, command: str) -> list[str]:
-    """The words of an ssh that never asks, never forwards, and checks host keys as the user's configuration says."""
+    """Return an ssh command that never prompts, never forwards, and checks host keys as the user configured."""
     config = os.environ.get(SSH_CONFIG)
     return [
         "ssh",
@@ -222,7 +224,7 @@ def ssh_command(device: Device, command: str) -> list[str]:
         *("-o", "ServerAliveInterval=15"),
         *("-o", "ServerAliveCountMax=4"),
         *("-o", "ClearAllForwardings=yes"),
-        *("-o", "ControlMaster=no"),  # use a connection that is there, but leave none behind
+        *("-o", "ControlMaster=no"),  # may use an existing shared connection, but must not start one
         *(["-p", str(device.port)] if device.port else []),
         "--",
         device.destination,
@@ -231,7 +233,7 @@ def ssh_command(device: Device, command: str) -> list[str]:
 
 
 def by_hand(device: Device, *words: str) -> str:
-    """What a user types here to run these words on a device."""
+    """Return the command line that runs these words on a device when a user types it here."""
     typed = " ".join(map(shlex.quote, words))
     port = ["-p", str(device.port)] if device.port else []
     return shlex.join(["ssh", *port, "--", device.destination, *([typed] if words else [])])
@@ -256,10 +258,10 @@ class _Link:
             self._in.write(chunk)
             self._in.flush()
         except (BrokenPipeError, ConnectionResetError):
-            self._raise_what_it_said()
+            self._raise_reason()
 
     def receive(self, seconds: float | None = None) -> dict[str, Any]:
-        """The next message; errors of the agent are raised."""
+        """Return the next message; raise an error that the agent reports."""
         with self.patience(seconds):
             for line in self._out:
                 if line.startswith(self.marker):
@@ -284,7 +286,7 @@ class _Link:
 
     @contextmanager
     def patience(self, seconds: float | None) -> Iterator[None]:
-        """Break the connection, which ends the wait for it, when it took longer."""
+        """Close the connection if the block takes longer; that ends the wait in it."""
         if seconds is None:
             yield
             return
@@ -301,49 +303,55 @@ class _Link:
         finally:
             timer.cancel()
 
-    def _raise_what_it_said(self) -> None:
-        while True:  # a message that says why, or the end
+    def _raise_reason(self) -> None:
+        while True:  # until a message with the error, or the end of the stream, raises
             self.receive(_ANSWER_S)
 
     def _broken(self) -> ClipkdError:
-        """Why there is no further message, from how ssh ended."""
+        """Return the error that explains why no message follows, from ssh's exit status and stderr."""
         status = self._process.wait()
         self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip()
+        stderr = self._stderr.read().decode(errors="replace").strip()
         device, typed = self._device, by_hand(self._device)
-        last = "\n".join(f"  {line}" for line in said.splitlines()[-_LAST_LINES:]) or "  (nothing on stderr)"
+        last = "\n".join(f"  {line}" for line in stderr.splitlines()[-_LAST_LINES:]) or "  (nothing on stderr)"
         if self._stuck:
             return UnavailableBackend(f"{device.name}: no answer from {device.destination} in time. Try: {typed}")
         if self._answered:
             return ClipkdError(
-                f"{device.name}: the connection to {device.destination} broke; what was running there is ended and "
-                f"removed. Repeat the command. ssh said:\n{last}"
+                f"{device.name}: the connection to {device.destination} broke; the program there was ended and its "
+                f"folder removed. Run the command again. Last lines of ssh:\n{last}"
             )
         if status == _TOO_OLD:
-            return MissingDependency(f"{device.name}: {device.python} is before Python 3.8. {_other_python(device)}")
+            return MissingDependency(
+                f"{device.name}: {device.python} is older than Python 3.8. {_other_python(device)}"
+            )
         if status in (126, 127):
-            return MissingDependency(f"{device.name}: no {device.python} runs there. {_other_python(device)}\n{last}")
+            return MissingDependency(
+                f"{device.name}: {device.python} does not run there. {_other_python(device)}\n{last}"
+            )
         if status != 255:
             return ClipkdError(f"{device.name}: {device.python} ended with status {status}:\n{last}")
-        return UnavailableBackend(f"{device.name}: {_why_not(said, device)}. Try: {typed}\n{last}")
+        return UnavailableBackend(f"{device.name}: {_explain_refusal(stderr, device)}. Try: {typed}\n{last}")
 
 
 @contextmanager
 def _connected(device: Device) -> Iterator[_Link]:
-    python = device.python.removeprefix("~/")  # quoted, it would not expand; a command starts in the home folder
+    python = device.python.removeprefix("~/")  # a quoted ~ does not expand; commands start in the home folder
     command = f"exec {shlex.quote(python)} -c {shlex.quote(_BOOTSTRAP)}"
-    with tempfile.TemporaryFile() as stderr:  # not a pipe: a connection that stays for others would keep it open
+    with tempfile.TemporaryFile() as stderr:  # a shared ssh connection would keep a pipe open
         try:
             process = subprocess.Popen(
                 ssh_command(device, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
             )
         except FileNotFoundError:
-            raise MissingDependency(f"{device.name}: ssh is not installed: apt-get install openssh-client") from None
+            raise MissingDependency(
+                f"{device.name}: ssh is not installed. Install it with: sudo apt-get install openssh-client"
+            ) from None
         with process:
             try:
                 yield _Link(device, process, stderr)
             finally:
-                process.kill()  # the agent sees its stdin end
+                process.kill()  # closes the agent's stdin, so that it ends too
                 for stream in (process.stdin, process.stdout):
                     if stream is not None:
                         _close(stream)
@@ -352,27 +360,27 @@ def _connected(device: Device) -> Iterator[_Link]:
 def _close(stream: IO[bytes]) -> None:
     try:
         stream.close()
-    except (BrokenPipeError, ConnectionResetError):  # what was not written yet has nowhere to go
+    except (BrokenPipeError, ConnectionResetError):  # the other end is gone, so unwritten bytes are lost anyway
         return
 
 
-def _why_not(said: str, device: Device) -> str:
+def _explain_refusal(stderr: str, device: Device) -> str:
     host = device.destination.rpartition("@")[2]
-    if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
+    if "REMOTE HOST IDENTIFICATION HAS CHANGED" in stderr:
         return (
-            f"{host} has another host key than known_hosts recorded. If the device was installed anew, "
-            f"ssh-keygen -R forgets the old one; otherwise somebody is in between"
+            f"the host key of {host} differs from the one in known_hosts. If the device was reinstalled, remove the "
+            f"old key with ssh-keygen -R; otherwise another machine may be intercepting the connection"
         )
-    if "Host key verification failed" in said:
+    if "Host key verification failed" in stderr:
         return f"the host key of {host} is not known yet. Connect once by hand and compare the fingerprint"
-    if "Permission denied" in said:
-        return f"{host} does not let this user in without a password. Bring your key there: ssh-copy-id"
+    if "Permission denied" in stderr:
+        return f"{host} does not accept this user without a password. Copy your key there with: ssh-copy-id"
     return f"{host} cannot be reached"
 
 
 def _other_python(device: Device) -> str:
     return (
-        "The device needs Python 3.8 or newer with numpy and a runtime; name another with: "
+        "The device needs Python 3.8 or newer with numpy and a runtime; choose another Python with: "
         f"clipkd devices add {device.name} {device.destination} --python PATH --replace"
     )
 
@@ -381,13 +389,13 @@ def _full(device: Device, message: str, sent: Mapping[str, Any] | None) -> Clipk
     free = sent.get("free_bytes") if sent else None
     left = "" if free is None else f" ({free / 1e6:.0f} MB free at {sent['root'] if sent else ''})"
     return ClipkdError(
-        f"{device.name}: its disk is full{left}: {message}. Nothing unfinished is left there; free some space, or "
-        "choose another folder: clipkd devices add ... --workdir DIR --replace"
+        f"{device.name}: its disk is full{left}: {message}. Partial files were removed; free some space, or "
+        "choose another folder with: clipkd devices add ... --workdir DIR --replace"
     )
 
 
 def _relative(name: str) -> Path:
-    """A name that stays in its folder, whoever chose it."""
+    """Return a file name as a path; reject one that would leave its folder."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise UsageError(f"{name!r}: expected a name inside a folder")
@@ -401,5 +409,5 @@ def _sha256(path: Path) -> str:
 
 @cache
 def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
-    """Of a file that did not change since: a profile sends the same graph for every process."""
+    """Return the sha256, cached while the file's size and time stay the same: a profile sends each graph many times."""
     return file_sha256(path)

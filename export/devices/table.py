@@ -1,4 +1,4 @@
-"""The tables that `clipkd doctor` and `clipkd devices` print."""
+"""Tables that `clipkd doctor` and `clipkd devices` print."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from toolchain.text_table import TextTable
 
 
 def capabilities_table(document: Mapping[str, Any]) -> TextTable:
-    """Return a row for each capability, with the line that fixes what is missing."""
+    """Return a table with a row per capability, and the command that fixes a missing one."""
     rows = [
         [
             "needed" if row["needed"] else "",
@@ -24,7 +24,7 @@ def capabilities_table(document: Mapping[str, Any]) -> TextTable:
 
 
 def machine_lines(machine: Mapping[str, Any] | None) -> list[str]:
-    """Return two lines that describe a machine: processor, then memory, disk and system; none for no machine."""
+    """Return two lines about a machine: processor, then memory, disk and system; an empty list for None."""
     if machine is None:
         return []
     quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
@@ -32,13 +32,13 @@ def machine_lines(machine: Mapping[str, Any] | None) -> list[str]:
     memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" + (f", limit {limit / 1e9:.1f} GB" if limit else "")
     return [
         f"{machine['name']}{quota}; {' '.join(machine['isa'])}; governor {machine['governor'] or 'unknown'}",
-        f"memory {memory}; free: {machine['disk_free_bytes'] / 1e9:.1f} GB here, "
-        f"{machine['home_free_bytes'] / 1e9:.1f} GB at home; {machine['os']}; Python {machine['python']}",
+        f"memory {memory}; free: {machine['disk_free_bytes'] / 1e9:.1f} GB in this folder, "
+        f"{machine['home_free_bytes'] / 1e9:.1f} GB in the home folder; {machine['os']}; Python {machine['python']}",
     ]
 
 
 def presets_table() -> TextTable:
-    """Return what each known board supports."""
+    """Return a table of the known boards and what each supports."""
     rows = [
         [
             name,
@@ -54,7 +54,7 @@ def presets_table() -> TextTable:
 
 
 def devices_table(local: Iterable[Mapping[str, str]], remote: Iterable[Device]) -> TextTable:
-    """Return the devices of this machine, then those reached by ssh."""
+    """Return a table of the devices of this machine, then those reached by ssh."""
     rows = [[found["name"], "here", found["what"]] for found in local]
     rows += [[device.name, device.destination, device.preset or "-"] for device in remote]
     return TextTable(["device", "where", "what"], rows)

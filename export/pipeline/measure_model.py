@@ -1,4 +1,4 @@
-"""Prove, score and time an exported model on the machine it is on; of exported models none of it needs torch."""
+"""Check parity, evaluate and time an exported model on this machine; exported models need no torch for it."""
 
 import json
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ from toolchain.significance import paired_drop
 
 
 def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, progress: Progress) -> dict[str, Any]:
-    """Write parity.json, evaluation.json, examples.json, samples.npz and profile.json; returns the headline numbers.
+    """Write parity.json, evaluation.json, examples.json, samples.npz and profile.json; return the headline numbers.
 
-    Parity comes first: a wrong model is not worth timing.
+    The parity check comes first, because timing a wrong model is useless.
 
     Raises:
-        GateError: the model does not compute here what it computed in PyTorch.
+        GateError: the model's features here differ from those in PyTorch.
     """
     manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
     runtime, precision = manifest["summary"]["runtime"], manifest["summary"]["precision"]
     write_json(folder / "parity.json", prove(model, runtime=runtime, precision=precision)["parity"])
-    encoders = open_exported(model)  # only now: a graph that would crash its runtime has crashed another process
+    encoders = open_exported(model)  # after `prove`, where a graph that crashes its runtime fails in a child process
     samples, top1 = score(encoders, folder, spec, progress)
     timed = profile(model, Effort(timing.processes, timing.seconds), progress=progress)
     np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
@@ -53,14 +53,14 @@ def measure_reference(
     mode: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The same files of a run's checkpoint in PyTorch fp32, `mode` being eager or compiled; needs torch.
+    """Write the same files for a run's checkpoint in PyTorch fp32, with `mode` eager or compiled; needs torch.
 
-    Returns what a manifest says of an exported model, and the headline numbers.  `exported` is its fp32 export, whose
-    samples say whether this is the same model.
+    Return the fields of an exported model's manifest and the headline numbers.  `exported` is the checkpoint's fp32
+    export; its samples verify that this is the same model.
 
     Raises:
         GateError: PyTorch's features differ from those in parity.npz.
-        MissingDependency: compiled, and there is no C++ compiler.
+        MissingDependency: `mode` is compiled, and there is no C++ compiler.
     """
     compiled = mode == "compiled"
     encoders = reference_encoders(checkpoint, exported, compiled=compiled)
@@ -79,7 +79,7 @@ def measure_reference(
 def score(
     encoders: Encoders, folder: Path, spec: EvaluateSpec, progress: Progress
 ) -> tuple[dict[str, NDArray[Any]], float]:
-    """Write evaluation.json and examples.json; returns the ranks and answers behind them, and the headline's top-1."""
+    """Write evaluation.json and examples.json; return the ranks and answers behind them, and the headline's top-1."""
     sets = [open_set(entry) for entry in spec.sets]
     evaluation, samples = evaluate(encoders, sets, headline=spec.headline, progress=progress)
     write_json(folder / "evaluation.json", evaluation)
@@ -89,16 +89,16 @@ def score(
 
 
 def evaluate_models(models: Sequence[Path], spec: EvaluateSpec, progress: Progress) -> ModelComparison:
-    """Every model's scores on the sets of a recipe, and how each of the others differs from the first.
+    """Return every model's scores on a recipe's evaluation sets, and the difference of each from the first model.
 
-    A model is an exported directory, or a checkpoint's, which needs torch.
+    A model is an exported directory, or a checkpoint directory, which needs torch.
 
     Raises:
         UsageError: a directory is neither.
-        ClipkdError: a set is missing or wrong, or too many pictures of it cannot be read.
+        ClipkdError: a set is missing or invalid, or too many of its images cannot be read.
     """
     for model in models:
-        model_kind(model)  # before the first is evaluated
+        model_kind(model)  # raises for an invalid directory before the first evaluation
     sets = [open_set(entry) for entry in spec.sets]
     documents: list[EvaluatedModel] = []
     first_ranks: dict[str, NDArray[Any]] = {}

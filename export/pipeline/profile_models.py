@@ -1,6 +1,6 @@
-"""Implement `clipkd profile`: time models on one device, and keep each result in the run that owns the model.
+"""Implement `clipkd profile`: time models on one device, and store each result in the run that owns the model.
 
-The models of a call are timed together, so that their processes take turns.  One that fails is a row with its reason.
+The processes of a call's models are interleaved.  A model that fails becomes a row with the reason.
 """
 
 import json
@@ -45,26 +45,26 @@ class _Where:
 
     name: str
     on: Device | None
-    """None: a device of this machine."""
+    """The device reached by ssh; None: a device of this machine."""
 
     what: str
-    """In words, of a device of this machine."""
+    """Description of a device of this machine; empty for a remote device."""
 
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model's measurement is kept: in measured/MODEL/DEVICE of its run."""
+    """The location of a model's stored measurement: measured/MODEL/DEVICE of its run."""
 
     run: Path
     stage: StageSpec
     model: Stage
     engines: Stage | None
-    """Of a TensorRT kit."""
+    """The engines, if the model is a TensorRT build kit."""
 
     spec: EvaluateSpec | None
-    """What it is scored on, if it is."""
+    """The evaluation sets, if the model is evaluated."""
 
 
 def profile_models(
@@ -78,25 +78,25 @@ def profile_models(
 ) -> tuple[list[ProfileRow | FailedRow], list[ClipkdError]]:
     """Return a row for each model, in order, and the errors of those that could not be measured.
 
-    On another device than `cpu`, a run's model keeps its profile in measured/MODEL/DEVICE of its run, with the proof
-    that it computes there what PyTorch did and, if `scored`, its accuracy there on the sets of the run's recipe.  The
-    engines of a TensorRT kit are built for the device first, and kept in the run's engines/.  `out` is a folder for the
-    rows and the latencies of all.
+    On a device other than `cpu`, the profile of a run's model is stored in measured/MODEL/DEVICE of the run, with its
+    parity check against PyTorch and, if `scored`, its accuracy there on the sets of the run's recipe.  The engines of a
+    TensorRT build kit are built for the device first, and stored in the run's engines/.  `out` is a folder for the rows
+    and all latencies.
 
     Raises:
-        UnavailableBackend: there is no such device, or it cannot be reached.
-        UsageError: nobody knows the device, or `out` is a file.
+        UnavailableBackend: the device does not exist or cannot be reached.
+        UsageError: unknown device, or `out` is a file.
     """
     where = _find(device)
     if scored and where.name == "cpu":
-        raise UsageError("--evaluate is for other devices than cpu; here, use clipkd evaluate")
+        raise UsageError("--evaluate needs a device other than cpu; on this machine's CPU, use: clipkd evaluate")
     if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: is a file; --out names a folder")
+        raise UsageError(f"{out}: is a file; --out expects a folder")
     places, failures = _places(models, where, effort, scored, screen)
 
     @cache
     def timed() -> dict[int, Profile | ClipkdError]:
-        """Time all models that have not failed and are not kept yet, at once, when the first of them is asked for."""
+        """Time all models that have not failed and have no stored result, together, on the first call."""
         to_do = {
             index: place
             for index, place in places.items()
@@ -153,7 +153,7 @@ def _row(
     timed: Callable[[], Profile],
     screen: Screen,
 ) -> ProfileRow:
-    """Return a model's row, as its run keeps it or measured now; `own` is the caller's file for its latencies."""
+    """Return a model's row, stored in its run or measured now; `own` is the caller's file for its latencies."""
     if place is None:
         found = timed()
         document, samples = found.document, own
@@ -184,10 +184,10 @@ def _failed_row(model: Path, where: _Where, failure: ClipkdError) -> FailedRow:
 def _measure(
     name: str, place: _Place, where: _Where, timed: Callable[[], Profile], screen: Screen, folder: Path
 ) -> dict[str, Any]:
-    """Write parity.json, evaluation.json where it is scored, profile.json and samples.npz; returns the headline."""
+    """Write parity.json, evaluation.json if it is evaluated, profile.json and samples.npz; return the headline."""
     screen.starts(name)
     screen.progress("parity", 0, 1)
-    write_json(folder / "parity.json", _proven(place, where))  # a wrong model is not worth timing
+    write_json(folder / "parity.json", _check_parity(place, where))  # first, because timing a wrong model is useless
     samples: dict[str, Any] = {}
     if place.spec is not None:
         samples, _ = score(_encoders(place, where), folder, place.spec, screen.progress)
@@ -208,7 +208,7 @@ def _find(device: str) -> _Where:
 def _places(
     models: Sequence[Path], where: _Where, effort: Effort, scored: bool, screen: Screen
 ) -> tuple[dict[int, _Place | None], dict[int, ClipkdError]]:
-    """Return where each model's measurement is kept, and the errors of those that cannot be measured."""
+    """Return the location of each model's measurement, and the errors of those that cannot be measured."""
     places: dict[int, _Place | None] = {}
     failures: dict[int, ClipkdError] = {}
     for index, model in enumerate(models):
@@ -220,30 +220,30 @@ def _places(
 
 
 def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
-    """Return where a model's measurement is kept; None: nowhere.  The engines of a kit are built if need be."""
+    """Return the location of a model's measurement, None if it is not stored; build a kit's engines if needed."""
     if is_checkpoint(model) and where.name != "cpu":
         raise UsageError(
-            f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; name an export of it instead"
+            f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; pass an export of it instead"
         )
     run, is_kit = run_of(model), (model / "build_engine.py").is_file()
     if is_kit and where.on is None and where.name != "cuda:0":
         raise UnavailableBackend(
-            f"{model}: a TensorRT kit, which the {where.name} of this machine cannot run; its engines run on the "
-            "first NVIDIA GPU, --device cuda:0, or on a device of `clipkd devices`"
+            f"{model}: a TensorRT build kit, which the {where.name} of this machine cannot run; its engines run on the "
+            "first NVIDIA GPU (--device cuda:0) or on a device of `clipkd devices`"
         )
     if run is None and is_kit:
-        raise UsageError(
-            f"{model}: a TensorRT kit; its engines are kept in its run, so name it inside: RUN/exported/..."
-        )
+        raise UsageError(f"{model}: a TensorRT build kit; its engines are stored in its run, so pass RUN/exported/...")
     if run is None and scored:
-        raise UsageError(f"{model}: in no run whose recipe would name the sets to score it on")
+        raise UsageError(
+            f"{model}: not inside a run, so no recipe lists the sets to evaluate it on; pass RUN/exported/..."
+        )
     if run is None or where.name == "cpu":
         return None
     with run_lock(run):
         stage = open_stage(model)
         engines = _engines(stage, run, where, screen) if is_kit else None
     path = run / "measured" / model.name / where.name
-    scored = scored or (path / "evaluation.json").is_file()  # what was once scored does not lose its scores
+    scored = scored or (path / "evaluation.json").is_file()  # an earlier evaluation is repeated, not dropped
     spec = require_evaluation(load_recipe(run / "recipe.yaml")) if scored else None
     made = StageSpec(
         path,
@@ -257,7 +257,7 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
 
 
 def _engines(kit: Stage, run: Path, where: _Where, screen: Screen) -> Stage:
-    """Return a kit's engines for a GPU of this machine, or for that of a device reached by ssh, built there."""
+    """Return a kit's engines for this machine's GPU, or build them on a device reached by ssh for its GPU."""
     if where.on is None:
         return engines_of(kit, run, can_build(), screen)
     device, name = where.on, f"engines/{kit.path.name}@{where.name}"
@@ -275,11 +275,11 @@ def _engines(kit: Stage, run: Path, where: _Where, screen: Screen) -> Stage:
     return stage
 
 
-def _proven(place: _Place, where: _Where) -> Parity:
-    """Parity on the device, in a process that may crash.
+def _check_parity(place: _Place, where: _Where) -> Parity:
+    """Return the parity check on the device, run in a process that may crash.
 
     Raises:
-        GateError: the model does not compute on the device what it computed in PyTorch.
+        GateError: the model's features on the device differ from those in PyTorch.
     """
     summary = place.model.manifest["summary"]
     if where.on is None and place.engines is None:

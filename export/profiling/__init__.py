@@ -1,6 +1,6 @@
-"""Measure how fast and how big exported models are, and how sure that is.
+"""Measure latency, throughput, memory and size of exported models, with confidence intervals.
 
-Directories of exported models, an `Effort` and a `Target` (protocol.py) go in; profile.json (documents.py) and every
-latency measured come out.  A statistic goes to summary.py with its field in documents.py, a column of the printed
-table to table.py, and whatever else is to be timed passes its jobs to interleaved.py.
+Input: directories of exported models, an `Effort` and a `Target` (protocol.py).  Output: profile.json (documents.py)
+and every measured latency.  Add a statistic to summary.py and its field to documents.py, a column of the printed table
+to table.py; to time something else, pass jobs to interleaved.py.
 """

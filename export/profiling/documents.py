@@ -1,4 +1,4 @@
-"""The JSON documents of a measurement, as types: a latency, a grade, profile.json, a row of `clipkd profile`."""
+"""Types of the JSON documents of a measurement: a latency, a grade, profile.json, a row of `clipkd profile`."""
 
 from typing import Literal, TypedDict, TypeGuard
 
@@ -17,14 +17,14 @@ class Latency(TypedDict):
 
     p90_ms: float | None
     p99_ms: float | None
-    """Of the samples of all processes; None of too few samples."""
+    """Percentiles of the samples of all processes; None if there are too few samples."""
 
     n: int
     processes: int
     p50_by_process_ms: list[float]
     load_ms: float
     first_ms: float
-    """These two are cold: of a process that has just begun."""
+    """Time to open the graph and time of the first query, both in a process that has just started."""
 
 
 class ImageLatency(Latency):
@@ -42,8 +42,8 @@ class Grade(TypedDict):
     """A: clocks locked, no flags.  B: no flags.  C: a flag."""
 
     flags: list[str]
-    """UNSTABLE: the processes differ.  UNSTEADY: a warm-up never settled.  BUSY: other programs took the CPU.  SINGLE:
-    one process has no interval."""
+    """UNSTABLE: the processes differ.  UNSTEADY: a warm-up never settled.  BUSY: other programs used the CPU.  SINGLE:
+    one process only, so there is no interval."""
 
 
 class _Versions(TypedDict, total=False):
@@ -56,14 +56,14 @@ class _Versions(TypedDict, total=False):
 
 
 class MeasuredMachine(Hardware, _Versions):
-    """A machine, with the versions of what ran there."""
+    """A machine with the versions of the software that ran there."""
 
 
 class ProfileDocument(Grade):
-    """profile.json: what one exported model takes on one device."""
+    """The content of profile.json: latency, throughput, memory and size of one exported model on one device."""
 
     call: str
-    """The same for models whose processes took turns."""
+    """Identifier shared by models whose processes were interleaved."""
 
     device: str
     machine: MeasuredMachine
@@ -72,23 +72,23 @@ class ProfileDocument(Grade):
     image: ImageLatency
     text: TextLatency
     e2e_p50_ms: float | None
-    """From a JPEG's bytes to its class; None of a model without classes."""
+    """Median time from a JPEG's bytes to its class; None for a model without classes."""
 
     e2e_stages_ms: dict[str, float]
-    """Medians of its stages: decoding, preprocessing, image tower, features @ class matrix and top-1."""
+    """Medians of the stages of `e2e`: decoding, preprocessing, image tower, features @ class matrix and top-1."""
 
     images_per_s: float
-    """The best over the batches of `sweep`."""
+    """The maximum over the batches of `sweep`."""
 
     sweep: dict[str, float]
     """Images per second, by batch."""
 
     peak_memory_bytes: int
-    """The greater of the towers' processes, without the larger batches."""
+    """The maximum over the processes of both towers, before they run larger batches."""
 
     size_bytes: int
     to_lock_clocks: list[str]
-    """The commands that would make an A possible; clipkd never runs them."""
+    """The commands that lock the clocks, which grade A needs; clipkd never runs them."""
 
 
 class ProfileRow(ProfileDocument):
@@ -97,7 +97,7 @@ class ProfileRow(ProfileDocument):
     model: str
     status: Literal["ok"]
     samples: str | None
-    """The file of every latency, if it is kept."""
+    """The file with every latency, if it is kept."""
 
 
 class FailedRow(TypedDict):

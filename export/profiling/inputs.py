@@ -1,4 +1,4 @@
-"""Write the inputs of a measurement, real images and captions, and the runner's arguments that name them."""
+"""Write the inputs of a measurement (real images and captions), and return the runner's arguments that name them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export.devices.run_runner import require_compiler
 from export.model_folder import exported_of, is_checkpoint, runtime_words, tower_files
 from toolchain.errors import ArtifactError, UsageError
 
-_NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # inputs lie in the memory that is being measured
+_NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # the inputs add to the measured memory
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class RunnerOptions:
     """The runner's options for timing a graph."""
 
     seconds: float
-    """Measured time of one process at batch 1; its warm-up takes no longer."""
+    """Measured time of one process at batch 1, and the upper bound of its warm-up."""
 
     threads: int
     device: str = "cpu"
     compiled: bool = False
-    """Of a checkpoint: through torch.compile, not eager."""
+    """For a checkpoint: run it with torch.compile instead of eager."""
 
     batches: Sequence[int] = ()
     """Larger batches, for throughput."""
@@ -40,9 +40,9 @@ class RunnerOptions:
 def write_inputs(
     folder: Path, scratch: Path, options: RunnerOptions, engines: Path | None = None
 ) -> dict[str, list[str]]:
-    """Write real images and captions, those of parity.npz, into `scratch`; returns the runner's arguments by tower.
+    """Write the real images and captions of parity.npz into `scratch`; return the runner's arguments by tower.
 
-    `engines` are those of a TensorRT kit, where it is one.
+    `engines` is the folder of the engines if `folder` is a TensorRT build kit.
     """
     exported = _source_of_inputs(folder, options)
     scratch.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def write_inputs(
     whole_path = ["--images", str(scratch / "images"), "--classes", str(exported / "classes.npz")]
     whole_path += ["--preprocess", str(exported / "preprocess.json")]
     with np.load(exported / "classes.npz") as classes:
-        has_classes = len(classes["names"]) > 0  # a headline set of captions has none
+        has_classes = len(classes["names"]) > 0  # a headline set of captions has no classes
 
     def arguments(tower: str, input_name: str, dtype: str, shape: tuple[int, ...]) -> list[str]:
         graph = ["--model", str(tower_files(folder, engines)[tower]), "--input", input_name, "--dtype", dtype]
@@ -77,17 +77,18 @@ def write_inputs(
 
 
 def _source_of_inputs(folder: Path, options: RunnerOptions) -> Path:
-    """Return the exported model whose samples a model is timed with: its own, or of a checkpoint its export's.
+    """Return the exported model whose samples are the inputs: `folder` itself, or the export of a checkpoint.
 
     Raises:
-        UsageError: a checkpoint cannot be timed so, or has no export.
+        UsageError: a checkpoint cannot be timed with these options, or has no export.
         MissingDependency: it cannot be compiled here.
         ArtifactError: a file is missing.
     """
     is_reference = is_checkpoint(folder)
     if is_reference and options.device != "cpu":
         raise UsageError(
-            f"{folder}: a checkpoint is timed in PyTorch on the CPU, not on {options.device}; name an export of it"
+            f"{folder}: a checkpoint is timed in PyTorch on the CPU, not on {options.device}; "
+            "pass an export of it instead"
         )
     if is_reference and options.compiled:
         require_compiler()
@@ -101,14 +102,14 @@ def _source_of_inputs(folder: Path, options: RunnerOptions) -> Path:
 
 
 def _save_images(pixels_BHWC: NDArray[np.uint8], image_spec: dict[str, Any], scratch: Path) -> NDArray[np.float32]:
-    """Write images as the tower takes them, and as JPEGs; returns the first of the former."""
-    pictures = [Image.fromarray(pixels_HWC) for pixels_HWC in pixels_BHWC]
-    values_CHW = preprocess_image(pictures[0], image_spec)
+    """Write images as the tower's inputs and as JPEGs; return the first input."""
+    images = [Image.fromarray(pixels_HWC) for pixels_HWC in pixels_BHWC]
+    values_CHW = preprocess_image(images[0], image_spec)
     count = max(_MIN_INPUTS, _MAX_INPUT_BYTES // values_CHW.nbytes)
-    np.save(scratch / "image.npy", np.stack([preprocess_image(picture, image_spec) for picture in pictures[:count]]))
+    np.save(scratch / "image.npy", np.stack([preprocess_image(image, image_spec) for image in images[:count]]))
     (scratch / "images").mkdir()
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         encoded = io.BytesIO()
-        picture.save(encoded, "JPEG", quality=95)
+        image.save(encoded, "JPEG", quality=95)
         (scratch / "images" / f"{index:03}.jpg").write_bytes(encoded.getvalue())
     return values_CHW

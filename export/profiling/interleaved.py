@@ -1,7 +1,7 @@
-"""Time jobs whose processes take turns, so that drift of the machine hits all of them.
+"""Time jobs in interleaved processes, so that drift of the machine affects all of them alike.
 
-This is the one place that says in which order processes run, when a machine counts as busy, and how a job that fails
-leaves the others.  `clipkd profile` and `clipkd students` both time so.
+Only this module decides the order of the processes, when a machine counts as busy, and how the other jobs go on after
+one fails.  `clipkd profile` and `clipkd students` both use it.
 """
 
 from __future__ import annotations
@@ -27,29 +27,32 @@ class Job:
     """One graph to time in several processes."""
 
     model: int
-    """The number of the model it is of: once a job of a model has failed, its others are not run either."""
+    """The number of its model: after one job of a model has failed, the model's other jobs do not run."""
 
     folder: Path
     tower: str
-    """Errors name these two."""
+    """`folder` and `tower` are named in errors."""
 
     arguments: list[str]
     """The runner's arguments."""
 
     title: str = ""
-    """Shown by progress while the job runs; without one, progress shows only how many have run."""
+    """Shown by progress while the job runs; if empty, progress shows only how many have run."""
 
     num_done: int = 0
-    """The number of its processes that ran before an interruption."""
+    """The number of its processes that ran before an interruption; these are not run again."""
 
     once: Sequence[Path] = ()
-    """Files that a device need not keep after the last process."""
+    """Files that a device deletes after the last process."""
 
 
 def look_before(on: Device | None, prepare: Callable[[Machine], T]) -> tuple[Machine, list[str], T]:
-    """Return a machine, None for this one, its flags, BUSY or none, and what `prepare` makes while it is watched."""
+    """Return a description of `on` (None: this machine), its flags (BUSY or none), and the result of `prepare`.
+
+    The load of other programs is measured while `prepare` runs.
+    """
     machine, others = look_at(on)
-    next(others)  # starts watching
+    next(others)  # starts measuring the load
     prepared = prepare(machine)
     busy_share = next(others)
     return machine, ["BUSY"] if busy_share is not None and busy_share > MAX_OTHER_CPU else [], prepared
@@ -58,11 +61,11 @@ def look_before(on: Device | None, prepare: Callable[[Machine], T]) -> tuple[Mac
 def time_in_turns(
     jobs: Sequence[Job], on: Device | None, processes: int, progress: Progress
 ) -> Iterator[tuple[Job, RunnerDocument | ClipkdError]]:
-    """Run each job in so many fresh processes, here or on a device; yields each document, or error, as it comes."""
+    """Run each job in `processes` fresh processes, here or on a device; yield each document or error as it arrives."""
     failed: set[int] = set()
     done, total = 0, processes * len(jobs)
     for turn in range(processes):
-        for job in jobs[:: -1 if turn % 2 else 1]:  # no one always runs on what the same other heated
+        for job in jobs[:: -1 if turn % 2 else 1]:  # alternate, so that no job always follows the same other one
             if job.title:
                 progress("timing", done, total, job.title)
             if turn >= job.num_done and job.model not in failed:

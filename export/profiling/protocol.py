@@ -1,11 +1,12 @@
-"""Measure how fast and how big an exported model is on a machine, and how sure we are.
+"""Measure latency, throughput, memory and size of an exported model on a machine, with confidence intervals.
 
-Every number comes from `runner.py` in fresh processes.  Image and text tower take turns, so that drift of the machine
-hits both.  The protocol follows MLPerf's single stream (github.com/mlcommons/inference_policies) and, for repeating
-whole processes, Kalibera and Jones, "Rigorous Benchmarking in Reasonable Time" (ISMM 2013).
+Every number comes from `runner.py` in fresh processes.  Processes of the image and the text tower are interleaved, so
+that drift of the machine affects both.  The protocol follows MLPerf's single stream
+(github.com/mlcommons/inference_policies) and, for repeating whole processes, Kalibera and Jones, "Rigorous Benchmarking
+in Reasonable Time" (ISMM 2013).
 
 At batch 1 each tower is measured for the seconds of an `Effort`, shared among its processes.  The whole path, from a
-JPEG's bytes to its class, and each larger batch take a quarter of that each.  `documents.py` says what is made of it.
+JPEG's bytes to its class, and each larger batch take a quarter of that each.  `documents.py` defines the results.
 """
 
 from __future__ import annotations
@@ -47,31 +48,31 @@ BRIEF = Effort()
 """The default."""
 
 QUICK = Effort(3, 6.0)
-"""A first look: 2 s in each of three processes."""
+"""For a first impression: 2 s in each of three processes."""
 
 STANDARD = Effort(5, 60.0)
-"""The interval of five medians reaches from the least to the greatest: those of two equal models are disjoint in 1 of
-126 pairs, where with three processes it is 1 of 10.  In 60 s a tower of up to 90 ms has the samples of a p99."""
+"""The interval of five medians spans from the smallest to the largest: those of two equal models are disjoint in 1 of
+126 pairs; with three processes, in 1 of 10.  In 60 s, a tower of up to 90 ms yields enough samples for a p99."""
 
 SWEEP = (2, 4, 8, 16, 32)
-"""Batches beside 1, for throughput."""
+"""Batch sizes for throughput, in addition to 1."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where and in what models are timed."""
+    """The device and the runtime options that models are timed with."""
 
     device: str = "cpu"
-    """A device of the machine, as the runtime calls it."""
+    """A device of the machine, by the runtime's name."""
 
     on: Device | None = None
     """A machine reached by ssh; None is this one."""
 
     engines: Mapping[Path, Path] = field(default_factory=dict)
-    """The TensorRT engines of a kit, built on the machine, by the kit's folder."""
+    """Folder of the TensorRT engines built on the machine, by the folder of their build kit."""
 
     compiled: bool = False
-    """Checkpoints run through torch.compile, not eager."""
+    """Run checkpoints with torch.compile instead of eager."""
 
 
 CPU = Target()
@@ -85,7 +86,7 @@ class Profile:
     """The content of profile.json."""
 
     samples: dict[str, NDArray[np.float32]]
-    """Every latency measured, in order: `image_ms`, `text_ms`, `e2e_ms`, and for each `..._process`, whose it was."""
+    """Every latency in order (`image_ms`, `text_ms`, `e2e_ms`), and the number of its process (`..._process`)."""
 
 
 def profile(
@@ -96,12 +97,13 @@ def profile(
     threads: int | None = None,
     progress: Progress = no_progress,
 ) -> Profile:
-    """Return the profile of one model, timed as by `profile_together`.
+    """Return the profile of one model, timed as in `profile_together`.
 
     Raises:
         ArtifactError: the folder lacks a file.
         ClipkdError: a runner crashed, hung, or could not run the graph.
-        UnavailableBackend, MissingDependency: the device is not there, the runtime not installed.
+        UnavailableBackend: the device is not there.
+        MissingDependency: the runtime is not installed.
     """
     (found,) = profile_together([folder], effort, target, threads=threads, progress=progress)
     if isinstance(found, ClipkdError):
@@ -118,11 +120,11 @@ def profile_together(
     spin_ms: Sequence[float] = (),
     progress: Progress = no_progress,
 ) -> list[Profile | ClipkdError]:
-    """Return the profiles of several models whose processes take turns, in order; in place of one, why there is none.
+    """Return the profiles of several models, timed in interleaved processes, in order; for a failed one, its error.
 
-    A folder is an exported model's, or a checkpoint of a run, which is timed in PyTorch on this machine's CPU with the
-    samples of its exported model.  `threads` are all the cores there are, unless told.  `spin_ms` wastes time in every
-    query of a model, for checks of this protocol.
+    A folder is an exported model, or a checkpoint of a run, which is timed in PyTorch on this machine's CPU with the
+    samples of its exported model.  `threads` defaults to all usable cores.  `spin_ms` adds a delay to every query of a
+    model, to test this protocol.
     """
     processes, seconds = effort
     if processes < 1 or not seconds > 0:
@@ -178,7 +180,7 @@ def _profile_of(
 ) -> Profile:
     image, text = summarise(results["image"]), summarise(results["text"])
     sweep, text_sweep = images_per_second(results["image"]), images_per_second(results["text"])
-    whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # none of a model without classes
+    whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # empty for a model without classes
     hardware = {key: value for key, value in machine.items() if key != "to_lock_clocks"}
     document: ProfileDocument = {
         "call": call,

@@ -12,19 +12,19 @@ from export.devices.documents import Hardware, RunnerDocument, Timed
 from export.profiling.documents import Grade, Latency
 
 MIN_SAMPLES_P90, MIN_SAMPLES_P99 = 64, 662
-"""Fewer samples cannot bound a percentile at 99 % confidence: that at most one of them lies above it is then likelier
-than 1 % (MLPerf's early stopping)."""
+"""With fewer samples a percentile has no bound at 99 % confidence: the probability that at most one of them lies above
+it exceeds 1 % (MLPerf's early stopping)."""
 
 MAX_CV = 0.05
-"""Coefficient of variation of the processes' medians past which a measurement is UNSTABLE."""
+"""Coefficient of variation of the processes' medians above which a measurement is UNSTABLE."""
 
 MAX_OTHER_CPU = 0.25
-"""Share of the machine's CPU time that other programs may take before a measurement is BUSY."""
+"""Share of the machine's CPU time used by other programs above which a measurement is BUSY."""
 _RESAMPLES = 2000
 
 
 def grade(towers: Sequence[Sequence[RunnerDocument]], machine: Hardware, flags: Sequence[str]) -> Grade:
-    """Return the grade of a measurement, from the runner's documents of each tower and flags raised already."""
+    """Return the grade of a measurement from the runner's documents of each tower and the flags raised before."""
     raised = list(flags)
     if not all(result["steady"] for results in towers for result in results):
         raised.insert(0, "UNSTEADY")
@@ -55,7 +55,7 @@ def summarise(results: Sequence[RunnerDocument]) -> Latency:
 
 
 def bootstrap_interval(medians: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the median, resampling processes; every resample once where there are few."""
+    """Return the 95 % percentile interval of the median over resampled processes; exhaustive if there are few."""
     n = len(medians)
     if n**n <= _RESAMPLES:
         resamples = np.array(list(itertools.product(medians, repeat=n)))
@@ -74,7 +74,7 @@ def _cv(values: Sequence[float]) -> float:
 
 
 def images_per_second(results: Sequence[RunnerDocument]) -> dict[str, float]:
-    """Return samples per second by batch: of each the median over processes of the median time."""
+    """Return samples per second by batch size, from the median over processes of each process's median time."""
     rates = {"1": 1000 / statistics.median(process_medians(results))}
     for batch in sorted(set.intersection(*(set(result["batches"]) for result in results)), key=int):
         typical_ms = statistics.median(process_medians([result["batches"][batch] for result in results]))

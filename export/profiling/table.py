@@ -10,13 +10,13 @@ from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99
 from toolchain.significance import told_apart
 from toolchain.text_table import Note, TextTable
 
-_REASON_CHARACTERS = 100  # in the table; the whole of it is the error's
+_REASON_CHARACTERS = 100  # shown in the table; the error has the full text
 
 
 def profiles_table(rows: Sequence[ProfileRow | FailedRow]) -> TextTable:
     """Return the printed table.
 
-    Times are milliseconds to three digits; a percentile of too few samples says how few.
+    Times are milliseconds to three digits; a percentile with too few samples shows how many it needs.
     """
     headers = ["model", "p50 ms [95 %]", "p90 ms", "p99 ms", "text\np50 ms", "end to\nend ms"]
     headers += ["images/s\n(batch)", "load,\nfirst ms", "peak\nMB", "grade"]
@@ -27,7 +27,7 @@ def profiles_table(rows: Sequence[ProfileRow | FailedRow]) -> TextTable:
     if len(set(names)) < len(names):
         names = [row["model"] for row in rows]
     cells = [
-        [*_cells(row), *([_against(timed[0], row)] if len(timed) > 1 else [])]
+        [*_cells(row), *([_compare_to_first(timed[0], row)] if len(timed) > 1 else [])]
         if is_measured(row)
         else ["-"] * (len(headers) - 1)
         for row in rows
@@ -35,22 +35,22 @@ def profiles_table(rows: Sequence[ProfileRow | FailedRow]) -> TextTable:
     status = [[] if all_ok else [_reason(row)] for row in rows]
     return TextTable(
         headers + ([] if all_ok else ["status"]),
-        [[name, *measured, *said] for name, measured, said in zip(names, cells, status, strict=True)],
+        [[name, *measured, *reason] for name, measured, reason in zip(names, cells, status, strict=True)],
         no_wrap=["p50 ms [95 %]", "p50 to\nthe first"],
     )
 
 
 def clocks_note(rows: Sequence[ProfileRow | FailedRow]) -> list[Note]:
-    """Return the commands that would lock the clocks that float, if any do."""
+    """Return a note with the commands that lock the clocks, if any clock is not locked."""
     commands = dict.fromkeys(command for row in rows if is_measured(row) for command in row["to_lock_clocks"])
-    said = "Clocks float, so no grade is A. What would lock them, which clipkd never does:"
-    return [Note("\n".join((said, *commands)))] if commands else []
+    text = "Clocks are not locked, so no grade is A. clipkd never locks them; these commands do:"
+    return [Note("\n".join((text, *commands)))] if commands else []
 
 
 def _reason(row: ProfileRow | FailedRow) -> str:
-    """Return the beginning of a status, without what the row says already."""
-    said = row["status"].partition("\n")[0].removeprefix(row["model"]).lstrip("/: ")
-    return said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}…"
+    """Return the beginning of a status, without the model's name, which the row already shows."""
+    reason = row["status"].partition("\n")[0].removeprefix(row["model"]).lstrip("/: ")
+    return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}…"
 
 
 def _cells(found: ProfileDocument) -> list[str]:
@@ -68,8 +68,8 @@ def _cells(found: ProfileDocument) -> list[str]:
     ]
 
 
-def _against(first: ProfileDocument, row: ProfileDocument) -> str:
-    """Return the ratio of their p50, and whether it may be chance."""
+def _compare_to_first(first: ProfileDocument, row: ProfileDocument) -> str:
+    """Return the ratio of the two p50, marked if the difference is not significant."""
     if row is first:
         return "-"
     ours, theirs = row["image"], first["image"]

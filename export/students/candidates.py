@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture, and what somebody reached with it."""
+    """An architecture and its published accuracy."""
 
     model: str
-    """What a recipe's student.model says."""
+    """The value for a recipe's student.model."""
 
     published_top1: float | None = None
-    """ImageNet zero-shot, fraction, of the trained float model."""
+    """ImageNet zero-shot top-1 of the trained float model, as a fraction."""
 
     source: str = ""
-    """Trained by whom, on what; arXiv id or document."""
+    """Who trained it and on which data; arXiv id or document."""
 
 
 _CLIP_KD = "CLIP-KD from ViT-B/16, CC3M+12M; arXiv:2307.12732"
@@ -37,10 +37,10 @@ CANDIDATES = (
     Candidate("MobileCLIP2-S2", 0.772, "DFNDR-2B; arXiv:2508.20691"),
     Candidate("PE-Core-T-16-384", 0.621, "Meta's 5.4B pairs; arXiv:2504.13181"),
 )
-"""What `clipkd students` measures unless told."""
+"""The candidates that `clipkd students` measures by default."""
 
 
 def candidates(models: Sequence[str]) -> list[Candidate]:
-    """Those named, or all that clipkd knows; a name it does not know is an architecture like any other."""
+    """Return the named candidates, or all known ones; an unknown name is a candidate without published accuracy."""
     known = {candidate.model: candidate for candidate in CANDIDATES}
     return [known.get(model, Candidate(model)) for model in models] or list(CANDIDATES)

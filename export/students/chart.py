@@ -1,4 +1,4 @@
-"""Untrained students as a picture: measured latency against what one would pay it for; Matplotlib is imported here."""
+"""Draw the students chart: latency against published accuracy, GMACs and parameters.  Imports Matplotlib."""
 
 import io
 import math
@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]  # left, low, right, high; in pixels
 
 _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
 _PANELS: dict[Worth, tuple[float, str, str]] = {
-    "published_fp32_top1": (100.0, "ImageNet zero-shot top-1, published of the float model, %", "Published accuracy"),
+    "published_fp32_top1": (100.0, "ImageNet zero-shot top-1, published for the float model, %", "Published accuracy"),
     "gmacs": (1.0, "GMACs of one image", "The work of a forward pass"),
     "params_image": (1e-6, "parameters of the image tower, M", "Parameters"),
 }
@@ -34,19 +34,19 @@ _OFFSETS = [
 
 
 def render_students(fit: Sequence[MeasuredStudent]) -> bytes:
-    """Return a PNG: latency against published accuracy, GMACs and parameters; of each precision its front is drawn."""
+    """Return a PNG of latency against published accuracy, GMACs and parameters, with the front of each precision."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [field for field in reversed(WORTH) if any(row[field] is not None for row in fit)]
     figure = Figure(figsize=(9, 5.0 * max(1, len(shown))), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)  # measures text
+    FigureCanvasAgg(figure)  # the figure needs a canvas to measure text
     if not shown:
         figure.text(0.5, 0.5, "no candidate could be measured", ha="center", color=_QUIET)
     panels = [(figure.add_subplot(len(shown), 1, place), field) for place, field in enumerate(shown, 1)]
     for axes, field in panels:
         _draw_panel(axes, fit, field)
-    figure.draw_without_rendering()  # settles the layout, without which names cannot be placed
+    figure.draw_without_rendering()  # fixes the layout, which placing the names needs
     figure.set_layout_engine("none")
     for axes, field in panels:
         _place_names(axes, [row for row in fit if row[field] is not None], field)
@@ -60,7 +60,7 @@ def _draw_panel(axes: "Axes", fit: Sequence[MeasuredStudent], field: Worth) -> N
 
     _, unit, title = _PANELS[field]
     rows = [row for row in fit if row[field] is not None]
-    lay_out_axes(axes, [dict(row) for row in fit])  # the same latencies for every panel
+    lay_out_axes(axes, [dict(row) for row in fit])  # the same x range in every panel
     if field != "published_fp32_top1":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -71,7 +71,7 @@ def _draw_panel(axes: "Axes", fit: Sequence[MeasuredStudent], field: Worth) -> N
     where = f"{fit[0]['device']}, {fit[0]['runtime']}"
     axes.set_xlabel(f"median latency of the image tower at batch 1 on {where}, ms", color=_INK, fontsize=10)
     axes.set_ylabel(unit, color=_INK, fontsize=10)
-    for name in dict.fromkeys(row["name"] for row in rows):  # one student, in its precisions
+    for name in dict.fromkeys(row["name"] for row in rows):  # connects the precisions of one student
         spread = [row["p50_ms"] for row in rows if row["name"] == name]
         value = next(_worth(row, field) for row in rows if row["name"] == name)
         axes.hlines(value, min(spread), max(spread), color=_GRID, linewidth=2.5, zorder=1)
@@ -103,13 +103,13 @@ def _draw_panel(axes: "Axes", fit: Sequence[MeasuredStudent], field: Worth) -> N
 
 
 def _worth(row: MeasuredStudent, field: Worth) -> float:
-    """Return what one would pay latency for, in the unit of its panel; NaN if it is not known."""
+    """Return a row's value of a metric in the unit of its panel; NaN if unknown."""
     value = row[field]
     return math.nan if value is None else _PANELS[field][0] * value
 
 
 def _place_names(axes: "Axes", rows: Sequence[MeasuredStudent], field: Worth) -> None:
-    """Write each student's name once, beside one of its points, where it covers least."""
+    """Write each student's name once, next to one of its points, where it covers least."""
     from matplotlib.patheffects import withStroke
 
     points = [axes.transData.transform((row["p50_ms"], _worth(row, field))).tolist() for row in rows]
@@ -154,7 +154,7 @@ def _sign(x: float) -> int:
 
 
 def _covered(box: Box, taken_N4: NDArray[np.float64], inside: Box) -> float:
-    """Pixels of a name that lie on something, and, counted double, outside of the panel."""
+    """Return the pixels of a name that cover something, plus twice those outside of the panel."""
 
     def shared(others_N4: NDArray[np.float64]) -> float:
         sides_N2 = np.minimum(box[2:], others_N4[:, 2:]) - np.maximum(box[:2], others_N4[:, :2])

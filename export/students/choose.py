@@ -1,4 +1,4 @@
-"""Implement `clipkd students`: measure candidates, keep those that are fast enough, and write both down."""
+"""Implement `clipkd students`: measure candidates, select those that are fast enough, and write the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from toolchain.progress import Progress, no_progress
 
 @dataclass(frozen=True)
 class Students:
-    """Candidates after their measurement, the fastest first."""
+    """Measured candidates, fastest first."""
 
     fit: list[MeasuredStudent]
     """Those that are fast enough."""
@@ -26,7 +26,7 @@ class Students:
 
     picture: Path
     problem: ClipkdError | None
-    """Why there is no student to choose from, if so."""
+    """The error if no candidate was measured or none is fast enough."""
 
     @property
     def rows(self) -> list[StudentRow]:
@@ -35,23 +35,25 @@ class Students:
 
 
 def parse_precisions(text: str) -> list[str]:
-    """Return the precisions of a comma-separated list, each once.
+    """Return the precisions of a comma-separated list without duplicates.
 
     Raises:
-        UsageError: there is none, or one that untrained students are not measured in.
+        UsageError: the list is empty, or has a precision that untrained students cannot be measured in.
     """
     precisions = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for part in precisions or [""]:
         if part not in STUDENT_PRECISIONS:
-            raise UsageError(f"--precision '{text}': {part!r} is none of {', '.join(STUDENT_PRECISIONS)}")
+            raise UsageError(
+                f"--precision '{text}': expected one or more of {', '.join(STUDENT_PRECISIONS)}, got {part!r}"
+            )
     return precisions
 
 
 def require_runtime(name: str | None) -> None:
-    """Refuse a runtime that untrained students are not measured in.
+    """Check that untrained students can be measured in a runtime.
 
     Raises:
-        UsageError: it is one.
+        UsageError: they cannot.
     """
     if name not in (None, *STUDENT_RUNTIMES):
         raise UsageError(f"--runtime {name}: expected one of {', '.join(STUDENT_RUNTIMES)}")
@@ -68,9 +70,9 @@ def choose_students(
     out: Path,
     progress: Progress = no_progress,
 ) -> Students:
-    """Measure as `measure_students`, write students.json and students.png into `out`, and return what they show.
+    """Measure as in `measure_students`, write students.json and students.png into `out`, and return the results.
 
-    A student fits that takes at most `max_ms` at batch 1.
+    A student fits if its median latency at batch 1 is at most `max_ms`.
     """
     rows = measure_students(wanted, precisions, device=device, runtime=runtime, threads=threads, progress=progress)
     measured = [row for row in rows if is_measured(row)]

@@ -1,4 +1,4 @@
-"""The rows of students.json, as types."""
+"""Types of the rows of students.json."""
 
 from typing import Literal, TypedDict, TypeGuard
 
@@ -12,7 +12,7 @@ class GraphFacts(TypedDict):
 
     params_image: int
     gmacs: float
-    """Of one image."""
+    """Multiply-accumulates of one image, in billions."""
 
     image_size: int
     size_bytes: int
@@ -32,11 +32,12 @@ class _Known(TypedDict):
     device: str
     runtime: str
     published_fp32_top1: float | None
-    """ImageNet zero-shot, of the trained float model: int8 may lose some of it."""
+    """ImageNet zero-shot top-1 of the trained float model; int8 may be lower."""
 
     source: str
     front: list[Worth]
-    """Those of WORTH of which no other row of its precision has as much in as little time."""
+    """The metrics of WORTH in which the row is on the Pareto front of its precision: no other row is as good and as
+    fast."""
 
 
 class MeasuredStudent(_Known, Timing):

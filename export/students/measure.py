@@ -1,9 +1,9 @@
-"""Measure what candidate students take on a device, before any of them is trained.
+"""Measure the latency of candidate students on a device before any of them is trained.
 
-Latency does not depend on weights, so an afternoon of GPU time need not be spent to learn that a model is too slow.
-Every candidate's image tower is built here with random weights, exported, and timed where it will run, in fresh
-processes that take turns.  Results are kept for each device, so that a second call only prints them, and as they come,
-so that an interrupted call is continued.
+Latency does not depend on weights, so a model that is too slow can be ruled out before it is trained.  Every
+candidate's image tower is built here with random weights, exported, and timed on its device in fresh, interleaved
+processes.  Each result is stored per device as soon as it is known, so that a second call only prints the results and
+an interrupted call resumes.
 """
 
 import hashlib
@@ -37,23 +37,23 @@ PROCESSES, SECONDS = 3, 1.0
 """The quick protocol: fresh processes for each candidate, and measured time in each."""
 
 WORTH: tuple[Worth, ...] = ("params_image", "gmacs", "published_fp32_top1")
-"""What a student of more latency has to have more of."""
+"""Metrics of the Pareto fronts: a slower student is on a front only if it is better in the metric."""
 
 _FORMAT = 2
 _NUM_CALIBRATION = 8
 _OPSET = 20
-_MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # inputs lie in the memory that is being measured
+_MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # the inputs add to the measured memory
 
-Pair = tuple[Candidate, str]  # and a precision
+Pair = tuple[Candidate, str]  # a candidate and a precision
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Where graphs are timed, and how."""
+    """Device, runtime and effort with which graphs are timed."""
 
     device: str
     on: Device | None
-    """The device, if ssh reaches it."""
+    """The device if it is reached by ssh; None: this machine."""
 
     runtime: str
     threads: int | None
@@ -61,13 +61,13 @@ class _Bench:
 
 
 class _State(TypedDict, total=False):
-    """State of a pair: `row`; or, before it has had all its processes, `facts` and `documents`; or `status`."""
+    """State of a pair: `row` when finished; `facts` and `documents` while processes are missing; `status` if failed."""
 
     row: Timing
     facts: GraphFacts
     documents: list[RunnerDocument]
     status: str
-    """Why it could not be measured; the only one that is not kept."""
+    """Why it could not be measured; not stored, so that a later call tries again."""
 
 
 def measure_students(
@@ -80,19 +80,19 @@ def measure_students(
     seconds: float = SECONDS,
     progress: Progress = no_progress,
 ) -> list[StudentRow]:
-    """Return a row per candidate and precision, the fastest first.
+    """Return a row per candidate and precision, fastest first.
 
-    `device` is one that ssh reaches, or the name of one of this machine; `runtime` is by default ONNX Runtime, and
-    OpenVINO on the devices that only it drives; `threads` all the cores there are.
+    `device` is a device reached by ssh, or the name of one of this machine.  `runtime` defaults to ONNX Runtime, and to
+    OpenVINO on devices that only OpenVINO supports; `threads` defaults to all usable cores.
 
-    Rows are kept in the user's cache folder, by device, versions and protocol; only what is not there is measured.
-    A graph lies there too until it is timed.
+    Rows are stored in the user's cache folder, by device, versions and protocol; only missing rows are measured.
+    A graph is stored there too until it is timed.
 
     Raises:
-        UsageError: a candidate is no architecture, or the runtime has no such device.
-        MissingDependency: the runtime is not installed on the device, or what exports is not installed here.
+        UsageError: a candidate is not a known architecture, or the runtime has no such device.
+        MissingDependency: the runtime is not installed on the device, or the exporter is not installed here.
         UnavailableBackend: the device is not there.
-        ArtifactError: another process measures on it in the same way.
+        ArtifactError: another clipkd process is measuring with the same device and options.
     """
     on = device if isinstance(device, Device) else None
     name = device.name if isinstance(device, Device) else device
@@ -111,7 +111,7 @@ def measure_students(
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(candidate, precision) for candidate in wanted for precision in precisions]
     with held(folder / ".lock", f"{folder}: another clipkd measures students on {name}; wait for it"):
-        states = {pair: _kept(folder, pair) for pair in pairs}
+        states = {pair: _read_state(folder, pair) for pair in pairs}
         _build(states, folder, progress)
         _time(states, folder, bench, progress)
     rows = [_row(pair, state, bench) for pair, state in states.items()]
@@ -140,7 +140,7 @@ def _row(pair: Pair, state: _State, bench: _Bench) -> StudentRow:
 
 
 def _mark_fronts(rows: Sequence[MeasuredStudent]) -> None:
-    """Fill in `front`, among the rows of one precision: what is published is the same for all, and true of fp32."""
+    """Fill in `front` among the rows of each precision; precisions share one published value, so they do not mix."""
     for precision in dict.fromkeys(row["precision"] for row in rows):
         for field in WORTH:
             of_it = [row for row in rows if row["precision"] == precision]
@@ -151,25 +151,25 @@ def _mark_fronts(rows: Sequence[MeasuredStudent]) -> None:
 
 
 def _build(states: dict[Pair, _State], folder: Path, progress: Progress) -> None:
-    """Write the graphs of those of which nothing is known, and keep what is known then; or why not, in `status`."""
+    """Write the graphs of the pairs without a state, and store their facts; put a failure into `status`."""
     unknown = [pair for pair, state in states.items() if not state]
     for done, pair in enumerate(unknown):
         progress("building", done, len(unknown), " ".join((pair[0].model, pair[1])))
         try:
-            facts = _built(*pair, folder / f"{_stem(pair)}.onnx")
+            facts = _build_graph(*pair, folder / f"{_stem(pair)}.onnx")
         except (UsageError, MissingDependency, OSError):
-            raise  # a name that is none, no NNCF, a full disk
+            raise  # unknown architecture, missing NNCF, full disk: these would fail for every pair
         except ClipkdError as error:
             states[pair] = {"status": str(error)}
-        except Exception as error:  # torch, timm and exporters raise anything of an architecture that they cannot take
+        except Exception as error:  # torch, timm and exporters raise any type for an unsupported architecture
             states[pair] = {"status": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
         else:
             states[pair] = {"facts": facts, "documents": []}
-            _keep(folder, pair, states[pair])
+            _write_state(folder, pair, states[pair])
 
 
 def _time(states: dict[Pair, _State], folder: Path, bench: _Bench, progress: Progress) -> None:
-    """Time what is built, in turns; what has had all of them becomes a row, and its graph goes."""
+    """Time the built graphs in interleaved processes; turn each finished one into a row and delete its graph."""
     built = [pair for pair, state in states.items() if "documents" in state]
     if not built:
         return
@@ -187,7 +187,7 @@ def _time(states: dict[Pair, _State], folder: Path, bench: _Bench, progress: Pro
         if isinstance(found, MissingDependency):
             raise found
         if isinstance(found, ClipkdError):
-            describe_device(bench.on)  # if it is the device that is gone, this says so
+            describe_device(bench.on)  # raises if the device itself cannot be reached
             states[pair] = {"status": str(found)}
             continue
         facts, documents = states[pair]["facts"], [*states[pair]["documents"], found]
@@ -204,13 +204,13 @@ def _time(states: dict[Pair, _State], folder: Path, bench: _Bench, progress: Pro
             }
             states[pair] = {"row": timing}
             (folder / f"{_stem(pair)}.onnx").unlink()
-        _keep(folder, pair, states[pair])
+        _write_state(folder, pair, states[pair])
     for inputs in folder.glob("inputs-*.npy"):
         inputs.unlink()
 
 
 def _job(number: int, pair: Pair, state: _State, folder: Path, bench: _Bench, threads: int) -> Job:
-    """Return the job that times a pair's graph; its inputs are written into the folder."""
+    """Write the inputs of a pair's graph into the folder, and return the job that times the graph."""
     (candidate, precision), size = pair, state["facts"]["image_size"]
     graph, inputs = folder / f"{_stem(pair)}.onnx", folder / f"inputs-{size}.npy"
     if not inputs.is_file():
@@ -224,8 +224,8 @@ def _job(number: int, pair: Pair, state: _State, folder: Path, bench: _Bench, th
     return Job(number, folder, _stem(pair), words, title, len(state["documents"]), once=[graph])
 
 
-def _built(candidate: Candidate, precision: str, path: Path) -> GraphFacts:
-    """Write the graph of an image tower with random weights; returns what is known without running it."""
+def _build_graph(candidate: Candidate, precision: str, path: Path) -> GraphFacts:
+    """Write the graph of an image tower with random weights; return the facts that need no run."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,10 +241,10 @@ def _built(candidate: Candidate, precision: str, path: Path) -> GraphFacts:
     model = build_model(spec, seed=0)
     pixels = example_pixels(model.net).float().cpu()
     with torch.no_grad(), without_attention_fast_path():
-        tower = prepare_tower(ImageTower(model.net).eval(), pixels, "fp32").requires_grad_(False)  # else not counted
+        tower = prepare_tower(ImageTower(model.net).eval(), pixels, "fp32").requires_grad_(False)  # needed for counting
         with FlopCounterMode(display=False) as counter:
             tower(pixels[:1])
-        if PRECISIONS[precision].is_quantized:  # the ranges that noise sets are wrong, and take as long as right ones
+        if PRECISIONS[precision].is_quantized:  # calibrated on noise: the ranges are wrong, but latency is the same
             random = torch.Generator().manual_seed(0)
             noise = torch.randn(_NUM_CALIBRATION, *pixels.shape[1:], generator=random)
             tower = int8_image_tower(model.net, noise)
@@ -268,17 +268,17 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in text)
 
 
-def _kept(folder: Path, pair: Pair) -> _State:
-    """Return what an earlier call knew of a pair, if anything."""
+def _read_state(folder: Path, pair: Pair) -> _State:
+    """Return the state of a pair that an earlier call stored, empty if there is none."""
     try:
         saved = json.loads((folder / f"{_stem(pair)}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # whatever is wrong with it, it is measured again
+    except (OSError, ValueError):  # a missing or corrupt file is measured again
         return {}
-    if saved.pop("model", None) != pair[0].model:  # of another, whose name comes to the same
+    if saved.pop("model", None) != pair[0].model:  # another model whose name maps to the same file name
         return {}
     is_of_use = "row" in saved or (folder / f"{_stem(pair)}.onnx").is_file()
     return cast(_State, saved) if is_of_use else {}
 
 
-def _keep(folder: Path, pair: Pair, state: _State) -> None:
+def _write_state(folder: Path, pair: Pair, state: _State) -> None:
     write_json(folder / f"{_stem(pair)}.json", {"model": pair[0].model, **state})

@@ -9,16 +9,16 @@ HEADERS = ("student", "", "p50 ms", "95 %", "params M", "GMACs", "MB", "top-1 %"
 
 
 def students_table(fit: Sequence[MeasuredStudent]) -> list[TextTable | str]:
-    """Return the printed table and the lines below it; a star marks a place on a front."""
+    """Return the printed table and the lines below it; a star marks a row on a Pareto front."""
     sources = list(dict.fromkeys(row["source"] for row in fit if row["source"]))
     rows = [_cells(row, sources) for row in fit]
     notes = [
         f"on {fit[0]['device']}, {fit[0]['runtime']}, {fit[0]['threads']} thread(s), batch 1, image towers alone",
-        "★ no row of the same precision has as much of it in as little time",
+        "★ Pareto front: no row of the same precision is as good in this column and as fast",
     ]
     if sources:
         notes.append(
-            "top-1: ImageNet zero-shot, as published for the float model; in brackets: it is not this row's own"
+            "top-1: ImageNet zero-shot, as published for the float model; in brackets: this row has another precision"
         )
     notes += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
     numbers = HEADERS[2:-1]
