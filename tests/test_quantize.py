@@ -312,7 +312,9 @@ def test_int8_bf16_is_the_graph_of_int8_and_openvino_s_alone(graphs, half, check
     proven = prove(tmp_path, runtime="openvino", precision="int8-bf16")
     assert proven["parity"]["image"]["num_not_finite"] == proven["parity"]["text"]["num_not_finite"] == 0
     assert proven["nodes"]["image"]["integer"] > 0
-    with pytest.raises(UnavailableBackend, match=r"does not compute in int8-bf16, which is for OpenVINO; export int8"):
+    with pytest.raises(
+        UnavailableBackend, match=r"does not support int8-bf16, which needs OpenVINO; export int8 instead"
+    ):
         prove(tmp_path, runtime="onnxruntime", precision="int8-bf16")
 
 

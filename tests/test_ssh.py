@@ -613,7 +613,7 @@ def test_students_are_built_here_timed_there_and_not_kept_there(
         return {"params_image": 768, "gmacs": 1, "image_size": 8, "size_bytes": path.stat().st_size}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("export.students.measure._built", built)
+    monkeypatch.setattr("export.students.measure._build_graph", built)
     words = ("students", "vit_t_16", "--device", "board", "--precision", "fp32", "--json", "--out", tmp_path / "out")
     ended = clipkd(*words)
     assert ended.code == 0, ended.err

@@ -382,7 +382,7 @@ def test_an_error_while_showing_progress_cancels_the_build_and_is_raised(kit, te
 @pytest.mark.parametrize(
     ("double", "said"),
     [
-        (Recorder(parses=False), "does not take this graph: no importer for Frobnicate"),
+        (Recorder(parses=False), "rejects this graph: no importer for Frobnicate"),
         (Recorder(builds=False), "built no engine"),
     ],
 )
@@ -400,7 +400,8 @@ def test_an_old_tensorrt_and_none_are_said(monkeypatch) -> None:
     old.__version__ = "10.3.0"
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(
-        MissingDependency, match=r"TensorRT 10\.3\.0 is installed; expected 10\.12 or newer: pip install"
+        MissingDependency,
+        match=r"TensorRT 10\.3\.0 is installed; expected 10\.12 or newer\. Install it with: pip install",
     ):
         tensorrt_engines_module.can_build()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -560,8 +561,8 @@ def _older_tensorrt(kit: Path) -> None:
     ("damage", "said"),
     [
         (_another_graph, "built from another graph"),
-        (_another_engine, "not those that engine.json recorded"),
-        (_no_manifest, "nothing says that clipkd built it"),
+        (_another_engine, "its sha256 differs from the one in engine.json"),
+        (_no_manifest, "no valid engine.json shows that clipkd built it"),
         (_older_tensorrt, r"built by TensorRT 10\.12\.0; here is 10\.13\.2"),
     ],
 )

@@ -1,13 +1,13 @@
-"""Run one program on this machine for a clipkd elsewhere, which talks to it through the stdin and stdout of ssh.
+"""Run one program on this machine for a clipkd on another machine, over the stdin and stdout of ssh.
 
-`devices/ssh.py` sends this file and runs it there: Python 3.8 and its standard library.  In comes a line with the
-length of a request in JSON, then the request, then the bytes of those files that the answer named as missing.  Out
-come lines of `clipkd NONCE {...}`, so that whatever a login shell prints is told apart.
+`devices/ssh.py` sends this file and runs it here: Python 3.8 and its standard library.  stdin has a line with the
+length of a request in JSON, then the request, then the bytes of the files that the answer listed as missing.  stdout
+has lines of `clipkd NONCE {...}`; the nonce separates them from anything that a login shell prints.
 
-    files/    what was ever copied here, each file under its sha256; unused for a month, it goes
-    runs/     a folder for each run, held by a lock; one whose lock is free belongs to a run that died, and goes
+    files/    copied files, each under its sha256; deleted when unused for a month
+    runs/     a folder for each run, held by a lock; a folder whose lock is free belongs to a dead run and is deleted
 
-The folder of a run goes when the program ends, when its time is up, and when stdin ends, which is a dropped connection.
+The folder of a run is deleted when the program ends or times out, and when stdin ends, which is a dropped connection.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class _Out:
-    """Frames on stdout, one at a time."""
+    """A writer of messages and files to stdout, one at a time."""
 
     def __init__(self, stream: BinaryIO, nonce: str) -> None:
         self._stream, self._nonce, self._lock = stream, nonce, threading.Lock()
@@ -65,7 +65,7 @@ def main() -> None:
         _serve(request, root, source, out)
     except OSError as error:
         if isinstance(error, (BrokenPipeError, ConnectionResetError)):
-            sys.exit(1)  # nobody listens any more; the folder of the run is gone by now
+            sys.exit(1)  # the other end is gone, and the folder of the run is already deleted
         kind = "full" if error.errno in _FULL else "other"
         out.send(error=kind, message=str(error), root=str(root), free_bytes=_free_bytes(root))
 
@@ -102,7 +102,7 @@ def _sweep(root: Path) -> None:
         except FileNotFoundError:
             pass
         except OSError:
-            continue  # its run is alive
+            continue  # a live run holds the lock
         _end_strays(scratch)
         shutil.rmtree(str(scratch), ignore_errors=True)
     for file in (root / "files").iterdir():
@@ -111,10 +111,10 @@ def _sweep(root: Path) -> None:
 
 
 def _end_strays(scratch: Path) -> None:
-    """What a program of a dead run had started and that lives on: whoever works in its folder (Linux)."""
+    """Kill processes that a dead run's program left behind: those whose working directory is in its folder (Linux)."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            cwd = os.readlink(str(process / "cwd"))  # noqa: PTH115  # Path.readlink is of Python 3.9
+            cwd = os.readlink(str(process / "cwd"))  # noqa: PTH115  # Path.readlink needs Python 3.9
             if scratch.resolve() in Path(cwd).parents:
                 os.kill(int(process.name), signal.SIGKILL)
 
@@ -140,7 +140,7 @@ def _receive(request: dict[str, Any], root: Path, scratch: Path, source: BinaryI
                 left -= len(chunk)
         if digest.hexdigest() != sha:
             raise OSError("a file changed while it was copied")
-        incoming.chmod(0o500)  # programs get links to it and must not write through them
+        incoming.chmod(0o500)  # programs get hard links to this file and must not change it
         incoming.replace(root / "files" / sha)
 
 
@@ -148,12 +148,12 @@ def _link(blob: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(str(blob), str(path))
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copyfile(str(blob), str(path))
 
 
 def _run(request: dict[str, Any], root: Path, work: Path, out: _Out) -> None:
-    """Run the program in `work`; what it says on stderr goes out line by line, the rest when it has ended."""
+    """Run the program in `work`; send its stderr line by line, and its result when it has ended."""
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     command = [sys.executable, str(work / request["program"])] + request["arguments"]
     child = subprocess.Popen(
@@ -198,7 +198,7 @@ def _run(request: dict[str, Any], root: Path, work: Path, out: _Out) -> None:
             out.send(line=pending.decode("utf-8", "replace"))
         child.wait()
     finally:
-        _kill(child)  # and whatever it started
+        _kill(child)  # and the processes it started
         child.wait()
         reader.join()
         timer.cancel()
@@ -226,7 +226,7 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end the program if this process is killed before it can."""
+    """Ask the kernel to kill the program if this process dies first."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

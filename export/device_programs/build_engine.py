@@ -4,9 +4,10 @@ This file is copied to devices and runs there on its own: Python 3.8, numpy and 
 
     python3 build_engine.py --kit . --out engines --max-batch 8
 
-Precision is in the graph: networks are strongly typed, no precision flag is ever set, and TF32 is off, so that fp32
-means fp32.  An engine belongs to the GPU and the TensorRT version that built it; engine.json, written last beside the
-engines, says which these were and which graphs they came from.
+A TensorRT build kit is an exported folder with typed ONNX graphs and this file.  The graph decides the precision:
+networks are strongly typed, no precision flag is set, and TF32 is off, so that fp32 means fp32.  An engine runs only on
+the GPU and TensorRT version that built it; engine.json, written last next to the engines, records both, and the graphs
+that the engines were built from.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ MIN_TENSORRT = (10, 12)  # the first whose strongly typed networks take Q/DQ and
 INSTALL = "pip install tensorrt (on a Jetson: sudo apt-get install python3-libnvinfer)"
 
 _FORMAT = 1
-_LEVEL = 3  # of 0 to 5: TensorRT's default; 0 would ignore the timing cache
-_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute
-_TYPICAL_BATCH = 8  # what a profile of many sizes is tuned for
+_LEVEL = 3  # TensorRT's default on its scale of 0 to 5; 0 would ignore the timing cache
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # values of CUdevice_attribute
+_TYPICAL_BATCH = 8  # the batch that a profile of many sizes is tuned for
 
 Progress = Callable[[str, int, int], None]
 
 
 class BuildProblem(Exception):
-    """What a user can cause, with the exit code it ends with: 1 failed, 3 not installed, 4 no device."""
+    """An error that a user can cause, with its exit code: 1 failed, 3 not installed, 4 no device."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -53,23 +54,25 @@ def build_engines(
     timing_folder: Path,
     on_progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Write image.engine, text.engine and engine.json into `out`; returns the content of engine.json.
+    """Write image.engine, text.engine and engine.json into `out`; return the content of engine.json.
 
     Raises:
-        BuildProblem: TensorRT or a GPU is missing, TensorRT is too old, or a graph does not build.
+        BuildProblem: TensorRT or a GPU is missing, TensorRT is too old, or a graph cannot be built.
     """
     trt = import_tensorrt()
     device = gpu()
     out.mkdir(parents=True, exist_ok=True)
     timing_folder.mkdir(parents=True, exist_ok=True)
-    (out / ENGINE_MANIFEST).unlink(missing_ok=True)  # whatever it vouched for is being replaced
+    (out / ENGINE_MANIFEST).unlink(missing_ok=True)  # its engines are about to be replaced
     manifest: dict[str, Any] = {"format": _FORMAT, "tensorrt": trt.__version__, **device, "tf32": False}
     manifest.update({"graphs": {}, "engines": {}, "profiles": {}})
     timing = timing_folder / timing_file(device, trt.__version__)
     for tower, input_name in TOWERS.items():
         graph = kit / f"{tower}.onnx"
         if not graph.is_file():
-            raise BuildProblem(f"{graph}: missing; a kit holds one. Make it again with: clipkd export RUN --trt")
+            raise BuildProblem(
+                f"{graph}: missing from the TensorRT build kit. Make the kit again with: clipkd export RUN --trt"
+            )
         graph_bytes = graph.read_bytes()
         plan, sizes = _build_plan(
             trt,
@@ -90,23 +93,25 @@ def build_engines(
 
 
 def import_tensorrt() -> Any:
-    """The tensorrt module.
+    """Import and return the tensorrt module.
 
     Raises:
         BuildProblem: exit code 3: it is not installed, its libraries do not load, or it is older than 10.12.
     """
     try:
         import tensorrt as trt
-    except ImportError as error:  # the package is not there, or its libraries are not
-        raise BuildProblem(f"TensorRT cannot be imported here ({error}): {INSTALL}", 3) from None
+    except ImportError as error:  # the package or its libraries are missing
+        raise BuildProblem(f"TensorRT cannot be imported here ({error}). Install it with: {INSTALL}", 3) from None
     found = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
     if found < MIN_TENSORRT:
-        raise BuildProblem(f"TensorRT {trt.__version__} is installed; expected 10.12 or newer: {INSTALL}", 3)
+        raise BuildProblem(
+            f"TensorRT {trt.__version__} is installed; expected 10.12 or newer. Install it with: {INSTALL}", 3
+        )
     return trt
 
 
 def gpu() -> dict[str, str]:
-    """Name, compute capability and driver's CUDA version of the first NVIDIA GPU, asked of the driver itself.
+    """Return name, compute capability and driver's CUDA version of the first NVIDIA GPU, read from the driver.
 
     Raises:
         BuildProblem: exit code 4: no driver, or no GPU.
@@ -120,7 +125,7 @@ def gpu() -> dict[str, str]:
     count, version, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
-        why = f"its cuInit says error {status}" if status else "it lists none"
+        why = f"its cuInit returns error {status}" if status else "it lists none"
         raise BuildProblem(f"no NVIDIA GPU here: the driver is installed, but {why}", 4)
     name = ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -141,15 +146,15 @@ def gpu() -> dict[str, str]:
 
 
 def timing_file(device: dict[str, str], tensorrt_version: str) -> str:
-    """A name of its own for every GPU and TensorRT version: timings of one say nothing about another."""
+    """Return the name of the timing cache, one for each GPU and TensorRT version: timings do not carry over."""
     words = f"{device['gpu']} sm{device['compute_capability']} tensorrt {tensorrt_version}"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()) + ".timing"
 
 
 def profile_sizes(tower: str, max_batch: int, batch: int = -1) -> list[tuple[int, int, int]]:
-    """Least, typical and largest batch of each optimisation profile; `batch` is the graph's own, below 0 if it is free.
+    """Return the least, typical and largest batch of each optimization profile; `batch` is the graph's, or -1 if free.
 
-    Single images have one of their own: a profile of many sizes is tuned for its typical size.
+    Single images have their own profile, because a profile of many sizes is tuned for its typical size.
     """
     if batch > 0:
         return [(batch, batch, batch)]
@@ -167,15 +172,15 @@ def _build_plan(
     workspace_bytes: int,
     on_progress: Progress,
 ) -> tuple[bytes, list[tuple[int, int, int]]]:
-    """The engine, and the least, typical and largest batch of each of its profiles."""
+    """Return the engine's bytes, and the least, typical and largest batch of each of its profiles."""
     logger = trt.Logger(trt.Logger.WARNING)
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph_bytes):
-        said = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-        raise BuildProblem(f"{graph}: TensorRT {trt.__version__} does not take this graph: {said}")
+        errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise BuildProblem(f"{graph}: TensorRT {trt.__version__} rejects this graph: {errors}")
     names = [network.get_input(index).name for index in range(network.num_inputs)]
     if names != [input_name]:
         raise BuildProblem(f"{graph}: expected the one input {input_name}, got {', '.join(names) or 'none'}")
@@ -190,11 +195,11 @@ def _build_plan(
         profile = builder.create_optimization_profile()
         profile.set_shape(input_name, (least, *rest), (typical, *rest), (largest, *rest))
         if config.add_optimization_profile(profile) < 0:
-            raise BuildProblem(f"{graph}: TensorRT refuses the batch sizes {least}, {typical}, {largest}")
+            raise BuildProblem(f"{graph}: TensorRT rejects the batch sizes {least}, {typical}, {largest}")
     known = timing.read_bytes() if timing.is_file() else b""
     cache = config.create_timing_cache(known)
     if known and not config.set_timing_cache(cache, ignore_mismatch=False):
-        cache = config.create_timing_cache(b"")  # another driver's: measure again
+        cache = config.create_timing_cache(b"")  # from another driver, so TensorRT measures again
         known = b""
     if not known:
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -203,7 +208,7 @@ def _build_plan(
     if monitor.problem is not None:
         raise monitor.problem
     if plan is None:
-        raise BuildProblem(f"{graph}: TensorRT {trt.__version__} built no engine; its own messages above say why")
+        raise BuildProblem(f"{graph}: TensorRT {trt.__version__} built no engine; see its messages above")
     _write(timing, bytes(config.get_timing_cache().serialize()))
     return bytes(plan), sizes
 
@@ -213,7 +218,7 @@ def _named(on_progress: Progress, tower: str) -> Progress:
 
 
 def _monitor(trt: Any, on_progress: Progress) -> Any:
-    """An IProgressMonitor that reports the outermost phases.  TensorRT calls it from several threads."""
+    """Return an IProgressMonitor that reports the outermost phases; TensorRT calls it from several threads."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # its base is known at run time only
         def __init__(self) -> None:
@@ -232,7 +237,7 @@ def _monitor(trt: Any, on_progress: Progress) -> Any:
                 if phase_name in self._steps:
                     try:
                         on_progress(phase_name, step + 1, self._steps[phase_name])
-                    except BaseException as error:  # must not unwind through TensorRT: cancel, then raise it
+                    except BaseException as error:  # must not unwind through TensorRT: cancel the build, raise it later
                         self.problem = error
                 return self.problem is None
 
@@ -250,7 +255,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the TensorRT engines of a kit on this device.")
+    parser = argparse.ArgumentParser(description="Build the engines of a TensorRT build kit on this device.")
     parser.add_argument("--kit", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "engines")
     parser.add_argument("--max-batch", type=int, default=8)

@@ -1,4 +1,4 @@
-"""What a latency depends on and cannot be seen in it: the machine, and how busy others keep it.
+"""Describe the machine behind a latency: hardware, clocks and background load.
 
 This file is copied to devices and runs there on its own: Python 3.8 and its standard library.
 
@@ -21,7 +21,9 @@ from typing import Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Describe this machine in one JSON document.")
-    parser.add_argument("--watch-seconds", type=float, default=0.0, help="also watch how busy others keep it")
+    parser.add_argument(
+        "--watch-seconds", type=float, default=0.0, help="seconds for which to measure the CPU load of other programs"
+    )
     others = other_cpu_share(parser.parse_args().watch_seconds)
     next(others)
     machine = describe_machine()
@@ -29,7 +31,7 @@ def main() -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a latency depends on and cannot be seen in it; unreadable values are None."""
+    """Return the machine's hardware, clock state and system; unreadable values are None."""
     cpu, affinity = _cpu_model(), sorted(_affinity())
     cores = {_topology(index) for index in affinity}
     quota = _cpu_quota()
@@ -62,7 +64,7 @@ def _affinity() -> set[int]:
 
 
 def _topology(index: int) -> tuple[str, str]:
-    """A key that two hardware threads of one core share."""
+    """Return a key that the hardware threads of one core share."""
     topology = f"{_CPUS}/cpu{index}/topology"
     return _read(f"{topology}/physical_package_id") or "0", _read(f"{topology}/core_id") or str(index)
 
@@ -76,7 +78,7 @@ def _is_clock_locked(index: int) -> bool:
 
 
 def _clock_commands() -> list[str]:
-    """What would hold this machine's clocks still, for the user to run."""
+    """Return the commands that lock this machine's clocks, for the user to run."""
     if Path("/etc/nv_tegra_release").is_file():
         return ["sudo nvpmodel -m 0", "sudo jetson_clocks"]
     commands = []
@@ -90,7 +92,7 @@ def _clock_commands() -> list[str]:
 
 
 def _cpu_quota() -> float | None:
-    """Cores that a container may use (cgroup v2), None where there is no limit."""
+    """Return the number of cores that a container may use (cgroup v2), None if there is no limit."""
     quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
     return None if quota == "max" else int(quota) / int(period)
 
@@ -108,7 +110,7 @@ _ARM = "asimd asimddp asimdhp i8mm bf16 sve"
 
 
 def _isa() -> list[str]:
-    """The instruction sets that decide how fast a CPU multiplies matrices in each precision."""
+    """Return the CPU's instruction sets that affect the speed of matrix products in each precision."""
     for line in (_read("/proc/cpuinfo") or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
@@ -124,7 +126,7 @@ def _read(path: str) -> str | None:
 
 
 def other_cpu_share(duration_s: float) -> Iterator[float | None]:
-    """First None at once, then, `duration_s` after that, the share of the machine's CPU time that others took."""
+    """Yield None at once, then, `duration_s` later, the share of the machine's CPU time that other programs used."""
     before, started = _other_cpu_seconds(), time.monotonic()
     yield None
     time.sleep(max(0.0, started + duration_s - time.monotonic()))
@@ -136,7 +138,7 @@ def other_cpu_share(duration_s: float) -> Iterator[float | None]:
 
 
 def _other_cpu_seconds() -> float | None:
-    """CPU time spent on the machine since it started, but not by this process; None where /proc/stat is missing."""
+    """Return the CPU time used since boot, except by this process; None without /proc/stat."""
     line = (_read("/proc/stat") or "").partition("\n")[0].split()
     if not line:
         return None

@@ -1,11 +1,11 @@
-"""Find out what a machine can do by doing it; one probe in one process, because what is broken may also crash or hang.
+"""Check a capability of this machine by running it; one probe per process, because a broken one may crash or hang.
 
-This file is copied to devices and runs there on its own: Python 3.8 and its standard library, and what is probed.
+This file is copied to devices and runs there on its own: Python 3.8, its standard library, and the probed package.
 
     python probes.py onnxruntime:cpu
 
-On stdout one JSON document of details; status 0 it works, 3 something is not installed, 4 the hardware or its driver
-is not there, 1 it is installed and fails.  The last line of stderr says why, a line that mends it is the caller's.
+stdout has one JSON document of details.  Exit status: 0 it works, 3 something is not installed, 4 the hardware or its
+driver is missing, 1 it is installed and fails.  The last line of stderr has the reason; the caller knows the fix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NotThere(Exception):
 
 def main() -> None:
     document = os.dup(1)
-    os.dup2(2, 1)  # whatever a native library prints must not land in the document
+    os.dup2(2, 1)  # keeps the output of native libraries out of the document
     name, _, argument = sys.argv[1].partition(":")
     try:
         details = _PROBES[name](argument)
@@ -48,14 +48,14 @@ def _end(why: str, status: int) -> None:
 
 
 def _base(_argument: str) -> dict[str, Any]:
-    """What measuring needs of a device beside a runtime."""
+    """Import numpy, which measuring needs in addition to a runtime."""
     import numpy as np
 
     return {"python": platform.python_version(), "numpy": np.__version__}
 
 
 def _pictures(_argument: str) -> dict[str, Any]:
-    """Decode and encode a JPEG: what timing the whole path needs."""
+    """Encode and decode a JPEG, which timing the whole path needs."""
     import io
 
     import PIL
@@ -68,7 +68,7 @@ def _pictures(_argument: str) -> dict[str, Any]:
 
 
 def _train(_argument: str) -> dict[str, Any]:
-    """A step of a small layer, on the GPU too where there is one."""
+    """Compute the gradient of a small layer on the CPU and every GPU."""
     import open_clip
     import timm
     import torch
@@ -84,9 +84,9 @@ def _train(_argument: str) -> dict[str, Any]:
 
 
 def _quantize(_argument: str) -> dict[str, Any]:
-    """Quantize a linear layer with NNCF, and train it one step: the reference operators, as clipkd uses them."""
+    """Quantize a linear layer with NNCF and compute its gradient, with the reference operators that clipkd uses."""
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # nor an identity in the home folder
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would write an identifier to the home folder
     import types
 
     import nncf
@@ -114,12 +114,12 @@ def _quantize(_argument: str) -> dict[str, Any]:
     features = quantized(inputs)
     features.square().sum().backward()
     if torch.equal(features, layer(inputs)):
-        raise RuntimeError("NNCF left a linear layer as it was")
+        raise RuntimeError("NNCF did not change a linear layer")
     return {"nncf": nncf.__version__}
 
 
 def cpp_compiler() -> list[str]:
-    """What torch.compile calls to compile C++: a program, and perhaps its options."""
+    """Return the C++ compiler that torch.compile calls: a program, and its options if any."""
     import shlex
 
     return shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
@@ -152,14 +152,14 @@ def _export(_argument: str) -> dict[str, Any]:
         path = str(Path(folder) / "probe.onnx")
         program = torch.onnx.export(torch.nn.Linear(4, 2).eval(), (torch.ones(2, 4),), opset_version=20, verbose=False)
         if program is None:
-            raise RuntimeError("torch.onnx.export made nothing")
+            raise RuntimeError("torch.onnx.export returned nothing")
         program.save(path)
         onnx.checker.check_model(path, full_check=True)
     return {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
 
 
 def _report(_argument: str) -> dict[str, Any]:
-    """Draw a picture and a page."""
+    """Draw a plot with Matplotlib, and import Plotly."""
     import io
 
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -177,7 +177,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def _onnxruntime(device: str) -> dict[str, Any]:
-    """Run a graph of one node; a provider that only says that it is there does not pass."""
+    """Run a graph of one node; a provider that is listed but does not run fails."""
     import numpy as np
     import onnxruntime as ort
 
@@ -200,8 +200,8 @@ def _onnxruntime(device: str) -> dict[str, Any]:
 
 
 def _openvino(device: str) -> dict[str, Any]:
-    """Compile and run the same graph on a device of OpenVINO's."""
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would write an identity into the home folder
+    """Compile and run the same graph on an OpenVINO device."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # it would write an identifier to the home folder
     import numpy as np
     import openvino
 
@@ -237,7 +237,7 @@ def _tensorrt(_argument: str) -> dict[str, Any]:
 
 
 def _nvidia(_argument: str) -> dict[str, Any]:
-    """Ask the driver itself for its GPUs."""
+    """List the GPUs that the NVIDIA driver reports."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -245,7 +245,7 @@ def _nvidia(_argument: str) -> dict[str, Any]:
     count, version = ctypes.c_int(), ctypes.c_int()
     status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
-        raise NotThere(f"an NVIDIA driver but no GPU (cuInit says {status})" if status else "no NVIDIA GPU")
+        raise NotThere(f"an NVIDIA driver but no GPU (cuInit returns {status})" if status else "no NVIDIA GPU")
     cuda.cuDriverGetVersion(ctypes.byref(version))
     names = []
     for index in range(count.value):
@@ -256,7 +256,7 @@ def _nvidia(_argument: str) -> dict[str, Any]:
 
 
 def _system(_argument: str) -> dict[str, Any]:
-    """What the machine has: memory, space, and on a Jetson its release."""
+    """Return the machine's memory, free disk space, and on a Jetson its release."""
     release = Path("/etc/nv_tegra_release")
     return {
         "python": platform.python_version(),
@@ -268,7 +268,7 @@ def _system(_argument: str) -> dict[str, Any]:
 
 
 def one_node_graph() -> bytes:
-    """An ONNX model, y = relu(x) of two floats, written without the onnx package (onnx.proto's field numbers)."""
+    """Return an ONNX model, y = relu(x) of two floats, without the onnx package (onnx.proto's field numbers)."""
 
     def value(name: str) -> bytes:
         shape = _field(2, _field(1, _number(1, 2)))
@@ -282,12 +282,12 @@ def one_node_graph() -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
-    return bytes([field << 3, value])  # of one byte
+    return bytes([field << 3, value])  # the value fits in one byte
 
 
 def _field(field: int, content: bytes) -> bytes:
     if len(content) > 127:
-        raise ValueError("a length of one byte only")
+        raise ValueError(f"expected at most 127 bytes, got {len(content)}")
     return bytes([field << 3 | 2, len(content)]) + content
 
 

@@ -1,9 +1,9 @@
 """Time one ONNX graph in a fresh process of any machine, and print one JSON document.
 
 This file is copied to devices and runs there on its own: Python 3.8, numpy and the runtime, which is ONNX Runtime,
-OpenVINO or, for an engine, tensorrt and cuda.bindings (Pillow for `--images`).  A device that is not there ends it with
-status 4, a missing runtime with 3: never another device in its place.  On the machine that trains it also times a
-checkpoint in PyTorch, for reference.
+OpenVINO or, for an engine, tensorrt and cuda.bindings (Pillow for `--images`).  It exits with status 4 if the device is
+missing and 3 if the runtime is missing; it never uses another device instead.  On the machine that trains, it also
+times a checkpoint in PyTorch, for reference.
 
     python runner.py --model image.onnx --input pixel_values --shape 1,3,32,32 --dtype float32 --threads 2
 
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-_NUM_DISTINCT = 64  # inputs, when none are given
+_NUM_DISTINCT = 64  # random inputs, if no real ones are given
 _WINDOWS = 3  # successive medians that must agree for a warm-up to end
-_AGREEMENT = 0.05  # between the least and the greatest of them
+_AGREEMENT = 0.05  # maximum relative difference between the smallest and the largest of them
 _ENCODE_BATCH = 8
-_SWEEP_LIMIT = 5  # a larger batch that would outlast the measurement this many times is left out
+_SWEEP_LIMIT = 5  # skip a larger batch that takes longer than this many times the measurement
 
 
 def main() -> None:
     options = _parse(sys.argv[1:])
     document = os.dup(1)
-    os.dup2(2, 1)  # whatever a native library prints must not land in the document
+    os.dup2(2, 1)  # keeps the output of native libraries out of the document
     try:
         result = _measure(options)
     except (Unavailable, ModuleNotFoundError, EngineError) as error:
@@ -62,27 +62,27 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--graph", type=Path, help="the ONNX graph that a TensorRT engine was built from")
     parser.add_argument("--input", required=True, help="name of the graph's input")
-    parser.add_argument("--shape", type=_shape, required=True, help="of one query, for example 1,3,32,32")
+    parser.add_argument("--shape", type=_shape, required=True, help="shape of one query, for example 1,3,32,32")
     parser.add_argument("--dtype", choices=("float32", "int64"), required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--runtime", choices=(*_OPEN, "pytorch"), default="onnxruntime")
-    parser.add_argument("--compiled", action="store_true", help="with torch.compile, for --runtime pytorch")
-    parser.add_argument("--precision", default="fp32", help="the graph's, for example fp16")
-    parser.add_argument("--device", default="cpu", help="for example cuda:0 of ONNX Runtime, gpu or npu of OpenVINO")
-    parser.add_argument("--min-seconds", type=float, default=1.0, help="to measure, after the warm-up")
+    parser.add_argument("--compiled", action="store_true", help="use torch.compile, with --runtime pytorch")
+    parser.add_argument("--precision", default="fp32", help="precision of the graph, for example fp16")
+    parser.add_argument("--device", default="cpu", help="cuda:0 with ONNX Runtime, gpu or npu with OpenVINO")
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="seconds to measure after the warm-up")
     parser.add_argument("--max-warm-up", type=float, default=10.0, help="seconds after which an unsteady warm-up ends")
-    parser.add_argument("--inputs", type=Path, help="a .npy of [N, ...] real inputs; random numbers otherwise")
-    parser.add_argument("--encode", action="store_true", help="time nothing: print the features of all the inputs")
+    parser.add_argument("--inputs", type=Path, help="a .npy file of [N, ...] real inputs; default: random numbers")
+    parser.add_argument("--encode", action="store_true", help="print the features of all inputs instead of timing")
     parser.add_argument("--batches", type=_shape, default=[], help="also time these batch sizes, for example 8,32")
     parser.add_argument("--images", type=Path, help="a folder of image files: also time the whole path")
     parser.add_argument("--classes", type=Path, help="classes.npz, for --images")
     parser.add_argument("--preprocess", type=Path, help="preprocess.json, for --images")
     parser.add_argument(
-        "--spin-ms", type=float, default=0.0, help="waste so much in every query: a check of the protocol"
+        "--spin-ms", type=float, default=0.0, help="milliseconds to add to every query, to test the protocol"
     )
     options = parser.parse_args(arguments)
     if options.model.suffix == ".engine" and options.graph is None:
-        parser.error("an engine is opened only with the graph it was built from: --graph")
+        parser.error("an engine needs the graph that it was built from: --graph")
     if options.images and not (options.classes and options.preprocess):
         parser.error("--images needs --classes and --preprocess")
     return options
@@ -102,13 +102,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         start_ns = time.perf_counter_ns()
         graph = open_checkpoint(options.model.parent, options.input, compiled=options.compiled, threads=options.threads)
     else:
-        _import_runtime(options.runtime)  # loading a graph is timed, importing a package is not
+        _import_runtime(options.runtime)  # the load time excludes the import of the runtime
         start_ns = time.perf_counter_ns()
         graph = open_graph(
             options.model, options.runtime, precision=options.precision, device=options.device, threads=options.threads
         )
     load_ms = (time.perf_counter_ns() - start_ns) / 1e6
-    run = _spinning(graph.run, options.spin_ms) if options.spin_ms else graph.run
+    run = _slow_down(graph.run, options.spin_ms) if options.spin_ms else graph.run
     if list(graph.input_shapes) != [options.input]:
         raise SystemExit(f"{options.model}: expected the one input {options.input}, got {list(graph.input_shapes)}")
     if options.encode:
@@ -121,13 +121,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     gc.disable()
     headline = _time(run, single, options.min_seconds, options.max_warm_up)
-    peak_rss_bytes = _peak_rss_bytes()  # before larger batches raise it for good
+    peak_rss_bytes = _peak_rss_bytes()  # the peak never falls, so it is read before larger batches raise it
     result: dict[str, Any] = {"load_ms": load_ms, "first_ms": first_ms, **headline}
-    brief = options.min_seconds / 4, options.max_warm_up / 4  # for what has no interval of its own
+    brief = options.min_seconds / 4, options.max_warm_up / 4  # for timings without an interval
     if options.images:
         end_to_end, files, stages_ns = _end_to_end(run, options)
         result["e2e"] = _time(end_to_end, files, *brief)
-        timed_ns = np.array(stages_ns[-len(result["e2e"]["samples_ms"]) :])  # those of the warm-up came before
+        timed_ns = np.array(stages_ns[-len(result["e2e"]["samples_ms"]) :])  # drops those of the warm-up
         medians_ms = np.median(timed_ns, axis=0) / 1e6
         result["e2e"]["stages_ms"] = {stage: float(medians_ms[place]) for place, stage in enumerate(_STAGES)}
         peak_rss_bytes = _peak_rss_bytes()
@@ -152,17 +152,17 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Unavailable(Exception):
-    """The device that was asked for is not there, or the runtime has no kernels for this precision on it."""
+    """The requested device is missing, or the runtime has no kernels for the precision on it."""
 
 
 class Graph(NamedTuple):
-    """One opened graph, of one input and one output."""
+    """An opened graph with one input and one output."""
 
     input_shapes: dict[str, list[Any]]
-    """Of every input by name, the batch included; a dimension that is not a number is free."""
+    """Shape of every input by name, with the batch; a dimension that is not a number is free."""
 
     run: Callable[[Any], Any]
-    """Host array to host array."""
+    """Function from a host array to a host array."""
 
     handle: Any
     """The runtime's own object."""
@@ -181,23 +181,23 @@ def open_graph(path: Path, runtime: str, *, precision: str | None, device: str, 
 
 
 def fixed_batch(graph: Any) -> int | None:
-    """The batch that a graph, or an engine, was made for; None if it takes any."""
+    """Return the batch size that a graph or an engine requires; None if it takes any."""
     ((first, *_),) = graph.input_shapes.values()
     return first if isinstance(first, int) else None
 
 
 def encode_rows(graph: Any, rows: NDArray[Any], most: int) -> Any:
-    """The features of all the rows [B, ...], at most so many in one run; one by one where the batch is fixed, to 1."""
+    """Return the features of all rows [B, ...], at most `most` per run; one per run if the batch is fixed (to 1)."""
     if fixed_batch(graph) is not None:
         most = 1
-        if not len(rows):  # no features, but their width
+        if not len(rows):  # the result has no rows, but needs the width
             return graph.run(np.zeros((1, *rows.shape[1:]), rows.dtype))[:0]
     starts = range(0, max(len(rows), 1), most)
     return np.concatenate([graph.run(rows[start : start + most]) for start in starts])
 
 
 def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
-    """The session options of every graph.  Those of half precision, and unknown ones, are optimised a level less."""
+    """Return the session options; graphs of half or unknown precision get one optimization level less."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -206,21 +206,21 @@ def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     if precision not in ("fp32", "int8"):  # ENABLE_ALL segfaults on fp16 transformers on a CPU (onnxruntime#26717)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    left_out = []
-    if precision in ("int8", "int8-fp16"):  # of a fixed batch it makes products that are then computed in floats
-        left_out.append("MatMulAddFusion")
-    if precision == "int8-fp16":  # it would round biases to a scale, of input times weight, that float16 cannot hold
-        left_out.append("WeightBiasQuantization")
-    if left_out:
-        options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(left_out))
+    disabled = []
+    if precision in ("int8", "int8-fp16"):  # with a fixed batch it creates products that are computed in floats
+        disabled.append("MatMulAddFusion")
+    if precision == "int8-fp16":  # it would round biases to a scale, input times weight, that float16 lacks
+        disabled.append("WeightBiasQuantization")
+    if disabled:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(disabled))
     return options
 
 
 def _import_runtime(name: str) -> Any:
-    """Import it without OpenVINO's telemetry, which would write an identity into the home folder."""
+    """Import a runtime without OpenVINO's telemetry, which would write an identifier to the home folder."""
     hide_reporter = "openvino_telemetry" not in sys.modules
     if hide_reporter:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # importing it is then an ImportError
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its import then raises ImportError
     try:
         return importlib.import_module(name)
     finally:
@@ -232,8 +232,8 @@ def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: i
     import onnxruntime as ort
 
     ort.set_default_logger_severity(_ERRORS_ONLY)
-    if precision == "int8-bf16":  # the graph says int8 and float32, which is what it would compute
-        raise Unavailable("ONNX Runtime does not compute in int8-bf16, which is for OpenVINO; export int8")
+    if precision == "int8-bf16":  # it would compute int8 and float32, as written in the graph
+        raise Unavailable("ONNX Runtime does not support int8-bf16, which needs OpenVINO; export int8 instead")
     kind, _, index = device.partition(":")
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
     provider = providers.get(kind)
@@ -242,7 +242,7 @@ def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: i
         raise Unavailable(f"ONNX Runtime {ort.__version__} has no device {device} here, only {there}; {_OTHERWISE}")
     settings = {} if kind == "cpu" else {"device_id": index or "0", "use_tf32": "0"}  # TF32 is not fp32
     if kind == "cuda" and hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+        with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
             ort.preload_dlls()
     options = onnxruntime_options(precision, threads)
     try:
@@ -254,7 +254,7 @@ def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: i
         raise Unavailable(f"ONNX Runtime cannot run this graph in {precision} on {device}: {lacking}") from None
     if session.get_providers()[0] != provider:  # a provider that fails to load leaves a session on the CPU
         raise Unavailable(
-            f"ONNX Runtime offered {provider} and then ran on {session.get_providers()[0]}: "
+            f"ONNX Runtime lists {provider} but runs on {session.get_providers()[0]}: "
             f"a library or the driver of {device} is missing; {_OTHERWISE}"
         )
     session.disable_fallback()
@@ -276,7 +276,7 @@ def _open_openvino(path: Path, precision: str | None, device: str, threads: int 
     if name not in there and not any(known.split(".")[0] == name for known in there):
         raise Unavailable(f"OpenVINO {openvino.__version__} has no device {device} here, only {there}; {_OTHERWISE}")
     able = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
-    # Without a hint a CPU computes fp32 graphs in bfloat16, and asked for f16 that it lacks, it takes bfloat16 too.
+    # Without a hint, a CPU computes fp32 graphs in bfloat16; with the hint f16, a CPU without f16 does so too.
     half, brain = ("FP16", "f16"), ("BF16", "bf16")
     wanted = {"fp16": half, "int8-fp16": half, "bf16": brain, "int8-bf16": brain}
     capability, hint = wanted.get(precision or "", ("FP32", "f32"))
@@ -287,7 +287,8 @@ def _open_openvino(path: Path, precision: str | None, device: str, threads: int 
     if threads and kind == "cpu":
         settings["INFERENCE_NUM_THREADS"] = threads
     model = core.read_model(str(path))
-    names = [parameter.get_friendly_name() for parameter in model.get_parameters()]  # compiling may add others
+    # Read before compiling, which may add names.
+    names = [parameter.get_friendly_name() for parameter in model.get_parameters()]
     compiled = core.compile_model(model, name, settings)
     request = compiled.create_infer_request()
     shapes = {}
@@ -296,15 +297,15 @@ def _open_openvino(path: Path, precision: str | None, device: str, threads: int 
         shapes[names[index]] = [d.get_length() if d.is_static else None for d in dimensions]
 
     def run(query: NDArray[Any]) -> Any:
-        return request.infer([query], share_inputs=True)[0]  # outputs are copied
+        return request.infer([query], share_inputs=True)[0]  # only inputs are shared, outputs are copied
 
     return Graph(shapes, run, compiled, openvino.__version__.partition("-")[0])
 
 
 def open_checkpoint(folder: Path, input_name: str, *, compiled: bool, threads: int | None) -> Graph:
-    """One tower of an open_clip local-dir in PyTorch fp32 on the CPU, as plain open_clip loads and runs it.
+    """Open one tower of an open_clip local-dir in PyTorch fp32 on the CPU, loaded and run by plain open_clip.
 
-    Eager takes whatever fast path PyTorch has for it; `compiled` is torch.compile as it comes, which compiles at the
+    Eager mode may use PyTorch's fast paths; `compiled` uses torch.compile with its defaults, which compiles at the
     first query of a shape.
     """
     import logging
@@ -316,7 +317,7 @@ def open_checkpoint(folder: Path, input_name: str, *, compiled: bool, threads: i
         torch.set_num_threads(threads)
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # open_clip narrates every look-up
+    root.setLevel(logging.ERROR)  # open_clip logs every look-up
     try:
         net = open_clip.create_model("local-dir:" + str(folder.resolve()), pretrained_text=False).eval()
     finally:
@@ -329,7 +330,7 @@ def open_checkpoint(folder: Path, input_name: str, *, compiled: bool, threads: i
         with torch.inference_mode():
             return encode(torch.from_numpy(query), normalize=True).numpy()
 
-    return Graph({input_name: [None]}, run, net, torch.__version__)  # of any batch
+    return Graph({input_name: [None]}, run, net, torch.__version__)  # any batch size
 
 
 _ERRORS_ONLY = 3  # ONNX Runtime's logging severity
@@ -338,7 +339,7 @@ _OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
 
 
 def _time(run: Callable[[Any], Any], queries: Sequence[Any], min_seconds: float, max_warm_up: float) -> dict[str, Any]:
-    """Latencies of single queries after the medians of successive windows have come to agree."""
+    """Warm up until the medians of successive windows agree, then return the latencies of single queries."""
     window_ns = int(min_seconds / 10 * 1e9)
     medians: list[float] = []
     start_ns = time.perf_counter_ns()
@@ -367,7 +368,7 @@ def _sample(run: Callable[[Any], Any], queries: Sequence[Any], duration_ns: int)
 
 
 def _inputs(options: argparse.Namespace) -> NDArray[Any]:
-    """[N, ...] the real inputs, or random ones."""
+    """Return the real inputs, or random ones, [N, ...]."""
     shape = options.shape[1:]
     if options.inputs is not None:
         inputs: NDArray[Any] = np.load(str(options.inputs), allow_pickle=False)
@@ -384,7 +385,7 @@ def _inputs(options: argparse.Namespace) -> NDArray[Any]:
 
 
 def _queries(options: argparse.Namespace, batch: int) -> list[NDArray[Any]]:
-    """Distinct queries of one batch size, as arrays of their own."""
+    """Return distinct queries of one batch size, as separate contiguous arrays."""
     inputs = _inputs(options)
     step = batch if batch < len(inputs) else 1
     first_rows = range(0, step * max(2, len(inputs) // batch), step)
@@ -397,7 +398,10 @@ _STAGES = ("decode", "preprocess", "image_tower", "match")
 def _end_to_end(
     run: Callable[[Any], Any], options: argparse.Namespace
 ) -> tuple[Callable[[bytes], int], list[bytes], list[list[int]]]:
-    """A user's whole path, what to call it with, and the nanoseconds of its stages, a list for each call so far."""
+    """Return the function for the whole path, its inputs, and a list to which each call adds its stage times (ns).
+
+    The path leads from the bytes of an image file to the label.
+    """
     from PIL import Image
 
     spec = json.loads(options.preprocess.read_text(encoding="utf-8"))["image"]
@@ -424,8 +428,8 @@ def _end_to_end(
     return classify, files, stages_ns
 
 
-def _spinning(run: Callable[[Any], Any], spin_ms: float) -> Callable[[Any], Any]:
-    """The same, that much slower."""
+def _slow_down(run: Callable[[Any], Any], spin_ms: float) -> Callable[[Any], Any]:
+    """Return `run` with a delay of `spin_ms` added to each call."""
 
     def slower(query: Any) -> Any:
         result = run(query)
@@ -438,10 +442,10 @@ def _spinning(run: Callable[[Any], Any], spin_ms: float) -> Callable[[Any], Any]
 
 
 def preprocess_image(image: Image.Image, spec: dict[str, Any]) -> NDArray[np.float32]:
-    """pixel_values [3, H, W] as open_clip.transform.image_transform makes them for evaluation.
+    """Return pixel_values [3, H, W] as open_clip.transform.image_transform computes them for evaluation.
 
-    `spec` is an open_clip preprocess_cfg: size, mean, std, interpolation, resize_mode and fill_color.  As there, an
-    image is resized, cropped or padded in the mode it came in, and becomes RGB only afterwards.
+    `spec` is an open_clip preprocess_cfg: size, mean, std, interpolation, resize_mode and fill_color.  As in open_clip,
+    an image is resized, cropped or padded in its own mode, and converted to RGB only afterwards.
     """
     height, width = as_pair(spec["size"])
     mode, longest = spec["resize_mode"], spec["resize_mode"] == "longest"
@@ -454,13 +458,13 @@ def preprocess_image(image: Image.Image, spec: dict[str, Any]) -> NDArray[np.flo
         short, long = min(image.size), max(image.size)
         length = int(height * long / short)
         new_height, new_width = (length, height) if old_width <= old_height else (height, length)
-    else:  # open_clip's ResizeKeepRatio rounds to nearest, and for `shortest` disregards the interpolation asked for
+    else:  # open_clip's ResizeKeepRatio rounds to nearest, and ignores the interpolation setting for `shortest`
         bilinear = bilinear and longest
         ratios = old_height / height, old_width / width
         ratio = max(ratios) if longest else min(ratios)
         new_height, new_width = round(old_height / ratio), round(old_width / ratio)
     if (new_width, new_height) != image.size:
-        # Pillow's constants, by value: Image.Resampling does not exist in the Pillow of Python 3.8's time
+        # Pillow's constants by value, because the Pillow of Python 3.8 may lack Image.Resampling
         image = image.resize((new_width, new_height), 2 if bilinear else 3)
     if mode != "squash":
         image = _crop_or_pad(image, height, width, fill)
@@ -500,19 +504,19 @@ def as_triple(value: Any) -> Sequence[float]:
 
 
 class EngineError(Exception):
-    """An engine that must not be opened here, or that failed."""
+    """An engine may not be opened here, or failed."""
 
 
 def open_engine(engine: Path, graph: Path) -> EngineSession:
-    """A TensorRT engine, opened only if engine.json beside it says that clipkd built it here from this very graph.
+    """Open a TensorRT engine if its engine.json records that clipkd built it on this GPU from exactly this graph.
 
-    Deserialising runs code that is in the file, so its hash is checked first, of the bytes that are then opened.
+    Deserializing runs code from the file, so the hash of exactly these bytes is checked first.
 
     Raises:
         EngineError: no manifest, another graph, other bytes, another TensorRT or another GPU.
         ImportError: tensorrt or cuda.bindings is not installed.
     """
-    again = "Build it again: build_on_device.sh of the kit, or clipkd export RUN --trt"
+    again = "Build it again with build_on_device.sh of the TensorRT build kit, or with: clipkd export RUN --trt"
     try:
         manifest = json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))
         tower = engine.stem
@@ -522,11 +526,13 @@ def open_engine(engine: Path, graph: Path) -> EngineSession:
         plan = engine.read_bytes()
         graph_bytes = graph.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{engine}: not opened: nothing says that clipkd built it ({error!r}). {again}") from None
+        raise EngineError(
+            f"{engine}: not opened: no valid engine.json shows that clipkd built it ({error!r}). {again}"
+        ) from None
     if hashlib.sha256(graph_bytes).hexdigest() != built_from:
         raise EngineError(f"{engine}: not opened: it was built from another graph than {graph}. {again}")
     if hashlib.sha256(plan).hexdigest() != recorded:
-        raise EngineError(f"{engine}: not opened: its bytes are not those that engine.json recorded. {again}")
+        raise EngineError(f"{engine}: not opened: its sha256 differs from the one in engine.json. {again}")
     trt = _tensorrt()
     if trt.__version__ != version:
         raise EngineError(f"{engine}: built by TensorRT {version}; here is {trt.__version__}. {again}")
@@ -539,9 +545,9 @@ def open_engine(engine: Path, graph: Path) -> EngineSession:
 
 
 class EngineSession:
-    """A TensorRT engine, with what a `Graph` has.
+    """An opened TensorRT engine, with the interface of a `Graph`.
 
-    Host arrays go in and host arrays come out; device buffers fit the largest batch and are kept.
+    Inputs and outputs are host arrays; device buffers fit the largest batch and are reused.
     """
 
     def __init__(self, trt: Any, cudart: Any, plan: bytes, profiles: Sequence[Sequence[int]]) -> None:
@@ -551,7 +557,7 @@ class EngineSession:
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise EngineError("TensorRT cannot deserialise this engine; its own messages above say why")
+            raise EngineError("TensorRT cannot deserialize this engine; see its messages above")
         self._stream = _cuda(cudart.cudaStreamCreate())
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
@@ -566,7 +572,9 @@ class EngineSession:
         for index in range(len(profiles)):
             context = self._engine.create_execution_context()
             if context is None or not context.set_optimization_profile_async(index, self._stream):
-                raise EngineError(f"TensorRT makes no execution context for profile {index}; is the GPU's memory full?")
+                raise EngineError(
+                    f"TensorRT cannot create an execution context for profile {index}; is the GPU's memory full?"
+                )
             for name, address in self._buffers.items():
                 context.set_tensor_address(name, address)
             self._contexts.append(context)
@@ -582,7 +590,7 @@ class EngineSession:
         return str(self._trt.__version__)
 
     def run(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """All the rows, in as many runs as the engine's largest batch takes."""
+        """Return the features of all rows, in runs of at most the engine's largest batch."""
         parts = [self._run(rows[start : start + self._max_batch]) for start in range(0, len(rows), self._max_batch)]
         width = tuple(self._engine.get_tensor_shape(self._output))[1:]
         return np.concatenate(parts) if parts else np.zeros((0, *width), self._dtypes[self._output])
@@ -599,7 +607,7 @@ class EngineSession:
         to_device, to_host = kind.cudaMemcpyHostToDevice, kind.cudaMemcpyDeviceToHost
         _cuda(copy(self._buffers[self._input], rows.ctypes.data, rows.nbytes, to_device, stream))
         if not context.execute_async_v3(int(stream)):
-            raise EngineError("TensorRT did not enqueue the engine; its own messages above say why")
+            raise EngineError("TensorRT did not enqueue the engine; see its messages above")
         _cuda(copy(features.ctypes.data, self._buffers[self._output], features.nbytes, to_host, stream))
         _cuda(cudart.cudaStreamSynchronize(stream))
         return features
@@ -622,7 +630,7 @@ def _cudart() -> Any:
 
 
 def _cuda(answer: Any) -> Any:
-    """What a call of cuda.bindings returned, its status taken off."""
+    """Return the result of a cuda.bindings call without its status; raise if the status is an error."""
     status, *values = answer
     if int(status):
         raise EngineError(f"CUDA: {status!r}")

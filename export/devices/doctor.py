@@ -257,7 +257,7 @@ def _row(capability: Capability, where: str, needed: bool, probe: Prober) -> Row
     started = time.monotonic()
     status, details, reason = probe(capability.probe, capability.timeout_s)
     install = capability.install if where == "here" else _install_command_for(capability, where)
-    mend = capability.driver or install if status == NOT_THERE else install
+    fix = capability.driver or install if status == NOT_THERE else install
     detail = ", ".join(f"{name} {_text(value)}" for name, value in details.items())
     if status is None:
         word, detail = "hangs", f"no result within {capability.timeout_s:g} s"
@@ -271,11 +271,7 @@ def _row(capability: Capability, where: str, needed: bool, probe: Prober) -> Row
         "where": where,
         "status": word,
         "detail": detail or reason[-_STDERR_CHARACTERS:],
-        "mend": None
-        if status == 0
-        else mend.replace("pip install", "pip install --force-reinstall")
-        if broken
-        else mend,
+        "mend": None if status == 0 else fix.replace("pip install", "pip install --force-reinstall") if broken else fix,
         "needed": needed,
         "took_s": round(time.monotonic() - started, 2),
     }
