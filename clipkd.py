@@ -282,7 +282,7 @@ def export(
     recorded = run_recipe(run).export
     changes = export_overrides(recorded, flags)
     for kit in [runtime for runtime in recorded.runtimes if RUNTIMES[runtime].is_kit] if auto else []:
-        print_note(f"{kit} is not weighed: its engines are built and measured on the device")
+        print_note(f"--auto skips {kit}: its engines are built and measured on the device")
     recipe = load_recipe(run / "recipe.yaml", overrides, changes={"export": changes})
     if trt and "tensorrt" not in recipe.export.runtimes:
         raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; add it there")

@@ -459,7 +459,7 @@ def test_kits_are_left_out_and_said(clipkd: Clipkd, run: Path, monkeypatch: pyte
     clipkd("export", run, "--set", "export.runtimes=[onnxruntime, tensorrt]", "--set", "export.build_engines=false")
     ended = clipkd("export", run, "--auto")
     assert ended.code == 0, ended.err
-    assert "tensorrt is not weighed" in ended.err
+    assert "--auto skips tensorrt: its engines are built and measured on the device" in ended.err
     assert load_recipe(run / "recipe.yaml").export.runtimes == ("onnxruntime",)
     assert clipkd("export", run, "--trt", "--no-build").code == 0
     assert load_recipe(run / "recipe.yaml").export.auto is None

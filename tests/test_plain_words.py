@@ -36,24 +36,6 @@ FILES = sorted(
     for pattern in ("*.md", "clipkd.py", "docs/*.md", "toolchain/**/*.py", "export/**/*.py")
     for path in REPOSITORY.glob(pattern)
 )
-# Files that are not clean yet.  The set only shrinks: a second test fails if one of them is clean.
-NOT_YET = frozenset(
-    {
-        "clipkd.py",
-        "docs/architecture.md",
-        "docs/evaluation.md",
-        "docs/measuring.md",
-        "export/device_programs/agent.py",
-        "export/device_programs/build_engine.py",
-        "export/device_programs/machine.py",
-        "export/device_programs/probes.py",
-        "export/device_programs/runner.py",
-        "export/graphs/model_card.py",
-        "export/students/candidates.py",
-        "toolchain/data/listing.py",
-        "toolchain/data/tar_files.py",
-    }
-)
 
 
 def without_code(text: str) -> str:
@@ -114,13 +96,9 @@ def problems_of(name: str) -> list[str]:
     return problems_in(name, (REPOSITORY / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in NOT_YET])
+@pytest.mark.parametrize("name", FILES)
 def test_prose_is_plain(name: str) -> None:
     assert problems_of(name) == []
-
-
-def test_files_that_are_plain_by_now_leave_the_list() -> None:
-    assert [name for name in sorted(NOT_YET) if name not in FILES or not problems_of(name)] == []
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_missing_shards_are_named_in_one_message(tmp_path: Path, monkeypatch: py
     Path("1.tar").mkdir()  # no shard either
     assert raises(UsageError, lambda: expand(["{0..8}.tar"])) == (
         "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... "
-        f"(2 exist; looked in {tmp_path}). Download them, or list only those you have"
+        f"(2 exist; searched in {tmp_path}). Download them, or list only those you have"
     )
 
 

@@ -77,7 +77,7 @@ the dot product of two features is their cosine similarity.
 {origin}
 
 The licence of this model depends on the licences of the teacher and of the training data, which clipkd cannot detect.
-If one is not given above, look it up where the teacher or the data was published before you pass the model on.
+If one is not given above, check where the teacher or the data was published before you pass the model on.
 
 ## Parity check
 

@@ -15,7 +15,7 @@ class Candidate:
     """ImageNet zero-shot top-1 of the trained float model, as a fraction."""
 
     source: str = ""
-    """Who trained it and on which data; arXiv id or document."""
+    """The trainers, the data, and an arXiv id or document."""
 
 
 _CLIP_KD = "CLIP-KD from ViT-B/16, CC3M+12M; arXiv:2307.12732"

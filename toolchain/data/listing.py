@@ -50,13 +50,13 @@ def read_file(path: Path) -> bytes:
 
 def require_file(name: str) -> Path:
     if not Path(name).is_file():
-        raise UsageError(f"data: {name}: no such file (looked in {Path.cwd()})")
+        raise UsageError(f"data: {name}: no such file (searched in {Path.cwd()})")
     return Path(name)
 
 
 def require_folder(name: str) -> Path:
     if not Path(name).is_dir():
-        raise UsageError(f"data.path: {name}: no such folder (looked in {Path.cwd()})")
+        raise UsageError(f"data.path: {name}: no such folder (searched in {Path.cwd()})")
     return Path(name)
 
 

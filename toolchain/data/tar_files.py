@@ -42,7 +42,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
         named = ", ".join(map(str, missing[:_NAMED_MISSING])) + (", ..." if len(missing) > _NAMED_MISSING else "")
         raise UsageError(
             f"data.shards: {len(missing)} of {len(paths)} shards do not exist: {named} "
-            f"({len(paths) - len(missing)} exist; looked in {Path.cwd()}). Download them, or list only those you have"
+            f"({len(paths) - len(missing)} exist; searched in {Path.cwd()}). Download them, or list only those you have"
         )
     return paths
 
