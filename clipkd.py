@@ -40,7 +40,9 @@ try:
     from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result
     from toolchain.text_table import Note, TextTable
 except ImportError:  # a foreign `toolchain`, which `main` would refuse
-    sys.stderr.write(f"error: {_foreign_package()}\n")
+    if (problem := _foreign_package()) is None:
+        raise
+    sys.stderr.write(f"error: {problem}\n")
     sys.exit(2)
 
 if TYPE_CHECKING:
@@ -118,16 +120,15 @@ def distill(
     overrides: SetOpt = None,
     workers: WorkersOpt = None,
     checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also write a checkpoint every N steps.")] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Most minutes between two checkpoints.")] = 1.0,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Minutes between checkpoints, at most.")] = 1.0,
     keep_checkpoints: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints kept.")] = 2,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a recipe's student with its teacher, and its baseline without.
 
-    A recipe without a teacher trains plain CLIP.
-
-    An interrupted run, even by kill -9, resumes at its last checkpoint when you
-    repeat the command, and ends with the same bytes.
+    A recipe without a teacher trains plain CLIP.  An interrupted run, even by
+    kill -9, resumes at its last checkpoint when you repeat the command.  On a
+    CPU it writes the same bytes as an uninterrupted run.
 
     On 8 GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill RECIPE --out RUN[/]
 
@@ -226,7 +227,7 @@ def export(
         bool, typer.Option("--build/--no-build", help="Build the kits' engines here, or leave it to the device.")
     ] = True,
     precision: Annotated[
-        str | None, typer.Option(help=f"Of the student, comma-separated: {', '.join(SAFEST_FIRST)}.")
+        str | None, typer.Option(help=f"Precisions of the student, comma-separated: {', '.join(SAFEST_FIRST)}.")
     ] = None,
     auto: Annotated[
         bool | None, typer.Option("--auto/--no-auto", help="Choose the precision to ship for each runtime.")
@@ -244,7 +245,8 @@ def export(
 ) -> None:
     """Export a run's models, each checked against PyTorch in its own runtime.
 
-    Without flags, exports what the run's recipe.yaml asks for.  Flags change it.
+    Without flags, exports what the run's recipe.yaml asks for.  Flags override
+    its choices and are stored in it.
 
     Exit code 5: a model failed its parity check.  It is kept, marked as failed,
     and never used.  With --trt, exit code 3 or 4: the build kits are written,
@@ -346,7 +348,7 @@ def report(
 @app.command()
 def best(
     runs: RunsArg,
-    device: Annotated[str | None, typer.Option("--device", "-d", help="Use only rows of this device.")] = None,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="Rows of this device; default: all.")] = None,
     where: Annotated[str, typer.Option(help="Conditions on fields of report.json, comma-separated.")] = "",
     by: Annotated[str, typer.Option(help="The field of report.json to rank by.")] = "top1",
     external: ExternalOpt = None,
@@ -492,17 +494,13 @@ def predict(
     Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 glyphs.png[/]
     """
     from export.runtime.predict import predict as rank_labels
+    from export.runtime.predict import predictions_table
 
     wanted = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else None
     if wanted == []:
         raise UsageError(f"--labels '{labels}': contains no label; write, for example, --labels 'a cat,a dog'")
     answers = rank_labels(model, images, wanted, top)
-    rows = [
-        ["" if position else answer["image"], ranked["label"], f"{100 * ranked['probability']:.1f} %"]
-        for answer in answers
-        for position, ranked in enumerate(answer["labels"])
-    ]
-    print_result(answers, as_json, TextTable(["image", "label", "probability"], rows))
+    print_result(answers, as_json, predictions_table(answers))
 
 
 @app.command()
@@ -511,8 +509,8 @@ def students(
         list[str] | None, typer.Argument(help="open_clip architectures; else a built-in list.", metavar="[MODEL]...")
     ] = None,
     device: DeviceOpt = "cpu",
-    max_ms: Annotated[float | None, typer.Option(min=0, help="Longest latency listed, in ms at batch 1.")] = None,
-    precision: Annotated[str, typer.Option(help="Of fp32, fp16, bf16, int8, comma-separated.")] = "fp32,int8",
+    max_ms: Annotated[float | None, typer.Option(min=0, help="Longest latency listed, in ms; default: any.")] = None,
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, fp16, bf16, int8.")] = "fp32,int8",
     runtime: Annotated[
         str | None, typer.Option(help="onnxruntime or openvino.", show_default="onnxruntime; on gpu and npu openvino")
     ] = None,
@@ -571,7 +569,7 @@ KindOpt = Annotated[str | None, typer.Option("--kind", help="The format of a pat
 def inspect_data(
     source: SourceArg,
     kind: KindOpt = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Read only N samples, chosen at random.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Read only N random samples; default: all.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a PNG with some of the images here.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -719,7 +717,7 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 @app.command()
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="Mark what this recipe needs.", metavar="[RECIPE]")] = None,
-    device: Annotated[str | None, typer.Option("--device", "-d", help="cpu, cuda:0, gpu, npu, or one added.")] = None,
+    device: Annotated[str | None, typer.Option("--device", "-d", help="A device; default: this machine.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Check what this machine and a device support, and print how to fix failures.

@@ -7,7 +7,7 @@ times a checkpoint in PyTorch, for reference.
 
     python runner.py --model image.onnx --input pixel_values --shape 1,3,32,32 --dtype float32 --threads 2
 
-Host arrays go in and host arrays come out, one query at a time; the inputs are resident, distinct and rotated.
+Queries run one at a time, from host array to host array, on different inputs held in memory and used in turn.
 `--images` (with `--classes` and `--preprocess`) also times a user's whole path: the bytes of an image file, decoding,
 preprocessing, the image tower, features @ class matrix, top-1.
 
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 _NUM_DISTINCT = 64  # random inputs, if no real ones are given
 _WINDOWS = 3  # successive medians that must agree for a warm-up to end
-_AGREEMENT = 0.05  # maximum relative difference between the smallest and the largest of them
+_AGREEMENT = 0.05  # largest relative difference at which those medians agree
 _ENCODE_BATCH = 8
-_SWEEP_LIMIT = 5  # skip a larger batch that takes longer than this many times the measurement
+_SWEEP_LIMIT = 5  # skip a batch of which one query would take more than this many times --min-seconds
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     headline = _time(run, single, options.min_seconds, options.max_warm_up)
     peak_rss_bytes = _peak_rss_bytes()  # the peak never falls, so it is read before larger batches raise it
     result: dict[str, Any] = {"load_ms": load_ms, "first_ms": first_ms, **headline}
-    brief = options.min_seconds / 4, options.max_warm_up / 4  # for timings without an interval
+    brief = options.min_seconds / 4, options.max_warm_up / 4  # shorter: these timings get no confidence interval
     if options.images:
         end_to_end, files, stages_ns = _end_to_end(run, options)
         result["e2e"] = _time(end_to_end, files, *brief)
@@ -187,7 +187,7 @@ def fixed_batch(graph: Any) -> int | None:
 
 
 def encode_rows(graph: Any, rows: NDArray[Any], most: int) -> Any:
-    """Return the features of all rows [B, ...], at most `most` per run; one per run if the batch is fixed (to 1)."""
+    """Return the features of rows [B, ...], from runs of up to `most` rows; of one row if the batch is fixed (to 1)."""
     if fixed_batch(graph) is not None:
         most = 1
         if not len(rows):  # the result has no rows, but needs the width
@@ -197,7 +197,7 @@ def encode_rows(graph: Any, rows: NDArray[Any], most: int) -> Any:
 
 
 def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
-    """Return the session options; graphs of half or unknown precision get one optimization level less."""
+    """Return the session options; all graphs but fp32 and int8 get one optimization level below the highest."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -209,7 +209,7 @@ def onnxruntime_options(precision: str | None, threads: int | None) -> Any:
     disabled = []
     if precision in ("int8", "int8-fp16"):  # with a fixed batch it creates products that are computed in floats
         disabled.append("MatMulAddFusion")
-    if precision == "int8-fp16":  # it would round biases to a scale, input times weight, that float16 lacks
+    if precision == "int8-fp16":  # it would round biases to a scale (input scale x weight scale) float16 cannot hold
         disabled.append("WeightBiasQuantization")
     if disabled:
         options.add_session_config_entry("optimization.disable_specified_optimizers", ";".join(disabled))
@@ -232,7 +232,7 @@ def _open_onnxruntime(path: Path, precision: str | None, device: str, threads: i
     import onnxruntime as ort
 
     ort.set_default_logger_severity(_ERRORS_ONLY)
-    if precision == "int8-bf16":  # it would compute int8 and float32, as written in the graph
+    if precision == "int8-bf16":  # it would compute the floats in float32, because the graph stores them so
         raise Unavailable("ONNX Runtime does not support int8-bf16, which needs OpenVINO; export int8 instead")
     kind, _, index = device.partition(":")
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -276,7 +276,7 @@ def _open_openvino(path: Path, precision: str | None, device: str, threads: int 
     if name not in there and not any(known.split(".")[0] == name for known in there):
         raise Unavailable(f"OpenVINO {openvino.__version__} has no device {device} here, only {there}; {_OTHERWISE}")
     able = core.get_property(name, "OPTIMIZATION_CAPABILITIES")
-    # Without a hint, a CPU computes fp32 graphs in bfloat16; with the hint f16, a CPU without f16 does so too.
+    # Always hint a supported type: without a hint, or with an unsupported f16, a CPU computes fp32 graphs in bfloat16.
     half, brain = ("FP16", "f16"), ("BF16", "bf16")
     wanted = {"fp16": half, "int8-fp16": half, "bf16": brain, "int8-bf16": brain}
     capability, hint = wanted.get(precision or "", ("FP32", "f32"))

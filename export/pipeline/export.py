@@ -30,7 +30,7 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     A model that fails is marked as failed, and the others are still exported.
 
     Raises:
-        GateError, UnavailableBackend: at the end, if a model failed that is not a candidate of `export.auto`.
+        GateError, UnavailableBackend: after all exports, if any model failed other than a candidate of `export.auto`.
     """
     from toolchain.evaluation.open_sets import fingerprint
 
@@ -82,7 +82,7 @@ def _stage_of(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Sta
 def _export_and_prove(
     planned: PlannedExport, recipe: Recipe, checkpoint: Stage, screen: Screen, folder: Path
 ) -> dict[str, Any]:
-    """Write one exported model into `folder`; return its `ExportSummary`.
+    """Export one model into `folder` and check its parity with PyTorch; return its `ExportSummary`.
 
     The model gets a model card and, if it is a TensorRT build kit, the files that its device needs.
 

@@ -1,6 +1,7 @@
 """Rank labels for images with an exported model; needs no torch."""
 
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from export.runtime.exported_model import open_exported
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.text_table import TextTable
 
 
 def predict(model: Path, images: list[Path], labels: list[str] | None, top: int) -> list[dict[str, Any]]:
@@ -39,6 +41,16 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
         ranked = [{"label": labels[k], "probability": float(probability_K[k])} for k in best.tolist()]
         answers.append({"image": str(path), "labels": ranked})
     return answers
+
+
+def predictions_table(answers: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return a row for each label, the most probable first; an image is named in its first row."""
+    rows = [
+        ["" if position else answer["image"], ranked["label"], f"{100 * ranked['probability']:.1f} %"]
+        for answer in answers
+        for position, ranked in enumerate(answer["labels"])
+    ]
+    return TextTable(["image", "label", "probability"], rows)
 
 
 def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:

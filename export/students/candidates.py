@@ -41,6 +41,6 @@ CANDIDATES = (
 
 
 def candidates(models: Sequence[str]) -> list[Candidate]:
-    """Return the named candidates, or all known ones; an unknown name is a candidate without published accuracy."""
+    """Return the named candidates, or CANDIDATES if none is named; an unknown name has no published accuracy."""
     known = {candidate.model: candidate for candidate in CANDIDATES}
     return [known.get(model, Candidate(model)) for model in models] or list(CANDIDATES)

@@ -14,11 +14,11 @@ def students_table(fit: Sequence[MeasuredStudent]) -> list[TextTable | str]:
     rows = [_cells(row, sources) for row in fit]
     notes = [
         f"on {fit[0]['device']}, {fit[0]['runtime']}, {fit[0]['threads']} thread(s), batch 1, image towers alone",
-        "★ Pareto front: no row of the same precision is as good in this column and as fast",
+        "★ Pareto front: no other row of the same precision is both as fast and as good in this column",
     ]
     if sources:
         notes.append(
-            "top-1: ImageNet zero-shot, as published for the float model; in brackets: this row has another precision"
+            "top-1: ImageNet zero-shot, as published for the float model; in parentheses: this row is not fp32"
         )
     notes += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
     numbers = HEADERS[2:-1]

@@ -1,4 +1,4 @@
-"""The base of every section of a recipe, and the number types they share."""
+"""The base of every section of a recipe, and the value types that sections share."""
 
 from typing import Annotated, Literal
 
