@@ -1,6 +1,7 @@
 """Print progress on stderr and tables on stdout.  Only this module and `clipkd.py` use rich."""
 
 import json
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 stdout, stderr = Console(), Console(stderr=True)
 
 _LINE_EVERY_S = 30.0
+_LONG_WORD = 24
 
 
 @dataclass
@@ -117,17 +119,49 @@ def print_note(text: object) -> None:
 
 
 def print_table(table: TextTable) -> None:
-    """Print a table on stdout; in a file or pipe it is 160 columns wide."""
+    """Print a table on stdout, or a paragraph for each row if the terminal is too narrow for its columns.
+
+    A file or a pipe counts as 160 columns wide.
+    """
+    console = stdout if stdout.is_terminal else Console(width=160)
+    borders = len(table.headers) * (2 if table.dense else 3) + 1
+    widths = _column_widths(table, console.width - borders)
+    if widths is None:
+        _print_paragraphs(table, console)
+        return
     columns = [
-        Column(
-            escape(header),
-            justify="right" if header in table.right else "left",
-            no_wrap=header in table.no_wrap,
-            overflow="fold",
-        )
-        for header in table.headers
+        Column(escape(header), justify="right" if header in table.right else "left", overflow="fold", width=width)
+        for header, width in zip(table.headers, widths, strict=True)
     ]
     drawn = Table(*columns, padding=(0, 0, 0, 1) if table.dense else (0, 1))
     for row in table.rows:
         drawn.add_row(*map(escape, row))
-    (stdout if stdout.is_terminal else Console(width=160)).print(drawn)
+    console.print(drawn)
+
+
+def _column_widths(table: TextTable, width: int) -> list[int] | None:
+    """Return widths that break no word of at most _LONG_WORD characters; None if they do not fit into `width`."""
+    widths, wanted = [], []
+    for header, *cells in zip(table.headers, *table.rows, strict=True):
+        lines = [line for text in (header, *cells) for line in text.splitlines()]
+        words = lines if header in table.no_wrap else [word for line in lines for word in line.split()]
+        longest = max(map(len, words), default=0)
+        widths.append(longest if header in table.no_wrap else min(longest, _LONG_WORD))
+        wanted.append(max(map(len, lines), default=0))
+    if sum(widths) > width:
+        return None
+    for _ in range(min(width, sum(wanted)) - sum(widths)):  # one by one to the column that lacks most
+        column = max(range(len(widths)), key=lambda index: wanted[index] - widths[index])
+        widths[column] += 1
+    return widths
+
+
+def _print_paragraphs(table: TextTable, console: Console) -> None:
+    """Print each row as its first cell and, below it, `header value` for every other cell that is not empty."""
+    for first, *cells in table.rows:
+        named = [f"{header} {cell}" for header, cell in zip(table.headers[1:], cells, strict=True) if cell.strip()]
+        texts = [" ".join(text.split()) for text in named]
+        # a short text is kept on one line: its spaces are hidden from textwrap
+        kept = "; ".join(text.replace(" ", "\0") if len(text) < console.width // 2 else text for text in texts)
+        lines = textwrap.fill(kept, console.width, initial_indent="  ", subsequent_indent="  ")
+        console.print(f"{first}\n{lines}".replace("\0", " "), highlight=False, markup=False, soft_wrap=True)

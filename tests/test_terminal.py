@@ -1,0 +1,73 @@
+"""Tables on terminals of any width: no word is broken, nothing is cut, and a narrow terminal gets paragraphs."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from toolchain import terminal
+from toolchain.text_table import Note, TextTable
+
+TABLE = TextTable(
+    ["name", "p50 ms", "grade"],
+    [
+        ["student fp32 onnxruntime", "0.193 [0.167, 0.213]", "C (UNSTABLE, UNSTEADY, noisy)"],
+        ["teacher", "0.589 [0.572, 0.640]", "B"],
+    ],
+)
+WORDS = {word for cells in (TABLE.headers, *TABLE.rows) for cell in cells for word in cell.split()}
+BORDERS = 3 * len(TABLE.headers) + 1
+LEAST_WIDTH = len("onnxruntime") + len("[0.167,") + len("(UNSTABLE,") + BORDERS
+
+
+def printed(table: TextTable, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "stdout", Console(file=file, force_terminal=True, width=width))
+    terminal.print_table(table)
+    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+
+
+@pytest.mark.parametrize("width", range(LEAST_WIDTH, 120, 7))
+def test_no_word_of_a_table_is_broken_and_no_line_is_wider_than_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = printed(TABLE, width, monkeypatch)
+    assert "┃" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert set(re.findall(r"[^\s│┃]+", text)) >= WORDS
+
+
+def test_a_wide_terminal_shows_every_row_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = printed(TABLE, 160, monkeypatch).splitlines()
+    assert [re.split(r"\s*│\s*", line)[1:-1] for line in lines if line.startswith("│")] == TABLE.rows
+
+
+def test_a_terminal_too_narrow_for_the_words_gets_a_paragraph_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed(TABLE, LEAST_WIDTH - 1, monkeypatch).splitlines() == [
+        "student fp32 onnxruntime",
+        "  p50 ms 0.193 [0.167, 0.213]; grade",
+        "  C (UNSTABLE, UNSTEADY, noisy)",
+        "teacher",
+        "  p50 ms 0.589 [0.572, 0.640];",
+        "  grade B",
+    ]
+
+
+def test_columns_that_may_not_wrap_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(TABLE._replace(no_wrap=["p50 ms"]), 60, monkeypatch)
+    assert "0.193 [0.167, 0.213]" in text
+
+
+def test_a_result_is_printed_as_json_or_for_people(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "stdout", Console(file=out, width=80))
+    monkeypatch.setattr(terminal, "stderr", Console(file=err, width=80))
+    terminal.print_result({"a": 1}, True, "a line", Note("a note"))
+    assert out.getvalue().split() == ["{", '"a":', "1", "}"]
+    assert err.getvalue() == ""
+    terminal.print_result({"a": 1}, False, "[x] a line", Note("a note"))
+    assert out.getvalue().endswith("[x] a line\n")
+    assert err.getvalue() == "a note\n"
