@@ -666,7 +666,7 @@ def test_pictures_without_captions_have_their_objectives(
     distill = {"steps": 2, "batch_size": 8, "lr": 1e-3, "warmup": 0}
     ended = clipkd("show", tiny_recipe(data=kinds["images"], distill=distill))
     assert ended.code == 2
-    assert "task, icl hold a picture and its caption to belong together" in ended.err
+    assert "data of kind images has no captions, but task, icl need images with their own captions" in ended.err
     distill["loss_weights"] = {"task": 0, "icl": 0, "crd": 1, "fd": 1}  # type: ignore[assignment]
     recipe = tiny_recipe(data=kinds["images"] | {"max_damaged": 1.0}, distill=distill)
     assert clipkd("show", recipe).code == 0

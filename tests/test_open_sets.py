@@ -668,7 +668,7 @@ def test_paths_of_sets_are_beside_the_recipe(tmp_path: Path) -> None:
         ),
         ("{kind: imagenet, path: x, variant: v3}", "evaluate.sets.1.variant: Input should be 'val', 'v2', 'r', 'a'"),
         ("{kind: pairs, name: own}", "evaluate.sets.1: give either file or shards"),
-        ("{kind: folder, name: stix, path: x}", "evaluate: two sets are named 'stix'; give each a name of its own"),
+        ("{kind: folder, name: stix, path: x}", "evaluate: two sets have the name 'stix'; give each a different name"),
         ("{kind: folder, name: a/b, path: x}", "evaluate.sets.1.name: String should match pattern"),
         ("cifar", "evaluate.sets.1: Input should be 'stix', 'serif' or 'novel' (got 'cifar')"),
     ],
