@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from toolchain.errors import UsageError
+from toolchain.filesystem import read_json
 from toolchain.recipe.model_names import CONFIG, WEIGHTS
 
 IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
@@ -52,7 +52,7 @@ def exported_of(checkpoint: Path) -> Path:
 def runtime_words(folder: Path) -> list[str]:
     """Return the runner's arguments that open the graphs with the runtime and precision in the manifest."""
     manifest = folder / "manifest.json"
-    summary = json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.is_file() else {}
+    summary = read_json(manifest)["summary"] if manifest.is_file() else {}
     named = {name: summary[name] for name in ("runtime", "precision") if name in summary}
     return [part for name, value in named.items() for part in (f"--{name}", value)]
 

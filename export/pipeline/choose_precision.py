@@ -20,7 +20,7 @@ from export.pipeline.precision_verdicts import (
     too_far,
 )
 from toolchain.errors import ClipkdError, GateError
-from toolchain.filesystem import partial_path, write_json
+from toolchain.filesystem import partial_path, read_json, write_json
 from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION
 from toolchain.progress import Screen
@@ -153,7 +153,7 @@ def _score(
     for precision in sorted(names, key=lambda name: PRECISIONS[name].safety_rank):
         name = names[precision]
         if name not in exported:
-            failure = json.loads((partial_path(out / "exported" / name) / FAILED).read_text(encoding="utf-8"))
+            failure = read_json(partial_path(out / "exported" / name) / FAILED)
             candidates[precision] = Candidate(precision, problem=failure["reason"])
             continue
         try:
@@ -220,7 +220,7 @@ def _time(recipe: Recipe, out: Path, runtime: str, models: Models, screen: Scree
         profiles, problems = _time(recipe, out, runtime, left, screen)
         return profiles, problems | {of: str(why) for of, why in failed.items()}
     screen.done(f"auto/{runtime}", stage)
-    return json.loads((stage.path / "profiles.json").read_text(encoding="utf-8")), {}
+    return read_json(stage.path / "profiles.json"), {}
 
 
 def _write_profiles(folder: Path, profiles: "Mapping[str, Profile]") -> None:

@@ -1,6 +1,5 @@
 """Check parity, evaluate and time an exported model on this machine; exported models need no torch for it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from toolchain.evaluation.documents import EvaluatedModel, ModelComparison
 from toolchain.evaluation.examples import write_examples
 from toolchain.evaluation.open_sets import open_set
 from toolchain.evaluation.zero_shot import Encoders, evaluate
-from toolchain.filesystem import write_json
+from toolchain.filesystem import read_json, write_json
 from toolchain.progress import Progress
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ProfileSpec
@@ -33,7 +32,7 @@ def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, 
     Raises:
         GateError: the model's features here differ from those in PyTorch.
     """
-    manifest = json.loads((model / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(model / "manifest.json")
     runtime, precision = manifest["summary"]["runtime"], manifest["summary"]["precision"]
     write_json(folder / "parity.json", prove(model, runtime=runtime, precision=precision)["parity"])
     encoders = open_exported(model)  # after `prove`, where a graph that crashes its runtime fails in a child process
@@ -71,7 +70,7 @@ def measure_reference(
     timed = profile(checkpoint, effort, Target(compiled=compiled), progress=progress)
     np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # as above
     write_json(folder / "profile.json", timed.document)
-    summary = json.loads((exported / "manifest.json").read_text(encoding="utf-8"))["summary"]
+    summary = read_json(exported / "manifest.json")["summary"]
     about = {key: summary[key] for key in ("role", "precision", "params_image", "params_text")}
     return {**about, "runtime": "pytorch", "pytorch": mode, "top1": top1, "p50_ms": timed.document["image"]["p50_ms"]}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from export.device_programs.runner import preprocess_image
 from export.devices.run_runner import require_compiler
 from export.model_folder import exported_of, is_checkpoint, runtime_words, tower_files
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.filesystem import read_json
 
 _NUM_INPUTS, _MIN_INPUTS, _MAX_INPUT_BYTES = 64, 8, 16 << 20  # the inputs add to the measured memory
 
@@ -46,7 +46,7 @@ def write_inputs(
     """
     exported = _source_of_inputs(folder, options)
     scratch.mkdir(exist_ok=True)
-    image_spec = json.loads((exported / "preprocess.json").read_text(encoding="utf-8"))["image"]
+    image_spec = read_json(exported / "preprocess.json")["image"]
     with np.load(exported / "parity.npz") as samples:
         pixels_BHWC, input_ids_BT = samples["pixels_BHWC"][:_NUM_INPUTS], samples["input_ids_BT"][:_NUM_INPUTS]
     values_CHW = _save_images(pixels_BHWC, image_spec, scratch)

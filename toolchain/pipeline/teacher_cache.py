@@ -1,12 +1,12 @@
 """Make the stages that store teacher features, and open them for later stages."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain import torchrun
 from toolchain.data.open import fingerprint as fingerprint_data
+from toolchain.filesystem import read_json
 from toolchain.pipeline.stage_inputs import TrainingInputs, data_fields, run_stage_on_ranks
 from toolchain.progress import Screen
 from toolchain.recipe.distill import TeacherCacheSpec
@@ -110,7 +110,7 @@ def _depends(inputs: CacheInputs) -> dict[str, Any]:
     from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES
 
     training, teacher = inputs.training, inputs.teacher
-    config = json.loads((teacher.path / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(teacher.path / CONFIG)
     files = dict(teacher.manifest["files"])
     tokenizer = {name: digest for name, digest in files.items() if name.startswith(("tokenizer", "vocab", "merges"))}
     return {
