@@ -165,11 +165,11 @@ def adopt(
     Example: [bold]clipkd adopt glyphs_teacher --like glyphs --out runs/adopted[/]
     """
     from toolchain.pipeline.train import train_checkpoints
-    from toolchain.recipe.load import adopting, load_recipe, recipe_path
+    from toolchain.recipe.load import load_recipe, make_adoption_recipe, recipe_path
 
     taken = None if like is None else load_recipe(recipe_path(like))
     weights = {"pretrained": pretrained, "checkpoint": None if checkpoint is None else str(checkpoint)}
-    recipe = adopting(model, {key: value for key, value in weights.items() if value}, taken, overrides)
+    recipe = make_adoption_recipe(model, {key: value for key, value in weights.items() if value}, taken, overrides)
     with _run_directory(recipe, out) as (loaded, screen):
         made = train_checkpoints(loaded, out, screen)
     _print_stages(made, as_json)
@@ -396,13 +396,13 @@ def evaluate(
 
     Example: [bold]clipkd evaluate runs/quickstart/exported/student-onnxruntime-int8[/]
     """
-    from export.model_folder import run_of
+    from export.model_folder import find_run
     from export.pipeline.measure_model import evaluate_models
     from toolchain.evaluation.table import evaluation_table, unreadable_images
     from toolchain.pipeline.stage_inputs import require_evaluation
 
     _refuse_torchrun()
-    run = run_of(models[0])
+    run = find_run(models[0])
     if recipe is None and run is None:
         raise UsageError(f"{models[0]}: in no run whose recipe would name the sets; name one: --recipe RECIPE")
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
@@ -550,7 +550,7 @@ def students(
     problems = [
         Note(f"{row['name']} {row['precision']} could not be measured: {row['status']}") for row in found.failed
     ]
-    print_result(found.rows, as_json, *tables, *problems, Note(str(found.picture)))
+    print_result(found.rows, as_json, *tables, *problems, Note(str(found.chart)))
     if found.problem is not None:
         raise found.problem
 

@@ -60,7 +60,7 @@ PAPER = {  # zero-shot ImageNet top-1 in per cent, the same table
 }
 
 
-def weights_of(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]:
+def pick_weights(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]:
     """The task at 1, and what the variant adds at its own weight."""
     from toolchain.distillation.objectives import OBJECTIVES, paper_weight
 
@@ -94,13 +94,13 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
     teacher = None if variant == "baseline" else teacher_cache(seed, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
     student = build_model(ModelSpec(model=STUDENT, model_cfg=how["model_cfg"]), seed=seed)
-    trained = distill(Training(spec, student, teacher, data_of(seed), seed=seed), folder, quiet)
+    trained = distill(Training(spec, student, teacher, open_data(seed), seed=seed), folder, quiet)
     scores = score(student) | {"train_s": trained["train_s"], "tower": tower, "variant": variant, "seed": seed}
     result.write_text(json.dumps(scores), encoding="utf-8")
     return scores
 
 
-def data_of(seed: int) -> Any:
+def open_data(seed: int) -> Any:
     from toolchain.data.open import training_data
     from toolchain.recipe.data import GlyphsSpec
 
@@ -122,7 +122,7 @@ def teacher_cache(seed: int, out: Path) -> Any:
         live = live_teacher(load_model(ROOT / "recipes" / "glyphs_teacher"), "fp32", ALONE.device)
         steps = max(how["steps"] for how in TOWERS.values())
         plan = CachePlan(depends, "float32", num_views=VIEWS, steps=steps)
-        make_cache(live, data_of(seed), folder, plan, quiet)
+        make_cache(live, open_data(seed), folder, plan, quiet)
         (folder / "complete").touch()
     return open_cache(folder, depends)
 
@@ -162,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     jobs = [
-        (tower, variant, seed, arguments.out / f"{tower}-{variant}-seed{seed}", weights_of(variant))
+        (tower, variant, seed, arguments.out / f"{tower}-{variant}-seed{seed}", pick_weights(variant))
         for seed in arguments.seeds
         for tower, variants in VARIANTS.items()
         for variant in variants
@@ -170,7 +170,13 @@ def main() -> None:
     ]
     if arguments.tune_gd:
         jobs = [
-            ("convolutional", f"gd={weight:g}", seed, arguments.out / f"gd={weight:g}-{seed}", weights_of("gd", weight))
+            (
+                "convolutional",
+                f"gd={weight:g}",
+                seed,
+                arguments.out / f"gd={weight:g}-{seed}",
+                pick_weights("gd", weight),
+            )
             for seed in arguments.seeds
             for weight in arguments.tune_gd
         ]

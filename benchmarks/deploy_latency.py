@@ -38,15 +38,15 @@ OURS += ("openvino int8", "openvino int8-bf16", "openvino int8-bf16 batch-1", "o
 GEMM = 1024  # rows, columns and depth of the product that says what the machine can do
 
 
-def tower_of(model: str) -> Any:
+def build_tower(model: str) -> Any:
     import torch
 
     from toolchain.models.build import build_model
     from toolchain.models.towers import ImageTower
     from toolchain.recipe.model import ModelSpec
-    from toolchain.recipe.model_names import anchored
+    from toolchain.recipe.model_names import resolve_model
 
-    built = build_model(anchored(ModelSpec(model=model, init="random"), Path(), "student"), seed=0)
+    built = build_model(resolve_model(ModelSpec(model=model, init="random"), Path(), "student"), seed=0)
     draw = torch.Generator().manual_seed(0)
     for parameter in built.net.parameters():
         if parameter.dim() == 1:  # a bias of 0 or a gain of 1 would be left out of a graph, and no trained one is
@@ -68,7 +68,7 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
     from toolchain.quantization.freeze import freeze
     from toolchain.quantization.quantize import Calibration, quantize
 
-    built, tower = tower_of(model)
+    built, tower = build_tower(model)
     pixels = example_pixels(built.net).float()
     shown = example_pixels(built.net, 16).float()
     frozen_with = {}
@@ -124,12 +124,12 @@ def write_gemms(scratch: Path) -> None:
         save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(scratch / f"{name}.onnx"))
 
 
-def opened(side: str, options: argparse.Namespace) -> Callable[[np.ndarray], Any]:
+def open_side(side: str, options: argparse.Namespace) -> Callable[[np.ndarray], Any]:
     if side in ("eager", "compile"):
         import torch
 
         torch.set_num_threads(options.threads)
-        tower = tower_of(options.model)[1].requires_grad_(False)
+        tower = build_tower(options.model)[1].requires_grad_(False)
         run = torch.compile(tower) if side == "compile" else tower
 
         def forward(pixels: np.ndarray) -> Any:
@@ -153,7 +153,7 @@ def opened(side: str, options: argparse.Namespace) -> Callable[[np.ndarray], Any
 
 def child(options: argparse.Namespace) -> None:
     """The median time of one query in this process, after as long a warm-up, and the features of the queries."""
-    run, draw = opened(options.side, options), np.random.default_rng(0)
+    run, draw = open_side(options.side, options), np.random.default_rng(0)
     queries = [draw.standard_normal(options.shape, np.float32) for _ in range(8)]
     features = np.concatenate([np.asarray(run(query)) for query in queries])
     for measured in (False, True):
@@ -166,7 +166,7 @@ def child(options: argparse.Namespace) -> None:
             print(json.dumps({"ms": statistics.median(samples_ms), "features": features.tolist()}))
 
 
-def timed(side: str, shape: list[int], scratch: Path, options: argparse.Namespace) -> tuple[float, np.ndarray]:
+def time_side(side: str, shape: list[int], scratch: Path, options: argparse.Namespace) -> tuple[float, np.ndarray]:
     command = [sys.executable, __file__, "--side", side, "--model", options.model, "--scratch", str(scratch)]
     command += ["--seconds", str(options.seconds), "--threads", str(options.threads)]
     command += ["--shape", ",".join(map(str, shape))]
@@ -197,12 +197,12 @@ def main() -> None:
         peaks: dict[str, float] = {}
         for runtime in ("onnxruntime", "openvino"):
             for precision in ("fp32", "int8"):
-                took_ms, _ = timed(f"{runtime} gemm-{precision}", [GEMM, GEMM], Path(name), options)
+                took_ms, _ = time_side(f"{runtime} gemm-{precision}", [GEMM, GEMM], Path(name), options)
                 peaks[precision] = max(peaks.get(precision, 0.0), 2e-6 * GEMM**3 / took_ms)
         features: dict[str, np.ndarray] = {}
         for turn in range(options.rounds):
             for side in random.Random(turn).sample(sides, len(sides)):
-                took_ms, features[side] = timed(side, shape, Path(name), options)
+                took_ms, features[side] = time_side(side, shape, Path(name), options)
                 medians[side].append(took_ms)
     print(
         f"measured peaks: fp32 {peaks['fp32']:.0f} GFLOP/s, int8 {peaks['int8']:.0f} GOP/s, {options.threads} threads"

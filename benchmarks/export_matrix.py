@@ -29,7 +29,7 @@ from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.quantize import Calibration, quantize
 from toolchain.recipe.model import ModelSpec
-from toolchain.recipe.model_names import anchored
+from toolchain.recipe.model_names import resolve_model
 
 MODELS = ("ViT-S-16", "vit_t_16", "mobilenetv4_s", "MobileCLIP2-S0", "resnet18", "swin_t")
 CONFIGS = {  # open_clip has no CLIP of this image tower
@@ -66,9 +66,11 @@ def captions(count: int) -> list[str]:
     return [pairs[index % len(pairs)] + f" number {index}" for index in range(count)]
 
 
-def built(name: str) -> ClipModel:
+def build_variant(name: str) -> ClipModel:
     base, changes = CONFIGS.get(name, (name, {}))
-    return build_model(anchored(ModelSpec(model=base, model_cfg=changes, init="random"), Path(), "student"), seed=0)
+    return build_model(
+        resolve_model(ModelSpec(model=base, model_cfg=changes, init="random"), Path(), "student"), seed=0
+    )
 
 
 def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: Path) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def main() -> None:
     claims = []
     print("\n".join(lines))
     for name in options.models.split(","):
-        model = built(name)
+        model = build_variant(name)
         for precision in options.precisions.split(","):
             for runtime in options.runtimes.split(","):
                 with tempfile.TemporaryDirectory(prefix="export-matrix-") as folder:

@@ -46,7 +46,7 @@ VARIANTS = {
 }
 
 
-def trained(run: Path, seed: int, overrides: list[str]) -> None:
+def train_or_reuse(run: Path, seed: int, overrides: list[str]) -> None:
     """The teacher and the student of a seed; a run that exists is continued or reused."""
     changes = [f"seed={seed}", "baseline=false", *overrides]
     command = [sys.executable, "-m", "clipkd", "distill", "glyphs", "--out", str(run)]
@@ -176,7 +176,7 @@ def main() -> None:
     right: dict[str, list[dict[str, NDArray[np.bool_]]]] = {variant: [] for variant in VARIANTS}
     for seed in arguments.seeds:
         run = arguments.out / f"seed{seed}"
-        trained(run, seed, arguments.overrides)
+        train_or_reuse(run, seed, arguments.overrides)
         for variant, found in right.items():
             found.append(outcomes(run, variant, seed, arguments.overrides))
             minutes = (time.monotonic() - started) / 60

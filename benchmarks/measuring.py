@@ -31,8 +31,7 @@ from export.profiling.documents import ProfileDocument
 from export.profiling.inputs import RunnerOptions, write_inputs
 from export.profiling.protocol import Effort, profile
 from toolchain.provenance import machine, revision
-from toolchain.significance import signed_rank
-from toolchain.significance import told_apart as differing
+from toolchain.significance import differ_significantly, signed_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measuring: begin -->", "<!-- measuring: end -->"
@@ -52,9 +51,9 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a file whose table to replace")
     arguments = parser.parse_args()
     p50_ms = statistics.median(pair(arguments.model, 0.0)[0])  # also warms up
-    false = told_apart(arguments.model, 0.0, arguments.pairs, "the same")
-    slowed = told_apart(arguments.model, SLOWED_BY * p50_ms, arguments.pairs, "one a tenth slower")
-    dropped = dropped_beside_hogs(arguments.model, arguments.hogs)
+    false = count_different(arguments.model, 0.0, arguments.pairs, "the same")
+    slowed = count_different(arguments.model, SLOWED_BY * p50_ms, arguments.pairs, "one a tenth slower")
+    dropped = count_grade_c_beside_hogs(arguments.model, arguments.hogs)
     disagreement = against_benchmark_app()
     lines = [
         "| check | seen | bound |",
@@ -91,12 +90,12 @@ def write(docs: Path, table: str, model: str, p50_ms: float) -> None:
     docs.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
-def told_apart(model: Path, spin_ms: float, pairs: int, name: str) -> int:
+def count_different(model: Path, spin_ms: float, pairs: int, name: str) -> int:
     """Of so many pairs of measurements of one model, the second side slowed, how many are told apart."""
     found = 0
     for number in range(pairs):
         first, second = pair(model, spin_ms)
-        apart = differing(first, second, in_turns=True)
+        apart = differ_significantly(first, second, in_turns=True)
         found += apart
         ratio = statistics.median(second) / statistics.median(first)
         print(
@@ -106,7 +105,7 @@ def told_apart(model: Path, spin_ms: float, pairs: int, name: str) -> int:
     return found
 
 
-def dropped_beside_hogs(model: Path, profiles: int) -> int:
+def count_grade_c_beside_hogs(model: Path, profiles: int) -> int:
     """Of so many profiles beside programs that keep every core busy, how many have grade C."""
     dropped = 0
     for number in range(profiles):
@@ -150,9 +149,9 @@ def against_benchmark_app() -> float:
     from toolchain.models.build import build_model
     from toolchain.models.towers import ImageTower, example_pixels
     from toolchain.recipe.model import ModelSpec
-    from toolchain.recipe.model_names import anchored
+    from toolchain.recipe.model_names import resolve_model
 
-    net = build_model(anchored(ModelSpec(model=HARNESS_MODEL, init="random"), Path(), "student"), seed=0).net
+    net = build_model(resolve_model(ModelSpec(model=HARNESS_MODEL, init="random"), Path(), "student"), seed=0).net
     pixels, threads = example_pixels(net).float(), describe_machine()["usable_cores"]
     ratios = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -73,7 +73,7 @@ def main() -> None:
         "clipkd, teacher in bf16": ours(copy.deepcopy(student), halved, spec),
     }
     folder = tempfile.TemporaryDirectory()
-    cache = cached(whole, batches, Path(folder.name))
+    cache = cache_features(whole, batches, Path(folder.name))
     sides["clipkd, cached teacher"] = ours(copy.deepcopy(student), CachedTeacher(whole.logit_scale), spec, cache)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
@@ -185,7 +185,7 @@ def straightforward(
     return step
 
 
-def cached(live: Any, batches: list[tuple[Tensor, Tensor]], folder: Path) -> TeacherCache:
+def cache_features(live: Any, batches: list[tuple[Tensor, Tensor]], folder: Path) -> TeacherCache:
     """The teacher's features of all batches as `clipkd cache` stores them: a sample each row, in order."""
     with torch.no_grad():
         images = torch.cat([live.image_features(pixels) for pixels, _ in batches])

@@ -33,7 +33,7 @@ def is_checkpoint(model: Path) -> bool:
     return (model / CONFIG).is_file() and not (model / IMAGE_GRAPH).is_file()
 
 
-def exported_of(checkpoint: Path) -> Path:
+def find_exported(checkpoint: Path) -> Path:
     """Return an exported model of a run's checkpoint, fp32 if there is one; all have the same samples.
 
     Raises:
@@ -57,7 +57,7 @@ def runtime_words(folder: Path) -> list[str]:
     return [part for name, value in named.items() for part in (f"--{name}", value)]
 
 
-def run_of(model: Path) -> Path | None:
+def find_run(model: Path) -> Path | None:
     """Return the run directory that contains a model's directory, or None."""
     return next((folder for folder in model.absolute().parents[:2] if (folder / "recipe.yaml").is_file()), None)
 

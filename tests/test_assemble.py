@@ -97,7 +97,7 @@ def test_order_depends_on_seed_and_epoch(tiny_samples: TrainingSet) -> None:
     assert first.sample_B.tolist() != next_epoch.sample_B.tolist()
     assert first.sample_B.tolist() != whole(other, 0).sample_B.tolist()
     assert not torch.equal(
-        data.view_of(first.sample_B, 0, [OWN]).pixels[OWN], other.view_of(first.sample_B, 0, [OWN]).pixels[OWN]
+        data.read_view(first.sample_B, 0, [OWN]).pixels[OWN], other.read_view(first.sample_B, 0, [OWN]).pixels[OWN]
     )
 
 
@@ -107,7 +107,7 @@ def test_epoch_e_shows_view_e_mod_views(tiny_samples: TrainingSet, views: int) -
     for epoch in range(2 * views + 1):
         batch = whole(data, epoch * data.steps_per_epoch + 2)
         assert batch.view == epoch % views
-        assert same(batch, data.view_of(batch.sample_B, epoch % views, [OWN])), "the same view, live and looked up"
+        assert same(batch, data.read_view(batch.sample_B, epoch % views, [OWN])), "the same view, live and looked up"
 
 
 def test_a_pair_belongs_together(tiny_samples: TrainingSet) -> None:
@@ -141,6 +141,6 @@ def test_every_geometry_shows_the_same_view(tiny_samples: TrainingSet) -> None:
 def test_a_batch_says_which_of_its_captions_each_sample_shows(tiny_samples: TrainingSet) -> None:
     data = GlyphBatches(tiny_samples, 0, 8, 2)
     batch = data.batch(1, slice(None), [])
-    captions_B = data.captions_of(batch.sample_B)
+    captions_B = data.list_captions(batch.sample_B)
     assert [captions[pick] for captions, pick in zip(captions_B, batch.pick_B, strict=True)] == batch.captions_B
     assert [len(captions) for captions in captions_B] == [data.views] * 8

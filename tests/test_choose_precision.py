@@ -29,7 +29,7 @@ from export.profiling.protocol import Profile
 from toolchain.errors import ArtifactError, ClipkdError, GateError, UsageError
 from toolchain.pipeline import train as training_stages
 from toolchain.precisions import SAFEST_FIRST
-from toolchain.recipe.load import checked, load_recipe
+from toolchain.recipe.load import check_recipe, load_recipe
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
 
@@ -69,7 +69,7 @@ def recipe_of(**changes: Any) -> Recipe:
         "evaluate": {"headline": "novel", "sets": ["novel"]},
         "profile": {"processes": 2, "seconds": 0.04},
     }
-    return checked(content | changes, "mine", Path())
+    return check_recipe(content | changes, "mine", Path())
 
 
 @pytest.fixture(autouse=True)

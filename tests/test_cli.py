@@ -588,7 +588,7 @@ def test_a_report_of_something_else_is_written_again(
     reported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]
 ) -> None:
     """This includes a kill between measuring and reporting: every stage is cached, but the report is older."""
-    monkeypatch.setattr("toolchain.report.chart.render_picture", lambda report, form: b"drawn")
+    monkeypatch.setattr("toolchain.report.chart.render_chart", lambda report, form: b"drawn")
     run = shutil.copytree(reported_once, tmp_path / "run")
     change(run)
     assert reported(run) == "written"
@@ -610,7 +610,7 @@ def test_a_new_field_is_in_the_report_of_a_finished_run(
 def test_the_report_command_leaves_a_report_that_is_up_to_date(
     clipkd: Clipkd, reported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolchain.report.chart.render_picture", lambda report, form: b"drawn")
+    monkeypatch.setattr("toolchain.report.chart.render_chart", lambda report, form: b"drawn")
     run = shutil.copytree(reported_once, tmp_path / "run")
     (run / "recipe.yaml").write_text("# resolved by clipkd:\nname: glyphs\n")
     assert clipkd("report", run).code == 0

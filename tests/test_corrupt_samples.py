@@ -212,7 +212,7 @@ class Letters:
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         return np.arange(start, stop)
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+    def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         letters = ["abcdefg"[sample] for sample in sample_B.tolist()]
         self.tried.append("".join(letters))
         is_good_B = np.array([letter not in self.corrupt for letter in letters])
@@ -281,7 +281,7 @@ def test_hundreds_of_damaged_samples_are_trained_through(kind: str, tmp_path: Pa
     assert {text.partition(":")[0] for text in said} >= met_while_training
     assert len(said) <= len(expected)
     # No good sample is lost: each can be shown, and nothing else can.
-    everything = data.view_of(np.arange(data.num_samples), 0, [SMALL])
+    everything = data.read_view(np.arange(data.num_samples), 0, [SMALL])
     assert len(everything.sample_B) == good
     assert len(everything.damaged) == data.num_samples - good
     assert not list(tmp_path.parent.glob("escaped*"))
@@ -340,12 +340,12 @@ def test_inspecting_and_packing_count_the_same_damage(kind: str, tmp_path: Path)
     assert index["samples"] == good
     packed = opened(kind="webdataset", shards=[str(tmp_path / "packed" / shard["name"]) for shard in index["shards"]])
     assert packed.num_samples == good
-    everything = packed.view_of(np.arange(good), 0, [SMALL])
+    everything = packed.read_view(np.arange(good), 0, [SMALL])
     assert everything.damaged == ()
     again = pack(parsed, tmp_path / "again", samples_per_shard=50)
     assert [shard["sha256"] for shard in again["shards"]] == [shard["sha256"] for shard in index["shards"]]
     if kind == "image_folder":  # by chance, not class after class
-        captions = packed.view_of(np.arange(20), 0, []).captions_B
+        captions = packed.read_view(np.arange(20), 0, []).captions_B
         assert set(captions) == {f"a photo of a class {number}." for number in range(3)}
 
 
@@ -401,7 +401,7 @@ def test_stored_views_repeat(kind: str, kinds: dict[str, dict[str, Any]]) -> Non
     step = data.steps_per_epoch * 3
     batch = data.batch(step, EVERYTHING, [SMALL])
     assert batch.view == 1
-    again = data.view_of(batch.sample_B, 1, [SMALL])
+    again = data.read_view(batch.sample_B, 1, [SMALL])
     assert torch.equal(again.pixels[SMALL], batch.pixels[SMALL])
     assert again.captions_B == batch.captions_B
 
@@ -415,7 +415,7 @@ def test_a_large_jpeg_of_many_scans_is_refused(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "root" / "a" / f"{number}.jpg").write_bytes(jpeg(picture, progressive=bool(number)))
     (tmp_path / "root" / "a" / "2.png").write_bytes(png(picture))
     spec: dict[str, Any] = {"kind": "image_folder", "path": str(tmp_path / "root")}
-    batch = opened(batch_size=2, **spec).view_of(np.arange(3), 0, [SMALL])
+    batch = opened(batch_size=2, **spec).read_view(np.arange(3), 0, [SMALL])
     assert batch.sample_B.tolist() == [0]
     assert [(damage.sample, damage.reason) for damage in batch.damaged] == [
         (1, "too large an image"),
@@ -517,9 +517,9 @@ def test_batches_are_functions_of_seed_and_step(kind: str, kinds: dict[str, dict
 def test_captions_are_those_that_are_shown(kind: str, kinds: dict[str, dict[str, Any]]) -> None:
     data = opened(**kinds[kind])
     batch = data.batch(1, EVERYTHING, [SMALL])
-    listed = data.captions_of(batch.sample_B)
+    listed = data.list_captions(batch.sample_B)
     assert [captions[pick] for captions, pick in zip(listed, batch.pick_B, strict=True)] == batch.captions_B
-    assert len(data.undistorted(batch.sample_B, SMALL)) == BATCH
+    assert len(data.read_unaugmented(batch.sample_B, SMALL)) == BATCH
 
 
 def test_a_mixture_shows_every_sample_of_every_turn_once_an_epoch(kinds: dict[str, dict[str, Any]]) -> None:
@@ -529,7 +529,7 @@ def test_a_mixture_shows_every_sample_of_every_turn_once_an_epoch(kinds: dict[st
     counts = [opened(**kinds[kind]).num_samples for kind in ("webdataset", "csv", "image_folder")]
     assert data.num_samples == counts[0] + 2 * counts[1] + counts[2]
     first, second = data.parts[1], data.parts[2]
-    batches = [data.view_of(np.array([part.first]), 0, [SMALL]) for part in (first, second)]
+    batches = [data.read_view(np.array([part.first]), 0, [SMALL]) for part in (first, second)]
     same_picture = batches[0].captions_B == batches[1].captions_B
     assert same_picture
     assert not torch.equal(batches[0].pixels[SMALL], batches[1].pixels[SMALL]), "cropped anew"
@@ -627,7 +627,7 @@ def test_any_csv(tmp_path: Path, pieces: list[bytes]) -> None:
         )
     except ClipkdError:
         return
-    assert len(data.view_of(np.arange(data.num_samples), 0, [SMALL]).damaged) == data.num_samples
+    assert len(data.read_view(np.arange(data.num_samples), 0, [SMALL]).damaged) == data.num_samples
 
 
 def test_rows_and_columns_of_a_picture_are_its_captions(tmp_path: Path) -> None:
@@ -636,7 +636,7 @@ def test_rows_and_columns_of_a_picture_are_its_captions(tmp_path: Path) -> None:
     (tmp_path / "l.tsv").write_text("f\tone\ttwo\na.jpg\tA\tB\nb.jpg\tC\t\na.jpg\t\tD\n")
     columns = {"delimiter": "\t", "image_column": "f", "caption_column": ["one", "two"]}
     data = opened(batch_size=2, kind="csv", paths=[str(tmp_path / "l.tsv")], **columns)
-    assert data.captions_of(np.arange(2)) == [("A", "B", "D"), ("C",)]
+    assert data.list_captions(np.arange(2)) == [("A", "B", "D"), ("C",)]
     (tmp_path / "l.tsv").write_text("changed")
     with pytest.raises(ClipkdError, match="has changed since training began"):
         data.batch(0, EVERYTHING, [SMALL])

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from export.devices.doctor import needs
 from export.devices.presets import PRESETS
-from export.devices.registry import Device, add_device, checked, config_file, find_device, read_devices, remove_device
+from export.devices.registry import (
+    Device,
+    add_device,
+    check_device,
+    config_file,
+    find_device,
+    read_devices,
+    remove_device,
+)
 from export.devices.ssh import SSH_CONFIG, by_hand, carry, ssh_command
 from toolchain.errors import UsageError
 from toolchain.recipe.load import load_recipe, recipe_path
@@ -67,13 +75,13 @@ def test_fields_that_could_be_taken_for_something_else_are_refused(changes: dict
 
 @pytest.mark.parametrize("destination", ["host", "me@host.example", "10.0.0.7", "fe80::1%eth0", "me@::1", "a_b-c"])
 def test_destinations_that_ssh_takes_are_taken(destination: str) -> None:
-    assert checked(Device("x", destination)).destination == destination
+    assert check_device(Device("x", destination)).destination == destination
 
 
 @given(st.text())
 def test_no_destination_is_an_option_or_more_than_one_word(destination: str) -> None:
     try:
-        checked(Device("x", destination))
+        check_device(Device("x", destination))
     except UsageError:
         return
     assert not destination.startswith("-")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolchain.evaluation.eval_set import Picture, captions_set, classes_set
+from toolchain.evaluation.eval_set import ImageFile, captions_set, classes_set
 from toolchain.evaluation.examples import make_thumbnail, write_examples
 
 NAMES = [f"name {k}" for k in range(100)]
@@ -58,7 +58,7 @@ def test_every_caption_of_a_picture_is_right_and_what_cannot_be_read_is_left_out
     for name in ("a.png", "b.png"):
         Image.fromarray(PIXELS_NHWC[0]).save(tmp_path / name)
     (tmp_path / "b.png").write_bytes(b"no picture")
-    data = captions_set("own", [Picture(tmp_path / name) for name in ("a.png", "b.png")], [["x", "y"], ["z"]])
+    data = captions_set("own", [ImageFile(tmp_path / name) for name in ("a.png", "b.png")], [["x", "y"], ["z"]])
     write_examples(tmp_path / "examples.json", data, answers("own", 2), 16)
     (example,) = json.loads((tmp_path / "examples.json").read_text())["images"]
     assert example["true"] == ["x", "y"]

@@ -76,7 +76,9 @@ def test_training_and_evaluation_sets_are_not_small() -> None:
 @pytest.mark.parametrize("name", glyphs.EVAL_FACES)
 def test_no_evaluation_drawing_is_a_training_drawing(name: str) -> None:
     trained = {mask_SS.tobytes() for mask_SS in glyphs.training_set().masks_NSS}
-    code_point_of = {glyphs.name_of(c): c for c in glyphs.load_face(glyphs.EVAL_FACES[name]).code_points_N.tolist()}
+    code_point_of = {
+        glyphs.name_character(c): c for c in glyphs.load_face(glyphs.EVAL_FACES[name]).code_points_N.tolist()
+    }
     face = glyphs.load_face(glyphs.EVAL_FACES[name])
     masks = dict(zip(face.code_points_N.tolist(), face.masks_NSS, strict=True))
     assert not [n for n in glyphs.eval_set(name).names if masks[code_point_of[n]].tobytes() in trained]
@@ -97,7 +99,7 @@ def test_training_sample_is_the_bitmap_of_the_character_it_is_called() -> None:
     known = {}
     for face in map(glyphs.load_face, glyphs.TRAIN_FACES):
         for code_point, mask_SS in zip(face.code_points_N.tolist(), face.masks_NSS, strict=True):
-            known.setdefault(glyphs.name_of(code_point), set()).add(mask_SS.tobytes())
+            known.setdefault(glyphs.name_character(code_point), set()).add(mask_SS.tobytes())
     for i in range(0, len(samples.character_N), 97):
         assert samples.masks_NSS[i].tobytes() in known[samples.names[samples.character_N[i]]]
 

@@ -17,7 +17,7 @@ from export.device_programs.runner import fixed_batch, open_checkpoint
 from export.devices import describe
 from export.documents import PlannedExport
 from export.graphs.export_onnx import export_onnx
-from export.model_folder import exported_of
+from export.model_folder import find_exported
 from export.pipeline.measure_model import measure_reference
 from export.pipeline.plan import PlannedReference, plan_exports, plan_references
 from export.profiling.protocol import Effort, Target, profile
@@ -206,9 +206,9 @@ def test_samples_are_those_of_the_fp32_export_if_there_is_one(tmp_path: Path) ->
     for name in ("student-onnxruntime-int8", "student-openvino-fp32", "teacher-onnxruntime-fp32"):
         (tmp_path / "exported" / name).mkdir(parents=True)
         (tmp_path / "exported" / name / "parity.npz").touch()
-    assert exported_of(tmp_path / "student").name == "student-openvino-fp32"
+    assert find_exported(tmp_path / "student").name == "student-openvino-fp32"
     (tmp_path / "exported" / "student-openvino-fp32" / "parity.npz").unlink()
-    assert exported_of(tmp_path / "student").name == "student-onnxruntime-int8"
+    assert find_exported(tmp_path / "student").name == "student-onnxruntime-int8"
 
 
 def with_changes(recipe: Recipe, runtimes: tuple[str, ...], precisions: tuple[str, ...]) -> Recipe:

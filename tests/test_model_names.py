@@ -18,10 +18,10 @@ from toolchain.recipe.model import ModelSpec, TeacherSpec
 from toolchain.recipe.model_names import (
     CONFIG,
     SHIPPED,
-    anchored,
     architectures,
     fingerprint,
     model_folder,
+    resolve_model,
     shipped_models,
 )
 
@@ -49,7 +49,7 @@ def no_open_clip(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def problem(model: str, folder: Path, **fields: str) -> str:
     with pytest.raises(UsageError) as caught:
-        anchored(ModelSpec.model_validate({"model": model, **fields}), folder, "student")
+        resolve_model(ModelSpec.model_validate({"model": model, **fields}), folder, "student")
     return str(caught.value)
 
 
@@ -77,29 +77,29 @@ def test_a_model_means_the_same_in_any_folder(
     recipes: Path, monkeypatch: pytest.MonkeyPatch, model: str, resolved: str
 ) -> None:
     monkeypatch.chdir("/")
-    spec = anchored(ModelSpec(model=model), recipes, "student")
+    spec = resolve_model(ModelSpec(model=model), recipes, "student")
     assert spec.model == resolved.replace("FOLDER", str(recipes.resolve()))
-    assert anchored(spec, Path("/"), "student") == spec, "what is resolved stays as it is"
+    assert resolve_model(spec, Path("/"), "student") == spec, "what is resolved stays as it is"
     assert (model_folder(spec) is None) == spec.model.startswith(("hf-hub:", "ViT-B"))
 
 
 def test_a_model_in_a_folder_above_or_at_an_absolute_path(recipes: Path) -> None:
     mine = recipes.resolve() / "models" / "mine"
     for model in (str(mine), f"local-dir:{mine}", "../recipes/models/mine"):
-        assert anchored(ModelSpec(model=model), recipes, "student").model == str(mine)
+        assert resolve_model(ModelSpec(model=model), recipes, "student").model == str(mine)
 
 
 def test_a_name_goes_before_a_folder_of_the_same_name(recipes: Path) -> None:
     for name in ("ViT-B-16", "glyphs_student"):
         shutil.copytree(STUDENT, recipes / name)
-        assert anchored(ModelSpec(model=name), recipes, "student").model == name
-        assert anchored(ModelSpec(model=f"./{name}"), recipes, "student").model == str(recipes.resolve() / name)
+        assert resolve_model(ModelSpec(model=name), recipes, "student").model == name
+        assert resolve_model(ModelSpec(model=f"./{name}"), recipes, "student").model == str(recipes.resolve() / name)
 
 
 def test_everything_else_of_a_model_is_kept(recipes: Path) -> None:
     spec = TeacherSpec(model="ViT-B-16", checkpoint="weights.pt", model_cfg={"quick_gelu": True})
     expected = {"checkpoint": str(recipes.resolve() / "weights.pt"), "model_cfg": {"quick_gelu": True}}
-    resolved = anchored(spec, recipes, "teacher")
+    resolved = resolve_model(spec, recipes, "teacher")
     assert isinstance(resolved, TeacherSpec)
     assert resolved == TeacherSpec(model="ViT-B-16", **expected)
 
@@ -113,8 +113,8 @@ def test_every_architecture_of_open_clip_is_known_and_nothing_else() -> None:
 @pytest.mark.usefixtures("no_open_clip")
 def test_without_open_clip_a_name_is_taken_on_trust(recipes: Path) -> None:
     assert architectures() == ()
-    assert anchored(ModelSpec(model="ViT-B-16"), recipes, "student").model == "ViT-B-16"
-    assert anchored(ModelSpec(model="glyphs_student"), recipes, "student").model == "glyphs_student"
+    assert resolve_model(ModelSpec(model="ViT-B-16"), recipes, "student").model == "ViT-B-16"
+    assert resolve_model(ModelSpec(model="glyphs_student"), recipes, "student").model == "glyphs_student"
     assert "no such model" in problem("models/absent", recipes)
     assert "no such model" in problem("local-dir:absent", recipes)
 
@@ -193,14 +193,14 @@ def test_an_int8_model_cannot_teach(recipes: Path) -> None:
     for kind, fine in (("distil", True), ("quantize", False)):
         (folder / "manifest.json").write_text(json.dumps({"kind": kind}))
         if fine:
-            anchored(ModelSpec(model="run"), recipes, "student")
+            resolve_model(ModelSpec(model="run"), recipes, "student")
         else:
             assert "is an int8 model, which cannot be a teacher or be trained further" in problem(
                 "run/student", recipes
             )
     for foreign in ("{", "[]", '"text"', "{}"):
         (folder / "manifest.json").write_text(foreign)
-        anchored(ModelSpec(model="run/student"), recipes, "student")
+        resolve_model(ModelSpec(model="run/student"), recipes, "student")
 
 
 @pytest.mark.parametrize("model", ["glyphs_teacher", "models/mine", "hf-hub:org/name"])
@@ -224,17 +224,17 @@ def test_a_checkpoint_that_is_not_there(recipes: Path) -> None:
 def test_a_fingerprint_is_of_content_and_not_of_place(recipes: Path) -> None:
     moved = shutil.copytree(recipes / "models" / "mine", recipes / "moved")
     here, there, shipped = (
-        fingerprint(anchored(ModelSpec(model=model), recipes, "student"))
+        fingerprint(resolve_model(ModelSpec(model=model), recipes, "student"))
         for model in ("models/mine", "moved", "glyphs_student")
     )
     assert here == there == shipped
     (moved / CONFIG).write_text((moved / CONFIG).read_text() + "\n")
-    assert fingerprint(anchored(ModelSpec(model="moved"), recipes, "student")) != here
+    assert fingerprint(resolve_model(ModelSpec(model="moved"), recipes, "student")) != here
 
 
 def test_a_checkpoints_content_is_in_the_fingerprint_and_its_name_is_not(recipes: Path) -> None:
     def of(name: str) -> str:
-        return fingerprint(anchored(ModelSpec(model="ViT-B-16", checkpoint=name), recipes, "student"))
+        return fingerprint(resolve_model(ModelSpec(model="ViT-B-16", checkpoint=name), recipes, "student"))
 
     (recipes / "same.pt").write_bytes(b"weights")
     (recipes / "other.pt").write_bytes(b"other weights")

@@ -20,7 +20,7 @@ from toolchain.data.images import IMAGE_SUFFIXES
 from toolchain.distributed import ALONE
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.evaluation import zero_shot as module
-from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
+from toolchain.evaluation.eval_set import EvalSet, ImageFile, captions_set, classes_set
 from toolchain.evaluation.open_sets import fingerprint, open_set
 from toolchain.evaluation.torch_encoders import TorchEncoders, headline_accuracy
 from toolchain.evaluation.zero_shot import TIE, UNRANKED, evaluate, mean_per_class_recall, ranks
@@ -116,7 +116,7 @@ def test_class_names_and_templates_from_the_recipe_or_from_files(tmp_path: Path)
     )
     for data in (open_set(written), open_set(filed)):
         assert data.texts == ["a Norwegian", "a spy"]
-        assert [str(data.pictures[label]) for label in (0, 1)] == [str(root / "no/0.png"), str(root / "007/0.png")]
+        assert [str(data.images[label]) for label in (0, 1)] == [str(root / "no/0.png"), str(root / "007/0.png")]
     assert open_set(filed).templates == ("{}", "a picture of {}")
 
 
@@ -190,8 +190,8 @@ def test_imagenet_by_wordnet_id(tmp_path: Path, imagenet_ids: list[str]) -> None
     assert data.texts == list(IMAGENET_CLASSNAMES)
     assert [template.format("owl") for template in data.templates] == [t("owl") for t in OPENAI_IMAGENET_TEMPLATES]
     for label in (0, 1, 517, 999):
-        picture = data.pictures[label]
-        assert isinstance(picture, Picture)
+        picture = data.images[label]
+        assert isinstance(picture, ImageFile)
         assert picture.path.parent.name == imagenet_ids[label]
         assert data.image_group_N[label] == label
 
@@ -398,7 +398,7 @@ def test_shards_hold_every_image_that_training_reads_and_webp_comes_first(tmp_pa
     write_tar(tmp_path / "a.tar", members)
     data = open_set(PairsSet(kind="pairs", name="x", shards=(f"{tmp_path}/a.tar",)))
     assert data.texts == [*images, "webp"]
-    pictures = [picture for picture in data.pictures if isinstance(picture, Picture)]
+    pictures = [picture for picture in data.images if isinstance(picture, ImageFile)]
     assert [picture.member.rpartition(".")[2] for picture in pictures] == data.texts
     assert all(data.image(index) is not None for index in range(len(data)))
 
@@ -554,7 +554,7 @@ def test_an_unreadable_picture_counts_as_wrong_and_is_named(tmp_path: Path) -> N
     result, samples = evaluate(table, [data], headline="many")
     found = result["sets"]["many"]
     wrong = [index for index, rank in enumerate(samples["many_rank"].tolist()) if rank == UNRANKED]
-    assert [str(data.pictures[index]) for index in wrong] == [str(tmp_path / "many/cat/3.png")]
+    assert [str(data.images[index]) for index in wrong] == [str(tmp_path / "many/cat/3.png")]
     assert (found["n"], found["top1"]) == (200, 199 / 200)
     assert found["top5"] == 199 / 200, "even among two classes"
     assert found["unreadable"] == {"n": 1, "first": [str(tmp_path / "many/cat/3.png")]}
@@ -596,7 +596,7 @@ def test_own_photos_are_turned_and_benchmarks_are_read_as_they_lie(tmp_path: Pat
     (tmp_path / "mine" / "cat").mkdir(parents=True)
     (tmp_path / "mine" / "cat" / "0.jpg").write_bytes(jpeg(make_picture(40, 20, 0), exif=exif))
     own = open_set(FolderSet(kind="folder", name="a", path=str(tmp_path / "mine")))
-    lying = classes_set("a", own.pictures, ["cat"], ["{}"], [0])
+    lying = classes_set("a", own.images, ["cat"], ["{}"], [0])
     assert [data.image(0).size for data in (own, lying)] == [(20, 40), (40, 20)]  # type: ignore[union-attr]
 
 
@@ -604,7 +604,7 @@ def test_own_photos_are_turned_and_benchmarks_are_read_as_they_lie(tmp_path: Pat
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     picture = make_picture(20, 20, 0).convert("RGBA" if mode == "LA" else "RGB").convert(mode)
     picture.save(tmp_path / "0.tiff")
-    data = classes_set("a", [Picture(tmp_path / "0.tiff")], ["cat"], ["{}"], [0])
+    data = classes_set("a", [ImageFile(tmp_path / "0.tiff")], ["cat"], ["{}"], [0])
     image = data.image(0)
     assert image is not None
     assert image.mode == "RGB"
@@ -717,7 +717,7 @@ def test_training_scores_a_set_as_evaluate_does(own: FolderSet, captions: bool) 
     model, data = load_model(TEACHER), open_set(own)
     if captions:
         texts = [[template.format(data.texts[group]) for template in data.templates] for group in range(13)]
-        firsts = [data.pictures[index] for index in range(0, 39, 3)]
+        firsts = [data.images[index] for index in range(0, 39, 3)]
         data = captions_set("own", firsts, texts)
     found = headline_accuracy(data)(model, ALONE)
     result, _ = evaluate(TorchEncoders(model, torch.device("cpu")), [data], headline="own")

@@ -81,7 +81,7 @@ def test_training_shows_the_same_of_packed_shards(folder: Path, tmp_path: Path) 
     source = spec_of(folder / "{00000..00002}.tar")
     pack(source, tmp_path / "out", samples_per_shard=4)
     before, after = (
-        ShardBatches.open(spec, seed=3, batch_size=15).view_of(np.arange(15), 2, [GEOMETRY])
+        ShardBatches.open(spec, seed=3, batch_size=15).read_view(np.arange(15), 2, [GEOMETRY])
         for spec in (source, spec_of_packed(tmp_path / "out"))
     )
     assert before.captions_B == after.captions_B

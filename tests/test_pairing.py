@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, ZERO_BYTES, UnusableError
 from toolchain.data.batch import Geometry
 from toolchain.data.images import FORMATS, IMAGE_SUFFIXES, crop_image, is_image_name
-from toolchain.data.pairing import first_of, group_files, pair_files, split_name
+from toolchain.data.pairing import find_first, group_files, pair_files, split_name
 from toolchain.data.tar_files import Member
 
 
@@ -44,7 +44,7 @@ def test_the_first_file_of_a_kind_counts_and_samples_keep_their_order() -> None:
 
 def test_suffixes_are_tried_in_order() -> None:
     (files,) = group_files(members("a.png", "a.tiff", "a.json", "a.jpeg", "a.txt")).values()
-    assert [first_of(files, order) for order in (("webp",), ("tiff", "png"))] == [None, files["tiff"]]
+    assert [find_first(files, order) for order in (("webp",), ("tiff", "png"))] == [None, files["tiff"]]
     assert pair_files(files) == (files["jpeg"], files["txt"], False)
     assert pair_files({suffix: files[suffix] for suffix in ("json", "tiff", "png")}) == (
         files["png"],

@@ -1,7 +1,9 @@
-"""Prose stays plain: docstrings, messages, help and docs use none of the words and openings listed here."""
+"""Prose stays plain: docstrings, comments, messages, help and docs use none of the words and openings listed here."""
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,11 +31,14 @@ REPLACED = {
 }
 BANNED = {re.compile(rf"\b(?:{words})\b", re.IGNORECASE): plain for words, plain in REPLACED.items()}
 OPENING = re.compile(r"(What|Whether|Which|How|Where|Who|Whose|Of|In what|So that)\b")
+NOT_A_VERB = re.compile(
+    r"_*(?!embed\b|feed\b|need\b|speed\b)[a-z]+ed|\w+_of"
+)  # a lone participle, or a name that hides its verb
 CODE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)\n]*\)|<!--.*?-->", re.DOTALL)
 
 FILES = sorted(
     path.relative_to(REPOSITORY).as_posix()
-    for pattern in ("*.md", "clipkd.py", "docs/*.md", "toolchain/**/*.py", "export/**/*.py")
+    for pattern in ("*.md", "clipkd.py", "docs/*.md", "toolchain/**/*.py", "export/**/*.py", "benchmarks/*.py")
     for path in REPOSITORY.glob(pattern)
 )
 
@@ -70,6 +75,20 @@ def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, text
 
 
+def comments(content: str) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each comment."""
+    for token in tokenize.generate_tokens(io.StringIO(content).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def function_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each function but properties, which are named after their value."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and "property" not in map(ast.unparse, node.decorator_list):
+            yield node.lineno, node.name
+
+
 def problems_in(name: str, content: str) -> list[str]:
     """Return what is not plain in a file's prose, one line each."""
     if name.endswith(".md"):
@@ -80,7 +99,13 @@ def problems_in(name: str, content: str) -> list[str]:
         for line, text in docstrings(tree)
         if (match := OPENING.match(text.strip()))
     ]
-    return found + [problem for line, text in messages(tree) for problem in _replaced_words(line, text)]
+    found += [
+        f"line {line}: function {name}: name it with a verb"
+        for line, name in function_names(tree)
+        if NOT_A_VERB.fullmatch(name)
+    ]
+    prose = [*messages(tree), *comments(content)]
+    return found + [problem for line, text in prose for problem in _replaced_words(line, text)]
 
 
 def _replaced_words(line: int, text: str) -> list[str]:
@@ -115,6 +140,10 @@ def test_prose_is_plain(name: str) -> None:
             'if x:\n    pass\nelse:\n    y = ("two " "pictures")',
             ["line 4: 'pictures'; write: image; chart"],
         ),
+        ("module.py", "x = 1  # mends y", ["line 1: 'mends'; write: fix"]),
+        ("module.py", "def checked(): ...", ["line 1: function checked: name it with a verb"]),
+        ("module.py", "def run_of(model): ...", ["line 1: function run_of: name it with a verb"]),
+        ("module.py", "class A:\n    @property\n    def masked(self): ...\n\n    def embed(self): ...", []),
     ],
 )
 def test_a_replaced_word_is_found(name: str, content: str, found: list[str]) -> None:

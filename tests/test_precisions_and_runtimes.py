@@ -10,7 +10,7 @@ from export.graphs.model_card import uint8_snippet
 from export.students.measure import STUDENT_PRECISIONS, STUDENT_RUNTIMES
 from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION, SAFEST_FIRST, PrecisionName
 from toolchain.recipe.export import ExportSpec
-from toolchain.runtimes import RUNTIMES, RuntimeName, runtime_of, runtime_that_computes_alone, runtime_title
+from toolchain.runtimes import RUNTIMES, RuntimeName, choose_runtime, runtime_that_computes_alone, runtime_title
 
 
 def named_by(field: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def test_a_precision_of_one_runtime_is_found_there() -> None:
     [("cpu", "onnxruntime"), ("cuda:0", "onnxruntime"), ("gpu", "openvino"), ("npu", "openvino"), ("", "onnxruntime")],
 )
 def test_the_first_runtime_that_drives_a_device_is_taken(device: str, runtime: str) -> None:
-    assert runtime_of(device) == runtime
+    assert choose_runtime(device) == runtime
 
 
 def test_titles() -> None:

@@ -297,7 +297,7 @@ def test_the_table_has_what_the_protocol_promises() -> None:
     machine = test_profiling.describe_machine()
     results = {tower: test_profiling.documents([1.0, 1.25, 2.0], n=40) for tower in ("image", "text")}
     files = {"image": Path(__file__), "text": Path(__file__)}
-    found = profile_module._profile_of(files, results, machine, 2, "cpu", [], "0").document
+    found = profile_module._summarize(files, results, machine, 2, "cpu", [], "0").document
     headers, (shown, failed), *_ = profiles_table(
         [{"model": "m", "status": "ok", **found}, {"model": "n", "status": "it crashed\nfor this reason"}]
     )
@@ -329,7 +329,7 @@ def test_models_that_took_turns_are_held_against_each_other_turn_by_turn(calls: 
     files = {"image": Path(__file__), "text": Path(__file__)}
     rows = [
         {"model": call, "status": "ok"}
-        | profile_module._profile_of(
+        | profile_module._summarize(
             files,
             {tower: test_profiling.documents((slower * drift).tolist(), n=40) for tower in ("image", "text")},
             *(machine, 2, "cpu", [], call),
@@ -351,8 +351,8 @@ def test_profiles_are_told_apart_when_they_differ_and_only_then(model: Path, mon
     import measuring
 
     p50_ms = float(np.median(measuring.pair(model, 0.0)[0]))
-    assert measuring.told_apart(model, 0.0, 20, "the same") <= measuring.MAX_FALSE
-    slowed = measuring.told_apart(model, measuring.SLOWED_BY * p50_ms, 20, "one a tenth slower")
+    assert measuring.differ_significantly(model, 0.0, 20, "the same") <= measuring.MAX_FALSE
+    slowed = measuring.differ_significantly(model, measuring.SLOWED_BY * p50_ms, 20, "one a tenth slower")
     assert slowed >= measuring.MIN_FOUND
     assert measuring.dropped_beside_hogs(model, 10) == 10
 

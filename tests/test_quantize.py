@@ -32,7 +32,7 @@ from toolchain.quantization import nncf_backend
 from toolchain.quantization import quantize as quantize_module
 from toolchain.quantization.checkpoint import TOWERS, load_quantized
 from toolchain.quantization.freeze import freeze
-from toolchain.quantization.nncf_backend import decode_json, import_nncf, quantizers_of
+from toolchain.quantization.nncf_backend import decode_json, import_nncf, list_quantizers
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
@@ -74,12 +74,12 @@ def forever(*batch):
 
 
 def quantized_folder(
-    folder, model, inputs, targets=(None, None), steps=0, *, loss_of=None, towers=TOWERS, signed_activations=False
+    folder, model, inputs, targets=(None, None), steps=0, *, loss_fn=None, towers=TOWERS, signed_activations=False
 ):
     losses = []
     calibration = Calibration(*inputs, towers=towers, signed_activations=signed_activations)
     batches = forever(*inputs, *targets)
-    fine_tuning = FineTuning(batches, steps, 1e-4, loss_of, on_step=lambda step, loss: losses.append(loss))
+    fine_tuning = FineTuning(batches, steps, 1e-4, loss_fn, on_step=lambda step, loss: losses.append(loss))
     quantize(model, folder, calibration, fine_tuning)
     for name in ("open_clip_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(STUDENT / name, folder / name)
@@ -176,11 +176,11 @@ def test_fine_tuning_approaches_the_target_and_is_restored_exactly(model, inputs
 def test_a_given_loss_receives_the_batch(model, inputs, tmp_path):
     seen = []
 
-    def loss_of(image_features_BD, text_features_BD, batch):
+    def loss_fn(image_features_BD, text_features_BD, batch):
         seen.append((image_features_BD.shape, text_features_BD.shape, len(batch)))
         return (image_features_BD * text_features_BD).sum(-1).mean()
 
-    quantized_folder(tmp_path, model, inputs, steps=1, loss_of=loss_of)
+    quantized_folder(tmp_path, model, inputs, steps=1, loss_fn=loss_fn)
     assert seen == [((NUM_SAMPLES, 128), (NUM_SAMPLES, 128), 4)]
 
 
@@ -206,7 +206,7 @@ def test_faint_inputs_do_not_narrow_a_range(model, inputs, tmp_path):
         calibration = tuple(torch.cat(parts) for parts in zip(*([shown] if shown else []), inputs, strict=True))
         quantize(model, folder, Calibration(*calibration))
         image_tower, _ = load_quantized(folder, model)
-        ranges.append({name: quantizer.scale.detach() for name, quantizer in quantizers_of(image_tower)})
+        ranges.append({name: quantizer.scale.detach() for name, quantizer in list_quantizers(image_tower)})
     alone, outnumbered = ranges
     assert alone.keys() == outnumbered.keys()
     assert all((outnumbered[name] >= (1 - ROUNDING) * alone[name]).all() for name in alone)
@@ -343,7 +343,7 @@ def test_int8_fp16_refuses_a_weight_beyond_half_and_lifts_a_scale_below(frozen):
 def test_signed_activations_use_no_uint8(model, inputs, tmp_path):
     quantized_folder(tmp_path, model, inputs, steps=0, signed_activations=True)
     image_tower, _ = load_quantized(tmp_path, load_model(tmp_path))
-    assert all(quantizer.signed for _, quantizer in quantizers_of(image_tower))
+    assert all(quantizer.signed for _, quantizer in list_quantizers(image_tower))
     buffers = dict(freeze(image_tower, inputs[0][:2]).named_buffers())
     assert {value.dtype for name, value in buffers.items() if name.endswith("zero_point")} == {torch.int8}
 
@@ -400,8 +400,8 @@ def test_a_tower_that_stays_float_is_as_it_was_and_is_not_trained(model, inputs,
     quantized_folder(tmp_path, model, inputs, steps=2, towers=("image",))
     assert set(json.loads((tmp_path / "nncf.json").read_text())) == {"image", "moved", "sha256"}
     image_tower, text_tower = load_quantized(tmp_path, load_model(tmp_path))
-    assert quantizers_of(image_tower)
-    assert not quantizers_of(text_tower)
+    assert list_quantizers(image_tower)
+    assert not list_quantizers(text_tower)
     with torch.no_grad():
         expected_BD = TextTower(model.net)(inputs[1])
         actual_BD = text_tower(inputs[1])

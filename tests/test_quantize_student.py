@@ -17,7 +17,7 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import unit_image_features
 from toolchain.quantization import quantize_student as finetune
 from toolchain.quantization.checkpoint import load_quantized
-from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.nncf_backend import list_quantizers
 from toolchain.quantization.quantize import Calibration, FineTuning
 from toolchain.quantization.quantize_student import Quantization, quantize_student
 from toolchain.recipe.distill import LossWeights
@@ -85,7 +85,7 @@ def test_a_cache_teaches_what_the_teacher_does(
     seen: list[list[Any]] = []
 
     def keep(student: ClipModel, folder: Path, calibration: Any, fine_tuning: FineTuning, **_: Any) -> None:
-        seen.append([list(fine_tuning.batches), fine_tuning.loss_of])
+        seen.append([list(fine_tuning.batches), fine_tuning.loss_fn])
 
     monkeypatch.setattr(finetune, "quantize", keep)
     weights = LossWeights(task=0, crd=1, fd=0, icl=0)
@@ -109,8 +109,8 @@ def test_ptq_takes_no_step(tmp_path: Path, tiny_samples: TrainingSet, teacher_fo
     )
     assert said["steps"] == 0
     image_tower, text_tower = load_quantized(tmp_path / "int8", student)
-    assert quantizers_of(image_tower)
-    assert not quantizers_of(text_tower)
+    assert list_quantizers(image_tower)
+    assert not list_quantizers(text_tower)
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -154,7 +154,7 @@ def test_the_anchor_is_the_distance_to_the_float_students_features(
         def keep(student: Any, folder: Path, calibration: Any, tuning: Any, anchor: float = anchor, **_: Any) -> None:
             batch = next(tuning.batches)
             image_BD = torch.nn.functional.normalize(torch.ones(8, 128), dim=-1)
-            losses[anchor] = tuning.loss_of(image_BD, image_BD, batch).item()
+            losses[anchor] = tuning.loss_fn(image_BD, image_BD, batch).item()
             own_BD = unit_image_features(student.net, batch[0])
             distances[anchor] = (image_BD - own_BD).square().sum(-1).mean().item()
 
@@ -170,5 +170,5 @@ def test_attention_in_8_bits_is_the_specs_to_say(tmp_path: Path, tiny_samples: T
     for attention in (False, True):
         folder = tmp_path / str(attention)
         student, _ = quantized(folder, tiny_samples, None, LossWeights(), method="ptq", attention=attention)
-        softmaxes.append(sum("/softmax/" in name for name, _ in quantizers_of(load_quantized(folder, student)[1])))
+        softmaxes.append(sum("/softmax/" in name for name, _ in list_quantizers(load_quantized(folder, student)[1])))
     assert softmaxes == [0, 2], "the text tower has two layers"

@@ -20,9 +20,9 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, example_pixels
 from toolchain.quantization.checkpoint import float_towers, load_quantized
 from toolchain.quantization.freeze import freeze
-from toolchain.quantization.nncf_backend import calibrate, import_nncf, quantizers_of
+from toolchain.quantization.nncf_backend import calibrate, import_nncf, list_quantizers
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
-from toolchain.quantization.sensitivity import layers_of
+from toolchain.quantization.sensitivity import list_layers
 from toolchain.recipe.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,10 +142,10 @@ def test_a_mobilevit_whose_blocks_share_quantizers_is_saved_restored_and_frozen(
         before_saving=lambda *towers: kept.extend(towers),
     )
     restored, _ = load_quantized(tmp_path, model)
-    assert len(quantizers_of(restored, every_place=True)) > len(quantizers_of(restored))
-    found = {quantizer for of_layer in layers_of(restored, pixel_values[:2]).values() for quantizer in of_layer}
-    assert found == {quantizer for _, quantizer in quantizers_of(restored)}, "each belongs to a layer"
-    assert not quantizers_of(freeze(restored, pixel_values), every_place=True)
+    assert len(list_quantizers(restored, every_place=True)) > len(list_quantizers(restored))
+    found = {quantizer for of_layer in list_layers(restored, pixel_values[:2]).values() for quantizer in of_layer}
+    assert found == {quantizer for _, quantizer in list_quantizers(restored)}, "each belongs to a layer"
+    assert not list_quantizers(freeze(restored, pixel_values), every_place=True)
     with torch.no_grad():
         assert torch.equal(kept[0](pixel_values), restored(pixel_values))
 
@@ -167,9 +167,9 @@ def test_a_quantizer_that_two_places_share_is_frozen_in_both() -> None:
     net.visual = Joined().eval()
     pixel_values = pictures(4, 32, 0)
     tower = calibrate(import_nncf(), ImageTower(net).eval(), pixel_values, is_convolutional=True)
-    assert len(quantizers_of(tower, every_place=True)) > len(quantizers_of(tower)), "there is such a quantizer"
+    assert len(list_quantizers(tower, every_place=True)) > len(list_quantizers(tower)), "there is such a quantizer"
     frozen = freeze(tower, pixel_values)
-    assert not quantizers_of(frozen, every_place=True)
+    assert not list_quantizers(frozen, every_place=True)
     with torch.no_grad():
         torch.testing.assert_close(frozen(pixel_values), tower(pixel_values), atol=2e-2, rtol=0)
 

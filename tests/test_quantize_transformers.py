@@ -22,9 +22,9 @@ from toolchain.models.towers import ImageTower, TextTower
 from toolchain.quantization import checkpoint
 from toolchain.quantization.checkpoint import CONFIG, load_quantized
 from toolchain.quantization.freeze import freeze
-from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.nncf_backend import list_quantizers
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
-from toolchain.quantization.sensitivity import layers_of
+from toolchain.quantization.sensitivity import list_layers
 from toolchain.recipe.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,12 +195,12 @@ def test_attention_is_rounded_only_if_asked_for(model: ClipModel, tmp_path: Path
         (tmp_path / str(attention)).mkdir()
         quantize(model, tmp_path / str(attention), Calibration(*calibration, towers=("image",), attention=attention))
         towers[attention] = load_quantized(tmp_path / str(attention), model)[0]
-    names = {attention: {name for name, _ in quantizers_of(tower)} for attention, tower in towers.items()}
+    names = {attention: {name for name, _ in list_quantizers(tower)} for attention, tower in towers.items()}
     assert names[False] < names[True]
     added = names[True] - names[False]
     assert sum("/softmax/" in name for name in added) == VIT["layers"]
     assert sum("/attn/linear/" in name for name in added) == VIT["layers"], "queries, keys and values share one"
-    layers = layers_of(towers[True], shown[:2])
+    layers = list_layers(towers[True], shown[:2])
     assert all("linear" in name or "matmul" in name for name in layers), "what reads no weight belongs to what made it"
     with torch.no_grad():
         expected_BD = ImageTower(model.net)(shown)

@@ -13,7 +13,14 @@ from conftest import REPOSITORY, STUDENT
 from toolchain.errors import UsageError
 from toolchain.recipe.data import WebdatasetSpec
 from toolchain.recipe.distill import DistillSpec, LossWeights, TeacherCacheSpec
-from toolchain.recipe.load import adopting, checked, load_recipe, recipe_path, shipped_recipes, teacher_recipe
+from toolchain.recipe.load import (
+    check_recipe,
+    load_recipe,
+    make_adoption_recipe,
+    recipe_path,
+    shipped_recipes,
+    teacher_recipe,
+)
 from toolchain.recipe.model import ModelSpec, TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, architectures, model_folder
 from toolchain.recipe.recipe import Recipe
@@ -492,16 +499,16 @@ def test_a_teacher_of_a_recipe_that_is_wrong_is_said(path: Path) -> None:
 
 def test_adopting_takes_what_is_not_training() -> None:
     glyphs = load_recipe(recipe_path("glyphs"))
-    recipe = adopting(str(SHIPPED / "glyphs_teacher"), {}, glyphs, ["export.precisions=[fp32]"])
+    recipe = make_adoption_recipe(str(SHIPPED / "glyphs_teacher"), {}, glyphs, ["export.precisions=[fp32]"])
     assert (recipe.distill, recipe.teacher, recipe.baseline) == (None, None, False)
     assert (recipe.data, recipe.evaluate, recipe.quantize) == (glyphs.data, glyphs.evaluate, glyphs.quantize)
     assert recipe.export.precisions == ("fp32",)
     assert recipe.student.init == "weights"
-    assert checked(recipe.model_dump(mode="json"), "again", Path()) == recipe, "it survives its run's recipe.yaml"
+    assert check_recipe(recipe.model_dump(mode="json"), "again", Path()) == recipe, "it survives its run's recipe.yaml"
 
 
 def test_adopting_alone_exports_in_float() -> None:
-    recipe = adopting("ViT-B-32", {"pretrained": "laion2b_s34b_b79k"}, None)
+    recipe = make_adoption_recipe("ViT-B-32", {"pretrained": "laion2b_s34b_b79k"}, None)
     assert recipe.export.precisions == ("fp32",)
     assert recipe.name == "ViT-B-32"
 

@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from toolchain.errors import ArtifactError
-from toolchain.report.chart import latency_axis, render_picture
+from toolchain.report.chart import latency_axis, render_chart
 from toolchain.report.collect import collect
 from toolchain.report.findings import findings
 from toolchain.report.measured import machine_name
@@ -324,7 +324,7 @@ def test_references_alone_have_a_picture_and_no_front(run):
     report = collect([run])
     report["rows"] = [row for row in report["rows"] if row["pytorch"]]
     report["rows"][0]["pareto"] = False
-    assert render_picture(report, "png").startswith(b"\x89PNG")
+    assert render_chart(report, "png").startswith(b"\x89PNG")
 
 
 def test_where_everything_is_noisy_the_front_says_so(tmp_path):
@@ -570,7 +570,7 @@ def labels_and_points(monkeypatch, report):
         kept.append(self)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "__init__", keep)
-    render_picture(report, "png")
+    render_chart(report, "png")
     (figure,) = kept
     (axes,) = figure.axes
     labels = [text for text in axes.texts if type(text).__name__ == "Annotation"]
@@ -601,7 +601,7 @@ def test_labels_cover_neither_each_other_nor_a_marker(tmp_path, monkeypatch, mod
 
 
 def test_png_is_a_picture_with_ink(run):
-    image = np.asarray(Image.open(io.BytesIO(render_picture(collect([run]), "png"))).convert("L"))
+    image = np.asarray(Image.open(io.BytesIO(render_chart(collect([run]), "png"))).convert("L"))
     assert min(image.shape) > 600
     assert 0.01 < (image < 200).mean() < 0.3
 
@@ -610,7 +610,7 @@ def test_png_without_any_measurement_says_so(run):
     report = collect([run])
     for row in report["rows"]:
         row["p50_ms"] = None
-    assert render_picture(report, "png").startswith(b"\x89PNG")
+    assert render_chart(report, "png").startswith(b"\x89PNG")
 
 
 def test_collecting_needs_no_plotting_and_no_torch(run):
@@ -631,8 +631,8 @@ def test_collecting_needs_no_plotting_and_no_torch(run):
 def test_drawing_leaves_pyplot_alone(run):
     code = (
         "import sys\nfrom pathlib import Path\nfrom toolchain.report.collect import collect\n"
-        "from toolchain.report.chart import render_picture\n"
-        "render_picture(collect([Path(sys.argv[1])]), 'png')\n"
+        "from toolchain.report.chart import render_chart\n"
+        "render_chart(collect([Path(sys.argv[1])]), 'png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     root = Path(__file__).resolve().parent.parent

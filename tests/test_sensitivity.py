@@ -22,13 +22,13 @@ from toolchain.models.towers import ImageTower, TextTower
 from toolchain.quantization import sensitivity
 from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.freeze import freeze
-from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.nncf_backend import list_quantizers
 from toolchain.quantization.quantize import Calibration, quantize
 from toolchain.quantization.sensitivity import (
     Criterion,
     agreement_criterion,
     headline_criterion,
-    layers_of,
+    list_layers,
     revert_worst,
     score_towers,
 )
@@ -69,7 +69,7 @@ def towers(case: Case) -> dict[str, nn.Module]:
 
 @pytest.fixture
 def damaged(case: Case, towers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    weight = layers_of(towers["image"], case.inputs["image"][:2])[DAMAGED.removeprefix("image/")][0]
+    weight = list_layers(towers["image"], case.inputs["image"][:2])[DAMAGED.removeprefix("image/")][0]
     with torch.no_grad():
         weight.scale.mul_(WRONG_SCALE)
     return towers
@@ -92,12 +92,12 @@ def floats(case: Case) -> Iterator[tuple[Any, Tensor]]:
 
 
 def enabled(tower: nn.Module) -> list[bool]:
-    return [quantizer.is_enabled_quantization() for _, quantizer in quantizers_of(tower)]
+    return [quantizer.is_enabled_quantization() for _, quantizer in list_quantizers(tower)]
 
 
 def test_a_layer_is_its_weight_and_what_it_reads(case: Case, towers: dict[str, nn.Module]) -> None:
-    quantizers = dict(quantizers_of(towers["image"]))
-    layers = layers_of(towers["image"], case.inputs["image"][:2])
+    quantizers = dict(list_quantizers(towers["image"]))
+    layers = list_layers(towers["image"], case.inputs["image"][:2])
     assert len(layers) == 16, "15 convolutions and the projection"
     second = layers["visual/trunk/conv1/3/conv2d/0"]
     assert second[0] is quantizers["pre_hooks.visual/trunk/conv1/3/conv2d/0__1.0"]
@@ -106,10 +106,10 @@ def test_a_layer_is_its_weight_and_what_it_reads(case: Case, towers: dict[str, n
     assert [name for name, of in layers.items() if branch in of] == ["visual/trunk/layer1/0/conv2/conv2d/0"]
     owned = {id(quantizer) for of in layers.values() for quantizer in of}
     assert owned == {id(quantizer) for quantizer in quantizers.values()}
-    text = layers_of(towers["text"], case.inputs["text"][:2])
+    text = list_layers(towers["text"], case.inputs["text"][:2])
     assert {name: len(of) for name, of in text.items()} == dict.fromkeys(text, 2) | {"/embedding/0": 1}
     assert len(text) == 9, "four linear layers in each of two blocks, and the vocabulary"
-    assert layers_of(TextTower(case.model.net), case.inputs["text"][:2]) == {}
+    assert list_layers(TextTower(case.model.net), case.inputs["text"][:2]) == {}
 
 
 def test_each_layers_sqnr_is_that_of_it_alone(case: Case, towers: dict[str, nn.Module]) -> None:
@@ -119,7 +119,7 @@ def test_each_layers_sqnr_is_that_of_it_alone(case: Case, towers: dict[str, nn.M
     assert all(all(enabled(tower)) for tower in towers.values()), "all are on again"
     layer = found["layers"][0]
     tower, _, name = layer["layer"].partition("/")
-    for _, quantizer in quantizers_of(towers[tower]):
+    for _, quantizer in list_quantizers(towers[tower]):
         quantizer.enabled.fill_(0)
     with torch.no_grad():
         float_BD = towers[tower](case.inputs[tower]).double()
@@ -134,12 +134,12 @@ def test_each_layers_sqnr_is_that_of_it_alone(case: Case, towers: dict[str, nn.M
 
 
 def layers_of_enabled(tower: nn.Module, inputs: Tensor) -> Any:
-    """As `layers_of` finds them while all quantizers are on: one that is off is not in the graph."""
+    """As `list_layers` finds them while all quantizers are on: one that is off is not in the graph."""
     before = enabled(tower)
-    for _, quantizer in quantizers_of(tower):
+    for _, quantizer in list_quantizers(tower):
         quantizer.enabled.fill_(1)
-    layers = layers_of(tower, inputs[:2])
-    for on, (_, quantizer) in zip(before, quantizers_of(tower), strict=True):
+    layers = list_layers(tower, inputs[:2])
+    for on, (_, quantizer) in zip(before, list_quantizers(tower), strict=True):
         quantizer.enabled.fill_(int(on))
     return layers
 

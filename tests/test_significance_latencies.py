@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.significance import MAX_P, MIN_TURNS, rank_sum, signed_rank, told_apart
+from toolchain.significance import MAX_P, MIN_TURNS, differ_significantly, rank_sum, signed_rank
 
 
 def by_every_order(first: list[float], second: list[float]) -> float:
@@ -35,20 +35,20 @@ def test_rank_sum_is_the_share_of_orders(first: list[float], second: list[float]
 def test_equal_models_are_rarely_told_apart_and_one_outlier_hides_nothing() -> None:
     random = np.random.default_rng(0)
     processes, draws = 10, 2000
-    false = [told_apart(*random.lognormal(0, 0.1, (2, processes)).tolist()) for _ in range(draws)]
+    false = [differ_significantly(*random.lognormal(0, 0.1, (2, processes)).tolist()) for _ in range(draws)]
     assert np.mean(false) < MAX_P + 0.015  # three standard errors of 2,000 draws
     first = [1.0 + 0.001 * i for i in range(processes)]
     second = [1.1 * value for value in first]
     second[0], first[3] = 0.7, 1.6  # each met a moment of another machine
-    assert told_apart(first, second)
+    assert differ_significantly(first, second)
 
 
 @pytest.mark.parametrize(("processes", "apart"), [(1, False), (2, False), (3, True), (4, True)])
 def test_few_processes_must_be_apart_altogether(processes: int, apart: bool) -> None:
     first = [1.0 + i for i in range(processes)]
     second = [100.0 + i for i in range(processes)]
-    assert told_apart(first, second) == apart
-    assert not told_apart(first, [*second[:-1], 0.5])
+    assert differ_significantly(first, second) == apart
+    assert not differ_significantly(first, [*second[:-1], 0.5])
 
 
 def by_every_sign(first: list[float], second: list[float]) -> float:
@@ -80,9 +80,9 @@ def test_turns_see_through_a_machine_that_drifts() -> None:
     random = np.random.default_rng(0)
     drift = np.exp(0.2 * np.sin(np.arange(12)))  # a fifth up and down
     pairs = drift * random.lognormal(0, 0.02, (200, 2, 12))
-    same = [told_apart(*pair.tolist(), in_turns=True) for pair in pairs]
-    slowed = [told_apart(*(pair * [[1], [1.1]]).tolist(), in_turns=True) for pair in pairs]
-    unpaired = [told_apart(*(pair * [[1], [1.1]]).tolist()) for pair in pairs]
+    same = [differ_significantly(*pair.tolist(), in_turns=True) for pair in pairs]
+    slowed = [differ_significantly(*(pair * [[1], [1.1]]).tolist(), in_turns=True) for pair in pairs]
+    unpaired = [differ_significantly(*(pair * [[1], [1.1]]).tolist()) for pair in pairs]
     assert np.mean(same) < MAX_P + 0.05  # three standard errors of 200 draws
     assert np.mean(slowed) > 0.99 > 0.5 > np.mean(unpaired)
 
@@ -92,4 +92,4 @@ def test_few_turns_are_held_against_each_other_as_processes() -> None:
     assert len(first) < MIN_TURNS
     second = [value + 1 for value in first]
     assert signed_rank(first, second) > MAX_P
-    assert told_apart(first, second, in_turns=True)
+    assert differ_significantly(first, second, in_turns=True)

@@ -84,9 +84,9 @@ def test_every_candidate_is_an_architecture_with_a_source_for_its_number() -> No
 
 def model_folder_of(name: str) -> Path:
     from toolchain.recipe.model import ModelSpec
-    from toolchain.recipe.model_names import anchored
+    from toolchain.recipe.model_names import resolve_model
 
-    folder = model_folder(anchored(ModelSpec(model=name, init="random"), Path(), "student"))
+    folder = model_folder(resolve_model(ModelSpec(model=name, init="random"), Path(), "student"))
     assert folder is not None
     return folder
 

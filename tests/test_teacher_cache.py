@@ -129,16 +129,16 @@ class Damaged:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.data, name)
 
-    def view_of(self, sample_B: Any, view: int, geometries: Any) -> Batch:
+    def read_view(self, sample_B: Any, view: int, geometries: Any) -> Batch:
         kept = np.array([sample not in self.damaged for sample in sample_B.tolist()], bool)
-        whole = self.data.view_of(sample_B, view, geometries)
+        whole = self.data.read_view(sample_B, view, geometries)
         pixels = {geometry: drawn[torch.from_numpy(kept)] for geometry, drawn in whole.pixels.items()}
         captions_B = [caption for caption, keep in zip(whole.captions_B, kept.tolist(), strict=True) if keep]
         lost = tuple(Damage(sample, "truncated picture", "somewhere") for sample in sample_B[~kept].tolist())
         return Batch(pixels, captions_B, sample_B[kept], whole.pick_B[kept], view, lost)
 
-    def captions_of(self, sample_B: Any) -> list[tuple[str, ...]]:
-        whole = self.data.captions_of(sample_B)
+    def list_captions(self, sample_B: Any) -> list[tuple[str, ...]]:
+        whole = self.data.list_captions(sample_B)
         return [() if s in self.damaged else c for s, c in zip(sample_B.tolist(), whole, strict=True)]
 
 

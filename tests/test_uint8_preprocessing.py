@@ -55,11 +55,11 @@ def test_a_picture_of_the_models_size_is_exact(size, resize_mode):
 
 
 def test_every_size_is_resized_to_pillows():
-    """The integers of `_resized` against Python's rounding of floats, where the exact quotient is no half."""
+    """The integers of `_size_after_resize` against Python's rounding of floats, where the exact quotient is no half."""
     for mode, size in (("shortest", [24, 24]), ("shortest", [24, 40]), ("longest", [40, 24]), ("longest", [32, 32])):
         ours = Preprocessing(SPEC | {"resize_mode": mode, "size": size})
         height_N, width_N = (grid.ravel() for grid in torch.meshgrid(*[torch.arange(1, 130)] * 2, indexing="ij"))
-        got = torch.stack(ours._resized(height_N, width_N), 1).tolist()
+        got = torch.stack(ours._size_after_resize(height_N, width_N), 1).tolist()
         wrong = 0
         for new, old_height, old_width in zip(got, height_N.tolist(), width_N.tolist(), strict=True):
             if mode == "shortest" and size[0] == size[1]:

@@ -292,7 +292,7 @@ def order_by_definition(data: ShardBatches, epoch: int) -> list[int]:
 
 def samples_of_epoch(data: ShardBatches, epoch: int) -> list[int]:
     steps = range(epoch * data.steps_per_epoch, (epoch + 1) * data.steps_per_epoch)
-    return [sample for step in steps for sample in data.samples_of(step).tolist()]
+    return [sample for step in steps for sample in data.list_samples(step).tolist()]
 
 
 @settings(max_examples=40, deadline=None)
@@ -332,14 +332,14 @@ def test_a_batch_reads_from_few_shards(batch_size: int) -> None:
     per_shard = 50
     data = imagined(num_shards=100, per_shard=per_shard, batch_size=batch_size)
     windows = 2 + (batch_size - 2) // (WINDOW * per_shard)  # as many as that many neighbours can straddle
-    touched = [len(set((data.samples_of(step) // per_shard).tolist())) for step in range(data.steps_per_epoch)]
+    touched = [len(set((data.list_samples(step) // per_shard).tolist())) for step in range(data.steps_per_epoch)]
     assert max(touched) <= windows * WINDOW
     assert batch_size < 64 or max(touched) >= WINDOW, "and is mixed from all shards of a window"
 
 
 def test_samples_mix_evenly_within_a_window() -> None:
     data = imagined(num_shards=WINDOW, per_shard=1000, batch_size=1000)
-    counts_SW = np.stack([np.bincount(data.samples_of(step) // 1000, minlength=WINDOW) for step in range(WINDOW)])
+    counts_SW = np.stack([np.bincount(data.list_samples(step) // 1000, minlength=WINDOW) for step in range(WINDOW)])
     # Hypergeometric: 125 expected, a standard deviation of 9.8; 6 of them in none of 64 counts.
     assert np.abs(counts_SW - 125).max() < 60
 
@@ -347,7 +347,7 @@ def test_samples_mix_evenly_within_a_window() -> None:
 def test_order_and_crop_are_independent() -> None:
     """They are columns of the same hash: had they shared one, early samples would all be cropped alike."""
     data = imagined(num_shards=WINDOW, per_shard=500, batch_size=4000)
-    random_NR = uniforms(data.seed, data.samples_of(0), 0, 42)[:, 1:]
+    random_NR = uniforms(data.seed, data.list_samples(0), 0, 42)[:, 1:]
     place_N = np.arange(4000)
     correlation_R = [np.corrcoef(place_N, column)[0, 1] for column in random_NR.T]
     assert np.abs(correlation_R).max() < 6 / math.sqrt(4000)
@@ -357,13 +357,13 @@ def test_thirteen_million_samples_are_ordered_at_once() -> None:
     """CC3M and CC12M together: the first batch anywhere in an epoch at once, a whole epoch's order in seconds."""
     data = imagined(num_shards=1300, per_shard=10_000, batch_size=1024)
     started = time.monotonic()
-    drawn = data.samples_of(7 * data.steps_per_epoch + 9_999)
+    drawn = data.list_samples(7 * data.steps_per_epoch + 9_999)
     assert time.monotonic() - started < 2, "measured: 0.02 s"
     assert len(np.unique(drawn)) == 1024
     started = time.monotonic()
     seen_N = np.zeros(data.num_samples, bool)
     for step in range(data.steps_per_epoch):
-        seen_N[data.samples_of(step)] = True
+        seen_N[data.list_samples(step)] = True
     assert time.monotonic() - started < 60, "measured: 4 s"
     assert seen_N.sum() == data.steps_per_epoch * 1024
 
@@ -381,7 +381,7 @@ def test_it_is_training_data(data: ShardBatches) -> None:
         (torch.uint8, (8, 3, 64, 64)),
     ]
     assert batch.view == 1
-    assert (batch.sample_B.dtype, batch.sample_B.tolist()) == (np.int64, data.samples_of(13).tolist())
+    assert (batch.sample_B.dtype, batch.sample_B.tolist()) == (np.int64, data.list_samples(13).tolist())
 
 
 def test_a_pair_belongs_together(data: ShardBatches, folder: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_pair_belongs_together(data: ShardBatches, folder: Path) -> None:
                     texts.append(content.decode())
                 if info.name.endswith(".jpg"):
                     pictures.append(Image.open(io.BytesIO(content)).resize((8, 8), Image.Resampling.BOX))
-    everything = data.view_of(np.arange(100), 0, [Geometry(8, "bicubic")])
+    everything = data.read_view(np.arange(100), 0, [Geometry(8, "bicubic")])
     assert everything.captions_B == texts
     shown = everything.pixels[Geometry(8, "bicubic")].numpy().transpose(0, 2, 3, 1)
     for sample in range(100):
@@ -413,7 +413,7 @@ def test_a_batch_does_not_depend_on_those_before(data: ShardBatches, folder: Pat
         assert same(fresh.batch(step, EVERYTHING, [SMALL]), in_order[step])
     other = opened(folder / "{00000..00019}.tar", seed=1)
     assert not torch.equal(
-        other.view_of(np.arange(8), 0, [SMALL]).pixels[SMALL], data.view_of(np.arange(8), 0, [SMALL]).pixels[SMALL]
+        other.read_view(np.arange(8), 0, [SMALL]).pixels[SMALL], data.read_view(np.arange(8), 0, [SMALL]).pixels[SMALL]
     )
 
 
@@ -432,8 +432,8 @@ def test_rows_of_a_batch_are_the_batch(data: ShardBatches, cuts: list[int]) -> N
 
 
 def test_a_batch_says_which_of_its_captions_each_sample_shows(data: ShardBatches) -> None:
-    batch = data.view_of(np.arange(data.num_samples), 3, [SMALL])
-    captions_B = data.captions_of(batch.sample_B)
+    batch = data.read_view(np.arange(data.num_samples), 3, [SMALL])
+    captions_B = data.list_captions(batch.sample_B)
     assert [captions[pick] for captions, pick in zip(captions_B, batch.pick_B, strict=True)] == batch.captions_B
 
 
@@ -455,8 +455,8 @@ def test_a_geometry_alone_is_the_geometry_beside_another(data: ShardBatches) -> 
 def test_view_of_is_the_view_of_the_batch(data: ShardBatches) -> None:
     batch = data.batch(30, EVERYTHING, [SMALL])
     assert batch.view == 2
-    assert same(data.view_of(batch.sample_B, 2, [SMALL]), batch)
-    assert not torch.equal(data.view_of(batch.sample_B, 1, [SMALL]).pixels[SMALL], batch.pixels[SMALL])
+    assert same(data.read_view(batch.sample_B, 2, [SMALL]), batch)
+    assert not torch.equal(data.read_view(batch.sample_B, 1, [SMALL]).pixels[SMALL], batch.pixels[SMALL])
 
 
 @dataclass
@@ -726,7 +726,7 @@ def one_pair(tmp_path: Path, image: bytes | None = None, **parts: bytes) -> Shar
 
 
 def caption(data: ShardBatches, view: int = 0) -> str:
-    return data.view_of(np.array([1]), view, [SMALL]).captions_B[0]
+    return data.read_view(np.array([1]), view, [SMALL]).captions_B[0]
 
 
 @pytest.mark.parametrize(
@@ -754,7 +754,7 @@ def test_of_several_captions_each_epoch_picks_one(tmp_path: Path) -> None:
 
 def damage(data: ShardBatches) -> tuple[str, str]:
     """Of the odd sample; the sound one is shown."""
-    batch = data.view_of(np.arange(2), 0, [SMALL])
+    batch = data.read_view(np.arange(2), 0, [SMALL])
     assert batch.captions_B == ["sound"]
     assert batch.sample_B.tolist() == [0]
     assert len(batch.pixels[SMALL]) == 1
@@ -783,7 +783,7 @@ def test_captions_that_cannot_be_read(tmp_path: Path, parts: dict[str, bytes], r
     assert found == reason
     assert where.startswith(f"{tmp_path}/one.tar: odd (")
     assert detail is None or where == f"{tmp_path}/one.tar: odd ({detail})"
-    assert data.captions_of(np.arange(2)) == [("sound",), ()]
+    assert data.list_captions(np.arange(2)) == [("sound",), ()]
 
 
 def test_broken_pictures_are_named(tmp_path: Path) -> None:
@@ -796,7 +796,7 @@ def test_broken_pictures_are_named(tmp_path: Path) -> None:
         found, where = damage(data)
         assert found == reason, number
         assert where.startswith(f"{tmp_path}/{number}/one.tar: odd (")
-        assert data.captions_of(np.arange(2)) == [("sound",), ("x",)]
+        assert data.list_captions(np.arange(2)) == [("sound",), ("x",)]
 
 
 # The index
@@ -827,7 +827,7 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     data = opened(path, batch_size=3)
     assert data.shards[0].num_samples == 3
-    assert data.view_of(np.arange(3), 0, [SMALL]).captions_B == ["one", "four", "five"]
+    assert data.read_view(np.arange(3), 0, [SMALL]).captions_B == ["one", "four", "five"]
     assert data.left_out == (
         LeftOut("missing caption", 2, (f"{path}: alone", f"{path}: silent")),
         LeftOut("missing image", 1, (f"{path}: unseen",)),
@@ -879,7 +879,7 @@ def test_the_index_follows_the_shard(folder: Path, tmp_path: Path) -> None:
     members = [("a.jpg", PICTURE), ("a.txt", b"x"), ("b.jpg", PICTURE), ("b.txt", b"y"), ("c.jpg", PICTURE)]
     write_tar(path, [*members, ("c.txt", b"z")])
     size_bytes = path.stat().st_size
-    assert opened(path, batch_size=2).view_of(np.arange(3), 0, []).captions_B == ["x", "y", "z"]
+    assert opened(path, batch_size=2).read_view(np.arange(3), 0, []).captions_B == ["x", "y", "z"]
     time.sleep(0.02)  # a file system's clock ticks every few ms
     write_tar(path, [*members, ("d.txt", b"z")])
     assert path.stat().st_size == size_bytes, "only the time tells"
@@ -888,7 +888,7 @@ def test_the_index_follows_the_shard(folder: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_index_is_made_again(folder: Path, cache: Path) -> None:
     path = folder / "00000.tar"
-    expected = opened(path, batch_size=2).view_of(np.arange(PER_SHARD), 0, [SMALL])
+    expected = opened(path, batch_size=2).read_view(np.arange(PER_SHARD), 0, [SMALL])
     (kept,) = cache.iterdir()
     sound = kept.read_bytes()
     damaged = [b"", b"junk", sound[:100], sound[:-1]]
@@ -897,7 +897,7 @@ def test_a_damaged_index_is_made_again(folder: Path, cache: Path) -> None:
     for content in damaged:
         kept.write_bytes(content)
         module._load_pairs.cache_clear()
-        assert same(opened(path, batch_size=2).view_of(np.arange(PER_SHARD), 0, [SMALL]), expected)
+        assert same(opened(path, batch_size=2).read_view(np.arange(PER_SHARD), 0, [SMALL]), expected)
     assert [file.name for file in cache.iterdir()] == [kept.name], "and nothing is left beside it"
 
 
@@ -952,7 +952,7 @@ def shown_or_refused(path: Path) -> ShardBatches | None:
     refused = []
     for sample in range(data.num_samples):
         try:
-            data.view_of(np.array([sample]), 0, [SMALL])
+            data.read_view(np.array([sample]), 0, [SMALL])
         except ClipkdError as error:
             refused.append(str(error))
     assert all(re.match(f"{re.escape(str(path))}: the (image|caption) of sample ", text) for text in refused)

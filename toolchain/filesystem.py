@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def held(path: Path, busy: str) -> Iterator[None]:
+def hold_lock(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock file until the block or the process ends, even if it is killed.
 
     Raises:

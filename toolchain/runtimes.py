@@ -86,7 +86,7 @@ def runtime_title(name: str) -> str:
     return RUNTIMES[name].title if name in RUNTIMES else name
 
 
-def runtime_of(device: str) -> str:
+def choose_runtime(device: str) -> str:
     """Return the first runtime that supports a device (`cpu`, `cuda:0`, `npu`), or the first of all."""
     kind = device.partition(":")[0]
     return next((runtime.name for runtime in RUNTIMES.values() if kind in runtime.devices), next(iter(RUNTIMES)))

@@ -16,7 +16,7 @@ MAX_P = 0.05
 """Significance level: how often two equal models may be found different."""
 
 
-def told_apart(first_F: Sequence[float], second_S: Sequence[float], *, in_turns: bool = False) -> bool:
+def differ_significantly(first_F: Sequence[float], second_S: Sequence[float], *, in_turns: bool = False) -> bool:
     """Return True if two latencies differ at significance level MAX_P.
 
     `in_turns` is True if the processes of the two were interleaved.  Each is then compared with its neighbour, because

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.filesystem import file_sha256, held, partial_path, write_json
+from toolchain.filesystem import file_sha256, hold_lock, partial_path, write_json
 from toolchain.provenance import machine, revision, versions
 
 MANIFEST = "manifest.json"
@@ -110,8 +110,8 @@ def run_stage(spec: StageSpec, work: Work) -> Stage:
         if finished.manifest["key"] == key:
             return finished
     spec.path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(spec.partial), _explaining_full_disk(spec.partial):
-        manifest = _manifest_of(spec.partial, key)
+    with _lock(spec.partial), _explaining_full_disk(spec.partial):
+        manifest = _read_finished(spec.partial, key)
         cached = manifest is not None  # the last attempt was killed while the directory was renamed
         if manifest is None:
             manifest = _make(spec, key, work)
@@ -159,7 +159,7 @@ def is_made(spec: StageSpec) -> bool:
         return False
 
 
-def _manifest_of(partial: Path, key: str) -> dict[str, Any] | None:
+def _read_finished(partial: Path, key: str) -> dict[str, Any] | None:
     """Return the manifest of an attempt that finished its work; None if it did not, or had another key."""
     try:
         manifest: dict[str, Any] = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
@@ -213,26 +213,28 @@ def run_lock(run: Path) -> Iterator[None]:
     """
     if run.exists() and not run.is_dir():
         raise ArtifactError(f"{run}: is a file; expected a run directory. Choose another --out")
-    if run.is_dir() and any(run.iterdir()) and not (run / ".lock").exists() and not _resolved_here(run):
+    if run.is_dir() and any(run.iterdir()) and not (run / ".lock").exists() and not _is_resolved_recipe(run):
         raise ArtifactError(f"{run}: not empty, and no recipe.yaml of clipkd; not a run. Choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{run}: cannot make this directory: {error.strerror}. Choose another --out") from None
-    with held(run / ".lock", f"{run}: another clipkd is using this run; wait for it to end, or choose another --out"):
+    with hold_lock(
+        run / ".lock", f"{run}: another clipkd is using this run; wait for it to end, or choose another --out"
+    ):
         yield
 
 
-def _resolved_here(run: Path) -> bool:
+def _is_resolved_recipe(run: Path) -> bool:
     """Return True if the directory's recipe.yaml was written by clipkd and not by a user."""
     recipe = run / "recipe.yaml"
     return recipe.is_file() and RESOLVED in recipe.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def _lock(partial: Path) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
-    with held(partial / _LOCK, f"{partial}: another process is making this stage; wait for it to end"):
+    with hold_lock(partial / _LOCK, f"{partial}: another process is making this stage; wait for it to end"):
         yield
 
 

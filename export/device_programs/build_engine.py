@@ -82,7 +82,7 @@ def build_engines(
             partial(profile_sizes, tower, max_batch),
             timing,
             int(workspace_gib * (1 << 30)),
-            _named(on_progress, tower),
+            _add_tower(on_progress, tower),
         )
         _write(out / f"{tower}.engine", plan)
         manifest["graphs"][tower] = hashlib.sha256(graph_bytes).hexdigest()
@@ -213,7 +213,7 @@ def _build_plan(
     return bytes(plan), sizes
 
 
-def _named(on_progress: Progress, tower: str) -> Progress:
+def _add_tower(on_progress: Progress, tower: str) -> Progress:
     return lambda what, done, total: on_progress(f"{tower}: {what}", done, total)
 
 

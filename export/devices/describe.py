@@ -20,7 +20,7 @@ _GPU_CLOCKS = ("sudo nvidia-smi -pm 1", "sudo nvidia-smi -lgc F,F  # F in MHz: n
 _MACHINE = Path(machine_program.__file__)
 
 
-def with_clocks_of(kind: str, machine: Machine) -> Machine:
+def add_clocks(kind: str, machine: Machine) -> Machine:
     """Return the machine with the clock state of its CPU and of the kind of device that computes."""
     is_jetson = "sudo jetson_clocks" in machine["to_lock_clocks"]  # the command also locks the GPU's clocks
     if kind == "cpu" or is_jetson:

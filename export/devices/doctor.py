@@ -27,7 +27,7 @@ from export.devices.ssh import TimedOut, by_hand, run_on
 from toolchain.errors import ClipkdError, MissingDependency, UnavailableBackend, UsageError
 from toolchain.progress import Progress, no_progress
 from toolchain.recipe.recipe import Recipe
-from toolchain.runtimes import RUNTIMES, runtime_of
+from toolchain.runtimes import RUNTIMES, choose_runtime
 
 Row = dict[str, Any]
 
@@ -146,7 +146,7 @@ def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset
             here.add("compile")
     if isinstance(device, Device):
         preset = PRESETS.get(device.preset or "")
-        of_device = tuple(runtimes) or ((preset.runtimes[0],) if preset else (runtime_of("cpu"),))
+        of_device = tuple(runtimes) or ((preset.runtimes[0],) if preset else (choose_runtime("cpu"),))
         there = {"measure", "pictures", *(need for runtime in of_device for need in RUNTIMES[runtime].capabilities)}
         return frozenset(here), frozenset(there)
     here |= {need for runtime in runtimes for need in RUNTIMES[runtime].capabilities}
@@ -305,7 +305,7 @@ def _probe_here(probe: str, timeout_s: float) -> Found:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return None, {}, ""
-    return _found(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
+    return _read_probe(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
 
 
 def _prober_on(device: Device) -> Prober:
@@ -316,12 +316,12 @@ def _prober_on(device: Device) -> Prober:
             return None, {}, ""
         except ClipkdError as error:
             return 1, {}, str(error)
-        return _found(ended.returncode, ended.stdout, ended.stderr)
+        return _read_probe(ended.returncode, ended.stdout, ended.stderr)
 
     return probe
 
 
-def _found(status: int, stdout: str, stderr: str) -> Found:
+def _read_probe(status: int, stdout: str, stderr: str) -> Found:
     if status == 0:
         details: dict[str, Any] = json.loads(stdout)
         return 0, details, ""

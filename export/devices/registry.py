@@ -41,7 +41,7 @@ class Device:
     """Folder on the device for copied files and runs; None: ~/.cache/clipkd/device."""
 
 
-def checked(device: Device) -> Device:
+def check_device(device: Device) -> Device:
     """Return the same device if all its fields are valid.
 
     Raises:
@@ -81,7 +81,7 @@ def read_devices() -> dict[str, Device]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         entries = document["devices"]
-        found = {name: checked(_device(name, entry)) for name, entry in entries.items()}
+        found = {name: check_device(_device(name, entry)) for name, entry in entries.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -103,7 +103,7 @@ def add_device(device: Device, *, replace: bool = False) -> None:
             f"{device.name}: a device with this name exists ({known[device.name].destination}); "
             "replace it with --replace"
         )
-    _write({**known, device.name: checked(device)})
+    _write({**known, device.name: check_device(device)})
 
 
 def remove_device(name: str) -> None:

@@ -110,7 +110,7 @@ def run_on(
         "once": [digest for name, digest in digests.items() if files[name] in once],
         "fetch": list(fetch.names) if fetch else [],
     }
-    with _connected(device) as link:
+    with _connect(device) as link:
         link.send(_AGENT.read_bytes())
         link.send(json.dumps(request).encode())
         link.marker = f"clipkd {request['nonce']} ".encode()
@@ -272,7 +272,7 @@ class _Link:
                     if "error" in message:
                         raise ClipkdError(f"{self._device.name}: {message['root']}: {message['message']}")
                     return message
-        raise self._broken()
+        raise self._no_reply_error()
 
     def receive_file(self, path: Path, size: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ class _Link:
             while size:
                 chunk = self._out.read(min(size, _CHUNK_BYTES))
                 if not chunk:
-                    raise self._broken()
+                    raise self._no_reply_error()
                 file.write(chunk)
                 size -= len(chunk)
 
@@ -307,7 +307,7 @@ class _Link:
         while True:  # until a message with the error, or the end of the stream, raises
             self.receive(_ANSWER_S)
 
-    def _broken(self) -> ClipkdError:
+    def _no_reply_error(self) -> ClipkdError:
         """Return the error that explains why no message follows, from ssh's exit status and stderr."""
         status = self._process.wait()
         self._stderr.seek(0)
@@ -335,7 +335,7 @@ class _Link:
 
 
 @contextmanager
-def _connected(device: Device) -> Iterator[_Link]:
+def _connect(device: Device) -> Iterator[_Link]:
     python = device.python.removeprefix("~/")  # a quoted ~ does not expand; commands start in the home folder
     command = f"exec {shlex.quote(python)} -c {shlex.quote(_BOOTSTRAP)}"
     with tempfile.TemporaryFile() as stderr:  # a shared ssh connection would keep a pipe open
@@ -404,10 +404,10 @@ def _relative(name: str) -> Path:
 
 def _sha256(path: Path) -> str:
     status = path.stat()
-    return _sha256_of(path, status.st_size, status.st_mtime_ns)
+    return _cached_sha256(path, status.st_size, status.st_mtime_ns)
 
 
 @cache
-def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+def _cached_sha256(path: Path, size: int, mtime_ns: int) -> str:
     """Return the sha256, cached while the file's size and time stay the same: a profile sends each graph many times."""
     return file_sha256(path)

@@ -41,7 +41,7 @@ def write_graph(
     """
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
     free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
-    graph = _converted(tower, example[:batch], path, names_io, free if batch is None else None, opset)
+    graph = _convert(tower, example[:batch], path, names_io, free if batch is None else None, opset)
     if RUNTIMES[runtime].separates_products:
         separate_products(graph.graph)
     _check_and_save(graph, path, metadata)
@@ -68,7 +68,7 @@ def write_uint8_graph(
     sizes = {index: torch.export.Dim(name, min=1, max=_MAX_SIDE) for index, name in enumerate(("height", "width"))}
     example = torch.zeros(*_EXAMPLE_SIZE, 3, dtype=torch.uint8)
     names_io = UINT8_INPUT, "image_features", IMAGE_INPUT
-    graph = _converted(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset)
+    graph = _convert(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset)
     del graph.graph.output[1:]
     _check_and_save(graph, path, metadata)
     dims = graph.graph.input[0].type.tensor_type.shape.dim
@@ -76,7 +76,7 @@ def write_uint8_graph(
         raise ClipkdError(f"{path}: {UINT8_INPUT} has a fixed size; expected free height and width")
 
 
-def _converted(
+def _convert(
     tower: nn.Module,
     example: Tensor,
     path: Path,

@@ -78,13 +78,13 @@ def _weight_parts(
         inputs = [parts[place] for parts in sliced if parts is not None]
         if len(inputs) < len(sliced):
             return None
-        part = _copied(dequantize, place, inputs)
-        turned = _copied(transpose, place, list(part.output))
+        part = _copy_node(dequantize, place, inputs)
+        turned = _copy_node(transpose, place, list(part.output))
         made.append(([part, turned], turned.output[0]))
     return made
 
 
-def _copied(node: NodeProto, place: int, inputs: list[str]) -> NodeProto:
+def _copy_node(node: NodeProto, place: int, inputs: list[str]) -> NodeProto:
     """Return a copy of an operator with the same attributes and other inputs."""
     copied = NodeProto()
     copied.CopyFrom(node)

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from toolchain.errors import ClipkdError
-from toolchain.evaluation.eval_set import EvalSet, Picture
+from toolchain.evaluation.eval_set import EvalSet, ImageFile
 from toolchain.models.clip_model import ClipModel
 
 MAX_PARITY_SAMPLES = 256
@@ -27,17 +27,17 @@ def in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
 
 def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
     """Write the inputs that parity.py feeds to a runtime and torch's features; samples are spread over the set."""
-    shown, pictures = _parity_pictures(headline, model)
+    shown, images = _parity_images(headline, model)
     spoken = _spread(len(headline.texts))
     captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
-    pixel_values_BCHW = torch.stack([model.preprocess(picture) for picture in pictures])
+    pixel_values_BCHW = torch.stack([model.preprocess(shown_image) for shown_image in images])
     input_ids_BT = model.tokenize(captions)
     np.savez(
         path,
         names=np.array([headline.texts[index] for index in spoken]),
         image_names=np.array([headline.label(index) for index in shown]),
         captions=np.array(captions),
-        pixels_BHWC=np.stack([np.asarray(picture) for picture in pictures]),
+        pixels_BHWC=np.stack([np.asarray(shown_image) for shown_image in images]),
         pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
         input_ids_BT=input_ids_BT.numpy(),
         image_features_BD=in_chunks(towers[0], pixel_values_BCHW).numpy(),
@@ -45,7 +45,7 @@ def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, 
     )
 
 
-def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:
+def _parity_images(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:
     """Return indices of images in a set, and the images, all of one size so that they fit one array.
 
     Glyphs have one size already and are not changed. Other images are cut to a size a little larger than the model's
@@ -57,19 +57,19 @@ def _parity_pictures(headline: EvalSet, model: ClipModel) -> tuple[list[int], li
     cfg = model.config["preprocess_cfg"]
     height, width = cfg["size"] if isinstance(cfg["size"], list) else (cfg["size"], cfg["size"])
     fitted = width + width // 4, height + height // 8
-    as_they_are = not isinstance(headline.pictures[0], Picture)  # an array: of one size already
+    as_they_are = not isinstance(headline.images[0], ImageFile)  # an array: of one size already
     at_most = MAX_PARITY_SAMPLES if as_they_are else max(2, MAX_PARITY_BYTES // (3 * fitted[0] * fitted[1]))
     chosen = _spread(len(headline), min(MAX_PARITY_SAMPLES, at_most))
     shown: list[int] = []
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for index in chosen.tolist():
-        picture = headline.image(index)
-        if picture is not None:
+        shown_image = headline.image(index)
+        if shown_image is not None:
             shown.append(index)
-            pictures.append(picture if as_they_are else ImageOps.fit(picture, fitted))
-    if not pictures:
+            images.append(shown_image if as_they_are else ImageOps.fit(shown_image, fitted))
+    if not images:
         raise ClipkdError(f"evaluation set {headline.name}: none of {len(chosen)} images tried can be read")
-    return shown, pictures
+    return shown, images
 
 
 def _spread(count: int, at_most: int = MAX_PARITY_SAMPLES) -> NDArray[np.int64]:

@@ -51,7 +51,7 @@ class Preprocessing(nn.Module):
     def forward(self, pixels_HWC: Tensor) -> Tensor:
         # int64 tensors instead of Python numbers: the graph computes them from the image's shape
         height, width = (torch.full((), size, dtype=torch.int64) for size in pixels_HWC.shape[:2])
-        new_height, new_width = self._resized(height, width)
+        new_height, new_width = self._size_after_resize(height, width)
         kernel_Ww, inside_w = self._kernel(pixels_HWC.shape[1], width, new_width, self.width)
         kernel_Hh, inside_h = self._kernel(pixels_HWC.shape[0], height, new_height, self.height)
         levels_CHW = pixels_HWC.permute(2, 0, 1).float()
@@ -69,7 +69,7 @@ class Preprocessing(nn.Module):
             levels_Chw = torch.where(inside_h[:, None] & inside_w, levels_Chw, self.fill)
         return ((levels_Chw / 255 - self.mean) / self.std)[None]
 
-    def _resized(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    def _size_after_resize(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """Return height and width after resizing and before cropping or padding."""
         target_height, target_width = (torch.full_like(height, size) for size in (self.height, self.width))
         if self.mode == "squash":

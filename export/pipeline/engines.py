@@ -29,10 +29,10 @@ def build_engines(recipe: Recipe, out: Path, exported: dict[str, Stage], screen:
         paths = ", ".join(str(stage.path) for stage in kits.values())
         hint = f"The kits are complete: {paths}; build on the device with build_on_device.sh, or export with --no-build"
         raise type(error)(f"{error}. {hint}") from None
-    return {f"engines/{name}": engines_of(kit, out, device, screen) for name, kit in kits.items()}
+    return {f"engines/{name}": open_or_build_engines(kit, out, device, screen) for name, kit in kits.items()}
 
 
-def engines_of(kit: Stage, out: Path, device: dict[str, str], screen: Screen) -> Stage:
+def open_or_build_engines(kit: Stage, out: Path, device: dict[str, str], screen: Screen) -> Stage:
     """Return the TensorRT engines of one kit of a run, for the GPU of this machine, as `can_build` describes it."""
     from export.runtime.tensorrt_engines import build
 

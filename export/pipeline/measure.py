@@ -16,7 +16,7 @@ from toolchain.stage import REFERENCE_KIND, Stage, StageSpec, run_stage
 def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """Return parity, accuracy and latency of each exported model, in its own runtime on this machine."""
     measured = {}
-    accuracy, fields, fingerprints = require_evaluation(recipe), _measured_by(recipe), _measured_on(recipe)
+    accuracy, fields, fingerprints = require_evaluation(recipe), _measurement_fields(recipe), _measurement_data(recipe)
     for name, model in exported.items():
         if RUNTIMES[export_summary(model)["runtime"]].is_kit:
             continue  # the engines of a build kit run on their device
@@ -66,7 +66,7 @@ def measure_references(
     planned_references = plan_references(recipe)
     if not planned_references:
         return measured
-    accuracy, fields, fingerprints = require_evaluation(recipe), _measured_by(recipe), _measured_on(recipe)
+    accuracy, fields, fingerprints = require_evaluation(recipe), _measurement_fields(recipe), _measurement_data(recipe)
     for planned in planned_references:
         if planned.beside not in exported:
             continue  # its export failed and reported why
@@ -96,7 +96,7 @@ def measure_references(
     return measured
 
 
-def _measured_by(recipe: Recipe) -> dict[str, Any]:
+def _measurement_fields(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe fields that every measurement reads."""
     return {
         "evaluate": require_evaluation(recipe).model_dump(mode="json"),
@@ -104,7 +104,7 @@ def _measured_by(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _measured_on(recipe: Recipe) -> dict[str, str]:
+def _measurement_data(recipe: Recipe) -> dict[str, str]:
     """Return fingerprints of the data and the machine that every measurement depends on."""
     from toolchain.evaluation.open_sets import fingerprints
     from toolchain.provenance import machine

@@ -85,7 +85,9 @@ def decide(candidates: Sequence[Candidate], max_drop: float) -> dict[str, Verdic
     below that of the chosen one.
     """
     ordered = sorted(candidates, key=lambda candidate: PRECISIONS[candidate.precision].safety_rank)
-    rejected = {candidate.precision: too_far(candidate, max_drop) or _untimed(candidate) for candidate in ordered}
+    rejected = {
+        candidate.precision: too_far(candidate, max_drop) or _reject_untimed(candidate) for candidate in ordered
+    }
     reference = rejected.get(REFERENCE_PRECISION, Verdict("failed", "it is not among the candidates"))
     if reference is not None:
         return {REFERENCE_PRECISION: reference} | _without_reference(ordered)
@@ -123,7 +125,7 @@ def doubts(candidate: Candidate, max_drop: float) -> list[str]:
     ]
 
 
-def _untimed(candidate: Candidate) -> Verdict | None:
+def _reject_untimed(candidate: Candidate) -> Verdict | None:
     latency = candidate.latency
     if latency is not None and 0 < latency.low_ms <= latency.p50_ms <= latency.high_ms < math.inf:  # NaN fails this
         return None

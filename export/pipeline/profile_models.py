@@ -18,8 +18,8 @@ from export.devices.doctor import local_device
 from export.devices.registry import Device, find_device, is_local
 from export.devices.ssh import build_engines_on
 from export.documents import Parity
-from export.model_folder import is_checkpoint, run_of
-from export.pipeline.engines import engines_of
+from export.model_folder import find_run, is_checkpoint
+from export.pipeline.engines import open_or_build_engines
 from export.pipeline.measure_model import score
 from export.profiling.documents import FailedRow, ProfileRow
 from export.profiling.protocol import Effort, Profile, Target, profile_together
@@ -95,7 +95,7 @@ def profile_models(
     places, failures = _places(models, where, effort, scored, screen)
 
     @cache
-    def timed() -> dict[int, Profile | ClipkdError]:
+    def time_all() -> dict[int, Profile | ClipkdError]:
         """Time all models that have not failed and have no stored result, together, on the first call."""
         to_do = {
             index: place
@@ -105,8 +105,8 @@ def profile_models(
         found = _time([models[index] for index in to_do], list(to_do.values()), where, effort, screen)
         return dict(zip(to_do, found, strict=True))
 
-    def timed_one(index: int) -> Profile:
-        found = timed()[index]
+    def time_one(index: int) -> Profile:
+        found = time_all()[index]
         if isinstance(found, ClipkdError):
             raise found
         return found
@@ -117,7 +117,7 @@ def profile_models(
     for index, place in places.items():
         own = None if out is None else out / f"samples-{index + 1}.npz"
         try:
-            measured[index] = _row(models[index], place, where, own, partial(timed_one, index), screen)
+            measured[index] = _row(models[index], place, where, own, partial(time_one, index), screen)
         except ClipkdError as error:
             failures[index] = error
     rows = [
@@ -150,19 +150,19 @@ def _row(
     place: _Place | None,
     where: _Where,
     own: Path | None,
-    timed: Callable[[], Profile],
+    time_all: Callable[[], Profile],
     screen: Screen,
 ) -> ProfileRow:
     """Return a model's row, stored in its run or measured now; `own` is the caller's file for its latencies."""
     if place is None:
-        found = timed()
+        found = time_all()
         document, samples = found.document, own
         if own is not None:
             np.savez(own, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
     else:
         name = f"measured/{model.name}/{where.name}"
         with run_lock(place.run):
-            stage = run_stage(place.stage, partial(_measure, name, place, where, timed, screen))
+            stage = run_stage(place.stage, partial(_measure, name, place, where, time_all, screen))
         screen.done(name, stage)
         document = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
         samples = stage.path / "samples.npz"
@@ -182,7 +182,7 @@ def _failed_row(model: Path, where: _Where, failure: ClipkdError) -> FailedRow:
 
 
 def _measure(
-    name: str, place: _Place, where: _Where, timed: Callable[[], Profile], screen: Screen, folder: Path
+    name: str, place: _Place, where: _Where, time_all: Callable[[], Profile], screen: Screen, folder: Path
 ) -> dict[str, Any]:
     """Write parity.json, evaluation.json if it is evaluated, profile.json and samples.npz; return the headline."""
     screen.starts(name)
@@ -191,7 +191,7 @@ def _measure(
     samples: dict[str, Any] = {}
     if place.spec is not None:
         samples, _ = score(_encoders(place, where), folder, place.spec, screen.progress)
-    found = timed()
+    found = time_all()
     write_json(folder / "profile.json", found.document)
     np.savez(folder / "samples.npz", **samples, **found.samples)  # type: ignore[arg-type]  # as above
     return {"p50_ms": found.document["image"]["p50_ms"]}
@@ -225,7 +225,7 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
         raise UsageError(
             f"{model}: a checkpoint is timed in PyTorch on this machine's CPU; pass an export of it instead"
         )
-    run, is_kit = run_of(model), (model / "build_engine.py").is_file()
+    run, is_kit = find_run(model), (model / "build_engine.py").is_file()
     if is_kit and where.on is None and where.name != "cuda:0":
         raise UnavailableBackend(
             f"{model}: a TensorRT build kit, which the {where.name} of this machine cannot run; its engines run on the "
@@ -259,7 +259,7 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
 def _engines(kit: Stage, run: Path, where: _Where, screen: Screen) -> Stage:
     """Return a kit's engines for this machine's GPU, or build them on a device reached by ssh for its GPU."""
     if where.on is None:
-        return engines_of(kit, run, can_build(), screen)
+        return open_or_build_engines(kit, run, can_build(), screen)
     device, name = where.on, f"engines/{kit.path.name}@{where.name}"
 
     def build(folder: Path) -> dict[str, Any]:

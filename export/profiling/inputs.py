@@ -14,7 +14,7 @@ from PIL import Image
 
 from export.device_programs.runner import preprocess_image
 from export.devices.run_runner import require_compiler
-from export.model_folder import exported_of, is_checkpoint, runtime_words, tower_files
+from export.model_folder import find_exported, is_checkpoint, runtime_words, tower_files
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import read_json
 
@@ -92,7 +92,7 @@ def _source_of_inputs(folder: Path, options: RunnerOptions) -> Path:
         )
     if is_reference and options.compiled:
         require_compiler()
-    exported = exported_of(folder) if is_reference else folder
+    exported = find_exported(folder) if is_reference else folder
     for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
         if not (exported / name).is_file():
             raise ArtifactError(

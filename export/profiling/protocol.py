@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from export.devices.describe import with_clocks_of
+from export.devices.describe import add_clocks
 from export.devices.documents import Machine, RunnerDocument
 from export.devices.registry import Device
 from export.model_folder import tower_files
@@ -156,10 +156,10 @@ def profile_together(
     name, call = target.device if target.on is None else target.on.name, secrets.token_hex(8)
     return [
         failures.get(place)
-        or _profile_of(
+        or _summarize(
             tower_files(folder, target.engines.get(folder)),
             results[place],
-            with_clocks_of("cuda" if folder in target.engines else target.device.partition(":")[0], machine),
+            add_clocks("cuda" if folder in target.engines else target.device.partition(":")[0], machine),
             threads or machine["usable_cores"],
             name,
             flags,
@@ -169,7 +169,7 @@ def profile_together(
     ]
 
 
-def _profile_of(
+def _summarize(
     files: Mapping[str, Path],
     results: Mapping[str, Sequence[RunnerDocument]],
     machine: Machine,

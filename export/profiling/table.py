@@ -7,7 +7,7 @@ from pathlib import Path
 
 from export.profiling.documents import FailedRow, ProfileDocument, ProfileRow, is_measured
 from export.profiling.summary import MIN_SAMPLES_P90, MIN_SAMPLES_P99
-from toolchain.significance import told_apart
+from toolchain.significance import differ_significantly
 from toolchain.text_table import Note, TextTable
 
 _REASON_CHARACTERS = 100  # shown in the table; the error has the full text
@@ -74,7 +74,7 @@ def _compare_to_first(first: ProfileDocument, row: ProfileDocument) -> str:
         return "-"
     ours, theirs = row["image"], first["image"]
     in_turns = row.get("call") == first.get("call") is not None
-    apart = told_apart(theirs["p50_by_process_ms"], ours["p50_by_process_ms"], in_turns=in_turns)
+    apart = differ_significantly(theirs["p50_by_process_ms"], ours["p50_by_process_ms"], in_turns=in_turns)
     return f"{ours['p50_ms'] / theirs['p50_ms']:.2f}{'' if apart else ' (may be chance)'}"
 
 

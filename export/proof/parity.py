@@ -121,8 +121,8 @@ def check_uint8_input(
     for pixels_HWC in _read_samples(folder)["pixels_BHWC"][:_NUM_RESIZED]:
         for what, (tall, wide) in _RESIZED.items():
             size = max(1, round(wide * width)), max(1, round(tall * height))
-            picture = Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC)
-            pixel_values_CHW, seen = encoders.preprocess(picture), np.asarray(picture)
+            resized = Image.fromarray(pixels_HWC).resize(size, Image.Resampling.BICUBIC)
+            pixel_values_CHW, seen = encoders.preprocess(resized), np.asarray(resized)
             names.append(f"{what}, {size[0]}x{size[1]}")
             levels = 255 * std_C11 * np.abs(pixel_values_of(seen)[0] - pixel_values_CHW)
             bound = MAX_LEVELS + _SAME_LEVEL if what != "equal" else _SAME_LEVEL

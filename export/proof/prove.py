@@ -39,7 +39,7 @@ def prove(folder: Path, *, runtime: str, precision: str, device: str = "cpu", ui
 
     Raises:
         GateError: a tower does not compute what PyTorch did, or its runtime crashed or hung.
-        UnavailableBackend, MissingDependency, ArtifactError: as `runtime.open_exported`.
+        UnavailableBackend, MissingDependency, ArtifactError: as `runtime.open_list_exported`.
     """
     question: dict[str, Any] = {"folder": str(folder), "runtime": runtime, "precision": precision, "device": device}
     question |= {"uint8_input": uint8_input}

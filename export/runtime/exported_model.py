@@ -100,9 +100,9 @@ class ExportedEncoders:
         return self.encode_ids(self.tokenize(texts))
 
     def _pixel_values(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        pictures = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
-        shape = [len(pictures), 3, *as_pair(self.image_spec["size"])]
-        return np.array([self.preprocess(picture) for picture in pictures], np.float32).reshape(shape)
+        decoded = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]
+        shape = [len(decoded), 3, *as_pair(self.image_spec["size"])]
+        return np.array([self.preprocess(image) for image in decoded], np.float32).reshape(shape)
 
 
 def open_exported(

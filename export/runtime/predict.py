@@ -27,14 +27,14 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
         inside = sorted(path.parent for path in model.rglob("image.onnx")) if model.is_dir() else []
         hint = f"it contains: {', '.join(map(str, inside))}" if inside else "make one with: clipkd export RUN"
         raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
-    pictures = [_open(path) for path in images]
+    opened = [_open(path) for path in images]
     encoders = open_exported(model)
     own_labels, own_features_KD, logit_scale = read_classes(model)
     if labels is None and not own_labels:
         raise UsageError(f"{model}: the model was exported without labels; pass some: --labels 'a cat,a dog'")
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
     labels = own_labels if labels is None else labels
-    probabilities_BK = _softmax(logit_scale * encoders.encode_images(pictures) @ label_features_KD.T)
+    probabilities_BK = _softmax(logit_scale * encoders.encode_images(opened) @ label_features_KD.T)
     answers = []
     for path, probability_K in zip(images, probabilities_BK, strict=True):
         best = np.argsort(-probability_K, kind="stable")[:top]

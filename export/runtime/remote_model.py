@@ -52,7 +52,7 @@ def reference_encoders(checkpoint: Path, exported: Path, *, compiled: bool) -> E
 
     Raises:
         MissingDependency: `compiled` is set, and there is no C++ compiler.
-        ArtifactError: as `runtime.open_exported`.
+        ArtifactError: as `runtime.open_list_exported`.
     """
     if compiled:
         require_compiler()

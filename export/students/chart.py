@@ -138,7 +138,7 @@ def _place_names(axes: "Axes", rows: Sequence[MeasuredStudent], field: Worth) ->
                 left = x + dx * per_point - extent.width * (1 - _sign(dx)) / 2
                 low = y + dy * per_point - extent.height * (1 - _sign(dy)) / 2
                 box = left, low, left + extent.width, low + extent.height
-                tried.append((_covered(box, np.array(taken), inside) + 0.1 * (dx * dx + dy * dy), box))
+                tried.append((_overlap(box, np.array(taken), inside) + 0.1 * (dx * dx + dy * dy), box))
         _, best = min(tried)
         taken.append(best)
         left, low = axes.transData.inverted().transform(best[:2])
@@ -153,12 +153,12 @@ def _sign(x: float) -> int:
     return (x > 0) - (x < 0)
 
 
-def _covered(box: Box, taken_N4: NDArray[np.float64], inside: Box) -> float:
+def _overlap(box: Box, taken_N4: NDArray[np.float64], inside: Box) -> float:
     """Return the pixels of a name that cover something, plus twice those outside of the panel."""
 
-    def shared(others_N4: NDArray[np.float64]) -> float:
+    def covered_area(others_N4: NDArray[np.float64]) -> float:
         sides_N2 = np.minimum(box[2:], others_N4[:, 2:]) - np.maximum(box[:2], others_N4[:, :2])
         return float(sides_N2.clip(0).prod(1).sum())
 
     area = (box[2] - box[0]) * (box[3] - box[1])
-    return 2 * (area - shared(np.array([inside]))) + shared(taken_N4)
+    return 2 * (area - covered_area(np.array([inside]))) + covered_area(taken_N4)

@@ -24,7 +24,7 @@ class Students:
     failed: list[StudentRow]
     """Those that could not be measured."""
 
-    picture: Path
+    chart: Path
     problem: ClipkdError | None
     """The error if no candidate was measured or none is fast enough."""
 
@@ -87,5 +87,5 @@ def choose_students(
     students = Students(fit, failed, out / "students.png", problem)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "students.json", students.rows)
-    students.picture.write_bytes(render_students(fit))
+    students.chart.write_bytes(render_students(fit))
     return students

@@ -15,7 +15,7 @@ from typing import TypedDict, cast
 
 import numpy as np
 
-from export.devices.describe import describe_device, with_clocks_of
+from export.devices.describe import add_clocks, describe_device
 from export.devices.doctor import require
 from export.devices.documents import Machine, RunnerDocument
 from export.devices.registry import Device
@@ -24,12 +24,12 @@ from export.profiling.summary import grade, summarise
 from export.students.candidates import Candidate
 from export.students.documents import GraphFacts, MeasuredStudent, StudentRow, Timing, Worth, is_measured
 from toolchain.errors import ClipkdError, MissingDependency, UsageError
-from toolchain.filesystem import held, user_cache_folder, write_json
+from toolchain.filesystem import hold_lock, user_cache_folder, write_json
 from toolchain.precisions import PRECISIONS, SAFEST_FIRST
 from toolchain.progress import Progress, no_progress
 from toolchain.provenance import versions
 from toolchain.report.pareto import pareto_front
-from toolchain.runtimes import RUNTIMES, runtime_of
+from toolchain.runtimes import RUNTIMES, choose_runtime
 
 STUDENT_PRECISIONS = tuple(name for name in SAFEST_FIRST if PRECISIONS[name].color is not None)
 STUDENT_RUNTIMES = tuple(name for name, runtime in RUNTIMES.items() if not runtime.is_kit)
@@ -96,7 +96,7 @@ def measure_students(
     """
     on = device if isinstance(device, Device) else None
     name = device.name if isinstance(device, Device) else device
-    bench = _Bench(name, on, runtime or runtime_of("cpu" if on else name), threads, seconds)
+    bench = _Bench(name, on, runtime or choose_runtime("cpu" if on else name), threads, seconds)
     key = {
         "format": _FORMAT,
         "machine": describe_device(on),
@@ -110,7 +110,7 @@ def measure_students(
     folder = user_cache_folder() / "students" / _file_name(f"{name}-{bench.runtime}-{digest[:12]}")
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(candidate, precision) for candidate in wanted for precision in precisions]
-    with held(folder / ".lock", f"{folder}: another clipkd measures students on {name}; wait for it"):
+    with hold_lock(folder / ".lock", f"{folder}: another clipkd measures students on {name}; wait for it"):
         states = {pair: _read_state(folder, pair) for pair in pairs}
         _build(states, folder, progress)
         _time(states, folder, bench, progress)
@@ -181,7 +181,7 @@ def _time(states: dict[Pair, _State], folder: Path, bench: _Bench, progress: Pro
         ]
 
     machine, flags, jobs = look_before(bench.on, prepare)
-    machine = with_clocks_of("cpu" if bench.on is not None else bench.device.partition(":")[0], machine)
+    machine = add_clocks("cpu" if bench.on is not None else bench.device.partition(":")[0], machine)
     for job, found in time_in_turns(jobs, bench.on, PROCESSES, progress):
         pair = built[job.model]
         if isinstance(found, MissingDependency):
@@ -235,9 +235,9 @@ def _build_graph(candidate: Candidate, precision: str, path: Path) -> GraphFacts
     from toolchain.models.towers import ImageTower, example_pixels, num_parameters, without_attention_fast_path
     from toolchain.quantization.quantize import int8_image_tower
     from toolchain.recipe.model import ModelSpec
-    from toolchain.recipe.model_names import anchored
+    from toolchain.recipe.model_names import resolve_model
 
-    spec = anchored(ModelSpec(model=candidate.model, init="random"), Path(), "student")
+    spec = resolve_model(ModelSpec(model=candidate.model, init="random"), Path(), "student")
     model = build_model(spec, seed=0)
     pixels = example_pixels(model.net).float().cpu()
     with torch.no_grad(), without_attention_fast_path():

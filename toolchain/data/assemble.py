@@ -103,7 +103,7 @@ def fill_batch(data: OrderedData, step: int, rows: slice, geometries: Sequence[G
     start = index * size
     row_b = np.arange(size)[rows]
     sample_b = data.in_order(epoch, start, start + size)[rows]
-    batch = data.view_of(sample_b, view, geometries)
+    batch = data.read_view(sample_b, view, geometries)
     if not batch.damaged:
         return batch
     damaged = list(batch.damaged)
@@ -117,7 +117,7 @@ def fill_batch(data: OrderedData, step: int, rows: slice, geometries: Sequence[G
             continue
         place_t = (start + place_b[tried_t]) % total
         sample_t = np.array([data.in_order(epoch, place, place + 1)[0] for place in place_t.tolist()], np.int64)
-        found = data.view_of(sample_t, view, geometries)
+        found = data.read_view(sample_t, view, geometries)
         damaged += found.damaged
         filled_t = tried_t[np.isin(sample_t, found.sample_B)]
         parts.append((row_b[filled_t], found))

@@ -35,7 +35,7 @@ class Batch:
     """Sample numbers of the rows; masks are drawn from them and messages name them."""
 
     pick_B: NDArray[np.int64]
-    """Index of each row's caption in the list that `captions_of` returns."""
+    """Index of each row's caption in the list that `list_captions` returns."""
 
     view: int
     damaged: tuple[Damage, ...] = ()
@@ -67,15 +67,15 @@ class TrainingData(Protocol):
         """Return rows of an optimizer step's batch, with corrupt samples replaced by others."""
         ...
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+    def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """Return one view of chosen samples without the corrupt ones."""
         ...
 
-    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    def list_captions(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """Return [B] all captions that each chosen sample may be shown with; none for a corrupt sample."""
         ...
 
-    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+    def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """Return uint8 [B, 3, H, H] chosen samples without augmentation, as in evaluation; corrupt ones are dropped."""
         ...
 

@@ -61,7 +61,7 @@ class FileBatches:
         """
         return fill_batch(self, step, rows, geometries)
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+    def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """Return one view of chosen samples without the corrupt ones; every geometry shows the same crop.
 
         Raises:
@@ -81,7 +81,7 @@ class FileBatches:
     def _read_image(self, sample: int) -> bytes:
         return read_image(self.listing.image_path(sample))
 
-    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    def list_captions(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """Return [B] the captions of chosen samples, none where they are corrupt; images are not read.
 
         Raises:
@@ -95,13 +95,13 @@ class FileBatches:
                 captions_B.append(())
         return captions_B
 
-    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+    def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """Return uint8 [B, 3, H, H] chosen samples with the largest crop of each image; corrupt ones are dropped.
 
         Raises:
             ClipkdError: a CSV file has changed or is missing.
         """
-        return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
+        return replace(self, crop_scale=(1.0, 1.0)).read_view(sample_B, 0, [geometry]).pixels[geometry]
 
 
 @lru_cache(maxsize=4)

@@ -57,9 +57,9 @@ class GlyphBatches:
                 f"{len(self.samples.names)} characters make only {len(batches)} such batches; lower "
                 "distill.batch_size"
             )
-        return self.view_of(batches[index][rows], epoch % self.views, geometries)
+        return self.read_view(batches[index][rows], epoch % self.views, geometries)
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+    def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """Return one view of chosen samples."""
         names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
         template_B = template_picks(self.seed, sample_B, view)
@@ -68,7 +68,7 @@ class GlyphBatches:
         pixels = {geometry: _resize(drawn_B3HH, geometry) for geometry in geometries}
         return Batch(pixels, captions_B, sample_B, np.full(len(sample_B), view % self.views), view)
 
-    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    def list_captions(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """Return [B] the captions of each sample, one per view."""
         names_B = [self.samples.names[character] for character in self.samples.character_N[sample_B].tolist()]
         template_BV = np.stack([template_picks(self.seed, sample_B, view) for view in range(self.views)], 1).tolist()
@@ -77,7 +77,7 @@ class GlyphBatches:
             for template_V, name in zip(template_BV, names_B, strict=True)
         ]
 
-    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+    def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """Return uint8 [B, 3, H, H] chosen samples, black on white."""
         clean_BHH3 = torch.from_numpy(clean_images(self.samples.masks_NSS[sample_B]))
         return _resize(clean_BHH3.movedim(-1, 1).contiguous(), geometry)

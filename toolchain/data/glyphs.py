@@ -49,7 +49,7 @@ class Face:
     """Ink coverage, 0 to 255; the glyph stands on its baseline and is centred horizontally."""
 
 
-def name_of(code_point: int) -> str:
+def name_character(code_point: int) -> str:
     """Return the core of a caption: the character's Unicode name in lower case."""
     return unicodedata.name(chr(code_point)).lower()
 
@@ -148,7 +148,9 @@ def training_set() -> TrainingSet:
     masks_NSS = np.concatenate([face.masks_NSS for face in faces])
     seen_N = ~np.array([is_novel(code_point) for code_point in code_points_N.tolist()])
     classes_K, character_N = np.unique(code_points_N[seen_N], return_inverse=True)
-    return TrainingSet(masks_NSS[seen_N], character_N, [name_of(code_point) for code_point in classes_K.tolist()])
+    return TrainingSet(
+        masks_NSS[seen_N], character_N, [name_character(code_point) for code_point in classes_K.tolist()]
+    )
 
 
 @cache
@@ -165,7 +167,7 @@ def eval_set(name: str) -> EvalSet:
             for code_point, mask_SS in zip(face.code_points_N.tolist(), face.masks_NSS, strict=True)
         ]
     )
-    names = [name_of(code_point) for code_point in face.code_points_N[wanted_N].tolist()]
+    names = [name_character(code_point) for code_point in face.code_points_N[wanted_N].tolist()]
     return EvalSet(clean_images(face.masks_NSS[wanted_N]), names)
 
 

@@ -100,7 +100,7 @@ class MixtureBatches:
         """
         return fill_batch(self, step, rows, geometries)
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+    def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """Return one view of chosen samples without the corrupt ones.
 
         A corrupt sample of a repeated source is reported under its number in the first turn.
@@ -110,7 +110,7 @@ class MixtureBatches:
         """
         made = []
         for part, place_b in self._split_by_part(sample_B):
-            own = part.source.view_of(sample_B[place_b] - part.first, view * part.turns + part.turn, geometries)
+            own = part.source.read_view(sample_B[place_b] - part.first, view * part.turns + part.turn, geometries)
             kept_b = place_b[np.isin(sample_B[place_b] - part.first, own.sample_B)]
             made.append((part, kept_b, own))
         if not made:
@@ -132,7 +132,7 @@ class MixtureBatches:
             ),
         )
 
-    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    def list_captions(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """Return [B] the captions of chosen samples, none for corrupt ones.
 
         Raises:
@@ -140,12 +140,12 @@ class MixtureBatches:
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
         for part, place_b in self._split_by_part(sample_B):
-            own = part.source.captions_of(sample_B[place_b] - part.first)
+            own = part.source.list_captions(sample_B[place_b] - part.first)
             for b, captions in zip(place_b.tolist(), own, strict=True):
                 captions_B[b] = captions
         return captions_B
 
-    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+    def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """Return uint8 [B, 3, H, H] chosen samples without augmentation, by source; corrupt ones are dropped.
 
         Raises:
@@ -153,7 +153,7 @@ class MixtureBatches:
         """
         return torch.cat(
             [
-                part.source.undistorted(sample_B[place_b] - part.first, geometry)
+                part.source.read_unaugmented(sample_B[place_b] - part.first, geometry)
                 for part, place_b in self._split_by_part(sample_B)
             ]
         )

@@ -19,7 +19,7 @@ from toolchain.data.images import SUFFIXES_OF_FORMAT
 from toolchain.data.open import count_stored_samples, fingerprint, list_stored_samples
 from toolchain.data.stored_samples import CorruptSample, ReadSample, Sample, read_and_decode
 from toolchain.errors import ArtifactError, UsageError
-from toolchain.filesystem import held, write_json
+from toolchain.filesystem import hold_lock, write_json
 from toolchain.progress import Progress, no_progress
 from toolchain.recipe.data import DataSpec
 
@@ -60,7 +60,7 @@ def pack(
         )
     asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
     _make_folder(out)
-    with held(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
+    with hold_lock(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
         index = _read(out / INDEX)
         if index is None:
             index = _pack_shards(spec, out, asked, progress)

@@ -47,7 +47,7 @@ def group_files(members: Iterable[Member], *, keep_strays: bool = False) -> dict
     return samples
 
 
-def first_of(files: Mapping[str, Member], suffixes: Sequence[str]) -> Member | None:
+def find_first(files: Mapping[str, Member], suffixes: Sequence[str]) -> Member | None:
     """Return a sample's file with the first of these suffixes that it has; None if it has none of them."""
     for suffix in suffixes:
         if suffix in files:
@@ -61,7 +61,7 @@ def pair_files(files: Mapping[str, Member]) -> ImageTextPair:
     Raises:
         UnusableError: one of them is missing, empty or too large.
     """
-    image, caption = first_of(files, IMAGE_SUFFIXES), first_of(files, CAPTION_SUFFIXES)
+    image, caption = find_first(files, IMAGE_SUFFIXES), find_first(files, CAPTION_SUFFIXES)
     if image is None:
         raise UnusableError(NO_IMAGE, f"only {', '.join(sorted(files))}")
     if image.size_bytes == 0:

@@ -122,7 +122,7 @@ class ShardBatches:
         """Number of whole batches; the next epoch shows the remaining samples at other positions."""
         return self.num_samples // self.batch_size
 
-    def samples_of(self, step: int) -> NDArray[np.int64]:
+    def list_samples(self, step: int) -> NDArray[np.int64]:
         """Return [B] the samples of an optimizer step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self.in_order(epoch, index * self.batch_size, (index + 1) * self.batch_size)
@@ -139,7 +139,7 @@ class ShardBatches:
         """
         return fill_batch(self, step, rows, geometries)
 
-    def view_of(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
+    def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
         """Return one view of chosen samples without the corrupt ones; every geometry shows the same crop.
 
         Raises:
@@ -156,7 +156,7 @@ class ShardBatches:
         )
         return assemble_view(samples, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
-    def captions_of(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
+    def list_captions(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
         """Return [B] the captions of chosen samples, none where the caption is corrupt; images are not read.
 
         Raises:
@@ -168,13 +168,13 @@ class ShardBatches:
                 captions_B[b] = _read_captions(file, pair)
         return captions_B
 
-    def undistorted(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
+    def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
         """Return uint8 [B, 3, H, H] chosen samples with the largest crop of each image; corrupt ones are dropped.
 
         Raises:
-            ClipkdError: as for `view_of`.
+            ClipkdError: as for `read_view`.
         """
-        return replace(self, crop_scale=(1.0, 1.0)).view_of(sample_B, 0, [geometry]).pixels[geometry]
+        return replace(self, crop_scale=(1.0, 1.0)).read_view(sample_B, 0, [geometry]).pixels[geometry]
 
 
 # The order

@@ -65,7 +65,7 @@ def needed_bytes(data: TrainingData, num_views: int, embed_dim: int, dtype: Stor
     stretch = min(_STRETCH_SAMPLES, SHARD_SAMPLES, data.num_samples)
     samples, num_captions, distinct = 0, 0, 0
     for start in np.unique(np.linspace(0, data.num_samples - stretch, _STRETCHES).astype(np.int64)).tolist():
-        captions_N = data.captions_of(np.arange(start, start + stretch))
+        captions_N = data.list_captions(np.arange(start, start + stretch))
         samples, num_captions = samples + stretch, num_captions + sum(map(len, captions_N))
         distinct += len({caption for captions in captions_N for caption in captions})
     row = embed_dim * STORED[dtype].itemsize + (4 if dtype == "int8" else 0)
@@ -162,14 +162,14 @@ def _write_shard(
     damaged: dict[int, str] = {}
     for view in range(plan.num_views):
         for first in range(0, len(sample_N), CHUNK):
-            batch = data.view_of(sample_N[first : first + CHUNK], view, [geometry])
+            batch = data.read_view(sample_N[first : first + CHUNK], view, [geometry])
             damaged |= {damage.sample: damage.reason for damage in batch.damaged}
             row_B = torch.from_numpy(batch.sample_B - start)
             if len(row_B):
                 image_VNE[view, row_B] = live.image_features(batch.pixels[geometry].to(device)).cpu()
                 present_VN[view, row_B] = True
             counter.add(min(CHUNK, len(sample_N) - first))
-    captions_N = data.captions_of(sample_N)
+    captions_N = data.list_captions(sample_N)
     text_of = {caption: row for row, caption in enumerate(sorted({c for cs in captions_N for c in cs}, key=_short))}
     text_CE = torch.zeros(len(text_of), live.model.embed_dim)
     texts = list(text_of)  # sorted by length: batches of short captions need few tokens
@@ -255,7 +255,7 @@ def _live_and_stored(
     sample_N = np.unique(np.linspace(0, data.num_samples - 1, count).astype(np.int64))
     for batch_number, first in enumerate(range(0, len(sample_N), _CHECKED_TOGETHER)):
         view = batch_number % int(cache.about["views"])
-        batch = data.view_of(sample_N[first : first + _CHECKED_TOGETHER], view, [geometry])
+        batch = data.read_view(sample_N[first : first + _CHECKED_TOGETHER], view, [geometry])
         if len(batch.sample_B):
             image_BE = live.image_features(batch.pixels[geometry].to(device)).cpu()
             text_BE = live.text_features(live.model.tokenize_trimmed(batch.captions_B).to(device)).cpu()

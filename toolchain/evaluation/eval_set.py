@@ -17,7 +17,7 @@ from toolchain.errors import UsageError
 _CAPTION = ("{}",)  # captions need no template
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     """The location of an image's bytes: a file, or part of one."""
 
     path: Path
@@ -37,7 +37,7 @@ class EvalSet:
     """Images and texts; those with the same group number in `image_group_N` and `text_group_K` belong together."""
 
     name: str
-    pictures: Sequence[Picture] | NDArray[np.uint8]
+    images: Sequence[ImageFile] | NDArray[np.uint8]
     """N images; arrays are uint8 [N, H, W, 3]."""
 
     texts: list[str]
@@ -61,7 +61,7 @@ class EvalSet:
     """True if two classes may share a name, as in ImageNet; the first of them is then the answer for both."""
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     @property
     def one_image_per_class(self) -> bool:
@@ -70,17 +70,17 @@ class EvalSet:
 
     def label(self, index: int) -> str:
         """Return an image's name for messages."""
-        return self.texts[index] if self.one_image_per_class else str(self.pictures[index])
+        return self.texts[index] if self.one_image_per_class else str(self.images[index])
 
     def image(self, index: int) -> Image.Image | None:
         """Return an image in RGB; None if it cannot be read."""
-        picture = self.pictures[index]
-        if not isinstance(picture, Picture):
-            return Image.fromarray(picture)
+        image_file = self.images[index]
+        if not isinstance(image_file, ImageFile):
+            return Image.fromarray(image_file)
         try:
-            with picture.path.open("rb") as file:
-                file.seek(picture.offset)
-                content = file.read() if picture.size_bytes is None else file.read(picture.size_bytes)
+            with image_file.path.open("rb") as file:
+                file.seek(image_file.offset)
+                content = file.read() if image_file.size_bytes is None else file.read(image_file.size_bytes)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 turned = ImageOps.exif_transpose(image) if self.upright else image
                 return turned.convert("RGB")
@@ -90,7 +90,7 @@ class EvalSet:
 
 def classes_set(
     name: str,
-    pictures: Sequence[Picture] | NDArray[np.uint8],
+    images: Sequence[ImageFile] | NDArray[np.uint8],
     names: Sequence[str],
     templates: Sequence[str],
     label_N: Sequence[int] | NDArray[np.int64] | None = None,
@@ -108,15 +108,15 @@ def classes_set(
     for template in templates:
         if "{}" not in template:
             raise UsageError(f"evaluate: template {template!r} has no {{}} in place of the name")
-    if label_N is None and (len(pictures) != len(names) or not names):
+    if label_N is None and (len(images) != len(names) or not names):
         raise UsageError(
-            f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} names, "
+            f"evaluate: set {name!r} has {len(images)} images and {len(names)} names, "
             "expected one image per name and at least one"
         )
     label_N = np.arange(len(names)) if label_N is None else np.asarray(label_N, np.int64)
-    if not len(pictures) or not len(names):
+    if not len(images) or not len(names):
         raise UsageError(
-            f"evaluate: set {name!r} has {len(pictures)} images and {len(names)} classes, expected at least one of each"
+            f"evaluate: set {name!r} has {len(images)} images and {len(names)} classes, expected at least one of each"
         )
     twice, count = Counter(names).most_common(1)[0]
     if count > 1 and not repeats_names:  # their scores would always tie, so none could be right
@@ -125,24 +125,24 @@ def classes_set(
     if wrong_N.any():
         index = int(np.argmax(wrong_N))
         raise UsageError(
-            f"evaluate: set {name!r}: {pictures[index]} has label {label_N[index]}, expected 0 to {len(names) - 1}"
+            f"evaluate: set {name!r}: {images[index]} has label {label_N[index]}, expected 0 to {len(names) - 1}"
         )
-    return EvalSet(name, pictures, list(names), tuple(templates), label_N, np.arange(len(names)), True, **more)
+    return EvalSet(name, images, list(names), tuple(templates), label_N, np.arange(len(names)), True, **more)
 
 
 def captions_set(
-    name: str, pictures: Sequence[Picture] | NDArray[np.uint8], captions_N: Sequence[Sequence[str]], **more: Any
+    name: str, images: Sequence[ImageFile] | NDArray[np.uint8], captions_N: Sequence[Sequence[str]], **more: Any
 ) -> EvalSet:
     """Return a set of images with one or more captions each.
 
     Raises:
         UsageError: there are no images, or an image has no caption.
     """
-    if not len(pictures):
+    if not len(images):
         raise UsageError(f"evaluate: set {name!r} has no images")
-    for picture, captions in zip(pictures, captions_N, strict=True):
+    for image_file, captions in zip(images, captions_N, strict=True):
         if not captions:
-            raise UsageError(f"evaluate: set {name!r}: {picture} has no caption")
-    image_of_K = np.repeat(np.arange(len(pictures)), [len(captions) for captions in captions_N])
+            raise UsageError(f"evaluate: set {name!r}: {image_file} has no caption")
+    image_of_K = np.repeat(np.arange(len(images)), [len(captions) for captions in captions_N])
     texts = [caption for captions in captions_N for caption in captions]
-    return EvalSet(name, pictures, texts, _CAPTION, np.arange(len(pictures)), image_of_K, False, **more)
+    return EvalSet(name, images, texts, _CAPTION, np.arange(len(images)), image_of_K, False, **more)

@@ -18,10 +18,10 @@ import yaml
 
 from toolchain.data import glyphs
 from toolchain.data.images import IMAGE_SUFFIXES, is_image_name
-from toolchain.data.pairing import first_of, group_files
+from toolchain.data.pairing import find_first, group_files
 from toolchain.data.tar_files import expand, read_members
 from toolchain.errors import MissingDependency, UsageError
-from toolchain.evaluation.eval_set import EvalSet, Picture, captions_set, classes_set
+from toolchain.evaluation.eval_set import EvalSet, ImageFile, captions_set, classes_set
 from toolchain.recipe.evaluate import (
     ClipBenchmarkSet,
     EvalSetSpec,
@@ -95,13 +95,13 @@ def _open_folder(spec: FolderSet) -> EvalSet:
     if isinstance(templates, str):
         files.append(Path(templates))
         templates = tuple(line for line in _read_lines(Path(templates), where) if line.strip())
-    pictures, label_N = [], []
+    images, label_N = [], []
     for label, folder in enumerate(named):
         found = _list_images(root / folder, where)
-        pictures += found
+        images += found
         label_N += [label] * len(found)
-    files += [picture.path for picture in pictures]
-    return classes_set(spec.name, pictures, list(named.values()), templates, label_N, upright=True, files=tuple(files))
+    files += [image_file.path for image_file in images]
+    return classes_set(spec.name, images, list(named.values()), templates, label_N, upright=True, files=tuple(files))
 
 
 def _read_mapping(path: Path, where: str) -> dict[str, str]:
@@ -124,7 +124,7 @@ def _list_class_folders(root: Path, where: str) -> list[str]:
     return folders
 
 
-def _list_images(folder: Path, where: str) -> list[Picture]:
+def _list_images(folder: Path, where: str) -> list[ImageFile]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     paths = [entry for entry in entries if entry.name not in _IGNORED_FILES]
     for path in paths:
@@ -138,7 +138,7 @@ def _list_images(folder: Path, where: str) -> list[Picture]:
             f"{where}: {folder} has no images, so its class could never be the right answer. Add images, or remove the "
             "folder"
         )
-    return [Picture(path) for path in paths]
+    return [ImageFile(path) for path in paths]
 
 
 # ImageNet and its variants --------------------------------------------------------------------------------------------
@@ -157,13 +157,13 @@ def _open_imagenet(spec: ImagenetSet) -> EvalSet:
     _require_same(
         set(_list_class_folders(root, where)), set(expected), f"{where}: the folders of {root}", f"ImageNet's {kind}"
     )
-    pictures, label_N = [], []
+    images, label_N = [], []
     for label, folder in enumerate(expected):
         found = _list_images(root / folder, where)
-        pictures += found
+        images += found
         label_N += [label] * len(found)
-    files = tuple(picture.path for picture in pictures)
-    return classes_set(spec.name, pictures, names, templates, label_N, files=files, repeats_names=True)
+    files = tuple(image_file.path for image_file in images)
+    return classes_set(spec.name, images, names, templates, label_N, files=files, repeats_names=True)
 
 
 def _read_imagenet_ids(file: str) -> list[str]:
@@ -210,24 +210,24 @@ def _open_clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
         raise UsageError(f"{where}: {type_file}: expected classification or retrieval, got {kind!r}")
     tars = [shards / f"{number}.tar" for number in range(int(count))]
     found = list(_read_archives(tars, texts_in, where))
-    pictures = [picture for picture, _ in found]
+    images = [image_file for image_file, _ in found]
     if kind == "retrieval":
-        return captions_set(spec.name, pictures, [text.splitlines() for _, text in found], files=tuple(tars))
+        return captions_set(spec.name, images, [text.splitlines() for _, text in found], files=tuple(tars))
     labels = [text.strip() for _, text in found]
-    for picture, label in zip(pictures, labels, strict=True):
+    for image_file, label in zip(images, labels, strict=True):
         if not label.isdigit():
-            raise UsageError(f"{where}: {picture}: expected a class number in its .cls, got {label!r}")
+            raise UsageError(f"{where}: {image_file}: expected a class number in its .cls, got {label!r}")
     names_file, templates_file = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
     names = [line.strip() for line in _read_lines(names_file, where)]
     lines = [line.strip() for line in _read_lines(templates_file, where)]
     templates = [line.replace("{c}", "{}") for line in lines if line]
     files = (*tars, names_file, templates_file)
     return classes_set(
-        spec.name, pictures, names, templates, [int(label) for label in labels], files=files, repeats_names=True
+        spec.name, images, names, templates, [int(label) for label in labels], files=files, repeats_names=True
     )
 
 
-def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[Picture, str]]:
+def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[tuple[ImageFile, str]]:
     """Yield each sample's image and the content of its text file, in the archives' order."""
     for tar in tars:
         if not tar.is_file():
@@ -237,7 +237,7 @@ def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[
             raise UsageError(f"{where}: {tar}: {damage}; an evaluation never skips files silently. Download it again")
         with tar.open("rb") as file:
             for key, files in group_files(members, keep_strays=True).items():
-                image, text = first_of(files, _SHARD_SUFFIXES), files.get(texts_in)
+                image, text = find_first(files, _SHARD_SUFFIXES), files.get(texts_in)
                 if image is None or text is None:
                     wanted = "image" if image is None else f".{texts_in}"
                     raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(files)}")
@@ -246,7 +246,7 @@ def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[
                     content = file.read(text.size_bytes).decode("utf-8")
                 except UnicodeDecodeError:
                     raise UsageError(f"{where}: {tar}: {text.name}: not UTF-8") from None
-                yield Picture(tar, image.offset, image.size_bytes, image.name), content
+                yield ImageFile(tar, image.offset, image.size_bytes, image.name), content
 
 
 # Captions -------------------------------------------------------------------------------------------------------------
@@ -263,16 +263,16 @@ def _open_karpathy(spec: KarpathySet) -> EvalSet:
         raise UsageError(
             f"{where}.file: {path}: not Karpathy's dataset_coco.json or dataset_flickr30k.json: {error!r}"
         ) from None
-    pictures = []
+    images = []
     for folder, name in places:
         candidates = [root / folder / name, root / name]  # COCO has a subfolder val2014, Flickr30k has none
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise UsageError(f"{where}.images: {candidates[0]}: no such file; {path.name} lists it")
-        pictures.append(Picture(found))
+        images.append(ImageFile(found))
     if spec.captions == "one":
         captions_N = [captions[:1] for captions in captions_N]
-    return captions_set(spec.name, pictures, captions_N, files=(path, *(picture.path for picture in pictures)))
+    return captions_set(spec.name, images, captions_N, files=(path, *(image_file.path for image_file in images)))
 
 
 def _open_pairs(spec: PairsSet) -> EvalSet:
@@ -283,18 +283,18 @@ def _open_pairs(spec: PairsSet) -> EvalSet:
         except UsageError as error:
             raise UsageError(str(error).replace("data.shards", f"{where}.shards", 1)) from None
         found = list(_read_archives(tars, "txt", where))
-        pictures, captions = [picture for picture, _ in found], [[text.strip()] for _, text in found]
-        return captions_set(spec.name, pictures, captions, upright=True, files=tuple(tars))
+        images, captions = [image_file for image_file, _ in found], [[text.strip()] for _, text in found]
+        return captions_set(spec.name, images, captions, upright=True, files=tuple(tars))
     assert spec.file is not None
     path = Path(spec.file)
     root = Path(spec.images) if spec.images else path.parent
     rows = list(_read_pairs(path, spec, where))
-    pictures = [Picture(root / image) for image, _ in rows]
-    for picture in pictures:
-        if not picture.path.is_file():
-            raise UsageError(f"{where}.images: {picture.path}: no such file; {path} lists it")
-    files = (path, *(picture.path for picture in pictures))
-    return captions_set(spec.name, pictures, [[caption] for _, caption in rows], upright=True, files=files)
+    images = [ImageFile(root / image) for image, _ in rows]
+    for image_file in images:
+        if not image_file.path.is_file():
+            raise UsageError(f"{where}.images: {image_file.path}: no such file; {path} lists it")
+    files = (path, *(image_file.path for image_file in images))
+    return captions_set(spec.name, images, [[caption] for _, caption in rows], upright=True, files=files)
 
 
 def _read_pairs(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, str]]:

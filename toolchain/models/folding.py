@@ -26,18 +26,20 @@ def fold_batch_norms(tower: nn.Module, example: Tensor) -> dict[str, str]:
     convolution_of: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # holding the tensor keeps its id unique
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
-    def produced(convolution: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+    def record_output(convolution: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(convolution, nn.Conv2d)
         convolution_of[id(output)] = (convolution, output)
         readers.count[id(output)] = 0  # an earlier tensor may have had this id
 
-    def consumed(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record_input(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if isinstance(norm, nn.BatchNorm2d) and id(inputs[0]) in convolution_of:
             pairs.append((convolution_of[id(inputs[0])][0], norm))
 
     readers = _Readers()
-    handles = [module.register_forward_hook(produced) for module in tower.modules() if isinstance(module, nn.Conv2d)]
-    handles += [m.register_forward_pre_hook(consumed) for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
+    handles = [
+        module.register_forward_hook(record_output) for module in tower.modules() if isinstance(module, nn.Conv2d)
+    ]
+    handles += [m.register_forward_pre_hook(record_input) for m in tower.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad(), readers:
         before_BD = tower(example)
     for handle in handles:
@@ -79,14 +81,14 @@ def move_gains(tower: nn.Module, example: Tensor) -> list[str]:
     """
     outputs: list[tuple[nn.LayerNorm, Tensor]] = []
 
-    def produced(norm: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+    def record_output(norm: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(norm, nn.LayerNorm)
         outputs.append((norm, output))
         readers.count[id(output)] = 0  # an earlier tensor may have had this id, or functions within the layer read it
 
     readers = _Readers()
     norms = [module for module in tower.modules() if isinstance(module, nn.LayerNorm) and module.weight is not None]
-    handles = [norm.register_forward_hook(produced) for norm in norms]
+    handles = [norm.register_forward_hook(record_output) for norm in norms]
     with torch.no_grad(), readers:
         before_BD = tower(example)
     for handle in handles:

@@ -17,7 +17,7 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.models.folding import fold_batch_norms, merge_branches, move_gains
 from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower, TextTower, example_pixels
-from toolchain.quantization.nncf_backend import decode_json, import_nncf, is_quantizer_key, quantizers_of
+from toolchain.quantization.nncf_backend import decode_json, import_nncf, is_quantizer_key, list_quantizers
 from toolchain.recipe.model_names import WEIGHTS
 
 CONFIG, QUANTIZERS = "nncf.json", "nncf.safetensors"
@@ -132,7 +132,7 @@ def save_quantized(
     nncf = import_nncf()
     save_file(_float_state(image_tower, text_tower, prepared, student.net), folder / WEIGHTS)
     towers = {"image": image_tower, "text": text_tower}
-    quantized = {name: tower for name, tower in towers.items() if quantizers_of(tower)}
+    quantized = {name: tower for name, tower in towers.items() if list_quantizers(tower)}
     save_file(
         {
             f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)  # some are shared

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolchain.models.towers import without_attention_fast_path
-from toolchain.quantization.nncf_backend import explain_extension_errors, hooks_of, quantizers_of
+from toolchain.quantization.nncf_backend import explain_extension_errors, find_hooks, list_quantizers
 
 _OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float16 scales
 
@@ -16,7 +16,7 @@ _OPSET = 19  # the first in which QuantizeLinear and DequantizeLinear take float
 def sign_activations(*towers: nn.Module) -> None:
     """Make every quantizer signed, in place, as TensorRT needs: scales stay, and unsigned quantizers lose a bit."""
     for tower in towers:
-        for _, quantizer in quantizers_of(tower):
+        for _, quantizer in list_quantizers(tower):
             quantizer.signed = True
 
 
@@ -27,10 +27,10 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
     Disabled quantizers are removed; a tower without quantizers is only copied.
     """
     tower = copy.deepcopy(tower).eval()
-    recorders = {name: _Recorder(quantizer) for name, quantizer in quantizers_of(tower, every_place=True)}
+    recorders = {name: _Recorder(quantizer) for name, quantizer in list_quantizers(tower, every_place=True)}
     if not recorders:
         return tower
-    hooks = hooks_of(tower)
+    hooks = find_hooks(tower)
     for name, recorder in recorders.items():
         hooks.set_submodule(name, recorder)
     with torch.no_grad(), without_attention_fast_path(), explain_extension_errors():

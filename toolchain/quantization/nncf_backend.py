@@ -119,13 +119,13 @@ def calibrate(
     return quantized.eval()  # no dropout: rounding is the only noise the student should learn
 
 
-def hooks_of(tower: nn.Module) -> nn.Module:
+def find_hooks(tower: nn.Module) -> nn.Module:
     from nncf.torch.function_hook.wrapper import get_hook_storage
 
     return get_hook_storage(tower)  # type: ignore[no-any-return]
 
 
-def quantizers_of(tower: nn.Module, *, every_place: bool = False) -> list[tuple[str, Any]]:
+def list_quantizers(tower: nn.Module, *, every_place: bool = False) -> list[tuple[str, Any]]:
     """Return (name within the hook storage, NNCF quantizer) of a quantized tower; empty for a float one.
 
     Inputs of torch.cat share a quantizer.  It is listed once, or with `every_place` once per application.
@@ -135,7 +135,7 @@ def quantizers_of(tower: nn.Module, *, every_place: bool = False) -> list[tuple[
 
     if not is_wrapped(tower):
         return []
-    hooks: Any = hooks_of(tower)
+    hooks: Any = find_hooks(tower)
     named = hooks.named_hooks(remove_duplicate=not every_place)
     return [(name, module) for name, module in named if isinstance(module, BaseQuantizer)]
 

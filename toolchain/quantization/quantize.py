@@ -45,7 +45,7 @@ class FineTuningBatch(NamedTuple):
     text_target_BD: Tensor | None = None
 
 
-LossOf = Callable[[Tensor, Tensor, FineTuningBatch], Tensor]
+LossFn = Callable[[Tensor, Tensor, FineTuningBatch], Tensor]
 """Loss as a function of image features [B, D], text features [B, D] and their batch."""
 
 
@@ -74,7 +74,7 @@ class FineTuning:
     batches: Iterator[FineTuningBatch]
     steps: int
     lr: float
-    loss_of: LossOf | None = None
+    loss_fn: LossFn | None = None
     """None: mean(1 - cos) to the batch's targets."""
 
     on_step: Callable[[int, float], None] = lambda step, loss: None
@@ -147,7 +147,7 @@ def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tu
         pixel_values_BCHW, input_ids_BT = batch.pixel_values_BCHW.to(device), batch.input_ids_BT.to(device)
         batch = batch._replace(pixel_values_BCHW=pixel_values_BCHW, input_ids_BT=input_ids_BT)
         features = image_tower(pixel_values_BCHW), text_tower(input_ids_BT)
-        loss = tuning.loss_of(*features, batch) if tuning.loss_of else _cosine_loss(*features, batch, own_towers)
+        loss = tuning.loss_fn(*features, batch) if tuning.loss_fn else _cosine_loss(*features, batch, own_towers)
         for group in optimizer.param_groups:
             group["lr"] = tuning.lr * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
         optimizer.zero_grad()

@@ -74,7 +74,7 @@ def quantize_student(task: Quantization, folder: Path, progress: Progress) -> di
     started = time.monotonic()
     spec, student, steps = task.spec, task.student, task.steps
     teacher = _open_teacher(task.teacher or copy.deepcopy(student), student.geometry)
-    loss_of = _fine_tuning_loss(task, teacher)
+    loss_fn = _fine_tuning_loss(task, teacher)
     samples, calibration = _calibration(task, teacher.geometries)
     found: dict[str, Any] = {}
 
@@ -90,7 +90,7 @@ def quantize_student(task: Quantization, folder: Path, progress: Progress) -> di
         _fine_tuning_batches(task, teacher),
         steps,
         spec.lr,
-        loss_of,
+        loss_fn,
         on_step=lambda step, loss: progress("fine-tuning", step + 1, steps, f"loss {loss:.3f}"),
     )
     quantize(student, folder, calibration, fine_tuning, before_saving=revert)
@@ -148,7 +148,7 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
     heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
     logit_scale = student.logit_scale.detach()
 
-    def loss_of(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
+    def loss_fn(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
         assert batch.image_target_BD is not None
         assert batch.text_target_BD is not None
         own_BD = batch.image_target_BD, batch.text_target_BD  # the student's own, if it is its own teacher
@@ -162,7 +162,7 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
         distance = fd_loss(image_features_BD, text_features_BD, *own_BD)
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum() + task.spec.anchor * distance
 
-    return loss_of
+    return loss_fn
 
 
 # Calibration and the budget -------------------------------------------------------------------------------------------
@@ -176,13 +176,13 @@ def _calibration(task: Quantization, geometries: list[Geometry]) -> tuple[Batch,
     """
     spec, student, data = task.spec, task.student, task.data
     sample_B = np.random.default_rng(task.seed).permutation(data.num_samples)[: spec.calibration_samples]
-    samples = data.view_of(sample_B, 0, geometries)
+    samples = data.read_view(sample_B, 0, geometries)
     if not len(samples.sample_B):
         raise ClipkdError(
             f"all {len(sample_B)} calibration samples are corrupt; the first: {samples.damaged[0].reason}: "
             f"{samples.damaged[0].where}. Fix the data, or raise quantize.calibration_samples"
         )
-    pixels_B3HH = torch.cat([samples.pixels[student.geometry], data.undistorted(sample_B, student.geometry)])
+    pixels_B3HH = torch.cat([samples.pixels[student.geometry], data.read_unaugmented(sample_B, student.geometry)])
     return samples, Calibration(
         student.normalise(pixels_B3HH),
         student.tokenize(samples.captions_B),

@@ -21,7 +21,7 @@ from toolchain.evaluation.zero_shot import BLANK, image_ranks
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import without_attention_fast_path
 from toolchain.progress import Progress, no_progress
-from toolchain.quantization.nncf_backend import quantizers_of
+from toolchain.quantization.nncf_backend import list_quantizers
 
 EXACT_DB = 150.0
 """SQNR reported if nothing differs: float32 resolves 24 bits, which is 144 dB."""
@@ -69,8 +69,8 @@ def headline_criterion(model: ClipModel, data: EvalSet) -> Criterion:
 def _criterion_on_set(model: ClipModel, data: EvalSet, max_images: int) -> Criterion:
     """Return top-1 on evenly spread images; if each class has one image, only their classes are candidates."""
     kept = np.linspace(0, len(data) - 1, min(max_images, len(data))).round().astype(np.int64)
-    pictures = data.pictures[kept] if isinstance(data.pictures, np.ndarray) else [data.pictures[i] for i in kept]
-    shown = replace(data, pictures=pictures, image_group_N=data.image_group_N[kept])
+    images = data.images[kept] if isinstance(data.images, np.ndarray) else [data.images[i] for i in kept]
+    shown = replace(data, images=images, image_group_N=data.image_group_N[kept])
     if data.one_image_per_class:
         shown = replace(shown, texts=[data.texts[i] for i in kept], text_group_K=data.text_group_K[kept])
     images = [shown.image(index) for index in range(len(shown))]
@@ -99,11 +99,11 @@ def agreement_criterion(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Ten
     return Criterion(f"agreement with {whose}", pixel_values_BCHW, input_ids_CT, score)
 
 
-def layers_of(tower: nn.Module, example: Tensor) -> Quantizers:
+def list_layers(tower: nn.Module, example: Tensor) -> Quantizers:
     """Return the layers of a quantized tower in the order in which they run; empty for a float one."""
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
-    quantizers = dict(quantizers_of(tower, every_place=True))  # the graph may use any name of a shared quantizer
+    quantizers = dict(list_quantizers(tower, every_place=True))  # the graph may use any name of a shared quantizer
     if not quantizers:
         return {}
     with without_attention_fast_path():
@@ -169,7 +169,7 @@ def revert_worst(
     layers = {
         f"{tower}/{name}": (tower, quantizers)
         for tower, net in towers.items()
-        for name, quantizers in layers_of(net, calibration[tower][:2]).items()
+        for name, quantizers in list_layers(net, calibration[tower][:2]).items()
     }
     rows = _measure_layers(towers, calibration, criterion, layers, progress)
     on = list(layers)
@@ -182,7 +182,7 @@ def revert_worst(
         layer = str(row["layer"])
         tower = layers[layer][0]
         on.remove(layer)
-        features[tower] = _features_of(towers[tower], criterion.inputs[tower], layers, on)
+        features[tower] = _compute_features(towers[tower], criterion.inputs[tower], layers, on)
         before, drop = drop, float_score - criterion.score(features["image"], features["text"])
         reverted.append(row | {"drop_before": round(before, 5), "drop_after": round(drop, 5)})
     if not drop <= max_drop:  # not `>`: NaN must fail
@@ -214,12 +214,12 @@ def _measure_layers(
     few = criterion.subset or criterion
     in_float = _features(towers, few, layers, ())
     score_in_float = few.score(in_float["image"], in_float["text"])
-    signal = {name: _features_of(net, calibration[name], layers, ()) for name, net in towers.items()}
+    signal = {name: _compute_features(net, calibration[name], layers, ()) for name, net in towers.items()}
     rows = []
     for done, (layer, (tower, _)) in enumerate(layers.items()):
         progress("layers", done, len(layers))
-        sqnr_db = _sqnr_db(signal[tower], _features_of(towers[tower], calibration[tower], layers, [layer]))
-        alone = in_float | {tower: _features_of(towers[tower], few.inputs[tower], layers, [layer])}
+        sqnr_db = _sqnr_db(signal[tower], _compute_features(towers[tower], calibration[tower], layers, [layer]))
+        alone = in_float | {tower: _compute_features(towers[tower], few.inputs[tower], layers, [layer])}
         effect = score_in_float - few.score(alone["image"], alone["text"])
         rows.append({"layer": layer, "sqnr_db": round(sqnr_db, 1), "drop": round(effect, 5)})
     return sorted(rows, key=lambda row: (row["sqnr_db"], row["layer"]))
@@ -247,11 +247,11 @@ def _switch(layers: _Layers, on: Sequence[str]) -> None:
 def _features(
     towers: Mapping[str, nn.Module], criterion: Criterion, layers: _Layers, on: Sequence[str]
 ) -> dict[str, Tensor]:
-    return {name: _features_of(tower, criterion.inputs[name], layers, on) for name, tower in towers.items()}
+    return {name: _compute_features(tower, criterion.inputs[name], layers, on) for name, tower in towers.items()}
 
 
 @torch.no_grad()
-def _features_of(tower: nn.Module, inputs: Tensor, layers: _Layers, on: Sequence[str]) -> Tensor:
+def _compute_features(tower: nn.Module, inputs: Tensor, layers: _Layers, on: Sequence[str]) -> Tensor:
     _switch(layers, on)
     device = next(tower.parameters()).device
     with without_attention_fast_path():

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from toolchain.errors import UsageError
 from toolchain.recipe.evaluate import EvalSetSpec
 from toolchain.recipe.model import TeacherSpec
-from toolchain.recipe.model_names import SHIPPED, anchored, resolved
+from toolchain.recipe.model_names import SHIPPED, resolve_model, resolve_path
 from toolchain.recipe.problems import describe_problem
 from toolchain.recipe.recipe import Recipe
 
@@ -25,7 +25,7 @@ def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
     names = shipped_recipes()
     if name in names:
         return SHIPPED / f"{name}.yaml"
-    path = Path(name) if recipe_folder is None else resolved(name, recipe_folder)
+    path = Path(name) if recipe_folder is None else resolve_path(name, recipe_folder)
     if path.is_file():
         return path
     last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
@@ -69,10 +69,12 @@ def load_recipe(
         raw[section] = {**(raw.get(section) or {}), **fields}
     for override in overrides or []:
         _apply(raw, override)
-    return checked(raw, str(path), path.parent)
+    return check_recipe(raw, str(path), path.parent)
 
 
-def adopting(model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None) -> Recipe:
+def make_adoption_recipe(
+    model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None
+) -> Recipe:
     """Return a recipe that adopts a model without training it, with the data, quantize, export, evaluate and profile
     sections of `like`.
 
@@ -87,10 +89,10 @@ def adopting(model: str, weights: dict[str, str], like: Recipe | None, overrides
     raw = {"name": model.rpartition("/")[2], "student": student, **taken}
     for override in overrides or []:
         _apply(raw, override)
-    return checked(raw, f"adopting {model}", Path())
+    return check_recipe(raw, f"adopting {model}", Path())
 
 
-def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
+def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     """Return a checked recipe from its sections, whose paths are relative to `folder`; `where` is for messages.
 
     Raises:
@@ -101,17 +103,17 @@ def checked(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     except ValidationError as error:
         problems = [describe_problem(problem) for problem in error.errors()]
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
-    changes: dict[str, Any] = {"student": anchored(recipe.student, folder, "student")}
+    changes: dict[str, Any] = {"student": resolve_model(recipe.student, folder, "student")}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
         changes["teacher"] = _anchor_recipe(recipe.teacher, folder)
     elif recipe.teacher is not None:
-        changes["teacher"] = anchored(recipe.teacher, folder, "teacher")
+        changes["teacher"] = resolve_model(recipe.teacher, folder, "teacher")
     if recipe.evaluate is not None:
         sets = tuple(_anchor_set(spec, folder) for spec in recipe.evaluate.sets)
         changes["evaluate"] = recipe.evaluate.model_copy(update={"sets": sets})
     if recipe.distill is not None and recipe.distill.teacher_cache is not None:
         cache = recipe.distill.teacher_cache
-        also = tuple(anchored(spec, folder, "distill.teacher_cache.also") for spec in cache.also)
+        also = tuple(resolve_model(spec, folder, "distill.teacher_cache.also") for spec in cache.also)
         cache = cache.model_copy(update={"also": also})
         changes["distill"] = recipe.distill.model_copy(update={"teacher_cache": cache})
     return recipe.model_copy(update=changes)
@@ -153,7 +155,7 @@ def _anchor_set(spec: EvalSetSpec, folder: Path) -> EvalSetSpec:
         return spec
     written = {key: getattr(spec, key, None) for key in ("path", "file", "images", "classes", "templates")}
     return spec.model_copy(
-        update={key: str(resolved(value, folder)) for key, value in written.items() if isinstance(value, str)}
+        update={key: str(resolve_path(value, folder)) for key, value in written.items() if isinstance(value, str)}
     )
 
 

@@ -31,7 +31,7 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of a
 HUB, LOCAL_DIR = "hf-hub:", "local-dir:"
 
 
-def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
+def resolve_model(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
     """Return the model with a known name or an absolute path, so a resolved recipe means the same in any folder.
 
     Names take precedence over paths: write ./ViT-B-16 for a folder of that name.  A path is relative to the recipe or,
@@ -48,7 +48,7 @@ def anchored(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
         )
     changes: dict[str, Any] = {"model": model}
     if spec.checkpoint is not None:
-        path = resolved(spec.checkpoint, recipe_folder)
+        path = resolve_path(spec.checkpoint, recipe_folder)
         if not path.is_file():
             raise UsageError(f"{role}.checkpoint '{spec.checkpoint}': no file at {path}{_other_place(path)}")
         changes["checkpoint"] = str(path)
@@ -113,7 +113,7 @@ def _anchor_model(model: str, recipe_folder: Path, role: str) -> str:
             raise UsageError(f"{role}.model '{model}': expected {HUB}ORG/NAME")
         return model
     written = model.removeprefix(LOCAL_DIR)
-    path = resolved(written, recipe_folder)
+    path = resolve_path(written, recipe_folder)
     if path.is_dir():
         return str(_folder_of_model(path, role))
     if path.is_file():
@@ -165,7 +165,7 @@ def _stage_kind(folder: Path) -> str | None:
     return kind
 
 
-def resolved(path: str, recipe_folder: Path) -> Path:
+def resolve_path(path: str, recipe_folder: Path) -> Path:
     """Return the absolute path of a path in a recipe: relative to the recipe or else to the current folder."""
     places = [(folder / Path(path).expanduser()).resolve() for folder in (recipe_folder, Path.cwd())]
     return next((place for place in places if place.exists()), places[0])

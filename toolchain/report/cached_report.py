@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from toolchain.filesystem import file_sha256, write_json
-from toolchain.report.measured import manifests_of
+from toolchain.report.measured import list_manifests
 from toolchain.report.row import FIELDS, Report, read_report
 from toolchain.stage import StageSpec
 
@@ -28,7 +28,7 @@ def report_spec(run: Path) -> StageSpec:
         kind="report",
         version=_VERSION,
         fields={"rows": list(FIELDS), "recipe": _recipe(run)},
-        fingerprints={path.relative_to(run).as_posix(): file_sha256(path) for path in manifests_of(run)},
+        fingerprints={path.relative_to(run).as_posix(): file_sha256(path) for path in list_manifests(run)},
     )
 
 

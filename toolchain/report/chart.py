@@ -21,7 +21,7 @@ _INK, _QUIET, _GRID = "#1a1a1a", "#5f6368", "#e4e6e8"
 _LABEL_DARKNESS = 0.62  # factor on a role's colour; gives each a contrast of at least 4.5 : 1 on white
 
 
-def render_picture(report: Report, form: Literal["png", "svg"]) -> bytes:
+def render_chart(report: Report, form: Literal["png", "svg"]) -> bytes:
     """Draw p50 (log) against top-1 with both intervals, one panel per device, the front drawn through its points."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -171,7 +171,7 @@ def _place_labels(axes: "Axes", group: Sequence[ReportRow]) -> None:
     for row in group:
         tried = [_label(axes, row, direction, distance) for distance in (9, 20, 34, 50) for direction in _DIRECTIONS]
         extents = [annotation.get_window_extent() for annotation in tried]
-        covered = [_covered(extent, taken, axes.bbox) for extent in extents]
+        covered = [_overlap(extent, taken, axes.bbox) for extent in extents]
         best = covered.index(min(covered))
         for place, annotation in enumerate(tried):
             if place != best:
@@ -203,7 +203,7 @@ def _label(axes: "Axes", row: ReportRow, direction: tuple[int, int], distance: i
     )
 
 
-def _covered(extent: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
+def _overlap(extent: "Bbox", taken: Sequence["Bbox"], inside: "Bbox") -> float:
     """Return a label's overlap with occupied areas in pixels, plus twice its area outside the panel."""
     from matplotlib.transforms import Bbox
 

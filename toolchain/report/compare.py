@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolchain.report.row import FIELDS, Report, ReportRow
-from toolchain.significance import MIN_PROCESSES, told_apart
+from toolchain.significance import MIN_PROCESSES, differ_significantly
 from toolchain.text_table import TextTable
 
 _IDENTITY = tuple(name for name, field in FIELDS.items() if field.identity)
@@ -88,7 +88,7 @@ def _change(old: ReportRow, new: ReportRow, max_slower: float, max_top1_loss: fl
 def _differs(old: ReportRow, new: ReportRow) -> bool:
     processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
     if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer could never show a difference
-        return told_apart(*processes)
+        return differ_significantly(*processes)
     old_low, old_high = old["p50_low_ms"], old["p50_high_ms"]
     new_low, new_high = new["p50_low_ms"], new["p50_high_ms"]
     if old_low is None or old_high is None or new_low is None or new_high is None:

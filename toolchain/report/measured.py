@@ -81,10 +81,10 @@ def measured_models(run: Path) -> list[Measured]:
             f"{run}: no exported/*/manifest.json, so there is nothing to report. Export a model first:\n"
             f"  clipkd export {run} --onnx --precision fp32"
         )
-    return [found for path in manifests for found in _exported(run, path)] + list(_references(run))
+    return [found for path in manifests for found in _list_exported(run, path)] + list(_references(run))
 
 
-def manifests_of(run: Path) -> list[Path]:
+def list_manifests(run: Path) -> list[Path]:
     """Return the manifest of every complete stage that a report reads: checkpoints, exported models, measurements."""
     patterns = (f"[!.]*/{MANIFEST}", f"exported/[!.]*/{MANIFEST}", f"measured/*/[!.]*/{MANIFEST}")
     return [path for pattern in patterns for path in sorted(run.glob(pattern))]
@@ -116,7 +116,7 @@ def machine_name(machine: Any) -> str | None:
     return ", ".join(parts) or None
 
 
-def _exported(run: Path, manifest: Path) -> Iterator[Measured]:
+def _list_exported(run: Path, manifest: Path) -> Iterator[Measured]:
     """Yield an exported model on every device that it was measured on."""
     content = read_json(manifest)
     measured = run / "measured" / manifest.parent.name
@@ -124,7 +124,7 @@ def _exported(run: Path, manifest: Path) -> Iterator[Measured]:
     for device in devices or (None,):
         outdated = device is not None and _is_of_another(device, "model", content.get("digest"))
         reason = "measured before it was exported again" if outdated else None
-        yield _measured(run, manifest, content.get("summary", {}), device, reason)
+        yield _read_measured(run, manifest, content.get("summary", {}), device, reason)
 
 
 def _references(run: Path) -> Iterator[Measured]:
@@ -137,10 +137,10 @@ def _references(run: Path) -> Iterator[Measured]:
             digest = read_json(checkpoint).get("digest") if checkpoint.exists() else None
             outdated = _is_of_another(manifest.parent, "checkpoint", digest)
             reason = "measured before it was trained again" if outdated else None
-            yield _measured(run, manifest, summary, manifest.parent, reason)
+            yield _read_measured(run, manifest, summary, manifest.parent, reason)
 
 
-def _measured(run: Path, manifest: Path, summary: Document, folder: Path | None, outdated: str | None) -> Measured:
+def _read_measured(run: Path, manifest: Path, summary: Document, folder: Path | None, outdated: str | None) -> Measured:
     parity, evaluation, profile = (
         read_json(folder / name) if folder is not None and (folder / name).exists() else {}
         for name in ("parity.json", "evaluation.json", "profile.json")

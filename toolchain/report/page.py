@@ -263,7 +263,7 @@ def _latency_section(rows: Sequence[ReportRow], histograms: Sequence[Histogram])
     """Return the section on latency: its parts from image bytes to label, and its distribution."""
     cells, marks = [], []
     for row in rows:
-        stages_ms = _profile_of(row).get("e2e_stages_ms") or {}
+        stages_ms = _read_profile(row).get("e2e_stages_ms") or {}
         if stages_ms:
             values = [stages_ms.get(stage) for stage in _STAGES] + [row["e2e_p50_ms"]]
             cells.append([str(row["name"]), *("-" if ms is None else f"{ms:.3g}" for ms in values)])
@@ -307,7 +307,7 @@ def _histogram(group: Sequence[ReportRow]) -> Histogram | None:
 _BINS = 60
 
 
-def _profile_of(row: ReportRow) -> dict[str, Any]:
+def _read_profile(row: ReportRow) -> dict[str, Any]:
     folder = measured_folder(row)
     return read_json(folder / "profile.json") if folder and (folder / "profile.json").exists() else {}
 

@@ -162,7 +162,7 @@ def _accuracy(of: Measured) -> dict[str, SetAccuracy]:
     }
 
 
-def _reverted(of: Measured) -> int | None:
+def _count_reverted(of: Measured) -> int | None:
     found = of.checkpoint.get("sensitivity")
     return None if found is None else len(found["reverted"])
 
@@ -223,7 +223,7 @@ FIELDS: dict[str, Field] = {
     ),
     "peak_memory_bytes": Field(COUNT, lambda of: of.profile.get("peak_memory_bytes"), LESS, external=True),
     "train_s": Field(MEASURE, lambda of: of.checkpoint.get("train_s"), LESS, external=True),
-    "reverted": Field(COUNT, _reverted),
+    "reverted": Field(COUNT, _count_reverted),
     "grade": Field(Word(GRADES), lambda of: of.profile.get("grade"), where=True, external=True),
     "flags": Field(None, lambda of: list(of.profile.get("flags") or []), empty=[]),
     "status": Field(WORD, lambda of: of.status, empty="ok"),

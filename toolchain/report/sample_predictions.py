@@ -26,7 +26,7 @@ class Example(TypedDict):
 
 def examples_section(rows: Sequence[ReportRow]) -> str:
     """Return the section: a few images of each headline set with every model's answer."""
-    pictures: dict[str, dict[str, list[tuple[ReportRow, Example]]]] = {}  # by set, by image
+    answers_by_image: dict[str, dict[str, list[tuple[ReportRow, Example]]]] = {}  # by set, by image
     for row in rows:
         folder = measured_folder(row)
         if folder is None or not (folder / "examples.json").exists():
@@ -34,9 +34,9 @@ def examples_section(rows: Sequence[ReportRow]) -> str:
         found = read_json(folder / "examples.json")
         for example in found["images"]:
             key = json.dumps([example["index"], example["true"], example["picture"]])
-            pictures.setdefault(str(found["set"]), {}).setdefault(key, []).append((row, example))
+            answers_by_image.setdefault(str(found["set"]), {}).setdefault(key, []).append((row, example))
     parts = []
-    for name, answers in pictures.items():
+    for name, answers in answers_by_image.items():
         chosen = _choose_images(list(answers.values()))
         cards = "".join(_example(answered) for answered in chosen)
         note = (
@@ -48,7 +48,7 @@ def examples_section(rows: Sequence[ReportRow]) -> str:
 
 
 def _choose_images(
-    pictures: Sequence[list[tuple[ReportRow, Example]]],
+    answers_N: Sequence[list[tuple[ReportRow, Example]]],
 ) -> list[list[tuple[ReportRow, Example]]]:
     """Return at most `_MAX_EXAMPLES` images, in their order.
 
@@ -56,11 +56,11 @@ def _choose_images(
     """
 
     def dullness(place: int) -> tuple[bool, bool]:
-        answers = [answer for _, answer in pictures[place]]
+        answers = [answer for _, answer in answers_N[place]]
         return len({answer["right"] for answer in answers}) < 2, len({answer["top1"] for answer in answers}) < 2
 
-    chosen = sorted(sorted(range(len(pictures)), key=dullness)[:_MAX_EXAMPLES])
-    return [pictures[place] for place in chosen]
+    chosen = sorted(sorted(range(len(answers_N)), key=dullness)[:_MAX_EXAMPLES])
+    return [answers_N[place] for place in chosen]
 
 
 def _example(answered: Sequence[tuple[ReportRow, Example]]) -> str:

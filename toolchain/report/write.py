@@ -17,7 +17,7 @@ def write_report(runs: Sequence[Path], out: Path, external: Sequence[Mapping[str
 
     A report of one run that is written to that run, without external rows, is recorded there as up to date.
     """
-    from toolchain.report.chart import render_picture
+    from toolchain.report.chart import render_chart
     from toolchain.report.page import render_page
 
     is_of_its_run = not external and [run.resolve() for run in runs] == [out.resolve()]
@@ -29,8 +29,8 @@ def write_report(runs: Sequence[Path], out: Path, external: Sequence[Mapping[str
     contents = {
         "report.csv": render_csv(report).encode(),
         "report.md": render_markdown(report, title=title).encode(),
-        "report.png": render_picture(report, "png"),
-        "report.svg": render_picture(report, "svg"),
+        "report.png": render_chart(report, "png"),
+        "report.svg": render_chart(report, "svg"),
         "report.html": render_page(runs, report, title=title).encode(),
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
     }
