@@ -43,10 +43,11 @@ from toolchain.distillation.loader import load_batches
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
 from toolchain.distillation.objectives import (
     OBJECTIVES,
+    BatchFeatures,
     DistillationHeads,
     StudentFeatures,
     TeacherFeatures,
-    loss_terms,
+    weighted_loss,
 )
 from toolchain.distillation.teacher import CachedTeacher, LiveTeacher, live_teacher
 from toolchain.distillation.training_log import _similarity
@@ -111,15 +112,25 @@ def poison(
     monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor], Tensor], calls: range
 ) -> Callable[[], None]:
     """Change what an objective's loss returns in some of its calls, one a step; returns what undoes that."""
-    real, made = getattr(objectives, name), [0]
+    real, made = {key: getattr(objectives, key) for key in ("_contrast_terms", "fd_loss")}, [0]
 
-    def changed(*arguments: Tensor) -> Tensor:
+    def is_next() -> bool:
         made[0] += 1
-        loss: Tensor = real(*arguments)
-        return change(loss) if made[0] - 1 in calls else loss
+        return made[0] - 1 in calls
 
-    monkeypatch.setattr(objectives, name, changed)
-    return lambda: monkeypatch.setattr(objectives, name, real)
+    def change_contrast(*arguments: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        parts, terms = real["_contrast_terms"](*arguments)
+        if name in terms and is_next():
+            return [change(part) for part in parts], terms | {name: change(terms[name])}
+        return parts, terms
+
+    def change_rows(*arguments: Tensor) -> Tensor:
+        loss: Tensor = real["fd_loss"](*arguments)
+        return change(loss) if is_next() else loss
+
+    key = "fd_loss" if name == "fd" else "_contrast_terms"
+    monkeypatch.setattr(objectives, key, change_rows if name == "fd" else change_contrast)
+    return lambda: monkeypatch.setattr(objectives, key, real[key])
 
 
 @pytest.fixture(scope="session")
@@ -389,7 +400,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_step(
     tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tmp_path / "whole", tiny_samples, None)
-    heal = poison(monkeypatch, "clip_loss", lambda loss: loss * math.nan, range(4, 99))
+    heal = poison(monkeypatch, "task", lambda loss: loss * math.nan, range(4, 99))
     with pytest.raises(ClipkdError) as caught:
         train(tmp_path / "run", tiny_samples, None, options=TrainingOptions(checkpoint_steps=3))
     sample_B = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2).batch(4, slice(None), []).sample_B.tolist()
@@ -411,7 +422,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_step(
 def test_the_term_that_is_not_finite_is_named(
     tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    poison(monkeypatch, "icl_loss", lambda loss: loss + value, range(2, 99))
+    poison(monkeypatch, "icl", lambda loss: loss + value, range(2, 99))
     with pytest.raises(ClipkdError, match=r"the loss is not finite at step 2, in icl \(terms \{'task': "):
         train(tmp_path, tiny_samples, teacher_folder, options=EVERY_STEP)
     assert last_state(tmp_path)["step"] == 2
@@ -421,7 +432,7 @@ def test_the_term_that_is_not_finite_is_named(
 def test_a_gradient_that_is_not_finite_is_that_of_its_term(
     tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    poison(monkeypatch, "fd_loss", lambda loss: _Poisoned.apply(loss, value), range(2, 99))
+    poison(monkeypatch, "fd", lambda loss: _Poisoned.apply(loss, value), range(2, 99))
     before = load_model(STUDENT, random_seed=0)
     with pytest.raises(ClipkdError) as caught:
         train(tmp_path, tiny_samples, teacher_folder, options=EVERY_STEP)
@@ -436,7 +447,7 @@ def test_a_gradient_that_is_not_finite_is_that_of_its_term(
 def test_the_samples_of_a_large_batch_are_named_in_part(
     tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, "clip_loss", lambda loss: loss * math.nan, range(99))
+    poison(monkeypatch, "task", lambda loss: loss * math.nan, range(99))
     student, data = load_model(STUDENT, random_seed=0), GlyphBatches(tiny_samples, 0, 10, 2)
     with pytest.raises(ClipkdError) as caught:
         distill(Training(spec(batch_size=10), student, None, data), tmp_path, silent)
@@ -453,7 +464,7 @@ def test_half_precision_skips_a_step_that_overflows(
         if done > 1:  # the state after the step before this one
             kept.append(last_state(tmp_path)["trained"])
 
-    poison(monkeypatch, "clip_loss", lambda loss: _Poisoned.apply(loss, math.inf), range(6, 8))
+    poison(monkeypatch, "task", lambda loss: _Poisoned.apply(loss, math.inf), range(6, 8))
     train(tmp_path, tiny_samples, None, progress, options=EVERY_STEP, precision="fp16")
     kept.append(last_state(tmp_path)["trained"])
     norms = [row["grad_norm"] for row in rows(tmp_path)]
@@ -480,7 +491,7 @@ def test_half_precision_logs_and_clips_gradients_without_the_scalers_factor(
 def test_half_precision_that_always_overflows_stops(
     tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, "clip_loss", lambda loss: _Poisoned.apply(loss, math.inf), range(99))
+    poison(monkeypatch, "task", lambda loss: _Poisoned.apply(loss, math.inf), range(99))
     with pytest.raises(ClipkdError, match=r"the gradient is not finite at step 17, in task \("):
         train(tmp_path, tiny_samples, None, precision="fp16", steps=30)  # 2^16 halved to less than 1
 
@@ -708,7 +719,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(
         heads = DistillationHeads(teacher.embed_dim, teacher.embed_dim, weights)
         for taught in (live.features(batch), stored.features(looked_up)):
             features = heads(image_BD, text_BD, taught)
-            terms = loss_terms(features, teacher.logit_scale, taught, heads, weights)
+            own = BatchFeatures(features, taught)
+            _, terms = weighted_loss(own, own, teacher.logit_scale, heads, weights)
             assert terms["crd"].item() < MAX_FEATURE_ERROR
             assert terms["fd"].item() < MAX_FEATURE_ERROR
             for cosine in _similarity(features, taught).values():

@@ -20,11 +20,12 @@ from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.objectives import (
     OBJECTIVES,
+    BatchFeatures,
     DistillationHeads,
     TeacherFeatures,
     gather_features,
-    loss_terms,
     paper_weight,
+    weighted_loss,
 )
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import ALONE, Processes
@@ -138,11 +139,11 @@ def golden_rows(processes: Processes) -> dict[str, Tensor]:
     with torch.no_grad():
         heads.log_cross_logit_scale.fill_(math.log(1 / 0.07))  # type: ignore[union-attr]
     local = TeacherFeatures(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
-    features = gather_features(heads(image, text, local), processes.gather)
-    whole = TeacherFeatures(processes.gather(local.image_BE), processes.gather(local.text_BE), local.logit_scale)
-    terms = loss_terms(features, inputs["s_scale"], whole, heads, weights)
-    recipe = [weights[name] * term for name, term in terms.items() if name != "gd"]
-    torch.stack(recipe).sum().backward()  # type: ignore[no-untyped-call]
+    own = BatchFeatures(heads(image, text, local), local)
+    everyone = gather_features(own, processes.gather)
+    _, terms = weighted_loss(own, everyone, inputs["s_scale"], heads, weights, processes)
+    recipe = weights | {"gd": 0.0}
+    weighted_loss(own, everyone, inputs["s_scale"], heads, recipe, processes)[0].backward()  # type: ignore[no-untyped-call]
     assert image.grad is not None
     assert text.grad is not None
     return {"s_img_raw_local": image.grad, "s_txt_raw_local": text.grad} | {n: t.detach() for n, t in terms.items()}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from toolchain.distillation import objectives
 from toolchain.distillation.losses import MAX_LOGIT_SCALE, gd_loss
 from toolchain.distillation.objectives import (
     OBJECTIVES,
+    BatchFeatures,
+    Contrast,
     DistillationHeads,
     StudentFeatures,
     TeacherFeatures,
     gather_features,
-    loss_terms,
     paper_weight,
+    weighted_loss,
     weights_on_unit_features,
 )
 from toolchain.recipe.distill import NEED_CAPTIONS, LossWeights
@@ -71,7 +74,14 @@ def golden_terms(
     heads, leaves = golden_heads(golden, names, reference_compat=reference_compat)
     teacher = TeacherFeatures(golden.teacher_image, golden.teacher_text, golden.teacher_scale)
     features = heads(leaves["s_img_raw"], leaves["s_txt_raw"], teacher)
-    return loss_terms(features, leaves["s_scale"], teacher, heads, dict.fromkeys(names, 1.0)), leaves
+    return each_alone(BatchFeatures(features, teacher), leaves["s_scale"], heads, names), leaves
+
+
+def each_alone(
+    batch: BatchFeatures, logit_scale: Tensor, heads: DistillationHeads, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Each objective computed alone with weight 1, so that it has a gradient of its own."""
+    return {name: weighted_loss(batch, batch, logit_scale, heads, {name: 1.0})[0] for name in names}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -101,7 +111,7 @@ def test_what_needs_no_correction_is_the_same_either_way(case: str, reference_co
     teacher = TeacherFeatures(golden.teacher_image, golden.teacher_text, golden.teacher_scale)
     features = heads(leaves["s_img_raw"], leaves["s_txt_raw"], teacher)
     weights = dict.fromkeys(("task", "crd", "fd"), 1.0)
-    for name, term in loss_terms(features, leaves["s_scale"], teacher, heads, weights).items():
+    for name, term in each_alone(BatchFeatures(features, teacher), leaves["s_scale"], heads, weights).items():
         golden.check(name, term, leaves)
 
 
@@ -186,7 +196,7 @@ def terms_of(
     image, text, teacher, masked = batch
     features = heads(image, text, teacher, masked)
     scale = torch.tensor(14.0, dtype=features.image_BD.dtype)
-    return loss_terms(features, scale, teacher, heads, dict.fromkeys(names, 0.5))
+    return each_alone(BatchFeatures(features, teacher), scale, heads, names)
 
 
 def test_the_objectives_are_those_that_a_recipe_weighs() -> None:
@@ -202,7 +212,8 @@ def test_a_row_says_whether_its_loss_trains_the_students_scale(name: str) -> Non
     image, text, teacher, masked = made_batch(6, 9)
     heads = DistillationHeads(6, 9, {name: 1.0}).double()
     scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
-    term = loss_terms(heads(image, text, teacher, masked), scale, teacher, heads, {name: 1.0})[name]
+    features = BatchFeatures(heads(image, text, teacher, masked), teacher)
+    term = weighted_loss(features, features, scale, heads, {name: 1.0})[0]
     (gradient,) = torch.autograd.grad(term, scale, allow_unused=True)
     assert (gradient is not None) == OBJECTIVES[name].reads_logit_scale
 
@@ -239,12 +250,17 @@ def test_any_objectives_give_their_terms_and_train_every_parameter(teacher_width
         weights = dict.fromkeys(names, 0.5)
         heads = DistillationHeads(6, teacher_width, weights, reference_compat=reference_compat).double()
         heads.load_state_dict({key: alone.state_dict()[key] for key in heads.state_dict()})
-        terms = terms_of(heads, batch, names)
+        image, text, teacher, masked = batch
+        features = BatchFeatures(heads(image, text, teacher, masked), teacher)
+        if not names:
+            continue
+        loss, terms = weighted_loss(features, features, torch.tensor(14.0, dtype=torch.float64), heads, weights)
         assert tuple(terms) == names
         for name, term in terms.items():
-            assert torch.equal(term, everything[name]), (name, names)
+            assert term.item() == pytest.approx(everything[name].item(), rel=SAME_NUMBERS_RTOL), (name, names)
+        assert loss.item() == pytest.approx(0.5 * sum(term.item() for term in terms.values()), rel=SAME_NUMBERS_RTOL)
         if parameters := dict(heads.named_parameters()):
-            torch.stack(list(terms.values())).sum().backward()
+            loss.backward()
             for key, parameter in parameters.items():
                 assert parameter.grad is not None, (key, names)
                 assert parameter.grad.abs().sum() > 0, (key, names)
@@ -280,19 +296,21 @@ def test_the_layers_have_a_bias_and_are_made_apart() -> None:
 
 @pytest.mark.parametrize("asked", OBJECTIVES)
 def test_a_loss_without_a_weight_is_not_computed(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-    names = [name for name in vars(objectives) if name.endswith("_loss")]
-    assert len(names) == len(OBJECTIVES) - 1, "fd_loss serves two"
-    for name in names:
+    called: list[tuple[str, list[bool]]] = []
+    for name in ("contrast", "match_gradients", "fd_loss"):
         real = getattr(objectives, name)
 
-        def counting(*arguments, real=real, name=name):
-            called.append(name)
+        def record(*arguments, real=real, name=name):
+            called.append((name, [bool(weight) for weight in arguments[2]] if name == "contrast" else []))
             return real(*arguments)
 
-        monkeypatch.setattr(objectives, name, counting)
+        monkeypatch.setattr(objectives, name, record)
     terms_of(DistillationHeads(6, 9, EVERYTHING).double(), made_batch(6, 9), (asked,))
-    assert called == [{"task": "clip_loss", "mfd": "fd_loss"}.get(asked, f"{asked}_loss")]
+    form = OBJECTIVES[asked].loss
+    if isinstance(form, Contrast):
+        assert called == [("contrast", [form.target == "pair", form.target == "teacher"])] * 2
+    else:
+        assert called == [("match_gradients" if asked == "gd" else "fd_loss", [])]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +335,8 @@ def test_without_a_teacher_there_is_the_task_alone() -> None:
     assert list(heads.parameters()) == []
     features = heads(image, text, None)
     assert [name for name, x in features._asdict().items() if x is not None] == ["image_BD", "text_BD"]
-    assert list(loss_terms(features, torch.tensor(14.0), None, heads, EVERYTHING)) == ["task"]
+    batch = BatchFeatures(features, None)
+    assert list(weighted_loss(batch, batch, torch.tensor(14.0), heads, EVERYTHING)[1]) == ["task"]
 
 
 def test_an_objective_that_does_not_exist_is_refused() -> None:
@@ -472,50 +491,7 @@ def test_clamping_heads_without_scales_does_nothing() -> None:
     assert all(torch.equal(x, before[key]) for key, x in heads.state_dict().items())
 
 
-# A batch that several processes share.
-
-
-def split_batch(
-    batch: tuple[Tensor, Tensor, TeacherFeatures, Tensor], rows: slice
-) -> tuple[Tensor, Tensor, TeacherFeatures, Tensor]:
-    image, text, teacher, masked = batch
-    return (
-        image[rows],
-        text[rows],
-        TeacherFeatures(teacher.image_BE[rows], teacher.text_BE[rows], teacher.logit_scale),
-        masked[rows],
-    )
-
-
-@pytest.mark.parametrize("teacher_width", [6, 9])
-@pytest.mark.parametrize(
-    "names", [tuple(OBJECTIVES), ("task", "crd"), ("task", "fd", "icl"), ("task", "mfd"), ("afd",)]
-)
-def test_gathered_halves_have_the_terms_and_gradients_of_the_whole(teacher_width: int, names: tuple[str, ...]) -> None:
-    image, text, teacher, masked = made_batch(6, teacher_width)
-    leaves = [image.requires_grad_(), text.requires_grad_(), masked.requires_grad_()]
-    heads = DistillationHeads(6, teacher_width, dict.fromkeys(names, 0.5)).double()
-    leaves += list(heads.parameters())
-    whole = terms_of(heads, (image, text, teacher, masked), names)
-    expected = torch.autograd.grad(torch.stack(list(whole.values())).sum(), leaves, allow_unused=True)
-
-    halves = [heads(*split_batch((image, text, teacher, masked), rows)) for rows in (slice(0, 2), slice(2, None))]
-    sent: list[Tensor] = []
-    gather_features(halves[0], lambda x: sent.append(x) or x)
-
-    def gather(x: Tensor) -> Tensor:
-        return torch.cat([sent[0], x])
-
-    features = gather_features(halves[1], gather)
-    found = loss_terms(features, torch.tensor(14.0).double(), teacher, heads, dict.fromkeys(names, 0.5))
-    assert list(found) == list(whole)
-    for name, term in found.items():
-        assert term.item() == pytest.approx(whole[name].item(), rel=SAME_NUMBERS_RTOL), name
-    gradients = torch.autograd.grad(torch.stack(list(found.values())).sum(), leaves, allow_unused=True)
-    for ours, theirs in zip(gradients, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=SAME_NUMBERS_RTOL, atol=1e-13)
+# A batch that several processes share: test_distributed.py has its gradients.
 
 
 @pytest.mark.parametrize(
@@ -539,8 +515,12 @@ def test_gathering_is_one_call_that_sends_nothing_twice(
     heads = DistillationHeads(6, teacher_width, weights, reference_compat=reference_compat).to(dtype)
     features = heads(image, text, teacher, masked)
     sent: list[Tensor] = []
-    received = gather_features(features, lambda x: sent.append(x) or torch.cat([x, 2 * x]))
-    assert [(x.shape, x.dtype) for x in sent] == [((5, columns), dtype)]
+    whole = gather_features(BatchFeatures(features, teacher), lambda x: sent.append(x) or torch.cat([x, 2 * x]))
+    received = whole.student
+    assert [(x.shape, x.dtype) for x in sent[:1]] == [((5, columns), dtype)]
+    assert [x is y for x, y in zip(sent[1:], (teacher.image_BE, teacher.text_BE), strict=True)] == [True, True]
+    assert whole.teacher is not None
+    assert whole.teacher.image_BE.shape == (10, teacher_width)
     for name, x in features._asdict().items():
         y = getattr(received, name)
         assert (x is None) == (y is None), name

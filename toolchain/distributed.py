@@ -1,13 +1,13 @@
 """The ranks that train together: one, or as many as torchrun started.
 
-Every rank holds b of the B rows of each batch, and the same parameters.  It gathers the features of all ranks and
-computes the whole loss from them, so the loss is the same number on every rank.  Only a rank's own rows carry a
-gradient: its parameters receive the gradient of the whole loss through its rows, and the sum over ranks is the gradient
-of one rank with the whole batch.  DistributedDataParallel takes the mean over W ranks; `gather` therefore multiplies
-the gradient of the rows by W.  Parameters that the loss reads directly (scales) have the whole gradient on every rank,
-and the mean does not change it.
+Every rank holds b of the B rows of each batch, and the same parameters.  It gathers the features of all ranks, and its
+loss is the mean over its own rows as anchors, with the rows of all ranks as candidates.  The mean of these losses over
+the W ranks is the loss of the batch.  The gradient of `gather` is the sum over the losses of all ranks, of a rank's own
+rows.  DistributedDataParallel takes the mean over ranks of the parameters' gradients, which is the gradient of the
+batch: for the towers through their rows, and for scales, which each loss reads directly.
 
-CLIP-KD's released code omits that factor, so its student's gradients are 1/W of the loss's gradient.
+CLIP-KD's released code computes the loss of the whole batch on each rank and keeps the gradient of the rank's rows
+alone; the mean over ranks makes its student's gradients 1/W of the loss's gradient.
 
 Batch norms are the exception: each rank normalizes by its own b rows, as in the released code, and the running
 statistics of rank 0 are kept.
@@ -60,6 +60,14 @@ class Processes:
     def gather(self, rows_bD: Tensor) -> Tensor:
         """Return the rows of all ranks in order, [B, D], with exact gradients (see the module)."""
         return rows_bD if self.size == 1 else _Gather.apply(rows_bD, self.rank, self.size)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over ranks, without gradient (a collective call)."""
+        if self.size == 1:
+            return x
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total
 
     def gather_rows(self, rows_bD: Tensor, count: int) -> Tensor:
         """Return [count, D] without gradient, in order: each rank holds rows rank, rank + W, rank + 2 W, ..."""
@@ -160,4 +168,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         share = len(gradients[0]) // ctx.size
-        return gradients[0][ctx.rank * share : (ctx.rank + 1) * share] * ctx.size, None, None
+        total_BD = gradients[0].clone()
+        dist.all_reduce(total_BD)
+        return total_BD[ctx.rank * share : (ctx.rank + 1) * share], None, None

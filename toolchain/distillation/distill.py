@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from toolchain.data.bad_samples import Damage, Ledger
 from toolchain.data.batch import TrainingData
@@ -214,8 +215,11 @@ class _Run:
         grad_norm = clip_gradients(trainee, spec.grad_clip_norm)
         row = log_row(step, lr, grad_norm, forward_pass, spec.loss_weights.model_dump())
         if not is_finite(row, self.scaler):
-            again = replace(self.forward, module=trainee).run(batch, teacher_features, step)
-            raise non_finite_error(self.folder, row, self.training.data, trainee, again, self.processes.any)
+
+            def loss_alone(objective: str) -> Tensor:
+                return self.forward.only(objective).run(batch, teacher_features, step).loss
+
+            raise non_finite_error(self.folder, row, self.training.data, trainee, loss_alone, self.processes.any)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         trainee.clamp_parameters_()

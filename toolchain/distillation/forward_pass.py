@@ -1,7 +1,7 @@
 """Compute a step's forward pass: batch -> features of student and teacher -> objectives -> one weighted sum."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.distillation.loader import PreparedBatch
-from toolchain.distillation.objectives import StudentFeatures, TeacherFeatures, gather_features, loss_terms
+from toolchain.distillation.objectives import (
+    OBJECTIVES,
+    BatchFeatures,
+    StudentFeatures,
+    TeacherFeatures,
+    gather_features,
+    weighted_loss,
+)
 from toolchain.distillation.teacher import DTYPES
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import Processes
 from toolchain.models.onednn import on_onednn
-from toolchain.recipe.distill import DistillSpec
+from toolchain.recipe.distill import DistillSpec, LossWeights
 from toolchain.recipe.section import Precision
 
 
@@ -22,8 +29,10 @@ class ForwardPass(NamedTuple):
     """The result of one step's forward pass, over the batch of all ranks."""
 
     loss: Tensor
+    """The weighted sum, with the value of the whole batch and the gradient of the rank's rows as anchors."""
+
     terms: dict[str, Tensor]
-    """Unweighted terms, of the objectives whose weight is not zero."""
+    """Unweighted terms without gradient, of the objectives whose weight is not zero."""
 
     scales: dict[str, Tensor]
     student: StudentFeatures
@@ -42,6 +51,11 @@ class Forward:
     processes: Processes
     seed: int
 
+    def only(self, objective: str) -> "Forward":
+        """Return the same passes with one objective, of weight 1."""
+        weights = LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | {objective: 1.0})
+        return replace(self, module=self.trainee, spec=self.spec.model_copy(update={"loss_weights": weights}))
+
     def run(self, batch: PreparedBatch, teacher_features: TeacherFeatures | None, step: int) -> ForwardPass:
         """Return the loss of one rank's rows of a batch, computed over the rows of all ranks (a collective call)."""
         spec, device, student = self.spec, self.processes.device, self.trainee.student
@@ -50,15 +64,12 @@ class Forward:
         with _autocast(spec.precision, device), on_onednn(device, compiled=spec.compile):
             pixel_values = student.normalise(batch.student_pixels)
             rows, scales = self.module(pixel_values, batch.student_ids, teacher_features, *masks)
-        features = gather_features(rows, self.processes.gather)
-        teacher = None
-        if teacher_features is not None:
-            image_BE, text_BE = map(self.processes.gather, (teacher_features.image_BE, teacher_features.text_BE))
-            teacher = TeacherFeatures(image_BE, text_BE, teacher_features.logit_scale)
-        weights = spec.loss_weights.model_dump()
-        terms = loss_terms(features, scales["logit_scale"], teacher, self.trainee.heads, weights)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return ForwardPass(loss, terms, scales, features, teacher)
+        own = BatchFeatures(rows, teacher_features)
+        everyone = gather_features(own, self.processes.gather)
+        loss, terms = weighted_loss(
+            own, everyone, scales["logit_scale"], self.trainee.heads, spec.loss_weights.model_dump(), self.processes
+        )
+        return ForwardPass(loss, terms, scales, *everyone)
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

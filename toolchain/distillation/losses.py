@@ -1,8 +1,8 @@
-"""The training losses, each a pure function of unit-norm features and scales.
+"""The definitions of the training losses, each a pure function of unit-norm features and scales.
 
-All losses come from CLIP-KD (arXiv:2307.12732) and CLIP (arXiv:2103.00020).  They take features, never logits, so the
-B x B similarities could be computed in blocks of rows with the same signature.  The caller gathers over ranks, weights
-the losses and owns the learnable heads.  No gradient is stopped here: pass teacher features without gradient.
+All losses come from CLIP-KD (arXiv:2307.12732) and CLIP (arXiv:2103.00020).  They hold the B x B similarities of a
+whole batch, as their equations do.  Training computes the same numbers in blocks of rows (blockwise_losses.py), and the
+tests compare the two.  No gradient is stopped here: pass teacher features without gradient.
 
 Arithmetic is float32 or wider for every input, also under autocast: the features are unit vectors multiplied by a scale
 of up to 100, and in bfloat16 the logits would have steps of 0.5.  float64 stays float64.  NaN stays NaN.
@@ -151,8 +151,9 @@ def cross_kd_loss(
     recipe uses it.  Scalar, mean over B, in nats; >= 0, and 0 iff the distributions agree.
     """
     teacher_image_BB, teacher_text_BB = _both_directions(teacher_image_BD, teacher_text_BD, teacher_logit_scale)
-    image_anchored = _mean_kl(teacher_image_BB, _logits(image_BD, teacher_text_BD, cross_logit_scale))
-    return (image_anchored + _mean_kl(teacher_text_BB, _logits(text_BD, teacher_image_BD, cross_logit_scale))) / 2
+    image_anchored = _mean_kl(teacher_image_BB, scaled_similarities(image_BD, teacher_text_BD, cross_logit_scale))
+    text_anchored = _mean_kl(teacher_text_BB, scaled_similarities(text_BD, teacher_image_BD, cross_logit_scale))
+    return (image_anchored + text_anchored) / 2
 
 
 def widen(x: Tensor) -> Tensor:
@@ -160,14 +161,14 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _logits(anchor_BD: Tensor, candidate_KD: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Return scaled similarities [B, K]."""
+def scaled_similarities(anchor_BD: Tensor, candidate_KD: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """Return logits [B, K]: the cosines of anchors and candidates, times the scale."""
     with torch.autocast(anchor_BD.device.type, enabled=False):  # autocast would multiply in 16 bits
         return logit_scale * (widen(anchor_BD) @ widen(candidate_KD).T)
 
 
 def _both_directions(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    image_logits_BB = _logits(image_BD, text_BD, logit_scale)
+    image_logits_BB = scaled_similarities(image_BD, text_BD, logit_scale)
     return image_logits_BB, image_logits_BB.T
 
 
@@ -175,14 +176,14 @@ def _scaled_gradients(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tens
     """Return B times the gradients of `_mean_cross_entropy` in the anchors and in the candidates, in closed form."""
     with torch.autocast(anchor_BD.device.type, enabled=False):
         anchor_BD, candidate_BD = widen(anchor_BD), widen(candidate_BD)
-        probability_BB = _logits(anchor_BD, candidate_BD, logit_scale).softmax(-1)
+        probability_BB = scaled_similarities(anchor_BD, candidate_BD, logit_scale).softmax(-1)
         of_anchors_BD = logit_scale * (probability_BB @ candidate_BD - candidate_BD)
         return of_anchors_BD, logit_scale * (probability_BB.T @ anchor_BD - anchor_BD)
 
 
 def _mean_cross_entropy(anchor_BD: Tensor, candidate_BD: Tensor, logit_scale: Tensor | float) -> Tensor:
     """Return the mean over rows of -log softmax; candidate i is the match of anchor i."""
-    logits_BB = _logits(anchor_BD, candidate_BD, logit_scale)
+    logits_BB = scaled_similarities(anchor_BD, candidate_BD, logit_scale)
     return F.cross_entropy(logits_BB, torch.arange(len(logits_BB), device=logits_BB.device))
 
 

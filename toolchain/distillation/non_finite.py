@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolchain.data.batch import TrainingData
-from toolchain.distillation.forward_pass import ForwardPass
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.errors import ClipkdError
 
@@ -33,12 +33,12 @@ def non_finite_error(
     row: dict[str, Any],
     data: TrainingData,
     trainee: TrainingModule,
-    forward_pass: ForwardPass,
+    loss_alone: Callable[[str], Tensor],
     on_any_rank: Callable[[bool], bool],
 ) -> ClipkdError:
     """Return the error that names the step, the terms and the samples (a collective call).
 
-    `forward_pass` is that of the step, computed again without the wrapper that averages gradients.
+    `loss_alone` computes one objective of the step again, without the wrapper that averages gradients.
     """
     # decodes the images too: corrupt samples are replaced by others
     sample_B = data.batch(row["step"], slice(None), [trainee.student.geometry]).sample_B
@@ -48,8 +48,8 @@ def non_finite_error(
     if not blamed:
         what = "gradient"
         parameters = list(trainee.parameters())
-        for name, term in forward_pass.terms.items():
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        for name in values:
+            gradients = torch.autograd.grad(loss_alone(name), parameters, allow_unused=True)
             # a rank has only the gradient through its own rows
             if on_any_rank(not all(gradient is None or gradient.isfinite().all() for gradient in gradients)):
                 blamed.append(name)

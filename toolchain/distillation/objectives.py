@@ -1,11 +1,11 @@
 """The objectives of CLIP-KD (arXiv:2307.12732) in one table, and the learnt heads that they need.
 
-A batch passes `DistillationHeads` -> `StudentFeatures` -> (`gather_features`, if several ranks share a batch) ->
-`loss_terms` -> one weighted sum.  An objective whose weight is 0 costs nothing: its features are not computed, its
-parameters do not exist and its loss is not computed.
+A batch passes `DistillationHeads` -> `BatchFeatures` -> `gather_features` over the ranks -> `weighted_loss`.  An
+objective whose weight is 0 costs nothing: its features are not computed, its parameters do not exist and its loss is
+not computed.
 
-To add an objective, write a function in losses.py, a row in `OBJECTIVES`, and its weight in recipe/distill.py, which
-also lists the objectives that need pairs of image and caption.
+To add an objective, write its definition in losses.py, a row in `OBJECTIVES` that says how to compute it in blocks, and
+its weight in recipe/distill.py, which also lists the objectives that need pairs of image and caption.
 
 Features are one per row and of unit norm, except `raw_...`, the output of the towers.
 """
@@ -13,23 +13,15 @@ Features are one per row and of unit norm, except `raw_...`, the output of the t
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolchain.distillation.losses import (
-    MAX_LOGIT_SCALE,
-    afd_loss,
-    clip_loss,
-    crd_loss,
-    cross_kd_loss,
-    fd_loss,
-    gd_loss,
-    icl_loss,
-    widen,
-)
+from toolchain.distillation.blockwise_losses import Rows, Similarities, contrast, match_gradients
+from toolchain.distillation.losses import MAX_LOGIT_SCALE, fd_loss, widen
+from toolchain.distributed import ALONE, Processes
 
 _INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP (arXiv:2103.00020), section 2.5
 
@@ -57,74 +49,141 @@ class StudentFeatures(NamedTuple):
     fused_text_BD: Tensor | None = None
 
 
-def gather_features(features: StudentFeatures, gather: Callable[[Tensor], Tensor]) -> StudentFeatures:
-    """Return the features of all ranks' samples, with one call of `gather`.
+class BatchFeatures(NamedTuple):
+    """The features of one batch, or of one rank's rows of it; without a teacher, the student's alone."""
+
+    student: StudentFeatures
+    teacher: TeacherFeatures | None
+
+
+def gather_features(features: BatchFeatures, gather: Callable[[Tensor], Tensor]) -> BatchFeatures:
+    """Return the features of all ranks' samples; the student's with one call of `gather`.
 
     `gather` takes the rows of one rank and returns those of all ranks; the gradient is as exact as that of `gather`.
-    It receives all features concatenated [B, sum of widths] in their common dtype, each distinct tensor once.
+    It receives all of the student's features concatenated [B, sum of widths] in their common dtype, each distinct
+    tensor once.
     """
-    distinct = {id(x): x for x in features if x is not None}
+    distinct = {id(x): x for x in features.student if x is not None}
     everything = gather(torch.cat(list(distinct.values()), dim=1))
     columns = torch.split(everything, [x.shape[1] for x in distinct.values()], dim=1)
     found = dict(zip(distinct, columns, strict=True))
-    return StudentFeatures._make(None if x is None else found[id(x)] for x in features)
+    student = StudentFeatures._make(None if x is None else found[id(x)] for x in features.student)
+    teacher = features.teacher
+    if teacher is not None:
+        teacher = TeacherFeatures(gather(teacher.image_BE), gather(teacher.text_BE), teacher.logit_scale)
+    return BatchFeatures(student, teacher)
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """Everything a loss may read of one batch.  Reading features that the heads did not make raises AssertionError."""
 
-    features: StudentFeatures
+    own: BatchFeatures
+    """The rank's own rows [b, D], the anchors of its losses."""
+
+    everyone: BatchFeatures
+    """The rows of all ranks [B, D], the candidates."""
+
     logit_scale: Tensor
     """The student's multiplier."""
 
-    teacher_features: TeacherFeatures | None
     heads: "DistillationHeads"
+    processes: Processes
+    memory_mb: float
+    """Memory for the similarities of a block of rows."""
 
     @property
-    def student(self) -> tuple[Tensor, Tensor]:
-        """Image and text features in the student's own width."""
-        return self.features.image_BD, self.features.text_BD
+    def rows(self) -> Rows:
+        return Rows(self.processes.rank * len(self.own.student.image_BD), self.memory_mb)
+
+    @property
+    def student(self) -> tuple[Similarities, Similarities]:
+        """Image to text and text to image, in the student's own width."""
+        own, everyone = self.own.student, self.everyone.student
+        return _both_directions((own.image_BD, own.text_BD), (everyone.image_BD, everyone.text_BD), self.logit_scale)
+
+    @property
+    def cross(self) -> tuple[Similarities, Similarities]:
+        """The student's images to the teacher's texts and its texts to the teacher's images, in the teacher's width."""
+        return _both_directions(self.projected, _teacher_pair(self.everyone), self.heads.cross_logit_scale)
+
+    @property
+    def fused(self) -> tuple[Similarities, Similarities]:
+        """Images fused from both models to fused texts, and the reverse."""
+        own, everyone = (
+            (_require(x.student.fused_image_BD), _require(x.student.fused_text_BD)) for x in (self.own, self.everyone)
+        )
+        return _both_directions(own, everyone, self.heads.fusion_logit_scale)
+
+    @property
+    def teacher(self) -> tuple[Similarities, Similarities]:
+        """The teacher's image to text and text to image."""
+        return _both_directions(_teacher_pair(self.own), _teacher_pair(self.everyone), self.teacher_logit_scale)
 
     @property
     def projected(self) -> tuple[Tensor, Tensor]:
-        """Image and text features in the teacher's width."""
-        return _require(self.features.image_BE), _require(self.features.text_BE)
+        """The rank's image and text features in the teacher's width."""
+        return _require(self.own.student.image_BE), _require(self.own.student.text_BE)
 
     @property
     def masked(self) -> tuple[Tensor, Tensor]:
         """Like `projected`, with the image masked."""
-        return _require(self.features.masked_image_BE), _require(self.features.text_BE)
+        return _require(self.own.student.masked_image_BE), _require(self.own.student.text_BE)
 
     @property
-    def fused(self) -> tuple[Tensor, Tensor]:
-        """Image features fused from both models, and text features likewise."""
-        return _require(self.features.fused_image_BD), _require(self.features.fused_text_BD)
-
-    @property
-    def teacher(self) -> tuple[Tensor, Tensor]:
-        """The teacher's image and text features."""
-        assert self.teacher_features is not None
-        return self.teacher_features.image_BE, self.teacher_features.text_BE
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """The teacher's image and text features of the rank's rows."""
+        return _teacher_pair(self.own)
 
     @property
     def teacher_logit_scale(self) -> Tensor:
-        assert self.teacher_features is not None
-        return self.teacher_features.logit_scale
+        assert self.own.teacher is not None
+        return self.own.teacher.logit_scale
 
-    @property
-    def gradient_scales(self) -> tuple[Tensor, Tensor]:
-        """The multipliers of student and teacher in GD; `reference_compat` inverts them, as the released code does."""
-        if self.heads.reference_compat:
-            return 1 / self.logit_scale, 1 / self.teacher_logit_scale
-        return self.logit_scale, self.teacher_logit_scale
+
+def _both_directions(
+    own: tuple[Tensor, Tensor], everyone: tuple[Tensor, Tensor], logit_scale: Tensor
+) -> tuple[Similarities, Similarities]:
+    """Return own images with everyone's texts, and own texts with everyone's images."""
+    return Similarities(own[0], everyone[1], logit_scale), Similarities(own[1], everyone[0], logit_scale)
+
+
+def _teacher_pair(features: BatchFeatures) -> tuple[Tensor, Tensor]:
+    assert features.teacher is not None
+    return features.teacher.image_BE, features.teacher.text_BE
+
+
+def _distill_gradients(x: LossInputs) -> Tensor:
+    """Return gradient distillation; `reference_compat` inverts the scales, as the released code does."""
+    everyone = x.everyone.student
+    scales = x.logit_scale, x.teacher_logit_scale
+    if x.heads.reference_compat:
+        scales = 1 / scales[0], 1 / scales[1]
+    return match_gradients(
+        _both_directions(x.projected, (_require(everyone.image_BE), _require(everyone.text_BE)), scales[0]),
+        _both_directions(x.targets, _teacher_pair(x.everyone), scales[1]),
+        x.rows,
+        x.processes.sum,
+    )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A loss that compares each anchor with all candidates; losses of the same similarities share their sweep."""
+
+    similarities: Literal["student", "cross", "fused"]
+    """The property of `LossInputs` with both directions."""
+
+    target: Literal["pair", "teacher"]
+    """Find the own pair among the candidates (cross entropy), or match the teacher's distribution over them (KL)."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """One objective: its loss, and the inputs that the loss reads."""
 
-    loss: Callable[[LossInputs], Tensor]
+    loss: Contrast | Callable[[LossInputs], Tensor]
+    """How the loss is computed, over the rank's rows; losses.py defines it."""
 
     paper_weight: float
     """The weight in CLIP-KD's recipes, in their units; 0 if they do not use the objective."""
@@ -151,49 +210,49 @@ class Objective:
 
 OBJECTIVES: dict[str, Objective] = {
     "task": Objective(
-        lambda x: clip_loss(*x.student, x.logit_scale),
+        Contrast("student", "pair"),
         paper_weight=1,
         needs_teacher=False,
         reads_logit_scale=True,
     ),
     "crd": Objective(
-        lambda x: crd_loss(*x.student, x.logit_scale, *x.teacher, x.teacher_logit_scale),
+        Contrast("student", "teacher"),
         paper_weight=1,
         reads_logit_scale=True,
     ),
     "fd": Objective(
-        lambda x: fd_loss(*x.projected, *x.teacher),
+        lambda x: fd_loss(*x.projected, *x.targets),
         paper_weight=2000,
         is_mean_over_width=True,
         in_teacher_width=True,
     ),
     "mfd": Objective(
-        lambda x: fd_loss(*x.masked, *x.teacher),
+        lambda x: fd_loss(*x.masked, *x.targets),
         paper_weight=2000,
         is_mean_over_width=True,
         in_teacher_width=True,
         on_whole_image="fd",
     ),
     "gd": Objective(
-        lambda x: gd_loss(*x.projected, x.gradient_scales[0], *x.teacher, x.gradient_scales[1]),
+        _distill_gradients,
         paper_weight=1e8 / 1024**2,  # a mean over a batch of 1024, squared
         is_mean_over_width=True,
         in_teacher_width=True,
         reads_logit_scale=True,
     ),
     "icl": Objective(
-        lambda x: icl_loss(*x.projected, *x.teacher, x.heads.cross_logit_scale),
+        Contrast("cross", "pair"),
         paper_weight=1,
         in_teacher_width=True,
         reads_cross_scale=True,
     ),
     "afd": Objective(
-        lambda x: afd_loss(*x.fused, x.heads.fusion_logit_scale),
+        Contrast("fused", "pair"),
         paper_weight=1,
         fuses=True,
     ),
     "cross_kd": Objective(
-        lambda x: cross_kd_loss(*x.projected, *x.teacher, x.heads.cross_logit_scale, x.teacher_logit_scale),
+        Contrast("cross", "teacher"),
         paper_weight=0,
         in_teacher_width=True,
         reads_cross_scale=True,
@@ -356,21 +415,63 @@ def _fuse(fusion: nn.Linear, student_BD: Tensor, teacher_BE: Tensor) -> Tensor:
     return F.normalize(fusion(torch.cat([student_BD, teacher_BE.to(student_BD.dtype)], dim=-1)), dim=-1)
 
 
-def loss_terms(
-    student: StudentFeatures,
+def weighted_loss(
+    own: BatchFeatures,
+    everyone: BatchFeatures,
     logit_scale: Tensor,
-    teacher: TeacherFeatures | None,
     heads: DistillationHeads,
     weights: Mapping[str, float],
-) -> dict[str, Tensor]:
-    """Return the unweighted terms of the weighted objectives, in the order of `OBJECTIVES`.
+    processes: Processes = ALONE,
+    *,
+    memory_mb: float = 256,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of the objectives, and the unweighted terms without gradient, in their order.
 
-    Without a teacher, return the terms that need none.  `student` comes from `heads`; `logit_scale` is the student's
-    multiplier.  The heads must have been made for at least these objectives.
+    `own` and `everyone` are the rank's features and those of all ranks (`gather_features`), from `heads`, which must
+    have been made for at least these objectives; `logit_scale` is the student's multiplier.  Without a teacher, the
+    objectives that need none are computed.  Sum and terms have the value of the whole batch on every rank (a collective
+    call).  The gradient is that of the rank's rows as anchors: the mean over ranks is the gradient of the batch.
     """
-    inputs = LossInputs(student, logit_scale, teacher, heads)
-    selected = select(weights, with_teacher=teacher is not None)
-    return {name: objective.loss(inputs) for name, objective in selected.items()}
+    inputs = LossInputs(own, everyone, logit_scale, heads, processes, memory_mb)
+    selected = select(weights, with_teacher=own.teacher is not None)
+    with torch.autocast(logit_scale.device.type, enabled=False):
+        parts, terms = _contrast_terms(inputs, selected, weights)
+        for name, objective in selected.items():
+            if not isinstance(objective.loss, Contrast):
+                term = objective.loss(inputs)
+                parts.append(weights[name] * term)
+                terms[name] = term.detach()
+    names = [name for name in OBJECTIVES if name in selected]
+    values = processes.sum(torch.stack([terms[name] for name in names])) / processes.size
+    total = torch.stack(parts).sum()
+    whole = (values * values.new_tensor([weights[name] for name in names])).sum()
+    return total + (whole - total).detach(), dict(zip(names, values.unbind(), strict=True))
+
+
+def _contrast_terms(
+    inputs: LossInputs, selected: Mapping[str, Objective], weights: Mapping[str, float]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return the weighted parts and the terms of the objectives that share similarities: one sweep per direction."""
+    parts, terms = [], {}
+    for similarities in ("student", "cross", "fused"):
+        named = {
+            objective.loss.target: name
+            for name, objective in selected.items()
+            if isinstance(objective.loss, Contrast) and objective.loss.similarities == similarities
+        }
+        if not named:
+            continue
+        both = [weights[named[target]] / 2 if target in named else 0.0 for target in ("pair", "teacher")]
+        teacher = inputs.teacher if "teacher" in named else (None, None)
+        swept = [
+            contrast(ours, theirs, (both[0], both[1]), inputs.rows)
+            for ours, theirs in zip(getattr(inputs, similarities), teacher, strict=True)
+        ]
+        parts += [total for total, _, _ in swept]
+        for place, target in enumerate(("pair", "teacher"), 1):
+            if target in named:
+                terms[named[target]] = (swept[0][place] + swept[1][place]) / 2
+    return parts, terms
 
 
 def _require(x: Tensor | None) -> Tensor:

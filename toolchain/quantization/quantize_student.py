@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.distillation.losses import fd_loss
 from toolchain.distillation.objectives import (
+    BatchFeatures,
     DistillationHeads,
     TeacherFeatures,
-    loss_terms,
+    weighted_loss,
     weights_on_unit_features,
 )
 from toolchain.distillation.teacher import live_teacher
@@ -153,14 +154,14 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
         assert batch.text_target_BD is not None
         own_BD = batch.image_target_BD, batch.text_target_BD  # the student's own, if it is its own teacher
         teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale)
-        features = heads(image_features_BD, text_features_BD, teacher_features)
-        terms = loss_terms(features, logit_scale, teacher_features, heads, weights)
+        features = BatchFeatures(heads(image_features_BD, text_features_BD, teacher_features), teacher_features)
+        loss, _ = weighted_loss(features, features, logit_scale, heads, weights)
         if task.teacher is not None:
             with torch.no_grad():
                 image_own_BD = unit_image_features(student.net, batch.pixel_values_BCHW)
                 own_BD = image_own_BD, unit_text_features(student.net, batch.input_ids_BT)
         distance = fd_loss(image_features_BD, text_features_BD, *own_BD)
-        return torch.stack([weights[name] * term for name, term in terms.items()]).sum() + task.spec.anchor * distance
+        return loss + task.spec.anchor * distance
 
     return loss_fn
 
