@@ -225,7 +225,7 @@ def ours(
             done = forward.run(prepared, teacher_features, index)
         with clock("backward"):
             optimizer.zero_grad(set_to_none=True)
-            done.loss.backward()  # type: ignore[no-untyped-call]
+            forward.backward(done, prepared, index)
         with clock("gradient norm and log"):
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained.parameters() if p.grad is not None])
             row = log_row(index, 1e-5, norm, done, weights)

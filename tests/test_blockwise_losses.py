@@ -13,15 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolchain.distillation import blockwise_losses, losses
-from toolchain.distillation.blocks import choose_block_rows, sum_in_blocks
-from toolchain.distillation.objectives import (
-    OBJECTIVES,
-    BatchFeatures,
-    DistillationHeads,
-    StudentFeatures,
-    TeacherFeatures,
-    weighted_loss,
-)
+from toolchain.distillation.blocks import Sweep, choose_block_rows, sum_in_blocks
+from toolchain.distillation.features import BatchFeatures, Scales, StudentFeatures, TeacherFeatures
+from toolchain.distillation.objectives import OBJECTIVES, weighted_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,28 +60,13 @@ def cast(x: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.detach().to(dtype).requires_grad_(value.requires_grad) for name, value in x.items()}
 
 
-class _Scales(DistillationHeads):
-    """Heads whose multipliers are leaves of the test."""
-
-    def __init__(self, x: dict[str, Tensor]) -> None:
-        super().__init__(1, 1, {})
-        self._x = x
-
-    @property
-    def cross_logit_scale(self) -> Tensor:
-        return self._x["cross_logit_scale"]
-
-    @property
-    def fusion_logit_scale(self) -> Tensor:
-        return self._x["fusion_logit_scale"]
-
-
 def compute(x: dict[str, Tensor], weights: dict[str, float], memory_mb: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum as training computes it, in one process."""
     student = StudentFeatures(*(x[name] for name in StudentFeatures._fields))
     teacher = TeacherFeatures(x["teacher_image"], x["teacher_text"], x["teacher_logit_scale"])
     batch = BatchFeatures(student, teacher)
-    return weighted_loss(batch, batch, x["logit_scale"], _Scales(x), weights, memory_mb=memory_mb)
+    scales = Scales(x["logit_scale"], x["cross_logit_scale"], x["fusion_logit_scale"])
+    return weighted_loss(batch, batch, scales, weights, memory_mb=memory_mb)
 
 
 def differentiate(loss: Tensor, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -244,32 +223,49 @@ def test_a_nan_reaches_the_loss(name: str) -> None:
 
 
 def test_a_sum_in_blocks_is_the_sum_of_the_rows() -> None:
+    """Two sweeps read the same rows, and one of them shares what the other one cuts into blocks."""
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     places: list[slice] = []
 
-    def sums(place: slice, block, shared) -> Tensor:  # type: ignore[no-untyped-def]
+    def sum_both(place: slice, block, shared) -> Tensor:  # type: ignore[no-untyped-def]
         places.append(place)
         return torch.stack([(shared[0] * block[0]).sum(), (block[0] ** 2).sum()])
 
-    total, found = sum_in_blocks(sums, (0.5, 3.0), [rows], [factor], 3)
+    def sum_with_all(place: slice, block, shared) -> Tensor:  # type: ignore[no-untyped-def]
+        return (block[0] @ shared[0].T).sum().reshape(1)
+
+    sweeps = [Sweep(("a", "b"), sum_both, [rows], [factor], 8), Sweep(("a",), sum_with_all, [rows], [rows], 8)]
+    total, found = sum_in_blocks(sweeps, {"a": 0.5, "b": 3.0}, memory_for(3, 8))
     assert [place.start for place in places] == [0, 3, 6]
-    torch.testing.assert_close(found, torch.stack([2 * rows.sum(), rows.square().sum()]).detach())
-    torch.testing.assert_close(total, rows.sum() + 3 * rows.square().sum())
-    by_rows, by_factor = torch.autograd.grad(10 * total, [rows, factor])
-    torch.testing.assert_close(by_rows, 10 * (1 + 6 * rows.detach()))
-    torch.testing.assert_close(by_factor, 5 * rows.detach().sum())
+    column_sums = rows.sum(0)
+    a, b = 2 * rows.sum() + column_sums @ column_sums, rows.square().sum()
+    assert list(found) == ["a", "b"]
+    torch.testing.assert_close(torch.stack(list(found.values())), torch.stack([a, b]).detach())
+    torch.testing.assert_close(total, 0.5 * a + 3 * b)
+    expected = torch.autograd.grad(0.5 * (factor * rows.sum() + column_sums @ column_sums) + 3 * b, [rows, factor])
+    for ours, theirs in zip(torch.autograd.grad(10 * total, [rows, factor]), expected, strict=True):
+        torch.testing.assert_close(ours, 10 * theirs)
 
 
 def test_without_gradients_nothing_is_differentiated() -> None:
     rows = torch.ones(4, 2)
-    total, _ = sum_in_blocks(lambda place, block, shared: block[0].sum().reshape(1), (1.0,), [rows], [], 2)
+    sweep = Sweep(("a",), lambda place, block, shared: block[0].sum().reshape(1), [rows], [], 2)
+    total, _ = sum_in_blocks([sweep], {"a": 1.0}, 1)
     assert total.item() == 8
     assert not total.requires_grad
 
 
-@pytest.mark.parametrize(("candidates", "memory_mb", "rows"), [(16384, 256, 512), (10**9, 1, 1), (8, 256, 2**20)])
+def test_gradient_distillation_without_gradients_has_its_value() -> None:
+    x = draw_batch(6, 4, 4)
+    with torch.no_grad():
+        assert compute(x, {"gd": 2.0}, 1)[0].item() == pytest.approx(2 * define("gd", x).item())
+    detached = {name: value.detach() for name, value in x.items()}
+    assert compute(detached, {"gd": 2.0}, 1)[1]["gd"].item() == pytest.approx(define("gd", x).item())
+
+
+@pytest.mark.parametrize(("candidates", "memory_mb", "rows"), [(16384, 384, 512), (10**9, 1, 1), (8, 384, 2**20)])
 def test_block_rows_follow_from_the_budget(candidates: int, memory_mb: float, rows: int) -> None:
     assert choose_block_rows(candidates, memory_mb, torch.float32) == rows
     assert choose_block_rows(candidates, memory_mb, torch.float64) == max(1, rows // 2)

@@ -38,17 +38,12 @@ from toolchain.distillation import distill as distil_module
 from toolchain.distillation import objectives, training_log
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.distill import CHECKPOINTS, HEADS, Training, distill, learning_rate
+from toolchain.distillation.features import BatchFeatures, StudentFeatures, TeacherFeatures
 from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.loader import load_batches
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import (
-    OBJECTIVES,
-    BatchFeatures,
-    DistillationHeads,
-    StudentFeatures,
-    TeacherFeatures,
-    weighted_loss,
-)
+from toolchain.distillation.objectives import OBJECTIVES, weighted_loss
 from toolchain.distillation.teacher import CachedTeacher, LiveTeacher, live_teacher
 from toolchain.distillation.training_log import _similarity
 from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
@@ -111,26 +106,18 @@ class _Poisoned(torch.autograd.Function):
 def poison(
     monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Tensor], Tensor], calls: range
 ) -> Callable[[], None]:
-    """Change what an objective's loss returns in some of its calls, one a step; returns what undoes that."""
-    real, made = {key: getattr(objectives, key) for key in ("_contrast_terms", "fd_loss")}, [0]
+    """Change the loss that one objective takes part in, in some of its calls, one a step; returns what undoes that."""
+    real, made = objectives.sum_in_blocks, [0]
 
-    def is_next() -> bool:
+    def changed(sweeps: Any, weights: Any, memory_mb: float) -> tuple[Tensor, dict[str, Tensor]]:
+        total, terms = real(sweeps, weights, memory_mb)
+        if name not in terms:
+            return total, terms
         made[0] += 1
-        return made[0] - 1 in calls
+        return (change(total), terms | {name: change(terms[name])}) if made[0] - 1 in calls else (total, terms)
 
-    def change_contrast(*arguments: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        parts, terms = real["_contrast_terms"](*arguments)
-        if name in terms and is_next():
-            return [change(part) for part in parts], terms | {name: change(terms[name])}
-        return parts, terms
-
-    def change_rows(*arguments: Tensor) -> Tensor:
-        loss: Tensor = real["fd_loss"](*arguments)
-        return change(loss) if is_next() else loss
-
-    key = "fd_loss" if name == "fd" else "_contrast_terms"
-    monkeypatch.setattr(objectives, key, change_rows if name == "fd" else change_contrast)
-    return lambda: monkeypatch.setattr(objectives, key, real[key])
+    monkeypatch.setattr(objectives, "sum_in_blocks", changed)
+    return lambda: monkeypatch.setattr(objectives, "sum_in_blocks", real)
 
 
 @pytest.fixture(scope="session")
@@ -720,7 +707,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(
         for taught in (live.features(batch), stored.features(looked_up)):
             features = heads(image_BD, text_BD, taught)
             own = BatchFeatures(features, taught)
-            _, terms = weighted_loss(own, own, teacher.logit_scale, heads, weights)
+            _, terms = weighted_loss(own, own, heads.scales(teacher.logit_scale), weights)
             assert terms["crd"].item() < MAX_FEATURE_ERROR
             assert terms["fd"].item() < MAX_FEATURE_ERROR
             for cosine in _similarity(features, taught).values():

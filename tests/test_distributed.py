@@ -16,18 +16,13 @@ from torch import Tensor
 from two_processes import spawn
 
 from toolchain import torchrun
+from toolchain.data.glyphs import training_set
+from toolchain.distillation.features import BatchFeatures, TeacherFeatures, gather_features
 from toolchain.distillation.forward_pass import Forward
+from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.loader import PreparedBatch
-from toolchain.distillation.objectives import (
-    OBJECTIVES,
-    BatchFeatures,
-    DistillationHeads,
-    TeacherFeatures,
-    gather_features,
-    paper_weight,
-    weighted_loss,
-)
-from toolchain.distillation.training_module import TrainingModule
+from toolchain.distillation.objectives import OBJECTIVES, paper_weight, weighted_loss
+from toolchain.distillation.training_module import TrainingModule, make_optimizer
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import UsageError
 from toolchain.models.last_block import encode_class_token
@@ -35,6 +30,7 @@ from toolchain.models.text_trimming import encode_tokens, trim_tokens
 from toolchain.recipe.distill import DistillSpec, LossWeights
 
 BATCH, STUDENT_WIDTH, TOKENS, STEP, SEED = 8, 16, 10, 5, 3
+TRAIN_STEPS, MAX_WEIGHT_ERROR = 50, 1e-9
 MAX_GRADIENT_ERROR = 1e-9  # of the norm of all gradients: float64, summed in another order
 GOLDEN_RTOL = 1e-10
 TOWER = {
@@ -51,6 +47,12 @@ def both() -> dict[str, list[Any]]:
     """Every job below, by two processes that start once."""
     jobs = {
         **{f"{names(weights)} {width}": (gradients, weights, width, 0.0) for weights in CASES for width in WIDTHS},
+        **{
+            f"{names(weights)} {width} in parts": (gradients, weights, width, 0.0, 2)
+            for weights in CASES
+            for width in WIDTHS
+        },
+        **{f"trained in {accumulate}": (weights_after_training, accumulate) for accumulate in (1, 2, 4)},
         "patch dropout": (gradients, {"task": 1.0}, 24, 0.5),
         "golden": (golden_rows,),
         "collectives": (collectives,),
@@ -65,16 +67,8 @@ def names(weights: dict[str, float]) -> str:
 # The whole path: towers, masks, heads, gathering, every objective.
 
 
-def gradients(processes: Processes, weights: dict[str, float], teacher_width: int, patch_dropout: float) -> Any:
-    """One step's loss terms and gradients, heads included, as the training loop computes them."""
-    torch.manual_seed(SEED if processes.leads else 77)  # the others start elsewhere, and are brought into line
-    tower = TOWER | {"vision_cfg": TOWER["vision_cfg"] | {"patch_dropout": patch_dropout}}  # type: ignore[operator]
-    net = open_clip.CLIP(**tower)
-    spec = DistillSpec(
-        steps=9, batch_size=BATCH, lr=1, warmup=0, mask_ratio=0.5,
-        loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | weights),
-    )  # fmt: skip
-    student = SimpleNamespace(
+def made_student(net: open_clip.CLIP) -> SimpleNamespace:
+    return SimpleNamespace(
         net=net,
         embed_dim=STUDENT_WIDTH,
         normalise=lambda pixels: pixels.double() / 127.5 - 1,
@@ -82,6 +76,20 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
         encode_image=lambda values: encode_class_token(net.visual, values),
         encode_text=lambda ids: encode_tokens(net, trim_tokens(net, ids)),
     )
+
+
+def gradients(
+    processes: Processes, weights: dict[str, float], teacher_width: int, patch_dropout: float, accumulate: int = 1
+) -> Any:
+    """One step's loss terms and gradients, heads included, as the training loop computes them."""
+    torch.manual_seed(SEED if processes.leads else 77)  # the others start elsewhere, and are brought into line
+    tower = TOWER | {"vision_cfg": TOWER["vision_cfg"] | {"patch_dropout": patch_dropout}}  # type: ignore[operator]
+    net = open_clip.CLIP(**tower)
+    spec = DistillSpec(
+        steps=9, batch_size=BATCH, lr=1, warmup=0, mask_ratio=0.5, accumulate=accumulate, loss_memory_mb=0.001,
+        loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | weights),
+    )  # fmt: skip
+    student = made_student(net)
     trained = TrainingModule(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
     with torch.no_grad():
         net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
@@ -95,22 +103,80 @@ def gradients(processes: Processes, weights: dict[str, float], teacher_width: in
     rows = processes.rows(BATCH)
     batch = PreparedBatch(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
     taught = TeacherFeatures(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
-    done = Forward(trained, module, spec, processes, SEED).run(batch, taught, STEP)
-    done.loss.backward()  # type: ignore[no-untyped-call]
+    forward = Forward(trained, module, spec, processes, SEED)
+    done = forward.run(batch, taught, STEP)
+    forward.backward(done, batch, STEP)
     found = {name: p.grad for name, p in trained.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in found.values()), [n for n, g in found.items() if g is None]
     return found | {f"term {name}": term.detach() for name, term in done.terms.items()}
 
 
+def weights_after_training(processes: Processes, accumulate: int) -> Any:
+    """The weights after 50 steps of AdamW on glyphs with every objective, in float64."""
+    net = open_clip.CLIP(**TOWER)
+    student = made_student(net)
+    spec = DistillSpec(
+        steps=TRAIN_STEPS, batch_size=BATCH, lr=1e-3, warmup=5, mask_ratio=0.5, accumulate=accumulate,
+        loss_memory_mb=0.001, loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.1)),
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    trained = TrainingModule(student, SimpleNamespace(embed_dim=24), spec, processes).double().train()  # type: ignore[arg-type]
+    forward = Forward(trained, processes.data_parallel(trained), spec, processes, SEED)
+    optimizer = make_optimizer(trained, spec)
+    samples, rows = training_set(), processes.rows(BATCH)
+    shown = torch.from_numpy(samples.masks_NSS[: TRAIN_STEPS * BATCH : 1, ::4, ::4][:, :16, :16].copy())
+    random = torch.Generator().manual_seed(4)
+    for step in range(TRAIN_STEPS):
+        pixels = shown[step * BATCH : (step + 1) * BATCH, None].expand(-1, 3, -1, -1).to(torch.uint8)[rows]
+        ids = torch.randint(1, 63, (BATCH, TOKENS), generator=random)
+        ids[:, 6], ids[:, 7:] = 63, 0
+        unit = [torch.randn(BATCH, 24, generator=random, dtype=torch.float64) for _ in range(2)]
+        taught = TeacherFeatures(
+            *(torch.nn.functional.normalize(x, dim=-1)[rows] for x in unit), torch.tensor(4.0, dtype=torch.float64)
+        )
+        sample_b = np.arange(BATCH)[rows] + step * BATCH
+        batch = PreparedBatch(pixels, ids[rows], None, None, [], sample_b, 0)
+        optimizer.zero_grad()
+        forward.backward(forward.run(batch, taught, step), batch, step)
+        optimizer.step()
+        trained.clamp_parameters_()
+    return {name: value.detach() for name, value in trained.named_parameters()}
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 2), (1, 8), (2, 1), (2, 2), (2, 4)])
+def test_training_in_parts_ends_with_the_same_weights(
+    both: dict[str, list[Any]], ranks: int, accumulate: int, whole_batches: dict[str, Tensor]
+) -> None:
+    if ranks == 1:
+        found = weights_after_training(ALONE, accumulate)
+    else:
+        found, other = both[f"trained in {accumulate}"]
+        assert all(torch.equal(value, other[name]) for name, value in found.items())
+    assert found.keys() == whole_batches.keys()
+    for name, value in whole_batches.items():
+        error = (found[name] - value).abs().max().item()
+        assert error <= MAX_WEIGHT_ERROR * max(1.0, value.abs().max().item()), (name, error)
+
+
+@pytest.fixture(scope="module")
+def whole_batches() -> dict[str, Tensor]:
+    found: dict[str, Tensor] = weights_after_training(ALONE, 1)
+    return found
+
+
 @pytest.mark.parametrize("teacher_width", WIDTHS)
 @pytest.mark.parametrize("weights", CASES, ids=names)
-def test_two_processes_have_the_gradients_of_one(
+def test_two_processes_and_any_number_of_parts_have_the_gradients_of_one(
     both: dict[str, list[Any]], weights: dict[str, float], teacher_width: int
 ) -> None:
     expected = gradients(ALONE, weights, teacher_width, 0.0)
     norm = torch.stack([value.norm() for name, value in expected.items() if not name.startswith("term")]).norm()
     assert norm > 0
-    for found in both[f"{names(weights)} {teacher_width}"]:
+    in_parts = [gradients(ALONE, weights, teacher_width, 0.0, parts) for parts in (2, 8)]
+    key = f"{names(weights)} {teacher_width}"
+    for found in (*both[key], *both[f"{key} in parts"], *in_parts):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             error = (found[name] - value).norm()
@@ -140,10 +206,10 @@ def golden_rows(processes: Processes) -> dict[str, Tensor]:
         heads.log_cross_logit_scale.fill_(math.log(1 / 0.07))  # type: ignore[union-attr]
     local = TeacherFeatures(inputs["t_img"][rows], inputs["t_txt"][rows], inputs["t_scale"])
     own = BatchFeatures(heads(image, text, local), local)
-    everyone = gather_features(own, processes.gather)
-    _, terms = weighted_loss(own, everyone, inputs["s_scale"], heads, weights, processes)
+    everyone, scales = gather_features(own, processes.gather), heads.scales(inputs["s_scale"])
+    _, terms = weighted_loss(own, everyone, scales, weights, processes, divides_by_scales=True)
     recipe = weights | {"gd": 0.0}
-    weighted_loss(own, everyone, inputs["s_scale"], heads, recipe, processes)[0].backward()  # type: ignore[no-untyped-call]
+    weighted_loss(own, everyone, scales, recipe, processes)[0].backward()  # type: ignore[no-untyped-call]
     assert image.grad is not None
     assert text.grad is not None
     return {"s_img_raw_local": image.grad, "s_txt_raw_local": text.grad} | {n: t.detach() for n, t in terms.items()}

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,12 @@ from golden import ATOL, CASES, RAW_SCALE, RTOL, Golden, golden_values
 from torch import Tensor
 
 from toolchain.distillation import objectives
+from toolchain.distillation.features import BatchFeatures, StudentFeatures, TeacherFeatures, gather_features
+from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import MAX_LOGIT_SCALE, gd_loss
 from toolchain.distillation.objectives import (
     OBJECTIVES,
-    BatchFeatures,
     Contrast,
-    DistillationHeads,
-    StudentFeatures,
-    TeacherFeatures,
-    gather_features,
     paper_weight,
     weighted_loss,
     weights_on_unit_features,
@@ -77,11 +75,19 @@ def golden_terms(
     return each_alone(BatchFeatures(features, teacher), leaves["s_scale"], heads, names), leaves
 
 
+def differentiable_loss(
+    batch: BatchFeatures, logit_scale: Tensor, heads: DistillationHeads, weights: dict[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum and its terms in one process."""
+    scales, compat = heads.scales(logit_scale), heads.reference_compat
+    return weighted_loss(batch, batch, scales, weights, divides_by_scales=compat)
+
+
 def each_alone(
     batch: BatchFeatures, logit_scale: Tensor, heads: DistillationHeads, names: Iterable[str]
 ) -> dict[str, Tensor]:
     """Each objective computed alone with weight 1, so that it has a gradient of its own."""
-    return {name: weighted_loss(batch, batch, logit_scale, heads, {name: 1.0})[0] for name in names}
+    return {name: differentiable_loss(batch, logit_scale, heads, {name: 1.0})[0] for name in names}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -213,7 +219,7 @@ def test_a_row_says_whether_its_loss_trains_the_students_scale(name: str) -> Non
     heads = DistillationHeads(6, 9, {name: 1.0}).double()
     scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
     features = BatchFeatures(heads(image, text, teacher, masked), teacher)
-    term = weighted_loss(features, features, scale, heads, {name: 1.0})[0]
+    term = differentiable_loss(features, scale, heads, {name: 1.0})[0]
     (gradient,) = torch.autograd.grad(term, scale, allow_unused=True)
     assert (gradient is not None) == OBJECTIVES[name].reads_logit_scale
 
@@ -254,7 +260,7 @@ def test_any_objectives_give_their_terms_and_train_every_parameter(teacher_width
         features = BatchFeatures(heads(image, text, teacher, masked), teacher)
         if not names:
             continue
-        loss, terms = weighted_loss(features, features, torch.tensor(14.0, dtype=torch.float64), heads, weights)
+        loss, terms = differentiable_loss(features, torch.tensor(14.0, dtype=torch.float64), heads, weights)
         assert tuple(terms) == names
         for name, term in terms.items():
             assert term.item() == pytest.approx(everything[name].item(), rel=SAME_NUMBERS_RTOL), (name, names)
@@ -296,21 +302,22 @@ def test_the_layers_have_a_bias_and_are_made_apart() -> None:
 
 @pytest.mark.parametrize("asked", OBJECTIVES)
 def test_a_loss_without_a_weight_is_not_computed(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[tuple[str, list[bool]]] = []
-    for name in ("contrast", "match_gradients", "fd_loss"):
-        real = getattr(objectives, name)
+    called: list[tuple[str, Any]] = []
+    for function in ("contrast", "match_gradients", "match_features"):
+        real = getattr(objectives, function)
 
-        def record(*arguments, real=real, name=name):
-            called.append((name, [bool(weight) for weight in arguments[2]] if name == "contrast" else []))
+        def record(*arguments: Any, real: Any = real, function: str = function) -> Any:
+            called.append((function, arguments[2]))
             return real(*arguments)
 
-        monkeypatch.setattr(objectives, name, record)
+        monkeypatch.setattr(objectives, function, record)
     terms_of(DistillationHeads(6, 9, EVERYTHING).double(), made_batch(6, 9), (asked,))
     form = OBJECTIVES[asked].loss
     if isinstance(form, Contrast):
-        assert called == [("contrast", [form.target == "pair", form.target == "teacher"])] * 2
+        names = (asked, None) if form.target == "pair" else (None, asked)
+        assert called == [("contrast", names)] * 2, "one sweep for each direction, without the other loss"
     else:
-        assert called == [("match_gradients" if asked == "gd" else "fd_loss", [])]
+        assert called == [("match_gradients" if asked == "gd" else "match_features", asked)]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +343,7 @@ def test_without_a_teacher_there_is_the_task_alone() -> None:
     features = heads(image, text, None)
     assert [name for name, x in features._asdict().items() if x is not None] == ["image_BD", "text_BD"]
     batch = BatchFeatures(features, None)
-    assert list(weighted_loss(batch, batch, torch.tensor(14.0), heads, EVERYTHING)[1]) == ["task"]
+    assert list(differentiable_loss(batch, torch.tensor(14.0), heads, EVERYTHING)[1]) == ["task"]
 
 
 def test_an_objective_that_does_not_exist_is_refused() -> None:

@@ -54,6 +54,7 @@ def train(
     accuracy: Callable[[ClipModel, Processes], dict[str, float]] | None = None,
     student: Path = STUDENT,
     cached: bool = False,
+    say: Callable[[str], None] = lambda text: None,
     **changes: Any,
 ) -> ClipModel:
     """What the distil stage does, and where the teacher is cached what that stage does before it."""
@@ -66,7 +67,7 @@ def train(
         processes.rows(BATCH_SIZE)
         guide = cache_of(frozen, data, folder / SCRATCH / "cache", progress)
     training = Training(spec(**changes), trained, guide, data, seed=seed, accuracy=accuracy)
-    distill(training, folder, progress, options=options, processes=processes)
+    distill(training, folder, progress, options=options, processes=processes, say=say)
     return trained
 
 

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import nn
 
 from toolchain.data.bad_samples import Damage, Ledger
 from toolchain.data.batch import TrainingData
 from toolchain.distillation.checkpoints import Checkpoints
+from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.loader import PreparedBatch, load_batches
 from toolchain.distillation.non_finite import is_finite, non_finite_error
-from toolchain.distillation.objectives import TeacherFeatures, select
+from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher import open_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distillation.training_log import StepClock, is_logged, log_row, open_log
@@ -146,6 +147,12 @@ def _check(training: Training, processes: Processes) -> slice:
     if spec.warmup >= steps:
         raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
     rows = processes.rows(spec.batch_size)
+    if (own := rows.stop - rows.start) % spec.accumulate:
+        raise UsageError(
+            f"distill.accumulate {spec.accumulate} cannot split {own} samples "
+            f"(distill.batch_size {spec.batch_size} over {processes.size} ranks) into equal parts; "
+            f"choose one of {', '.join(str(k) for k in range(1, own + 1) if own % k == 0)}"
+        )
     if not select(spec.loss_weights.model_dump(), with_teacher=training.teacher is not None):
         raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
     return rows
@@ -165,6 +172,9 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
     ledger = Ledger(training.data.left_out, training.data.num_samples, training.max_damaged)
     if training.data.left_out:
         ledger.check(training.data.num_samples)
+    if spec.accumulate > 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        size = spec.batch_size // processes.size // spec.accumulate
+        say(f"distill.accumulate: batch norms of the student take their statistics over each part of {size} samples")
     forward = Forward(module, module, spec, processes, training.seed)
     return _Run(training, folder, forward, teacher.features if teacher else None, optimizer, scaler, ledger, say)
 
@@ -203,27 +213,37 @@ class _Run:
             batch = next(batches).to(self.processes.device)
         self._count_damage(batch.damaged, step)
         with clock("teacher"):
-            teacher_features = self.teacher_features(batch) if self.teacher_features else None
+            teacher_features = self._teach(batch)
         forward_pass = self.forward.run(batch, teacher_features, step)
         lr = learning_rate(spec, self.training.steps, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.scaler.scale(forward_pass.loss)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        self.forward.backward(forward_pass, batch, step, self.scaler)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(trainee, spec.grad_clip_norm)
         row = log_row(step, lr, grad_norm, forward_pass, spec.loss_weights.model_dump())
         if not is_finite(row, self.scaler):
 
-            def loss_alone(objective: str) -> Tensor:
-                return self.forward.only(objective).run(batch, teacher_features, step).loss
+            def differentiate_alone(objective: str) -> None:
+                alone = self.forward.only(objective)
+                alone.backward(alone.run(batch, teacher_features, step), batch, step)
 
-            raise non_finite_error(self.folder, row, self.training.data, trainee, loss_alone, self.processes.any)
+            raise non_finite_error(
+                self.folder, row, self.training.data, trainee, differentiate_alone, self.processes.any
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         trainee.clamp_parameters_()
         return row
+
+    def _teach(self, batch: PreparedBatch) -> TeacherFeatures | None:
+        """Return the teacher's features; a teacher that runs takes as many samples at a time as the student."""
+        if self.teacher_features is None:
+            return None
+        found = [self.teacher_features(part) for part in batch.split(self.training.spec.accumulate)]
+        image_bE, text_bE = (torch.cat([x[place] for x in found]) for place in range(2))
+        return TeacherFeatures(image_bE, text_bE, found[0].logit_scale)
 
     def _count_damage(self, damaged: Iterable[Damage], step: int) -> None:
         """Count the corrupt samples that any rank met; too many of them stop the run."""

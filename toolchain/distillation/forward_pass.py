@@ -1,6 +1,14 @@
-"""Compute a step's forward pass: batch -> features of student and teacher -> objectives -> one weighted sum."""
+"""Compute a step's gradients: batch -> features of student and teacher -> objectives -> one weighted sum -> gradients.
 
-from contextlib import AbstractContextManager, nullcontext
+With `distill.accumulate: k`, a rank's rows pass the student in k parts, and the memory for activations is that of one
+part.  The loss compares all rows with each other, so it cannot be added up part by part.  As in GradCache
+(arXiv:2101.06983), all parts pass the student without gradients first.  The loss and its gradient in the features are
+computed from all of them.  Then each part passes again, with the same dropout, and propagates its rows of that
+gradient.  The result is the gradient of the whole batch, except with batch norms, whose statistics are those of a part.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,15 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from toolchain.distillation.features import BatchFeatures, Scales, StudentFeatures, TeacherFeatures, gather_features
 from toolchain.distillation.loader import PreparedBatch
-from toolchain.distillation.objectives import (
-    OBJECTIVES,
-    BatchFeatures,
-    StudentFeatures,
-    TeacherFeatures,
-    gather_features,
-    weighted_loss,
-)
+from toolchain.distillation.objectives import OBJECTIVES, weighted_loss
 from toolchain.distillation.teacher import DTYPES
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import Processes
@@ -34,8 +36,19 @@ class ForwardPass(NamedTuple):
     terms: dict[str, Tensor]
     """Unweighted terms without gradient, of the objectives whose weight is not zero."""
 
-    scales: dict[str, Tensor]
-    student: StudentFeatures
+    scales: Scales
+    own: BatchFeatures
+    """The rank's rows; with `accumulate`, the student's and the scales are leaves of the graph of the loss."""
+
+    everyone: BatchFeatures
+    """The rows of all ranks."""
+
+
+class _Part(NamedTuple):
+    """The rows of a batch that pass the student together."""
+
+    number: int
+    batch: PreparedBatch
     teacher: TeacherFeatures | None
 
 
@@ -52,29 +65,116 @@ class Forward:
     seed: int
 
     def only(self, objective: str) -> "Forward":
-        """Return the same passes with one objective, of weight 1."""
+        """Return the same passes with one objective, of weight 1, and without averaging gradients."""
         weights = LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | {objective: 1.0})
         return replace(self, module=self.trainee, spec=self.spec.model_copy(update={"loss_weights": weights}))
 
     def run(self, batch: PreparedBatch, teacher_features: TeacherFeatures | None, step: int) -> ForwardPass:
-        """Return the loss of one rank's rows of a batch, computed over the rows of all ranks (a collective call)."""
-        spec, device, student = self.spec, self.processes.device, self.trainee.student
-        torch.manual_seed(_step_seed(self.seed, step, self.processes.rank))  # for dropout, if a tower has any
-        masks = self.trainee.masks(self.seed, batch.sample_b, step)
-        with _autocast(spec.precision, device), on_onednn(device, compiled=spec.compile):
-            pixel_values = student.normalise(batch.student_pixels)
-            rows, scales = self.module(pixel_values, batch.student_ids, teacher_features, *masks)
+        """Return the loss of one rank's rows of a batch, compared with the rows of all ranks (a collective call)."""
+        parts = self._split(batch, teacher_features)
+        if len(parts) == 1:
+            rows, scales = self._pass_student(self.module, parts[0], step)
+        else:
+            with torch.no_grad(), _keep_buffers(self.trainee):
+                passed = [self._pass_student(self.trainee, part, step) for part in parts]
+            rows, scales = _as_leaves([features for features, _ in passed], passed[0][1])
         own = BatchFeatures(rows, teacher_features)
         everyone = gather_features(own, self.processes.gather)
         loss, terms = weighted_loss(
-            own, everyone, scales["logit_scale"], self.trainee.heads, spec.loss_weights.model_dump(), self.processes
+            own,
+            everyone,
+            scales,
+            self.spec.loss_weights.model_dump(),
+            self.processes,
+            memory_mb=self.spec.loss_memory_mb,
+            divides_by_scales=self.spec.reference_compat,
         )
-        return ForwardPass(loss, terms, scales, *everyone)
+        return ForwardPass(loss, terms, scales, own, everyone)
+
+    def backward(
+        self, done: ForwardPass, batch: PreparedBatch, step: int, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        """Add the gradients of the loss to those of the parameters, multiplied by the scaler's factor if there is one.
+
+        `done` is what `run` returned for the same batch and step (a collective call).
+        """
+        loss = done.loss if scaler is None else scaler.scale(done.loss)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
+        parts = self._split(batch, done.own.teacher)
+        if len(parts) == 1:
+            return
+        for part in parts:
+            is_last = part is parts[-1]
+            with nullcontext() if is_last else self._without_averaging():
+                rows, scales = self._pass_student(self.module, part, step)
+                size = len(part.batch.student_ids)
+                place = slice(part.number * size, (part.number + 1) * size)
+                products = _products(rows, done.own.student, place)
+                if is_last:  # scales do not depend on the part
+                    products += _products(scales, done.scales, slice(None))
+                torch.stack(products).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _split(self, batch: PreparedBatch, teacher: TeacherFeatures | None) -> list[_Part]:
+        batches = batch.split(self.spec.accumulate)
+        if teacher is None:
+            return [_Part(number, part, None) for number, part in enumerate(batches)]
+        image_bE, text_bE = teacher.image_BE.chunk(len(batches)), teacher.text_BE.chunk(len(batches))
+        return [
+            _Part(number, part, TeacherFeatures(image_bE[number], text_bE[number], teacher.logit_scale))
+            for number, part in enumerate(batches)
+        ]
+
+    def _pass_student(self, module: nn.Module, part: _Part, step: int) -> tuple[StudentFeatures, Scales]:
+        """Return the student's features of a part; the same ones again for the same part and step."""
+        spec, device = self.spec, self.processes.device
+        torch.manual_seed(_dropout_seed(self.seed, step, self.processes.rank, part.number))
+        masks = self.trainee.masks(self.seed, part.batch.sample_b, step)
+        with _autocast(spec.precision, device), on_onednn(device, compiled=spec.compile):
+            pixel_values = self.trainee.student.normalise(part.batch.student_pixels)
+            found: tuple[StudentFeatures, Scales] = module(pixel_values, part.batch.student_ids, part.teacher, *masks)
+        return found
+
+    def _without_averaging(self) -> AbstractContextManager[Any]:
+        """Return the context in which gradients are added up on the rank; the last part averages the sums."""
+        no_sync: Any = getattr(self.module, "no_sync", nullcontext)
+        context: AbstractContextManager[Any] = no_sync()
+        return context
+
+
+def _as_leaves(parts: list[StudentFeatures], scales: Scales) -> tuple[StudentFeatures, Scales]:
+    """Return the features of all parts and the scales as leaves; tensors that are the same stay the same."""
+    found: dict[int, Tensor] = {}
+    for column in zip(*parts, strict=True):
+        if column[0] is not None and id(column[0]) not in found:
+            found[id(column[0])] = torch.cat(column).requires_grad_()
+    features = StudentFeatures._make(None if x is None else found[id(x)] for x in parts[0])
+    return features, Scales._make(None if x is None else x.detach().requires_grad_() for x in scales)
+
+
+def _products(values: Any, leaves: Any, place: slice) -> list[Tensor]:
+    """Return the inner product of each tensor with its rows of the gradient of its leaf."""
+    distinct = {id(leaf): (value, leaf) for value, leaf in zip(values, leaves, strict=True) if leaf is not None}
+    return [
+        (value * (leaf.grad if leaf.ndim == 0 else leaf.grad[place])).sum()
+        for value, leaf in distinct.values()
+        if leaf.grad is not None
+    ]
+
+
+@contextmanager
+def _keep_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore the buffers after the block, so that batch norms see each part once."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, DTYPES[precision]) if precision != "fp32" else nullcontext()
 
 
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
+    numbers = [seed, step, rank, *([part] if part else [])]
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -49,6 +49,19 @@ class PreparedBatch:
         """Return the batch in pinned memory: copying it to a GPU then overlaps with computing."""
         return self._each(Tensor.pin_memory)
 
+    def split(self, parts: int) -> list["PreparedBatch"]:
+        """Return the rows in equal parts, in order."""
+        size = len(self.student_ids) // parts
+        places = [slice(start, start + size) for start in range(0, size * parts, size)]
+        return [
+            replace(
+                self._each(lambda tensor, place=place: tensor[place]),  # type: ignore[misc]  # torch has no better
+                captions_b=self.captions_b[place],
+                sample_b=self.sample_b[place],
+            )
+            for place in places
+        ]
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PreparedBatch":
         features = self.teacher_features and (change(self.teacher_features[0]), change(self.teacher_features[1]))
         return replace(

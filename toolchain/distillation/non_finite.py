@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from toolchain.data.batch import TrainingData
 from toolchain.distillation.training_module import TrainingModule
@@ -33,12 +32,12 @@ def non_finite_error(
     row: dict[str, Any],
     data: TrainingData,
     trainee: TrainingModule,
-    loss_alone: Callable[[str], Tensor],
+    differentiate_alone: Callable[[str], None],
     on_any_rank: Callable[[bool], bool],
 ) -> ClipkdError:
     """Return the error that names the step, the terms and the samples (a collective call).
 
-    `loss_alone` computes one objective of the step again, without the wrapper that averages gradients.
+    `differentiate_alone` adds the gradients of one objective of the step to those of the parameters.
     """
     # decodes the images too: corrupt samples are replaced by others
     sample_B = data.batch(row["step"], slice(None), [trainee.student.geometry]).sample_B
@@ -49,7 +48,10 @@ def non_finite_error(
         what = "gradient"
         parameters = list(trainee.parameters())
         for name in values:
-            gradients = torch.autograd.grad(loss_alone(name), parameters, allow_unused=True)
+            for parameter in parameters:
+                parameter.grad = None
+            differentiate_alone(name)
+            gradients = [parameter.grad for parameter in parameters]
             # a rank has only the gradient through its own rows
             if on_any_rank(not all(gradient is None or gradient.isfinite().all() for gradient in gradients)):
                 blamed.append(name)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.loader import PreparedBatch
-from toolchain.distillation.objectives import TeacherFeatures
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from toolchain.distillation.features import StudentFeatures, TeacherFeatures
 from toolchain.distillation.forward_pass import ForwardPass
-from toolchain.distillation.objectives import StudentFeatures, TeacherFeatures
 from toolchain.distributed import Processes
 from toolchain.filesystem import replacing
 
@@ -79,17 +79,19 @@ def log_row(
     step: int, lr: float, grad_norm: Tensor, forward_pass: ForwardPass, weights: dict[str, float]
 ) -> dict[str, Any]:
     """Return a step's row of the log, read from the device in one transfer."""
-    similarity = _similarity(forward_pass.student, forward_pass.teacher) if forward_pass.teacher else {}
+    student, teacher = forward_pass.everyone
+    similarity = {} if teacher is None else _similarity(student, teacher)
+    scales = {name: scale for name, scale in forward_pass.scales._asdict().items() if scale is not None}
     tensors = {
         "loss": forward_pass.loss,
         "grad_norm": grad_norm,
-        **forward_pass.scales,
+        **scales,
         **forward_pass.terms,
         **similarity,
     }
     numbers = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
     row = {"step": step, "loss": numbers["loss"], "lr": lr, "grad_norm": numbers["grad_norm"]}
-    row |= {name: numbers[name] for name in forward_pass.scales}
+    row |= {name: numbers[name] for name in scales}
     terms = {name: numbers[name] for name in forward_pass.terms}
     row["terms"] = {name: {"unweighted": value, "weighted": weights[name] * value} for name, value in terms.items()}
     if similarity:

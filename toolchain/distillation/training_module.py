@@ -8,8 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeatures
+from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import DistillationHeads, StudentFeatures, TeacherFeatures, select
+from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
@@ -54,8 +56,8 @@ class TrainingModule(nn.Module):
         teacher: TeacherFeatures | None,
         shown_bK: Tensor | None,
         kept_bK: Tensor | None,
-    ) -> tuple[StudentFeatures, dict[str, Tensor]]:
-        """Return one rank's rows of the features that the objectives read, and the multipliers by name."""
+    ) -> tuple[StudentFeatures, Scales]:
+        """Return one rank's rows of the features that the objectives read, and the multipliers."""
         net: Any = self.net
         encode = self.student.encode_image
         if kept_bK is None:
@@ -66,12 +68,7 @@ class TrainingModule(nn.Module):
         if shown_bK is not None:
             masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
         features = self.heads(image_bD, self.student.encode_text(input_ids_bT), teacher, masked_bD)
-        scales = {"logit_scale": net.logit_scale.exp().reshape(())}  # some models keep it as a vector of one
-        if self.heads.log_cross_logit_scale is not None:
-            scales["cross_logit_scale"] = self.heads.cross_logit_scale
-        if self.heads.log_fusion_logit_scale is not None:
-            scales["fusion_logit_scale"] = self.heads.fusion_logit_scale
-        return features, scales
+        return features, self.heads.scales(net.logit_scale.exp().reshape(()))  # some models keep a vector of one
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the patches that MFD shows and those that the tower's own patch dropout keeps, [b, K] or None each.

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from toolchain.data.batch import Batch, Geometry, TrainingData
+from toolchain.distillation.features import BatchFeatures, TeacherFeatures
+from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import fd_loss
-from toolchain.distillation.objectives import (
-    BatchFeatures,
-    DistillationHeads,
-    TeacherFeatures,
-    weighted_loss,
-    weights_on_unit_features,
-)
+from toolchain.distillation.objectives import weighted_loss, weights_on_unit_features
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.errors import ClipkdError
@@ -147,7 +143,7 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
     student, same_width = task.student, task.student.embed_dim == teacher.embed_dim
     weights = weights_on_unit_features(task.loss_weights.model_dump(), same_width=same_width)
     heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
-    logit_scale = student.logit_scale.detach()
+    scales = heads.scales(student.logit_scale.detach())
 
     def loss_fn(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
         assert batch.image_target_BD is not None
@@ -155,7 +151,7 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
         own_BD = batch.image_target_BD, batch.text_target_BD  # the student's own, if it is its own teacher
         teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale)
         features = BatchFeatures(heads(image_features_BD, text_features_BD, teacher_features), teacher_features)
-        loss, _ = weighted_loss(features, features, logit_scale, heads, weights)
+        loss, _ = weighted_loss(features, features, scales, weights)
         if task.teacher is not None:
             with torch.no_grad():
                 image_own_BD = unit_image_features(student.net, batch.pixel_values_BCHW)

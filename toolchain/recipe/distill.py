@@ -92,6 +92,13 @@ class DistillSpec(Section):
     reference_compat: bool = False
     """Reproduce CLIP-KD's released code where it differs from the paper's equations (docs/method.md)."""
 
+    accumulate: Positive = 1
+    """Number of parts in which the samples of a rank pass the student: less memory, the gradients of the whole batch.
+    Each part is computed twice."""
+
+    loss_memory_mb: Annotated[float, Field(gt=0)] = 256
+    """Memory for the similarities of a block of samples with the batch, in MB of 2^20 bytes."""
+
     precision: Precision = "fp32"
     """Precision of the student's forward and backward pass; parameters, losses and optimizer stay float32."""
 

@@ -1,0 +1,66 @@
+"""The features of a batch that the objectives compare: one per row, of unit norm."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TeacherFeatures(NamedTuple):
+    """The teacher's features of one batch: rows of unit norm, and `logit_scale`, the multiplier."""
+
+    image_BE: Tensor
+    text_BE: Tensor
+    logit_scale: Tensor
+
+
+class StudentFeatures(NamedTuple):
+    """The student's features of one batch that objectives read: rows of unit norm, in float32 or wider.
+
+    If the widths agree, nothing is projected and `image_BE` is the same tensor as `image_BD`.
+    """
+
+    image_BD: Tensor
+    text_BD: Tensor
+    image_BE: Tensor | None = None
+    text_BE: Tensor | None = None
+    masked_image_BE: Tensor | None = None
+    fused_image_BD: Tensor | None = None
+    fused_text_BD: Tensor | None = None
+
+
+class Scales(NamedTuple):
+    """Multipliers of the similarities, all learnt: the student's own, and those that the objectives add."""
+
+    logit_scale: Tensor
+    cross_logit_scale: Tensor | None = None
+    """Of similarities between the two models."""
+
+    fusion_logit_scale: Tensor | None = None
+    """Of similarities between fused features."""
+
+
+class BatchFeatures(NamedTuple):
+    """The features of one batch, or of one rank's rows of it; without a teacher, the student's alone."""
+
+    student: StudentFeatures
+    teacher: TeacherFeatures | None
+
+
+def gather_features(features: BatchFeatures, gather: Callable[[Tensor], Tensor]) -> BatchFeatures:
+    """Return the features of all ranks' samples; the student's with one call of `gather`.
+
+    `gather` takes the rows of one rank and returns those of all ranks; the gradient is as exact as that of `gather`.
+    It receives all of the student's features concatenated [B, sum of widths] in their common dtype, each distinct
+    tensor once.
+    """
+    distinct = {id(x): x for x in features.student if x is not None}
+    everything = gather(torch.cat(list(distinct.values()), dim=1))
+    columns = torch.split(everything, [x.shape[1] for x in distinct.values()], dim=1)
+    found = dict(zip(distinct, columns, strict=True))
+    student = StudentFeatures._make(None if x is None else found[id(x)] for x in features.student)
+    teacher = features.teacher
+    if teacher is not None:
+        teacher = TeacherFeatures(gather(teacher.image_BE), gather(teacher.text_BE), teacher.logit_scale)
+    return BatchFeatures(student, teacher)
