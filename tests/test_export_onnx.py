@@ -10,7 +10,7 @@ import torch
 from export.documents import PlannedExport
 from export.graphs.export_onnx import class_embeddings, export_onnx
 from export.graphs.onnx_graph import write_graph
-from export.graphs.parity_samples import _spread
+from export.graphs.parity_samples import _spread, write_parity_samples
 from export.profiling.protocol import Effort, profile
 from export.proof.parity import check_parity, compare
 from export.proof.prove import prove
@@ -81,6 +81,22 @@ def test_graph_signature(exported, file, names_io, dtype, shape):
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     assert (metadata["clipkd.role"], metadata["clipkd.precision"]) == ("student", "fp32")
     assert json.loads(metadata["clipkd.preprocess"]) == json.loads((exported[0] / "preprocess.json").read_text())
+
+
+@pytest.mark.parametrize(("tower", "said"), [("visual.head.proj.weight", "image"), ("text_projection", "text")])
+def test_a_checkpoint_whose_features_are_not_finite_is_not_exported(images, tmp_path, tower, said):
+    model = load_model(STUDENT, random_seed=0)
+    with torch.no_grad():
+        model.net.get_parameter(tower).fill_(float("nan"))
+    headline = classes_set("made", images, NAMES, TEMPLATES)
+    said_first = rf"the model's {said} features are NaN or infinite for 5 of 5 inputs, the first: "
+    towers = ImageTower(model.net), TextTower(model.net)
+    with torch.no_grad(), pytest.raises(ClipkdError, match=said_first):
+        write_parity_samples(tmp_path / "parity.npz", model, towers, headline)
+    if said == "text":
+        with pytest.raises(ClipkdError, match="the first: class 'latin small letter a'"):
+            class_embeddings(TextTower(model.net), model, NAMES, TEMPLATES)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_batch_size_runs(exported, model, images):

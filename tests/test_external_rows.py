@@ -1,6 +1,7 @@
 """Tables of the user's and of trtexec: what they give, and what is said of what they cannot."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -166,3 +167,16 @@ def test_a_model_that_is_gone_is_worse(tmp_path: Path) -> None:
     compared = compare(old, new, max_slower=1.0, max_top1_loss=1.0)
     assert (compared.only_old, compared.only_new, compared.holds) == (["teacher fp32"], [], False)
     assert compare(new, old, max_slower=0.0, max_top1_loss=0.0).holds, "what is new is not worse"
+
+
+@pytest.mark.parametrize(("field", "said"), [("p50_ms", "nan % slower"), ("top1", "nan points of top-1 lost")])
+def test_a_number_that_is_nan_is_worse(tmp_path: Path, field: str, said: str) -> None:
+    """A report edited by hand, or of another program: JSON has no NaN, but Python's reader takes it."""
+    old = collect([make_run(tmp_path / "run")])
+    new = json.loads(json.dumps(old))
+    for row in new["rows"]:
+        row[field] = math.nan
+        row["p50_by_process_ms"] = [math.nan] * 3
+    compared = compare(old, new, max_slower=0.5, max_top1_loss=0.5)
+    assert not compared.holds
+    assert all(change.worse == [said] for change in compared.changes)

@@ -23,7 +23,7 @@ from torch import nn
 
 from toolchain.distillation.compatibility import check_pair
 from toolchain.errors import ArtifactError, UsageError
-from toolchain.models import weights
+from toolchain.models import hub
 from toolchain.models.build import build_model, load_model, save_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import (
@@ -253,7 +253,8 @@ def download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, 
         asked.append(tag)
         return str(tmp_path / "downloaded.safetensors")
 
-    monkeypatch.setattr(weights.open_clip_pretrained, "download_pretrained", fetch)
+    monkeypatch.setattr(hub.open_clip_pretrained, "download_pretrained", fetch)
+    monkeypatch.setattr(hub, "offline_reason", lambda: None)
     save_model(small(seed=9), tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "downloaded.safetensors")
     return asked
@@ -304,7 +305,8 @@ def test_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         asked.append((repository, filename))
         return str(tmp_path / (filename or WEIGHTS))
 
-    monkeypatch.setattr(weights.open_clip_pretrained, "download_pretrained_from_hf", fetch)
+    monkeypatch.setattr(hub.open_clip_pretrained, "download_pretrained_from_hf", fetch)
+    monkeypatch.setattr(hub, "offline_reason", lambda: None)
     said: list[str] = []
     teacher = build_model(TeacherSpec(model="hf-hub:org/name"), seed=0, say=said.append)
     assert asked == [("org/name", CONFIG), ("org/name", None)]
@@ -363,6 +365,41 @@ def test_offline_a_download_fails_with_one_message(tmp_path: Path) -> None:
         assert message.startswith(f"{what}: cannot be downloaded (")
         assert message.endswith("of a machine that has downloaded it, or name a folder, or a file with checkpoint")
         assert "\n" not in message
+
+
+UNREACHABLE = """
+import json, time
+from toolchain.errors import ArtifactError
+from toolchain.models.build import build_model
+from toolchain.recipe.model import ModelSpec, TeacherSpec
+
+for spec in (TeacherSpec(model="hf-hub:org/name"), ModelSpec(model="ViT-B-16-SigLIP")):
+    started = time.monotonic()
+    try:
+        build_model(spec, seed=0)
+    except ArtifactError as error:
+        print(json.dumps([time.monotonic() - started, str(error)]))
+"""
+
+
+def test_a_hub_that_does_not_answer_costs_seconds_and_prints_nothing(tmp_path: Path) -> None:
+    """A closed port instead of the Hub: its client by itself repeats each request for 25 s, with two lines each."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", UNREACHABLE],
+        cwd=REPOSITORY,
+        env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "no_proxy": "*"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.stderr == ""
+    said = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(said) == 2
+    for took_s, message in said:
+        assert took_s < 10
+        assert "cannot be downloaded (http://127.0.0.1:9 cannot be reached: " in message
+        assert "HF_HUB_OFFLINE" not in message, "clipkd itself made the client go offline"
 
 
 @pytest.mark.parametrize(
@@ -673,7 +710,7 @@ def edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[
         ),
         (
             lambda folder: (folder / WEIGHTS).write_bytes(b""),
-            "FOLDER/open_clip_model.safetensors: not a weights file, or corrupt: ",
+            "FOLDER/open_clip_model.safetensors: an empty file, not weights. ",
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "FOLDER: "),
         (edit(lambda config: config["preprocess_cfg"].update(sise=3)), "FOLDER: "),

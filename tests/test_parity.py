@@ -53,6 +53,17 @@ def test_one_bad_sample_among_many_fails(features_BD, names, precision, damage):
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_reference_that_is_not_finite_is_blamed_itself(features_BD, names, broken):
+    reference_BD = features_BD.copy()
+    reference_BD[7, 3] = broken
+    for actual_BD in (features_BD, reference_BD):
+        with pytest.raises(
+            GateError, match=r"x: PyTorch's own features of 1 of 64 samples are NaN or infinite, the first"
+        ):
+            compare(reference_BD, actual_BD, min_sqnr_db=0, names=names, what="x")
+
+
 def test_features_of_another_shape_fail(features_BD, names):
     with pytest.raises(GateError, match=r"expected features \[64, 32\], got \[64, 16\]"):
         compare(features_BD, features_BD[:, :16], min_sqnr_db=0, names=names, what="x")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from export.runtime import predict as predict_module
 from export.runtime.predict import predict
-from toolchain.errors import ArtifactError, UsageError
+from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -124,3 +124,12 @@ def test_a_run_is_not_a_model_but_says_which_it_has(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path / 'absent'}: no image.onnx; not an exported model; make one with: clipkd export RUN"
     )
+
+
+def test_features_that_are_not_finite_give_no_answer(
+    model: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A softmax of NaN sorted: the first label, and every other model's answer as well."""
+    monkeypatch.setattr(Colours, "encode_images", lambda self, images: np.full((len(images), 3), np.nan, np.float32))
+    with pytest.raises(ClipkdError, match=r"red\.png \(3 of 3 images\) or of the labels are NaN or infinite"):
+        predict(model, pictures, None, top=1)

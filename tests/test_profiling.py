@@ -188,6 +188,21 @@ def test_flags_and_grade(folder, monkeypatch, medians, others, locked, grade, fl
     assert result["peak_memory_bytes"] == 100 + len(medians) - 1
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0, None])
+@pytest.mark.parametrize("place", ["samples_ms", "batches"])
+def test_times_that_are_no_positive_numbers_are_refused(tmp_path, monkeypatch, place, broken):
+    (document,) = documents([1.0])
+    times = document["samples_ms"] if place == "samples_ms" else document["batches"]["32"]["samples_ms"]
+    if broken is None:
+        times.clear()
+    else:
+        times[0] = broken
+    monkeypatch.setattr(run_runner, "_document", lambda *_: document)
+    monkeypatch.setattr(run_runner.subprocess, "run", lambda *_, **__: None)
+    with pytest.raises(ClipkdError, match=r"image\.onnx: a measured time is not a positive number; measure it again"):
+        run_runner.runner_here(tmp_path, "image", [])
+
+
 def test_percentiles_appear_at_their_floor():
     at = {n: summarise(documents([1.0], n)) for n in (MIN_SAMPLES_P90 - 1, MIN_SAMPLES_P90, MIN_SAMPLES_P99)}
     assert (at[63]["p90_ms"], at[63]["p99_ms"]) == (None, None)

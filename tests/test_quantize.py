@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from export.documents import PlannedExport
@@ -21,8 +22,9 @@ from export.graphs.onnx_graph import write_graph
 from export.graphs.precision import convert_frozen_tower
 from export.proof.parity import compare
 from export.proof.prove import prove
-from toolchain.errors import ArtifactError, GateError, MissingDependency, UnavailableBackend
+from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
 from toolchain.evaluation.eval_set import classes_set
+from toolchain.filesystem import file_sha256
 from toolchain.models.build import load_model
 from toolchain.models.folding import fold_batch_norms
 from toolchain.models.towers import ImageTower, TextTower
@@ -182,6 +184,38 @@ def test_a_given_loss_receives_the_batch(model, inputs, tmp_path):
 
     quantized_folder(tmp_path, model, inputs, steps=1, loss_fn=loss_fn)
     assert seen == [((NUM_SAMPLES, 128), (NUM_SAMPLES, 128), 4)]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(model, inputs, tmp_path):
+    for first, advice in ((0, "No step was taken yet: "), (2, "Lower quantize.lr")):
+        calls = iter(range(9))
+
+        def loss_fn(image_features_BD, text_features_BD, batch, first=first, calls=calls):
+            return image_features_BD.sum() * (float("nan") if next(calls) >= first else 1.0)
+
+        with pytest.raises(ClipkdError, match=f"the loss is not finite at step {first}. {advice}"):
+            quantized_folder(tmp_path, model, inputs, steps=4, loss_fn=loss_fn)
+
+
+def test_scales_and_weights_that_are_not_finite_are_neither_saved_nor_loaded(model, inputs, checkpoint, tmp_path):
+    def spoil(image_tower, text_tower):
+        list_quantizers(image_tower)[0][1].scale.data.fill_(float("nan"))
+
+    with pytest.raises(ClipkdError, match=r"the int8 model has NaN or infinity in 1 of .* tensors: image\."):
+        quantize(model, tmp_path, Calibration(*inputs), before_saving=spoil)
+    assert not list(tmp_path.iterdir())
+    for name in ("open_clip_model.safetensors", "nncf.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(checkpoint, folder)
+        tensors = load_file(folder / name)
+        key = next(key for key in sorted(tensors) if tensors[key].is_floating_point())
+        tensors[key].view(-1)[0] = float("inf")
+        save_file(tensors, folder / name)
+        config = json.loads((folder / "nncf.json").read_text())
+        config["sha256"][name] = file_sha256(folder / name)
+        (folder / "nncf.json").write_text(json.dumps(config))
+        with pytest.raises(ArtifactError, match=rf"{name}: NaN or infinity in 1 of .*quantize again: clipkd quantize"):
+            load_quantized(folder, model)
 
 
 def test_calibrated_towers_resemble_the_float_ones(checkpoint, model, inputs):

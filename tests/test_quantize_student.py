@@ -12,6 +12,7 @@ from toolchain.data.glyphs import TrainingSet
 from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, CachePlan, make_cache
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, open_cache
+from toolchain.errors import ClipkdError
 from toolchain.models.build import load_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import unit_image_features
@@ -172,3 +173,15 @@ def test_attention_in_8_bits_is_the_specs_to_say(tmp_path: Path, tiny_samples: T
         student, _ = quantized(folder, tiny_samples, None, LossWeights(), method="ptq", attention=attention)
         softmaxes.append(sum("/softmax/" in name for name, _ in list_quantizers(load_quantized(folder, student)[1])))
     assert softmaxes == [0, 2], "the text tower has two layers"
+
+
+def test_a_teacher_whose_features_are_not_finite_teaches_nothing(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path
+) -> None:
+    teacher = load_model(teacher_folder)
+    with torch.no_grad():
+        teacher.net.text_projection.fill_(float("nan"))  # type: ignore[operator]
+    with pytest.raises(
+        ClipkdError, match=r"teacher .*: NaN or infinity in 1 of 2 tensors: text features .*, of samples "
+    ):
+        quantized(tmp_path / "int8", tiny_samples, teacher, LossWeights())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from toolchain.data import glyphs
 from toolchain.distributed import ALONE
-from toolchain.errors import GateError
+from toolchain.errors import ClipkdError, GateError
 from toolchain.evaluation.eval_set import classes_set
 from toolchain.evaluation.torch_encoders import headline_accuracy
 from toolchain.models.build import load_model
@@ -229,3 +229,25 @@ def test_agreement_is_the_share_of_equal_choices() -> None:
     criterion = agreement_criterion("me", image_BD, torch.arange(3)[:, None], torch.tensor([0, 1, 2, 0]))
     assert criterion.what == "agreement with me"
     assert criterion.score(image_BD, text_CD) == 0.5
+
+
+def test_features_that_are_not_finite_agree_with_nothing_and_have_the_lowest_sqnr() -> None:
+    text_CD, image_BD = torch.eye(3), torch.eye(3)
+    criterion = agreement_criterion("me", image_BD, torch.arange(3)[:, None], torch.zeros(3, dtype=torch.int64))
+    assert criterion.score(torch.full((3, 3), math.nan), text_CD) == 0, "argmax chooses 0, the first NaN"
+    assert sensitivity._sqnr_db(image_BD, image_BD) == sensitivity.EXACT_DB
+    for value in (math.nan, math.inf):
+        broken_BD = image_BD.clone()
+        broken_BD[1, 1] = value
+        assert sensitivity._sqnr_db(image_BD, broken_BD) == -sensitivity.EXACT_DB
+    assert sensitivity._sqnr_db(torch.zeros(3, 3), image_BD) == -sensitivity.EXACT_DB
+
+
+def test_no_budget_is_compared_with_a_float_student_of_nan(case: Case) -> None:
+    towers: dict[str, nn.Module] = {"image": ImageTower(case.model.net), "text": nn.Identity()}
+    towers["text"].register_parameter("scale", nn.Parameter(torch.ones(())))
+    criterion = Criterion("top-1", case.inputs["image"], torch.full((4, 3), math.nan), lambda *_: 1.0)
+    with pytest.raises(
+        ClipkdError, match=r"top-1: the features of the model to quantize have NaN or infinity in 1 of 2 "
+    ):
+        score_towers(towers, criterion)

@@ -93,3 +93,13 @@ def test_few_turns_are_held_against_each_other_as_processes() -> None:
     second = [value + 1 for value in first]
     assert signed_rank(first, second) > MAX_P
     assert differ_significantly(first, second, in_turns=True)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_a_latency_that_is_no_positive_number_is_never_compared(broken: float, in_turns: bool) -> None:
+    """Every rank of NaN is the lowest, so it would be significantly the fastest."""
+    same = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    for pair in (([broken] * 6, same), (same, [*same[:-1], broken])):
+        with pytest.raises(ValueError, match="expected positive latencies"):
+            differ_significantly(*pair, in_turns=in_turns)

@@ -1,10 +1,13 @@
 """Weights of every form load to the bit, nothing is unpickled that is not a tensor, and what does not fit is said."""
 
+import gzip
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -16,7 +19,7 @@ from toolchain.errors import ArtifactError, ClipkdError, UsageError
 from toolchain.models import weights
 from toolchain.models.build import build_model, load_model, save_model
 from toolchain.models.clip_model import ClipModel
-from toolchain.models.weights import read_weights
+from toolchain.models.state_dict import read_weights
 from toolchain.recipe.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,13 +73,45 @@ def training_checkpoint(state: State, path: Path) -> None:
     torch.save(content, path)
 
 
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def lightning_checkpoint(state: State, path: Path) -> None:
+    """The module's model, and the parameters of its loss."""
+    modules = prefixed(state, "model.") | {"loss.scale": torch.ones(1), "loss.bias": torch.ones(1)}
+    torch.save({"epoch": 3, "state_dict": modules, "callbacks": {}, "optimizer_states": [{}]}, path)
+
+
+def zeros(state: State) -> State:
+    return {name: torch.zeros_like(value) for name, value in state.items()}
+
+
 FORMS: dict[str, Callable[[State, Path], object]] = {
     "bare.pt": lambda state, path: torch.save(state, path),
-    "prefixed.bin": lambda state, path: torch.save({f"module.{k}": v for k, v in state.items()}, path),
-    "compiled.pth": lambda state, path: torch.save({f"module._orig_mod.{k}": v for k, v in state.items()}, path),
+    "prefixed.bin": lambda state, path: torch.save(prefixed(state, "module."), path),
+    "compiled.pth": lambda state, path: torch.save(prefixed(state, "module._orig_mod."), path),
+    "compiled first.pth": lambda state, path: torch.save(prefixed(state, "_orig_mod.module."), path),
+    "deep.pt": lambda state, path: torch.save(prefixed(state, "model._orig_mod.module.net."), path),
+    "of my own.pt": lambda state, path: torch.save(prefixed(state, "pl_module.backbone."), path),
     "training.pt": training_checkpoint,
+    "lightning.ckpt": lightning_checkpoint,
+    "model.pt": lambda state, path: torch.save({"model": state, "epoch": 1}, path),
+    "model_state_dict.pt": lambda state, path: torch.save({"model_state_dict": state, "loss": 0.5}, path),
+    "nested.pt": lambda state, path: torch.save({"model": {"state_dict": prefixed(state, "module.")}}, path),
+    "own name.pt": lambda state, path: torch.save({"step": 7, "tower_weights": state}, path),
+    "only ema.pt": lambda state, path: torch.save({"ema": {"module": state, "decay": 0.99}}, path),
+    "with ema.pt": lambda state, path: torch.save({"state_dict": state, "state_dict_ema": zeros(state)}, path),
+    "ema first.pt": lambda state, path: torch.save({"model_ema": zeros(state), "model": state}, path),
+    "ema within.pt": lambda state, path: torch.save(
+        {"state_dict": prefixed(zeros(state), "ema.module.") | prefixed(state, "model.")}, path
+    ),
+    "ema beside.pt": lambda state, path: torch.save(state | prefixed(zeros(state), "ema_model."), path),
+    "averaged.pt": lambda state, path: torch.save({"n_averaged": torch.ones(1)} | prefixed(state, "module."), path),
     "old.pt": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "plain.safetensors": lambda state, path: save_file(state, path),
+    "safetensors.pt": lambda state, path: save_file(state, path),
+    "torch.safetensors": lambda state, path: torch.save(state, path),
 }
 
 
@@ -87,6 +122,61 @@ def test_a_checkpoint_loads_to_the_bit(trained: State, tmp_path: Path, name: str
     assert loaded.keys() == trained.keys()
     assert all(torch.equal(value, trained[key]) for key, value in loaded.items())
     assert not torch.equal(small(seed=0).net.state_dict()["text_projection"], trained["text_projection"])
+
+
+@pytest.mark.parametrize(
+    ("name", "notes"),
+    [
+        (
+            "with ema.pt",
+            [
+                "FILE: contains the weights (state_dict) and a moving average of them (state_dict_ema). The weights "
+                "are taken. For the average, save it alone: torch.save(torch.load(FILE, weights_only=True)[NAME], "
+                "OTHER)"
+            ],
+        ),
+        (
+            "ema beside.pt",
+            [
+                "FILE: contains the weights (names without a prefix) and a moving average of them (ema_model). The "
+                "weights are taken. For the average, save it alone: torch.save({name.removeprefix(PREFIX): w for name, "
+                "w in state.items() if name.startswith(PREFIX)}, OTHER)"
+            ],
+        ),
+        (
+            "lightning.ckpt",
+            ["FILE: 2 tensors outside model.* are not of the model, and are ignored: loss.scale, loss.bias"],
+        ),
+        ("only ema.pt", []),
+        ("nested.pt", []),
+    ],
+)
+def test_what_else_a_checkpoint_has_is_said(trained: State, tmp_path: Path, name: str, notes: list[str]) -> None:
+    FORMS[name](trained, tmp_path / name)
+    said: list[str] = []
+    read_weights(tmp_path / name, said.append)
+    assert [note.replace(str(tmp_path / name), "FILE") for note in said] == notes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            lambda state: {"student": state, "teacher": state},
+            "contains several models: student, teacher. Save the one ",
+        ),
+        (lambda state: {"model": state, "net": state, "ema": state}, "contains several models: model, net. Save the "),
+        (
+            lambda state: prefixed(state, "image_net.") | prefixed(state, "teacher."),
+            "contains several models: image_net, teacher. Save the one you want alone: torch.save({name.removeprefix(",
+        ),
+    ],
+)
+def test_two_models_in_one_file_are_named(
+    trained: State, tmp_path: Path, content: Callable[[State], Any], said: str
+) -> None:
+    torch.save(content(trained), tmp_path / "two.pt")
+    assert problem(tmp_path / "two.pt").startswith(f"FILE: {said}")
 
 
 def test_half_precision_weights_become_float32(trained: State, tmp_path: Path) -> None:
@@ -136,8 +226,9 @@ def test_python_objects_are_never_unpickled(trained: State, tmp_path: Path, how:
     else:
         path.write_bytes(pickle.dumps(content["args"]))
     said = problem(path)
-    assert said.startswith("FILE: contains Python objects other than tensors, or is not a torch file; ")
-    assert "save its state_dict alone: torch.save(model.state_dict(), FILE)" in said
+    other = "a Python pickle, not a file that torch.save wrote; "
+    assert said.startswith("FILE: " + {"torch": "contains Python objects other than tensors, ", "pickle": other}[how])
+    assert "torch.save(model.state_dict(), FILE)" in said
     assert not witness.exists()
     with path.open("rb") as file:
         torch.load(file, weights_only=False) if how == "torch" else pickle.load(file)
@@ -152,13 +243,35 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
     assert "pretrained: openai instead of checkpoint" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("empty.pt", b""), ("text.pt", b"<html>not found</html>"), ("zip.pt", b"PK\x03\x04"), ("x.safetensors", b"12345")],
-)
+@pytest.mark.parametrize(("name", "content"), [("zip.pt", b"PK\x03\x04"), ("x.safetensors", b"12345")])
 def test_a_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert problem(tmp_path / name).startswith(("FILE: not a weights file, or corrupt: ", "FILE: contains Python obj"))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 605157884\n"
+ARRAYS = io.BytesIO()
+np.savez(ARRAYS, kernel=np.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "an empty file, "),
+        (LFS, "a Git LFS pointer, not the weights themselves. Fetch them: git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><title>Sign in</title></html>", "a web page (HTML), not weights: "),
+        (b"\n<html>not found</html>", "a web page (HTML), not weights: "),
+        (b'{"error": "Repository not found"}', "JSON text, not weights; "),
+        (gzip.compress(b"weights"), "an archive, not weights. Unpack it"),
+        (pickle.dumps({"weight": [1.0]}), "a Python pickle, not a file that torch.save wrote; "),
+        (ARRAYS.getvalue(), "an archive of NumPy arrays (npz), "),
+    ],
+    ids=["empty", "lfs", "page", "html", "json", "gzip", "pickle", "npz"],
+)
+def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert problem(tmp_path / name).startswith(f"FILE: {said}")
 
 
 def test_a_truncated_file(trained: State, tmp_path: Path) -> None:
@@ -171,11 +284,12 @@ def test_a_truncated_file(trained: State, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "got"),
     [
-        ({"epoch": 1, "model": {"w": torch.zeros(1)}}, "a dictionary of epoch, model"),
+        ({"epoch": 1, "model": {"w": 1.0}}, "a dictionary of epoch, model"),
+        ({"optimizer": {"state": {"w": {"step": torch.zeros(1)}}}}, "a dictionary of optimizer"),
         ({}, "a dictionary of "),
         ([torch.zeros(1)], "<class 'list'>"),
         (torch.zeros(1), "<class 'torch.Tensor'>"),
-        ({"state_dict": {}}, "a dictionary of "),
+        ({"state_dict": {}}, "a dictionary of state_dict"),
     ],
     ids=str,
 )
@@ -212,6 +326,31 @@ def test_another_architecture_is_said_with_its_first_keys(trained: State, tmp_pa
         "1 with a different shape: text_projection [32, 48] instead of [32, 32]. "
         "Most likely they belong to another architecture; name it in model, or its differences in model_cfg"
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (
+            lambda state: {f"backbone.{name}": value for name, value in state.items() if "visual" in name},
+            "Every name in the file begins with 'backbone.', a prefix that clipkd does not know. If it wraps the "
+            "model, save the names without it: key.removeprefix('backbone.')",
+        ),
+        (
+            lambda state: {"vision_model.embeddings.class_embedding": torch.zeros(2), "text_model.a": torch.zeros(2)},
+            "The file has the layout of Hugging Face transformers; clipkd reads open_clip's layout of the same model",
+        ),
+        (
+            lambda state: {"conv1.weight": torch.zeros(2), "fc.weight": torch.zeros(2)},
+            "No name in the file is one of the model's; they begin with conv1, fc",
+        ),
+    ],
+)
+def test_names_of_another_layout_are_told_apart_from_another_architecture(
+    trained: State, tmp_path: Path, layout: Callable[[State], State], said: str
+) -> None:
+    torch.save(layout(trained), tmp_path / "weights.pt")
+    assert problem(tmp_path / "weights.pt").endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -252,9 +391,30 @@ def test_the_image_size_of_a_resnet(tmp_path: Path) -> None:
         build_model(ModelSpec(model="RN50", model_cfg=smaller, checkpoint=str(tmp_path / "weights.pt")), seed=0)
 
 
-def test_nan_weights_load_as_they_are(trained: State, tmp_path: Path) -> None:
-    torch.save(trained | {"text_projection": torch.full((32, 32), float("nan"))}, tmp_path / "nan.pt")
-    assert small(checkpoint=str(tmp_path / "nan.pt")).net.state_dict()["text_projection"].isnan().all()
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_weights_that_are_not_finite_are_refused(trained: State, tmp_path: Path, kind: str, value: float) -> None:
+    """One value is enough, and one that float32 cannot hold counts too."""
+    path = tmp_path / f"weights.{kind}"
+    projection = trained["text_projection"].double()
+    projection[3, 4] = value
+    state = trained | {"text_projection": projection}
+    save_file(state, path) if kind == "safetensors" else torch.save(state, path)
+    said = problem(path)
+    assert said.startswith("FILE: NaN or infinity in 1 of 62 tensors: text_projection (1 of 1,024 values). ")
+
+
+def test_a_folders_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """Teachers, students and adopted models are loaded so."""
+    model = small()
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.fill_(float("nan"))
+    save_model(model, tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"open_clip_model\.safetensors: NaN or infinity in 62 of 62 tensors: .*, …"
+    ):
+        load_model(tmp_path)
 
 
 # QuickGELU.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from math import comb, exp, lgamma, log, sqrt
+from math import comb, exp, inf, lgamma, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,11 @@ def differ_significantly(first_F: Sequence[float], second_S: Sequence[float], *,
     `in_turns` is True if the processes of the two were interleaved.  Each is then compared with its neighbour, because
     a machine drifts more in a minute than in a second; this needs at least MIN_TURNS.  Three processes a side cannot
     reach MAX_P: there one side must be entirely below the other, a chance of 1 in 10.  With fewer, return False.
+
+    Raises: ValueError if a latency is not a positive number; ranks of NaN would look significant.
     """
+    if not all(0 < latency < inf for latency in (*first_F, *second_S)):
+        raise ValueError(f"expected positive latencies, got {list(first_F)} and {list(second_S)}")
     if min(len(first_F), len(second_S)) < MIN_PROCESSES:
         return False
     if in_turns and len(first_F) == len(second_S) >= MIN_TURNS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 import shutil
@@ -77,7 +78,7 @@ def runner_here(folder: Path, tower: str, arguments: list[str]) -> RunnerDocumen
         stderr = error.stderr or b""
         raise _failure(folder, tower, f"took longer than {timeout_s:g} s", stderr, command) from None
     document: RunnerDocument = _document(folder, tower, done, command)
-    return document
+    return _require_times(document, folder, tower)
 
 
 def runner_on(
@@ -92,7 +93,7 @@ def runner_on(
         MissingDependency: the device lacks numpy or the runtime.
     """
     document: RunnerDocument = _run_there(device, folder, tower, arguments, once)
-    return document
+    return _require_times(document, folder, tower)
 
 
 def encode_on(
@@ -141,6 +142,14 @@ def _document(folder: Path, tower: str, done: Finished, command: list[str]) -> A
         what = "ran out of memory and " if _OUT_OF_MEMORY.search(done.stderr) else ""
         raise _failure(folder, tower, f"{what}exited with status {done.returncode}", done.stderr, command)
     return json.loads(done.stdout)
+
+
+def _require_times(document: RunnerDocument, folder: Path, tower: str) -> RunnerDocument:
+    """Check that latencies are positive numbers: NaN would pass every later comparison."""
+    timed = [document["samples_ms"], *(batch["samples_ms"] for batch in document["batches"].values())]
+    if not all(samples and all(0 < ms < math.inf for ms in samples) for samples in timed):
+        raise ClipkdError(f"{_tower_name(folder, tower)}: a measured time is not a positive number; measure it again")
+    return document
 
 
 def _failure(folder: Path, tower: str, what: str, stderr: str | bytes, command: list[str]) -> ClipkdError:

@@ -26,6 +26,7 @@ from export.graphs.precision import convert_frozen_tower, is_half, prepare_tower
 from export.graphs.tokenizer_json import write_tokenizer
 from export.model_folder import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, UINT8_GRAPH
 from toolchain.evaluation.eval_set import EvalSet
+from toolchain.evaluation.zero_shot import require_finite
 from toolchain.filesystem import write_json
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, TextTower, example_pixels, num_parameters, without_attention_fast_path
@@ -140,7 +141,9 @@ def _write_classes(path: Path, model: ClipModel, text_tower: nn.Module, headline
 def class_embeddings(text_tower: nn.Module, model: ClipModel, names: list[str], templates: tuple[str, ...]) -> Tensor:
     """Return [K, D] float32: normalize(mean over templates of the unit text feature). CLIP (arXiv:2103.00020), 3.1.4"""
     ids_PKT = [model.tokenize([template.format(name) for name in names]) for template in templates]
-    return F.normalize(torch.stack([in_chunks(text_tower, ids_KT) for ids_KT in ids_PKT]).mean(0), dim=-1)
+    mean_KD = torch.stack([in_chunks(text_tower, ids_KT) for ids_KT in ids_PKT]).mean(0)
+    require_finite("text", mean_KD.numpy(), lambda index: f"class {names[index]!r}")
+    return F.normalize(mean_KD, dim=-1)
 
 
 def _write_samples(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from toolchain.errors import ClipkdError
 from toolchain.evaluation.eval_set import EvalSet, ImageFile
+from toolchain.evaluation.zero_shot import require_finite
 from toolchain.models.clip_model import ClipModel
 
 MAX_PARITY_SAMPLES = 256
@@ -26,12 +27,20 @@ def in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
-    """Write the inputs that parity.py feeds to a runtime and torch's features; samples are spread over the set."""
+    """Write the inputs that parity.py feeds to a runtime and torch's features; samples are spread over the set.
+
+    Raises:
+        ClipkdError: none of the images can be read, or a feature is NaN or infinite.
+    """
     shown, images = _parity_images(headline, model)
     spoken = _spread(len(headline.texts))
     captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
     pixel_values_BCHW = torch.stack([model.preprocess(shown_image) for shown_image in images])
     input_ids_BT = model.tokenize(captions)
+    image_features_BD = in_chunks(towers[0], pixel_values_BCHW)
+    text_features_BD = in_chunks(towers[1], input_ids_BT)
+    require_finite("image", image_features_BD.numpy(), lambda row: f"{headline.name}, {headline.label(shown[row])}")
+    require_finite("text", text_features_BD.numpy(), lambda row: repr(captions[row]))
     np.savez(
         path,
         names=np.array([headline.texts[index] for index in spoken]),
@@ -40,8 +49,8 @@ def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, 
         pixels_BHWC=np.stack([np.asarray(shown_image) for shown_image in images]),
         pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
         input_ids_BT=input_ids_BT.numpy(),
-        image_features_BD=in_chunks(towers[0], pixel_values_BCHW).numpy(),
-        text_features_BD=in_chunks(towers[1], input_ids_BT).numpy(),
+        image_features_BD=image_features_BD.numpy(),
+        text_features_BD=text_features_BD.numpy(),
     )
 
 

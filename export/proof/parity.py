@@ -180,6 +180,12 @@ def compare(
     """
     if reference_BD.shape != actual_BD.shape or not len(reference_BD):
         raise GateError(f"{what}: expected features {list(reference_BD.shape)}, got {list(actual_BD.shape)}")
+    if not np.isfinite(reference_BD).all():
+        wrong = np.flatnonzero(~np.isfinite(reference_BD).all(-1))
+        raise GateError(
+            f"{what}: PyTorch's own features of {len(wrong)} of {len(names)} samples are NaN or infinite, the first is "
+            f"sample {wrong[0]} ({names[wrong[0]]!r}). The checkpoint is unusable; train it again, or use other weights"
+        )
     reference_BD, actual_BD = reference_BD.astype(np.float64), actual_BD.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         signal_B = (reference_BD**2).sum(-1)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from export.runtime.exported_model import open_exported
-from toolchain.errors import ArtifactError, UsageError
+from toolchain.errors import ArtifactError, ClipkdError, UsageError
 from toolchain.text_table import TextTable
 
 
@@ -22,6 +22,7 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
     Raises:
         UsageError: an image is missing or corrupt, or there are no labels.
         ArtifactError: `model` is not an exported model.
+        ClipkdError: a feature is NaN or infinite.
     """
     if not (model / "image.onnx").is_file():
         inside = sorted(path.parent for path in model.rglob("image.onnx")) if model.is_dir() else []
@@ -35,6 +36,12 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
     labels = own_labels if labels is None else labels
     probabilities_BK = _softmax(logit_scale * encoders.encode_images(opened) @ label_features_KD.T)
+    wrong = [str(path) for path, row_K in zip(images, probabilities_BK, strict=True) if not np.isfinite(row_K).all()]
+    if wrong:
+        raise ClipkdError(
+            f"{model}: its features of {wrong[0]} ({len(wrong)} of {len(images)} images) or of the labels are NaN or "
+            "infinite, so there is no answer. Export it in another precision, and see: clipkd evaluate"
+        )
     answers = []
     for path, probability_K in zip(images, probabilities_BK, strict=True):
         best = np.argsort(-probability_K, kind="stable")[:top]

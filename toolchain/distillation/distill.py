@@ -36,6 +36,7 @@ from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.models.build import save_model
 from toolchain.models.clip_model import ClipModel
+from toolchain.models.finite import describe_non_finite
 from toolchain.progress import Progress
 from toolchain.recipe.data import MAX_DAMAGED
 from toolchain.recipe.distill import DistillSpec
@@ -83,7 +84,7 @@ def distill(
     checkpoint, and only saves the student again if that is of the last step.  `say` receives messages, but no progress.
 
     Raises:
-        ClipkdError: a loss or a gradient became NaN or infinite, or the GPU is out of memory.
+        ClipkdError: a loss, a gradient or a weight became NaN or infinite, or the GPU is out of memory.
         Interrupted: SIGTERM or SIGINT arrived; a checkpoint of the last completed step is saved.
     """
     spec, steps = training.spec, training.steps
@@ -120,6 +121,7 @@ def distill(
             stopping = processes.any(stop_requested())
             if processes.leads and (checkpoints.due(step) or stopping or step == steps):
                 log.flush()
+                run.require_finite_weights(step)
                 checkpoints.save(step, run.state(time.monotonic() - started))
             if stopping and step < steps:
                 processes.wait()  # for the checkpoint: torchrun ends all ranks once one has ended
@@ -224,14 +226,7 @@ class _Run:
         grad_norm = clip_gradients(trainee, spec.grad_clip_norm)
         row = log_row(step, lr, grad_norm, forward_pass, spec.loss_weights.model_dump())
         if not is_finite(row, self.scaler):
-
-            def differentiate_alone(objective: str) -> None:
-                alone = self.forward.only(objective)
-                alone.backward(alone.run(batch, teacher_features, step), batch, step)
-
-            raise non_finite_error(
-                self.folder, row, self.training.data, trainee, differentiate_alone, self.processes.any
-            )
+            raise non_finite_error(self.folder, row, self.training.data, self.forward, forward_pass, batch)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         trainee.clamp_parameters_()
@@ -277,11 +272,24 @@ class _Run:
         state = checkpoints.load(self.say)
         if state is None:
             return 0, 0.0
+        if wrong := describe_non_finite(state["trained"]):
+            raise ClipkdError(
+                f"{checkpoints.folder}: the checkpoint of step {state['step']} has {wrong}. Delete the folder to train "
+                "from the start, with a lower distill.lr"
+            )
         self.trainee.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.ledger.restore(state["damaged"])
         return int(state["step"]), float(state["elapsed_s"])
+
+    def require_finite_weights(self, step: int) -> None:
+        """Raise an error if the weights after `step` steps are not finite; a checkpoint of them would be useless."""
+        if wrong := describe_non_finite(self.trainee.state_dict()):
+            raise ClipkdError(
+                f"{self.folder}: the weights are not finite after step {step}: {wrong}. Earlier checkpoints are "
+                "intact; lower distill.lr"
+            )
 
     def save(self) -> None:
         """Write the trained student and its distillation heads."""

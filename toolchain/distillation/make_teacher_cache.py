@@ -5,6 +5,7 @@ leaves only complete shards, which the next attempt keeps.
 """
 
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -85,7 +86,8 @@ def make_cache(
     """Write every missing shard; return what the manifest records.
 
     Raises:
-        ClipkdError: the disk has too little free space.
+        ClipkdError: the disk has too little free space, the teacher's features are not finite, or no sample of those
+            that are checked can be read.
     """
     embed_dim = live.model.embed_dim
     about = {**plan.depends, "embed_dim": embed_dim, "logit_scale": live.logit_scale.item()}
@@ -106,6 +108,7 @@ def make_cache(
     cache = TeacherCache(folder, about)
     damaged = _count_damaged(folder, numbers, data.left_out)
     fidelity = measure_fidelity(live, data, cache)
+    _require_fidelity(fidelity, folder)
     say(
         f"teacher cache in {plan.dtype}: worst cosine to live features: image {fidelity['image_cosine_worst']:.6f}, "
         f"text {fidelity['text_cosine_worst']:.6f}; same top-1 caption for "
@@ -166,7 +169,10 @@ def _write_shard(
             damaged |= {damage.sample: damage.reason for damage in batch.damaged}
             row_B = torch.from_numpy(batch.sample_B - start)
             if len(row_B):
-                image_VNE[view, row_B] = live.image_features(batch.pixels[geometry].to(device)).cpu()
+                image_BE = live.image_features(batch.pixels[geometry].to(device)).cpu()
+                inputs = [f"sample {sample}, view {view}" for sample in batch.sample_B.tolist()]
+                _require_finite(live, "image", image_BE, inputs)
+                image_VNE[view, row_B] = image_BE
                 present_VN[view, row_B] = True
             counter.add(min(CHUNK, len(sample_N) - first))
     captions_N = data.list_captions(sample_N)
@@ -174,10 +180,22 @@ def _write_shard(
     text_CE = torch.zeros(len(text_of), live.model.embed_dim)
     texts = list(text_of)  # sorted by length: batches of short captions need few tokens
     for first in range(0, len(texts), CHUNK):
-        ids_BL = live.model.tokenize_trimmed(texts[first : first + CHUNK]).to(device)
-        text_CE[first : first + CHUNK] = live.text_features(ids_BL).cpu()
+        few = texts[first : first + CHUNK]
+        text_BE = live.text_features(live.model.tokenize_trimmed(few).to(device)).cpu()
+        _require_finite(live, "text", text_BE, [f"caption {text!r}" for text in few])
+        text_CE[first : first + CHUNK] = text_BE
     texts_N = [[text_of[caption] for caption in captions] for captions in captions_N]
     write_shard(shard_path(folder, number), image_VNE, text_CE, present_VN, texts_N, dtype=plan.dtype, damaged=damaged)
+
+
+def _require_finite(live: LiveTeacher, part: str, features_BE: Tensor, inputs: Sequence[str]) -> None:
+    """Check features before they are stored; `inputs` names what each row was computed from."""
+    wrong_B = ~features_BE.isfinite().all(-1)
+    if wrong_B.any():
+        raise ClipkdError(
+            f"teacher {live.model.name}: its {part} features of {int(wrong_B.sum())} of {len(inputs)} inputs are not "
+            f"finite, the first: {inputs[int(torch.nonzero(wrong_B)[0])]}. {live.non_finite_advice}"
+        )
 
 
 def write_shard(
@@ -245,6 +263,19 @@ def measure_fidelity(live: LiveTeacher, data: TrainingData, cache: TeacherCache)
         together = torch.cat(values) if values else torch.tensor([float("nan")])
         found |= {f"{part}_cosine_worst": together.min().item(), f"{part}_cosine_mean": together.mean().item()}
     return found
+
+
+def _require_fidelity(fidelity: Mapping[str, float], folder: Path) -> None:
+    if not fidelity["samples"]:
+        raise ClipkdError(
+            f"{folder}: none of the samples that are checked can be read, so the cache is useless. Fix the data"
+        )
+    wrong = [name for name, value in fidelity.items() if not math.isfinite(value)]
+    if wrong:
+        raise ClipkdError(
+            f"{folder}: the fidelity of the teacher cache is not finite: {', '.join(wrong)}. It contains features that "
+            "are NaN or infinite. Delete it and run the command again"
+        )
 
 
 def _live_and_stored(

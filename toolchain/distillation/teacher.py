@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.errors import ArtifactError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn
 from toolchain.models.towers import compile_towers
@@ -35,6 +36,11 @@ class LiveTeacher:
         image_bE = self.image_features(batch.teacher_pixels)
         return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
 
+    @property
+    def non_finite_advice(self) -> str:
+        """Return what to do if features are not finite; the weights are, or they would not have been loaded."""
+        return non_finite_advice(self.dtype == torch.float32)
+
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return image features [B, E] of uint8 pixels: float32, rows of unit norm."""
         with on_onednn(pixels.device, compiled=self.compiled):
@@ -60,6 +66,15 @@ class CachedTeacher:
         return TeacherFeatures(*batch.teacher_features, self.logit_scale)
 
 
+def non_finite_advice(is_float32: bool) -> str:
+    """Return what to do about a teacher whose features are not finite."""
+    if is_float32:
+        return (
+            "The teacher overflows in fp32 on these inputs: look at them, and check that its weights are the right ones"
+        )
+    return "The teacher overflows in its precision. Set distill.teacher_precision: fp32"
+
+
 def open_teacher(
     teacher: ClipModel | TeacherCache, spec: DistillSpec, device: torch.device
 ) -> LiveTeacher | CachedTeacher:
@@ -72,8 +87,16 @@ def open_teacher(
 def live_teacher(
     teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
 ) -> LiveTeacher:
-    """Return the teacher frozen, with its weights in `precision`; its features are float32."""
+    """Return the teacher frozen, with its weights in `precision`; its features are float32.
+
+    Raises:
+        ArtifactError: its logit_scale is not finite.
+    """
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
+    if not logit_scale.isfinite():
+        raise ArtifactError(
+            f"teacher {teacher.name}: the exponential of its logit_scale is not finite; use other weights"
+        )
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if compiled:
         compile_towers(net)

@@ -51,7 +51,7 @@ class TeacherCache:
         """Return image and text features, [B, E] each: float32, rows of unit norm.
 
         Raises:
-            ClipkdError: a sample had no features when the cache was made.
+            ClipkdError: a sample had no features when the cache was made, or they are not finite.
         """
         size = int(self.about["shard_samples"])
         image_BE, text_BE = torch.empty(2, len(sample_B), self.embed_dim)
@@ -74,6 +74,15 @@ class TeacherCache:
             index = torch.from_numpy(index_b)
             image_BE[index] = _decode_features(shard, "image", (view, row_b))
             text_BE[index] = _decode_features(shard, "text", (shard["text_of_caption"][caption_b].long(),))
+        for part, features_BE in (("image", image_BE), ("text", text_BE)):
+            wrong_B = ~features_BE.isfinite().all(-1)
+            if wrong_B.any():
+                first = sample_B[int(torch.nonzero(wrong_B)[0])]
+                raise ClipkdError(
+                    f"{self.folder}: the stored {part} features of {int(wrong_B.sum())} of {len(wrong_B)} samples are "
+                    f"not finite, the first is sample {first} (view {view}). Delete this cache and run the command "
+                    "again to rebuild it"
+                )
         return image_BE, text_BE
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from toolchain.distributed import Processes
 from toolchain.evaluation.eval_set import EvalSet
-from toolchain.evaluation.zero_shot import BLANK, accuracy, image_ranks
+from toolchain.evaluation.zero_shot import BLANK, accuracy, image_ranks, require_finite
 from toolchain.models.clip_model import ClipModel
 
 _CHUNK = 256  # samples per forward
@@ -23,7 +23,7 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
 
     It returns top-1 and top-5 as fractions, the 95 % Wilson interval of top-1, and n.  These equal what `evaluate`
     computes from the same features, for any number of ranks.  It raises ClipkdError on every rank if too many images of
-    the set cannot be read.
+    the set cannot be read, or a feature is NaN or infinite.
     """
 
     def score(model: ClipModel, processes: Processes) -> dict[str, float]:
@@ -47,6 +47,8 @@ def headline_accuracy(data: EvalSet) -> Callable[[ClipModel, Processes], dict[st
         rows_ND = torch.cat([image_ND * readable_N1, readable_N1.float()], dim=1)
         gathered_ND = processes.gather_rows(rows_ND, len(data)).cpu().numpy()
         gathered_KD = processes.gather_rows(text_KD, len(data.texts)).cpu().numpy()
+        require_finite("image", gathered_ND, lambda index: f"{data.name}, {data.label(index)}")
+        require_finite("text", gathered_KD, lambda index: repr(data.texts[index]))
         found = accuracy(image_ranks(data, gathered_ND[:, :-1], gathered_KD, gathered_ND[:, -1] == 0))
         return {
             "top1": found["top1"],

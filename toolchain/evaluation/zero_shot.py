@@ -154,7 +154,7 @@ def evaluate(
 
     Raises:
         UsageError: the headline is not one of the sets.
-        ClipkdError: too many images of a set cannot be read.
+        ClipkdError: too many images of a set cannot be read, or a feature is NaN or infinite.
     """
     if headline not in [data.name for data in sets]:
         names = ", ".join(data.name for data in sets) or "none"
@@ -202,6 +202,21 @@ def _score_set(
         scores["retrieval"] = {**_recalls(f"{text}_to_image", to_image_K), **_recalls(f"image_to_{text}", to_text_N)}
         samples["to_image_rank"] = to_image_K
     return scores, samples
+
+
+def require_finite(tower: str, features_BD: NDArray[np.float32], name: Callable[[int], str]) -> None:
+    """Check features before they are scored; `name` returns what a row was computed from.
+
+    Raises:
+        ClipkdError: a feature is NaN or infinite: a score of such a model would mean nothing.
+    """
+    wrong = np.flatnonzero(~np.isfinite(features_BD).all(1))
+    if len(wrong):
+        raise ClipkdError(
+            f"the model's {tower} features are NaN or infinite for {len(wrong)} of {len(features_BD)} inputs, the "
+            f"first: {name(int(wrong[0]))}. It cannot be scored. Where it is not fp32, its precision overflows: use "
+            "another; where it is, its weights are wrong"
+        )
 
 
 def accuracy(rank_N: NDArray[np.int32]) -> SetScores:
@@ -254,7 +269,9 @@ def _text_features(encoders: Encoders, texts: Sequence[str], advance: Callable[[
     chunks: list[NDArray[np.float32]] = []
     for start in range(0, len(texts), _CHUNK):
         chunk = list(texts[start : start + _CHUNK])
-        chunks.append(np.asarray(encoders.encode_texts(chunk), np.float32))
+        features_CD = np.asarray(encoders.encode_texts(chunk), np.float32)
+        require_finite("text", features_CD, lambda index, chunk=chunk: repr(chunk[index]))  # type: ignore[misc]
+        chunks.append(features_CD)
         advance(len(chunk))
     return np.concatenate(chunks)
 
@@ -274,6 +291,11 @@ def _image_features(
             values.append(encoders.preprocess(image or BLANK))
         features_CD = np.array(encoders.encode_pixels(np.stack(values)), np.float32)
         features_CD[unreadable_N[start : chosen.stop]] = 0
+        require_finite(
+            "image",
+            features_CD,
+            lambda index, start=start: f"{data.name}, {data.label(start + index)}",  # type: ignore[misc]
+        )
         chunks.append(features_CD)
         advance(len(chosen))
     return np.concatenate(chunks), unreadable_N

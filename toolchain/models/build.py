@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.models.clip_model import ClipModel
+from toolchain.models.hub import from_hub, not_downloaded, offline_reason, one_line
 from toolchain.models.towers import is_convolutional
-from toolchain.models.weights import from_hub, load_weights, not_downloaded, one_line, weights_file
+from toolchain.models.weights import load_weights, weights_file
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import CONFIG, HUB, WEIGHTS, model_folder, suggestion
 
@@ -68,7 +69,7 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
     changed = bool(spec.model_cfg or spec.preprocess_cfg)
     model = _assemble(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
     if weights is not None:
-        load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg)
+        load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg, say)
     return model
 
 
@@ -108,6 +109,7 @@ def _assemble(
     `changed` is true if the recipe changes the configuration: an error of open_clip is then a usage error.
     """
     hf_model = config["model_cfg"].get("text_cfg", {}).get("hf_model_name")
+    unreachable = offline_reason() if hf_model and not Path(hf_model).is_dir() else None
     with tempfile.TemporaryDirectory() as staging, _quiet():
         _write_configuration(Path(staging), config, tokenizer)
         local_dir = f"local-dir:{staging}"
@@ -123,7 +125,8 @@ def _assemble(
             raise
         except Exception as error:  # constructors, transformers and tokenizers raise all kinds
             if hf_model and isinstance(error, OSError):
-                raise not_downloaded(f"{name}: the configuration of its text tower {hf_model}", error) from error
+                what = f"{name}: the configuration of its text tower {hf_model}"
+                raise not_downloaded(what, unreachable or error) from error
             reason = one_line(error).replace(local_dir, name).replace(staging, name)
             if changed:
                 raise UsageError(
@@ -210,8 +213,10 @@ def _tokenizer_files(
     if not source:
         return {}
     if folder is None:
+        unreachable = None
         if not Path(source).is_dir():
             say(f"tokenizer {source}: loading from the Hugging Face Hub or its local cache")
+            unreachable = offline_reason()
         arguments = {
             "context_length": text_cfg.get("context_length", 77),
             "tokenizer_mode": text_cfg.get("tokenizer_mode"),
@@ -220,7 +225,7 @@ def _tokenizer_files(
         try:
             tokenizer = HFTokenizer(source, **arguments)
         except (OSError, ValueError) as error:  # transformers raises either for a name it cannot resolve
-            raise not_downloaded(f"tokenizer {source}", error) from error
+            raise not_downloaded(f"tokenizer {source}", unreachable or error) from error
         tokenizer.save_pretrained(str(staging))
         if not torch.equal(HFTokenizer(str(staging), **arguments)(_CAPTIONS), tokenizer(_CAPTIONS)):
             raise ArtifactError(

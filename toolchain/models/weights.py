@@ -1,21 +1,19 @@
-"""Find or download a weights file, read it without executing code, and load it into the model."""
+"""Find or download a weights file, and load it into the model."""
 
 import math
-import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from open_clip import pretrained as open_clip_pretrained
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from toolchain.errors import ArtifactError, UsageError
+from toolchain.models.finite import describe_non_finite
+from toolchain.models.hub import download_tag, from_hub
+from toolchain.models.state_dict import common_prefix, read_weights
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import HUB, WEIGHTS
 
@@ -50,12 +48,7 @@ def weights_file(spec: ModelSpec, folder: Path | None, tag: Mapping[str, Any], s
             f"model {spec.model}: an architecture, and the recipe names no weights for it. "
             f"Add {choose}checkpoint: FILE, or init: random"
         )
-    what = f"{spec.model}, weights {spec.pretrained}"
-    say(f"{what}: loading from {tag.get('hf_hub') or tag.get('url')} or its local cache")
-    try:
-        return Path(open_clip_pretrained.download_pretrained(tag))
-    except Exception as error:  # the Hub's client, urllib and open_clip raise all kinds
-        raise not_downloaded(what, error) from error
+    return download_tag(f"{spec.model}, weights {spec.pretrained}", dict(tag), say)
 
 
 def _folder_weights(folder: Path) -> Path:
@@ -72,40 +65,25 @@ def _folder_weights(folder: Path) -> Path:
     return found[0]
 
 
-def from_hub(repository: str, filename: str | None, say: Callable[[str], None]) -> Path:
-    what = f"{HUB}{repository}, {filename or 'its weights'}"
-    say(f"{what}: loading from the Hugging Face Hub or its local cache")
-    try:
-        return Path(open_clip_pretrained.download_pretrained_from_hf(repository, filename=filename))
-    except Exception as error:  # the Hub's client raises all kinds
-        raise not_downloaded(what, error) from error
-
-
-def not_downloaded(what: str, error: Exception) -> ArtifactError:
-    return ArtifactError(
-        f"{what}: cannot be downloaded ({one_line(error)}). Check the name and the network. Offline, copy the cache "
-        "(HF_HOME) of a machine that has downloaded it, or name a folder, or a file with checkpoint"
-    )
-
-
-def one_line(error: Exception) -> str:
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 300 else message[:300] + " …"
-
-
 def load_weights(
-    net: nn.Module, path: Path, name: str, model_cfg: Mapping[str, Any], changes: Mapping[str, Any]
+    net: nn.Module,
+    path: Path,
+    name: str,
+    model_cfg: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Load a file's weights into a model.
 
     The weights still fit after two kinds of `changes` to the architecture: another image size of a vision transformer,
-    whose position grid is interpolated, and a shorter context, which keeps the first positions.
+    whose position grid is interpolated, and a shorter context, which keeps the first positions.  `say` receives a
+    message on what the file has besides.
 
     Raises:
-        ArtifactError: the file cannot be read safely, or its weights do not fit.
+        ArtifactError: the file cannot be read safely, or its weights do not fit or are not finite.
         UsageError: the weights are OpenAI's, and the model does not have the activation they were trained with.
     """
-    state = convert_state_dict(net, read_weights(path))
+    state = convert_state_dict(net, read_weights(path, say))
     if state.keys() >= _OPENAI_KEYS:
         if not model_cfg.get("quick_gelu") and "quick_gelu" not in changes:
             raise UsageError(
@@ -130,45 +108,12 @@ def load_weights(
             if key in state and key in own and len(state[key]) > len(own[key]):
                 state[key] = state[key][: len(own[key])]  # with a causal mask, exact for every caption that fits
     _check_fit(state, own, path, name, net)
-    net.load_state_dict(state)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return a file's tensors by name: safetensors, a bare state_dict, or the state_dict in a training checkpoint.
-
-    Python objects are never unpickled.  The prefixes that DistributedDataParallel and torch.compile add are removed.
-
-    Raises:
-        ArtifactError: it is none of these, or corrupt.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickle protocols that torch then refuses
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    if wrong := describe_non_finite(state):
         raise ArtifactError(
-            f"{path}: contains Python objects other than tensors, or is not a torch file; clipkd unpickles tensors "
-            "only. If you trust the file, save its state_dict alone: torch.save(model.state_dict(), FILE) "
-            f"({one_line(error)[:100]})"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if "TorchScript" in str(error):
-            raise ArtifactError(
-                f"{path}: a TorchScript archive, as OpenAI publishes its models; clipkd reads state_dicts. "
-                "For OpenAI's weights write pretrained: openai instead of checkpoint"
-            ) from error
-        raise ArtifactError(f"{path}: not a weights file, or corrupt: {one_line(error)}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"a dictionary of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, dict) else type(state)
-        raise ArtifactError(f"{path}: expected a state_dict of tensors, or a checkpoint that contains one; got {held}")
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
+            f"{path}: {wrong}. A model with these weights computes nothing; use an earlier checkpoint, or the file "
+            "before it was converted"
+        )
+    net.load_state_dict(state)
 
 
 def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, name: str, net: nn.Module) -> None:
@@ -183,10 +128,25 @@ def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Pat
         for kind, keys in (("missing", missing), ("unexpected", unexpected), ("with a different shape", shapes))
         if keys
     ]
-    raise ArtifactError(
-        f"{path}: these weights do not fit {name}: {'; '.join(found)}. "
-        f"Most likely {_likely_cause(state, missing, unexpected, misshaped, net.visual)}"
-    )
+    cause = _unknown_names(state, own)
+    cause = cause or f"Most likely {_likely_cause(state, missing, unexpected, misshaped, net.visual)}"
+    raise ArtifactError(f"{path}: these weights do not fit {name}: {'; '.join(found)}. {cause}")
+
+
+def _unknown_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """Return what to do about a file whose names are of another layout; None if some are the model's."""
+    if any(key in own for key in state):
+        return None
+    if prefix := common_prefix(state):
+        return (
+            f"Every name in the file begins with '{prefix}.', a prefix that clipkd does not know. If it wraps the "
+            f"model, save the names without it: key.removeprefix('{prefix}.')"
+        )
+    first = sorted({key.partition(".")[0] for key in state})
+    if "vision_model" in first:
+        return "The file has the layout of Hugging Face transformers; clipkd reads open_clip's layout of the same model"
+    named = ", ".join(first[: _NAMED_KEYS * 2]) + (", …" if len(first) > _NAMED_KEYS * 2 else "")
+    return f"No name in the file is one of the model's; they begin with {named}"
 
 
 def _likely_cause(

@@ -8,6 +8,7 @@ from typing import Any
 from toolchain import torchrun
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.errors import UsageError
+from toolchain.progress import Screen
 from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
@@ -46,6 +47,22 @@ def training_inputs(recipe: Recipe) -> TrainingInputs:
 def data_fields(spec: DataSpec) -> dict[str, Any]:
     """Return the fields of the data section that affect the trained weights, so without max_damaged."""
     return spec.model_dump(exclude={"max_damaged": True, "sources": {"__all__": {"max_damaged"}}})
+
+
+def require_training_data(inputs: TrainingInputs, screen: Screen) -> None:
+    """Open the data once before any model is loaded, downloaded or trained, so a mistake in it costs no wait.
+
+    Shards are indexed here for the first time; the stages that train find the index.
+
+    Raises:
+        UsageError: files are missing, or contain fewer samples than one batch.
+    """
+    from toolchain.data.open import training_data
+    from toolchain.distributed import join_processes
+
+    if inputs.data.is_stored:
+        with join_processes().first_alone():
+            training_data(inputs.data, seed=inputs.seed, batch_size=inputs.distill.batch_size, progress=screen.progress)
 
 
 def num_workers(spec: DataSpec, options: TrainingOptions, device: str) -> int:

@@ -15,6 +15,7 @@ from toolchain.pipeline.stage_inputs import (
     TrainingInputs,
     data_fields,
     num_workers,
+    require_training_data,
     run_stage_on_ranks,
     training_inputs,
 )
@@ -38,6 +39,7 @@ def train_checkpoints(
         return {"adopted": _adopt(recipe.student, recipe.seed, out, "adopted", screen)}
     inputs = training_inputs(recipe)
     if not (out / "student").exists():
+        require_training_data(inputs, screen)
         _refuse_misfits(inputs, recipe.teacher, screen)
     if recipe.teacher is None:
         return {"student": _train_one(inputs, out, "student", None, screen, options)}
@@ -180,6 +182,8 @@ def cache_teachers(
         )
     if spec.teacher_cache.path is not None:
         raise UsageError("distill.teacher_cache.path refers to an existing cache; remove path to make a cache")
+    if not (out / "teacher-cache" / "teacher").exists():
+        require_training_data(training_inputs(recipe), screen)
     made = {"teacher": _make_teacher(recipe.teacher, recipe.seed, out, screen, options)}
     for number, further in enumerate(spec.teacher_cache.also, 2):
         name = f"teacher-{number}"

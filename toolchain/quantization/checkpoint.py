@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from toolchain.errors import ArtifactError
+from toolchain.errors import ArtifactError, ClipkdError
 from toolchain.filesystem import file_sha256, write_json
 from toolchain.models.clip_model import ClipModel
+from toolchain.models.finite import describe_non_finite
 from toolchain.models.folding import fold_batch_norms, merge_branches, move_gains
 from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower, TextTower, example_pixels
@@ -62,15 +63,20 @@ def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modu
                 f"{folder / name}: changed since clipkd quantize wrote it: its sha256 differs from {CONFIG}'s. "
                 f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
             )
+    weights, saved = load_file(folder / WEIGHTS), load_file(folder / QUANTIZERS)
+    for name, tensors in ((WEIGHTS, weights), (QUANTIZERS, saved)):
+        if wrong := describe_non_finite(tensors):
+            raise ArtifactError(
+                f"{folder / name}: {wrong}. Delete {folder} and quantize again: clipkd quantize {folder.parent}"
+            )
     net = copy.deepcopy(source.net)
-    net.load_state_dict(load_file(folder / WEIGHTS))
+    net.load_state_dict(weights)
     prepared = float_towers(net, [name for name in TOWERS if name in config], source.tokenize(["a", "b"]))
     if set(config.get("moved", ())) != prepared.moved:
         raise ArtifactError(
             f"{folder}: its layer norms keep their gains, so it is from an older clipkd. Quantize again: "
             f"clipkd quantize {folder.parent}"
         )
-    saved = load_file(folder / QUANTIZERS)
     image_tower = _restore_tower("image", prepared.image.eval(), config, saved)
     return image_tower, _restore_tower("text", prepared.text.eval(), config, saved)
 
@@ -128,20 +134,26 @@ def float_towers(net: nn.Module, towers: Collection[str], input_ids_BT: Tensor |
 def save_quantized(
     image_tower: nn.Module, text_tower: nn.Module, prepared: FloatTowers, student: ClipModel, folder: Path
 ) -> None:
-    """Write the float weights, the quantizers and their locations."""
+    """Write the float weights, the quantizers and their locations.
+
+    Raises:
+        ClipkdError: a weight or a scale is NaN or infinite.
+    """
     nncf = import_nncf()
-    save_file(_float_state(image_tower, text_tower, prepared, student.net), folder / WEIGHTS)
+    state = _float_state(image_tower, text_tower, prepared, student.net)
     towers = {"image": image_tower, "text": text_tower}
     quantized = {name: tower for name, tower in towers.items() if list_quantizers(tower)}
-    save_file(
-        {
-            f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)  # some are shared
-            for name, tower in quantized.items()
-            for key, value in tower.state_dict().items()
-            if is_quantizer_key(key) or (prepared.is_merged and name == "image")
-        },
-        folder / QUANTIZERS,
-    )
+    quantizers = {
+        f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)  # some are shared
+        for name, tower in quantized.items()
+        for key, value in tower.state_dict().items()
+        if is_quantizer_key(key) or (prepared.is_merged and name == "image")
+    }
+    if wrong := describe_non_finite(state | quantizers):
+        advice = "Lower quantize.lr, or calibrate only: --set quantize.method=ptq"
+        raise ClipkdError(f"{student.name}: the int8 model has {wrong}. {advice}")
+    save_file(state, folder / WEIGHTS)
+    save_file(quantizers, folder / QUANTIZERS)
     config = {name: nncf.torch.get_config(tower) for name, tower in quantized.items()}
     config["moved"] = sorted(prepared.moved)
     config["sha256"] = {name: file_sha256(folder / name) for name in (WEIGHTS, QUANTIZERS)}

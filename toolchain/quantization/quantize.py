@@ -27,7 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from toolchain.errors import ClipkdError
 from toolchain.models.clip_model import ClipModel
+from toolchain.models.finite import describe_non_finite
 from toolchain.models.towers import ImageTower, TextTower, example_pixels, without_attention_fast_path
 from toolchain.quantization.checkpoint import TOWERS, FloatTowers, float_towers, save_quantized
 from toolchain.quantization.freeze import freeze, sign_activations
@@ -100,6 +102,7 @@ def quantize(
     `before_saving(image_tower, text_tower)` may switch quantizers off (see sensitivity.py).
 
     Raises:
+        ClipkdError: the loss, a weight or a scale became NaN or infinite.
         MissingDependency: NNCF, or a compiler that it needs, is not installed.
     """
     import_nncf()  # explain_extension_errors needs it
@@ -148,12 +151,23 @@ def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tu
         batch = batch._replace(pixel_values_BCHW=pixel_values_BCHW, input_ids_BT=input_ids_BT)
         features = image_tower(pixel_values_BCHW), text_tower(input_ids_BT)
         loss = tuning.loss_fn(*features, batch) if tuning.loss_fn else _cosine_loss(*features, batch, own_towers)
+        if not math.isfinite(loss.item()):
+            raise _diverged(step, features)
         for group in optimizer.param_groups:
             group["lr"] = tuning.lr * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         tuning.on_step(step, loss.item())
+
+
+def _diverged(step: int, features: tuple[Tensor, Tensor]) -> ClipkdError:
+    """Return the error for a loss of fine-tuning that is not finite; the learning rate is blamed from step 1 on."""
+    what = describe_non_finite(dict(zip(("image features", "text features"), features, strict=True)))
+    advice = "Lower quantize.lr" if step else "No step was taken yet: check the float student and its teacher"
+    return ClipkdError(
+        f"fine-tuning in int8: the loss is not finite at step {step}{f' ({what})' if what else ''}. {advice}"
+    )
 
 
 def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:

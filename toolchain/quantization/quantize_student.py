@@ -21,6 +21,7 @@ from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.errors import ClipkdError
 from toolchain.models.build import save_model
 from toolchain.models.clip_model import ClipModel
+from toolchain.models.finite import describe_non_finite
 from toolchain.models.towers import ImageTower, TextTower, unit_image_features, unit_text_features
 from toolchain.progress import Progress
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
@@ -122,7 +123,12 @@ def _open_teacher(teacher: ClipModel | TeacherCache, student: Geometry) -> _Teac
     @torch.no_grad()
     def compute(batch: Batch) -> tuple[Tensor, Tensor]:
         image_BE = live.image_features(batch.pixels[model.geometry])
-        return image_BE, live.text_features(model.tokenize_trimmed(batch.captions_B))
+        text_BE = live.text_features(model.tokenize_trimmed(batch.captions_B))
+        if wrong := describe_non_finite({"image features": image_BE, "text features": text_BE}):
+            raise ClipkdError(
+                f"teacher {model.name}: {wrong}, of samples {batch.sample_B[:8].tolist()}. {live.non_finite_advice}"
+            )
+        return image_BE, text_BE
 
     return _Teacher(compute, live.logit_scale, model.embed_dim, list({student, model.geometry}))
 

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolchain.errors import GateError
+from toolchain.errors import ClipkdError, GateError
 from toolchain.evaluation.eval_set import EvalSet
 from toolchain.evaluation.zero_shot import BLANK, image_ranks
 from toolchain.models.clip_model import ClipModel
+from toolchain.models.finite import describe_non_finite
 from toolchain.models.towers import without_attention_fast_path
 from toolchain.progress import Progress, no_progress
 from toolchain.quantization.nncf_backend import list_quantizers
@@ -94,7 +95,9 @@ def agreement_criterion(whose: str, pixel_values_BCHW: Tensor, input_ids_CT: Ten
     """Return the share of images for which the towers choose the text that `whose` model chose."""
 
     def score(image_features_BD: Tensor, text_features_CD: Tensor) -> float:
-        return (image_features_BD @ text_features_CD.T).argmax(-1).eq(choice_B).double().mean().item()
+        cosine_BC = image_features_BD @ text_features_CD.T
+        agrees_B = cosine_BC.argmax(-1).eq(choice_B) & cosine_BC.isfinite().all(-1)  # argmax would choose NaN
+        return agrees_B.double().mean().item()
 
     return Criterion(f"agreement with {whose}", pixel_values_BCHW, input_ids_CT, score)
 
@@ -226,8 +229,17 @@ def _measure_layers(
 
 
 def score_towers(towers: Mapping[str, nn.Module], criterion: Criterion) -> float:
-    """Return the score of two towers in their current state."""
+    """Return the score of two towers in their current state.
+
+    Raises:
+        ClipkdError: their features are NaN or infinite, so that no budget could be compared with the score.
+    """
     features = _features(towers, criterion, {}, ())
+    if wrong := describe_non_finite(features):
+        raise ClipkdError(
+            f"{criterion.what}: the features of the model to quantize have {wrong}. It cannot be quantized; train it "
+            "again, or use other weights"
+        )
     return criterion.score(features["image"], features["text"])
 
 
@@ -259,6 +271,11 @@ def _compute_features(tower: nn.Module, inputs: Tensor, layers: _Layers, on: Seq
 
 
 def _sqnr_db(signal_BD: Tensor, actual_BD: Tensor) -> float:
+    """Return the SQNR within +-EXACT_DB; features that are NaN or infinite have the lowest."""
     noise = (signal_BD.double() - actual_BD.double()).square().sum().item()
     signal = signal_BD.double().square().sum().item()
-    return min(EXACT_DB, 10 * math.log10(signal / noise)) if noise else EXACT_DB
+    if noise == 0:
+        return EXACT_DB
+    if not math.isfinite(noise) or signal == 0:
+        return -EXACT_DB
+    return max(-EXACT_DB, min(EXACT_DB, 10 * math.log10(signal / noise)))

@@ -1,5 +1,6 @@
 """Compare a report with an older one, and list the changes that are worse than tolerated."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +72,12 @@ def _change(old: ReportRow, new: ReportRow, max_slower: float, max_top1_loss: fl
     worse = []
     ratio = None if not old["p50_ms"] or new["p50_ms"] is None else new["p50_ms"] / old["p50_ms"]
     significant = _differs(old, new)
-    if ratio is not None and ratio > 1 + max_slower and significant:
+    if ratio is not None and not ratio <= 1 + max_slower and significant:  # not `>`: NaN must fail, here and below
         worse.append(f"{100 * (ratio - 1):.1f} % slower")
     if old["p50_ms"] is not None and new["p50_ms"] is None:
         worse.append("its latency is missing now")
     change = None if old["top1"] is None or new["top1"] is None else new["top1"] - old["top1"]
-    if change is not None and change < -max_top1_loss:
+    if change is not None and not change >= -max_top1_loss:
         worse.append(f"{-100 * change:.1f} points of top-1 lost")
     if old["top1"] is not None and new["top1"] is None:
         worse.append("its top-1 is missing now")
@@ -87,13 +88,15 @@ def _change(old: ReportRow, new: ReportRow, max_slower: float, max_top1_loss: fl
 
 def _differs(old: ReportRow, new: ReportRow) -> bool:
     processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
+    if not all(0 < latency < math.inf for medians in processes for latency in medians):
+        return True  # NaN cannot be tested
     if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer could never show a difference
         return differ_significantly(*processes)
     old_low, old_high = old["p50_low_ms"], old["p50_high_ms"]
     new_low, new_high = new["p50_low_ms"], new["p50_high_ms"]
     if old_low is None or old_high is None or new_low is None or new_high is None:
         return True
-    return old_high < new_low or new_high < old_low
+    return not (new_low <= old_high and old_low <= new_high)  # True for NaN
 
 
 def comparison_table(compared: Comparison) -> TextTable:
