@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from export.documents import PlannedExport
-from export.graphs.export_onnx import class_embeddings, export_onnx
+from export.graphs.export_onnx import adapt_export, class_embeddings, export_onnx
 from export.graphs.onnx_graph import write_graph
 from export.graphs.parity_samples import _spread, write_parity_samples
+from export.pipeline.plan import is_adaptable
 from export.profiling.protocol import Effort, profile
 from export.proof.parity import check_parity, compare
 from export.proof.prove import prove
@@ -237,6 +239,44 @@ def test_a_batch_of_1_that_the_graph_does_not_have_is_refused(tmp_path):
 
     with pytest.raises(ClipkdError, match="b has a batch of 2, not fixed to 1"):
         write_graph(Two(), torch.randn(2, 3), tmp_path / "x.onnx", names_io=("a", "b"), opset=20, metadata={}, batch=1)
+
+
+def test_an_export_adapted_to_another_runtime_is_the_one_that_tracing_would_give(exported, model, images, tmp_path):
+    folder, summary = exported
+    adapted, traced = tmp_path / "adapted", tmp_path / "traced"
+    planned = PlannedExport("student", "fp32", "openvino")
+    for path in (adapted, traced):
+        path.mkdir()
+    ours = adapt_export(folder, {**summary, "parity": "of the other"}, adapted, planned)
+    assert ours == export_onnx(model, traced, planned, classes_set("made", images, NAMES, TEMPLATES))
+    assert {path.name for path in adapted.iterdir()} == {path.name for path in traced.iterdir()}
+    for path in traced.glob("*.onnx"):
+        assert (adapted / path.name).read_bytes() == path.read_bytes(), path.name
+    assert (adapted / "text.onnx").read_bytes() != (folder / "text.onnx").read_bytes(), "its products are separated"
+
+
+ORT, OPENVINO = PlannedExport("student", "fp32"), PlannedExport("student", "fp32", "openvino")
+KIT = PlannedExport("student", "fp32", "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("source", "planned", "expected"),
+    [
+        (ORT, OPENVINO, True),
+        (ORT, KIT, True),
+        (KIT, OPENVINO, True),
+        (OPENVINO, ORT, False),
+        (ORT, replace(OPENVINO, precision="fp16"), False),
+        (ORT, replace(OPENVINO, batch=1), False),
+        (ORT, replace(OPENVINO, role="teacher"), False),
+        (ORT, replace(OPENVINO, uint8_input=True), False),
+        (replace(ORT, uint8_input=True), KIT, True),
+        (replace(ORT, precision="int8"), replace(OPENVINO, precision="int8"), True),
+        (replace(ORT, precision="int8"), replace(KIT, precision="int8"), False),
+    ],
+)
+def test_an_export_is_made_from_one_of_the_same_towers_only(source, planned, expected):
+    assert is_adaptable(source, planned) is expected
 
 
 def test_int8_needs_frozen_towers_and_floats_refuse_them(model, tmp_path, images):

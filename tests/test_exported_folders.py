@@ -161,6 +161,24 @@ def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labe
     assert logits.shape == [1, 3]
 
 
+def test_another_runtime_takes_the_graphs_and_features_that_are_there(run, clipkd, tmp_path, monkeypatch) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    model, other = (copied / "exported" / f"adopted-{runtime}-fp32" for runtime in ("onnxruntime", "openvino"))
+
+    def trace(*_: Any, **__: Any) -> None:
+        raise AssertionError("the towers were traced again")
+
+    monkeypatch.setattr("torch.onnx.export", trace)
+    assert clipkd("export", copied, "--openvino", "--onnx").code == 0
+    for name in ("classes.npz", "parity.npz", "tokenizer.json", "preprocess.json"):
+        assert (other / name).read_bytes() == (model / name).read_bytes()
+    ours, source = (json.loads((path / "manifest.json").read_text())["summary"] for path in (other, model))
+    assert ours["runtime"] == "openvino"
+    assert ours["size_bytes"] == sum((other / name).stat().st_size for name in ("image.onnx", "text.onnx"))
+    assert ours["parity"] != source["parity"], "of its own runtime"
+    assert ours["nodes"] != source["nodes"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int8-fp16"])
 def test_the_cards_options_are_those_that_clipkd_opens_graphs_with(precision) -> None:
     said = uint8_snippet(precision).partition("options = ")[2].partition("session = ")[0]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from export.runtime import predict as predict_module
+from export.runtime.exported_model import ExportedEncoders
 from export.runtime.predict import predict
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 
@@ -19,6 +20,9 @@ MAX_SUM_ERROR = 1e-5
 
 class Colours:
     """Encoders that know three colours: the feature of a picture is its mean colour."""
+
+    logit_parameters = np.float32(100), None
+    compute_probabilities = ExportedEncoders.compute_probabilities
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
         pixels = [np.asarray(image.convert("RGB"), np.float32).mean((0, 1)) for image in images]

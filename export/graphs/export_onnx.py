@@ -7,11 +7,13 @@ graph of int8; OpenVINO computes its float parts in bfloat16.
 """
 
 import json
+import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from export.documents import GraphSummary, PlannedExport
-from export.graphs.onnx_graph import write_graph, write_uint8_graph
+from export.graphs.onnx_graph import adapt_graph, write_graph, write_uint8_graph
 from export.graphs.parity_samples import in_chunks, write_parity_samples
 from export.graphs.precision import convert_frozen_tower, is_half, prepare_tower, require_half_range
 from export.graphs.tokenizer_json import write_tokenizer
@@ -30,6 +32,8 @@ from toolchain.evaluation.zero_shot import require_finite
 from toolchain.filesystem import write_json
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, TextTower, example_pixels, num_parameters, without_attention_fast_path
+
+_SHARED_FILES = ("preprocess.json", "tokenizer.json", "classes.npz", "parity.npz")
 
 
 class FrozenTowers(NamedTuple):
@@ -91,6 +95,24 @@ def export_onnx(
     return _summary(model, folder, planned, opset)
 
 
+def adapt_export(source: Path, summary: Mapping[str, Any], folder: Path, planned: PlannedExport) -> GraphSummary:
+    """Write into `folder` the files that `export_onnx` would write, from an export for another runtime.
+
+    `source` and its `summary` are of an export for which plan.py's `is_adaptable` is True. Tracing the towers and
+    running PyTorch on the samples take most of an export's time, and their results do not depend on the runtime.
+    """
+    for name in _SHARED_FILES + ((UINT8_GRAPH,) if planned.uint8_input else ()):
+        shutil.copyfile(source / name, folder / name)
+    for name in (IMAGE_GRAPH, TEXT_GRAPH):
+        adapt_graph(source / name, folder / name, planned.runtime)
+    graphs = {key: summary[key] for key in GraphSummary.__annotations__}
+    return cast(GraphSummary, graphs | {"runtime": planned.runtime, "size_bytes": _size_bytes(folder)})
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum((folder / file).stat().st_size for file in (IMAGE_GRAPH, TEXT_GRAPH))
+
+
 def _summary(model: ClipModel, folder: Path, planned: PlannedExport, opset: int) -> GraphSummary:
     params_image, params_text = num_parameters(model.net)
     return {
@@ -101,7 +123,7 @@ def _summary(model: ClipModel, folder: Path, planned: PlannedExport, opset: int)
         "params_text": params_text,
         "opset": opset,
         "batch": planned.batch,
-        "size_bytes": sum((folder / file).stat().st_size for file in (IMAGE_GRAPH, TEXT_GRAPH)),
+        "size_bytes": _size_bytes(folder),
     }
 
 
@@ -128,13 +150,15 @@ def _write_classes(path: Path, model: ClipModel, text_tower: nn.Module, headline
     features_KD = np.empty((0, model.embed_dim), np.float32)
     if names:
         features_KD = class_embeddings(text_tower, model, names, headline.templates).numpy()
-    np.savez(
-        path,
-        names=np.array(names, np.str_),
-        templates=np.array(headline.templates),
-        features_KD=features_KD,
-        logit_scale=model.logit_scale.detach().cpu().numpy(),
-    )
+    arrays: dict[str, Any] = {
+        "names": np.array(names, np.str_),
+        "templates": np.array(headline.templates),
+        "features_KD": features_KD,
+        "logit_scale": model.logit_scale.detach().cpu().numpy(),
+    }
+    if model.logit_bias is not None:
+        arrays["logit_bias"] = model.logit_bias.detach().cpu().numpy()
+    np.savez(path, **arrays)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from export.runtime import open_exported
 model = open_exported(Path("."))
 image_features = model.encode_images([Image.open("image.png")])
 text_features = model.encode_texts(["a cat", "a dog"])
-print(image_features @ text_features.T)
+print(model.compute_probabilities(image_features, text_features))
 """
 
 

@@ -42,9 +42,8 @@ def write_graph(
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
     free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
     graph = _convert(tower, example[:batch], path, names_io, free if batch is None else None, opset)
-    if RUNTIMES[runtime].separates_products:
-        separate_products(graph.graph)
-    _check_and_save(graph, path, metadata)
+    onnx.helper.set_model_props(graph, metadata)
+    _check_and_save(graph, path, runtime)
     for value in (*graph.graph.input, *graph.graph.output):
         first = value.type.tensor_type.shape.dim[0]
         if batch is None and first.dim_param != "batch":
@@ -53,6 +52,14 @@ def write_graph(
             raise ClipkdError(
                 f"{path}: {value.name} has a batch of {first.dim_value or 'any size'}, not fixed to {batch}"
             )
+
+
+def adapt_graph(source: Path, path: Path, runtime: str) -> None:
+    """Write a graph that `write_graph` wrote for a runtime without rewrites as it would be for another runtime.
+
+    The bytes are those that a new export would have, without tracing the tower again.
+    """
+    _check_and_save(onnx.load(source), path, runtime)
 
 
 def write_uint8_graph(
@@ -70,7 +77,8 @@ def write_uint8_graph(
     names_io = UINT8_INPUT, "image_features", IMAGE_INPUT
     graph = _convert(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset)
     del graph.graph.output[1:]
-    _check_and_save(graph, path, metadata)
+    onnx.helper.set_model_props(graph, metadata)
+    _check_and_save(graph, path)
     dims = graph.graph.input[0].type.tensor_type.shape.dim
     if [dim.dim_param or dim.dim_value for dim in dims] != ["height", "width", 3]:
         raise ClipkdError(f"{path}: {UINT8_INPUT} has a fixed size; expected free height and width")
@@ -123,8 +131,10 @@ def _errors_only(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _check_and_save(graph: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
-    onnx.helper.set_model_props(graph, metadata)
+def _check_and_save(graph: onnx.ModelProto, path: Path, runtime: str = "onnxruntime") -> None:
+    """Rewrite a graph for its runtime, check it and save it."""
+    if RUNTIMES[runtime].separates_products:
+        separate_products(graph.graph)
     try:
         onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

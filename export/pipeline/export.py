@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.documents import ExportSummary, PlannedExport
-from export.pipeline.plan import FAILED, is_of_the_model, mark_failed, plan_exports, shipped_role
+from export.device_programs.runner import as_pair
+from export.documents import ExportSummary, GraphSummary, PlannedExport
+from export.pipeline.plan import FAILED, is_adaptable, is_of_the_model, mark_failed, plan_exports, shipped_role
 from toolchain.errors import ClipkdError, GateError, UnavailableBackend
+from toolchain.filesystem import read_json
 from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.precisions import PRECISIONS
 from toolchain.progress import Screen
+from toolchain.recipe.model_names import CONFIG
 from toolchain.recipe.recipe import Recipe
 from toolchain.runtimes import runtime_that_computes_alone
 from toolchain.stage import Stage, StageSpec, run_stage
@@ -35,16 +38,20 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     from toolchain.evaluation.open_sets import fingerprint
 
     exported: dict[str, Stage] = {}
+    plan = plan_exports(recipe)
     headline = fingerprint(require_evaluation(recipe).headline_set)
     failures: list[ClipkdError] = []
-    for planned in plan_exports(recipe):
+    # first those that others can be made from: see is_adaptable
+    for planned in sorted(plan, key=lambda p: (p.in_runtime.separates_products, not p.uint8_input)):
         if planned.in_precision.is_quantized and planned.checkpoint not in made:
             continue  # `quantize` reported why
         checkpoint = made[planned.checkpoint]
         spec = _stage_spec(planned, recipe, out, checkpoint, headline)
+        source = next((exported[e.name] for e in plan if e.name in exported and is_adaptable(e, planned)), None)
         screen.starts(planned.name)
         try:
-            exported[planned.name] = run_stage(spec, partial(_export_and_prove, planned, recipe, checkpoint, screen))
+            work = partial(_export_and_prove, planned, recipe, checkpoint, source, screen)
+            exported[planned.name] = run_stage(spec, work)
         except ClipkdError as error:  # continue with the other models
             is_candidate = recipe.export.auto is not None and planned.role == shipped_role(recipe)
             if not (is_of_the_model(error) if is_candidate else isinstance(error, GateError | UnavailableBackend)):
@@ -57,7 +64,7 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     if failures:
         kind = GateError if any(isinstance(error, GateError) for error in failures) else UnavailableBackend
         raise kind("\n".join(map(str, failures)))
-    return exported
+    return {planned.name: exported[planned.name] for planned in plan if planned.name in exported}
 
 
 def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str) -> StageSpec:
@@ -73,18 +80,26 @@ def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: S
             "uint8_input": planned.uint8_input,
             "headline": require_evaluation(recipe).headline,
             "provenance": _provenance(recipe, checkpoint),
-        },
+        }
+        | ({"logit_bias": True} if _has_logit_bias(checkpoint.path) else {}),
         fingerprints={"headline": headline},
         inputs={"checkpoint": checkpoint},
     )
 
 
+def _has_logit_bias(checkpoint: Path) -> bool:
+    """Return True for a sigmoid model; early versions exported these without their bias, and must export them again."""
+    config = checkpoint / CONFIG
+    return config.is_file() and read_json(config)["model_cfg"].get("init_logit_bias") is not None
+
+
 def _export_and_prove(
-    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, screen: Screen, folder: Path
+    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, source: Stage | None, screen: Screen, folder: Path
 ) -> dict[str, Any]:
     """Export one model into `folder` and check its parity with PyTorch; return its `ExportSummary`.
 
-    The model gets a model card and, if it is a TensorRT build kit, the files that its device needs.
+    The graphs are made from those of `source`, the same model exported for another runtime, if there is one. The model
+    gets a model card and, if it is a TensorRT build kit, the files that its device needs.
 
     Raises:
         GateError: a graph does not compute in its runtime what PyTorch does, or exceeds the range of fp16.
@@ -95,31 +110,39 @@ def _export_and_prove(
         instead = f"export {PRECISIONS[planned.precision].instead} for {planned.runtime}"
         raise UnavailableBackend(f"{planned.name}: only {alone.title} computes in {planned.precision}; {instead}")
 
-    from export.graphs.export_onnx import export_onnx
+    from export.graphs.export_onnx import adapt_export
     from export.graphs.model_card import write_card
     from export.graphs.tensorrt_kit import complete_kit, write_sums
     from export.proof.prove import prove
-    from toolchain.evaluation.open_sets import open_set
-    from toolchain.models.build import load_model
-    from toolchain.models.towers import example_pixels
 
     (folder / FAILED).unlink(missing_ok=True)  # left by an earlier attempt
-    model = load_model(checkpoint.path)
-    frozen = _freeze_towers(planned, checkpoint, model) if planned.in_precision.is_quantized else None
     screen.progress("to ONNX", 0, 2)
-    graphs = export_onnx(model, folder, planned, open_set(require_evaluation(recipe).headline_set), frozen)
+    if source is None:
+        graphs = _trace_and_export(planned, recipe, checkpoint, folder)
+    else:
+        graphs = adapt_export(source.path, source.manifest["summary"], folder, planned)
     screen.progress("parity", 1, 2)
     # The engines of a kit do not exist yet, so its graphs are checked in a runtime that can run them.
     runtime = planned.in_runtime.graphs_open_in
     proof = prove(folder, runtime=runtime, precision=planned.precision, uint8_input=planned.uint8_input)
     summary: ExportSummary = {**graphs, **proof}
     if planned.in_runtime.is_kit:
-        height, width = example_pixels(model.net).shape[-2:]
-        complete_kit(folder, (height, width))
+        complete_kit(folder, as_pair(read_json(folder / "preprocess.json")["image"]["size"]))
     write_card(folder, f"{recipe.name}: {planned.name}", summary, _provenance(recipe, checkpoint))
     if planned.in_runtime.is_kit:
         write_sums(folder)
     return {**summary}
+
+
+def _trace_and_export(planned: PlannedExport, recipe: Recipe, checkpoint: Stage, folder: Path) -> GraphSummary:
+    """Export a checkpoint from PyTorch into `folder`."""
+    from export.graphs.export_onnx import export_onnx
+    from toolchain.evaluation.open_sets import open_set
+    from toolchain.models.build import load_model
+
+    model = load_model(checkpoint.path)
+    frozen = _freeze_towers(planned, checkpoint, model) if planned.in_precision.is_quantized else None
+    return export_onnx(model, folder, planned, open_set(require_evaluation(recipe).headline_set), frozen)
 
 
 def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) -> FrozenTowers:

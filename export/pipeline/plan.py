@@ -1,6 +1,6 @@
 """Plan which models a recipe exports and measures, name their stages, and record a failure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.documents import PlannedExport
@@ -54,6 +54,17 @@ def plan_exports(recipe: Recipe) -> list[PlannedExport]:
         for role, precision in pairs
         if runtime == first or role == shipped
     ]
+
+
+def is_adaptable(source: PlannedExport, planned: PlannedExport) -> bool:
+    """Return True if the planned export can be made from another runtime's export, without tracing the towers again."""
+    return (
+        replace(source, runtime=planned.runtime, uint8_input=planned.uint8_input) == planned
+        and not source.in_runtime.separates_products  # this rewrite cannot be undone
+        and source.uint8_input >= planned.uint8_input
+        # activations of a build kit's int8 towers are signed
+        and (source.in_runtime.is_kit == planned.in_runtime.is_kit or not planned.in_precision.is_quantized)
+    )
 
 
 @dataclass(frozen=True)

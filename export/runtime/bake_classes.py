@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from export.graphs.model_card import CARD
 from export.model_folder import IMAGE_GRAPH
 from export.runtime.exported_model import ExportedEncoders, open_exported
-from export.runtime.predict import read_classes
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.stage import MANIFEST, Stage, StageSpec, open_stage, run_stage
 
@@ -33,7 +32,6 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
     source = open_stage(model)
     if not (model / IMAGE_GRAPH).is_file():
         raise ArtifactError(f"{model}: no {IMAGE_GRAPH}; not an exported model. Make one with: clipkd export RUN")
-    _, _, logit_scale = read_classes(model)
     templates = read_templates(templates_file) if templates_file else _own_templates(model)
     if out.resolve() == model.resolve():
         raise UsageError(f"--out {out}: this is the model directory itself; choose another directory")
@@ -45,19 +43,21 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
 
     def work(folder: Path) -> dict[str, Any]:
         encoders = open_exported(model)
-        features_KD = class_matrix(encoders, names, templates)
+        features_KD, (logit_scale, logit_bias) = class_matrix(encoders, names, templates), encoders.logit_parameters
         shutil.copyfile(model / IMAGE_GRAPH, folder / IMAGE_GRAPH)
         image_spec = json.dumps({"image": encoders.image_spec}, indent=1) + "\n"
         (folder / "preprocess.json").write_text(image_spec, encoding="utf-8")
-        np.savez(
-            folder / "classes.npz",
-            names=np.array(names),
-            templates=np.array(templates),
-            features_KD=features_KD,
-            logit_scale=logit_scale,
-        )
+        arrays: dict[str, Any] = {
+            "names": np.array(names),
+            "templates": np.array(templates),
+            "features_KD": features_KD,
+            "logit_scale": logit_scale,
+        }
+        if logit_bias is not None:
+            arrays["logit_bias"] = logit_bias
+        np.savez(folder / "classes.npz", **arrays)
         if with_graph:
-            _write_classifier(model / IMAGE_GRAPH, folder / CLASSIFIER, features_KD, float(logit_scale), names)
+            _write_classifier(model / IMAGE_GRAPH, folder / CLASSIFIER, encoders, features_KD, names)
         _write_card(folder, source, len(names), templates)
         size_bytes = (folder / IMAGE_GRAPH).stat().st_size
         kept = {name: value for name, value in source.manifest["summary"].items() if name != "uint8_input"}
@@ -136,17 +136,25 @@ def _own_templates(model: Path) -> list[str]:
 
 
 def _write_classifier(
-    graph: Path, path: Path, features_KD: NDArray[np.float32], logit_scale: float, names: list[str]
+    graph: Path, path: Path, encoders: ExportedEncoders, features_KD: NDArray[np.float32], names: list[str]
 ) -> None:
-    """Write image.onnx with one more matrix product: `logits` [batch, K] = scale * features @ classes."""
+    """Write image.onnx with one more matrix product: `logits` [batch, K] = scale * features @ classes.
+
+    A sigmoid model's logits also have its bias, so that their sigmoid is the probability of each label.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    logit_scale, logit_bias = encoders.logit_parameters
     model = onnx.load(graph)
     (features,) = model.graph.output
     matrix_DK = np.ascontiguousarray((logit_scale * features_KD).T.astype(np.float32))
     model.graph.initializer.append(numpy_helper.from_array(matrix_DK, "clipkd_classes_DK"))
-    model.graph.node.append(helper.make_node("MatMul", [features.name, "clipkd_classes_DK"], ["logits"], "classify"))
+    product = "logits" if logit_bias is None else "clipkd_scaled_cosines"
+    model.graph.node.append(helper.make_node("MatMul", [features.name, "clipkd_classes_DK"], [product], "classify"))
+    if logit_bias is not None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(logit_bias, np.float32), "clipkd_logit_bias"))
+        model.graph.node.append(helper.make_node("Add", [product, "clipkd_logit_bias"], ["logits"], "add_logit_bias"))
     first = features.type.tensor_type.shape.dim[0]
     del model.graph.output[:]
     model.graph.output.append(

@@ -10,8 +10,10 @@ import json
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import ftfy
 import numpy as np
@@ -98,6 +100,38 @@ class ExportedEncoders:
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return self.encode_ids(self.tokenize(texts))
+
+    def compute_probabilities(
+        self, image_features_BD: NDArray[np.float32], text_features_KD: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Return the probability of each text for each image [B, K], as open_clip defines it for this model.
+
+        With s = logit scale, b = logit bias and z = s cos(image, text) + b, they are the softmax of z over the texts.
+        A model with a logit bias was trained with SigLIP's loss (arXiv:2303.15343): they are sigmoid(z), each text by
+        itself, and do not sum to 1.
+
+        Raises:
+            ArtifactError: classes.npz is missing or corrupt.
+        """
+        logit_scale, logit_bias = self.logit_parameters
+        logits_BK = logit_scale * image_features_BD @ text_features_KD.T
+        if logit_bias is None:
+            shifted_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
+            probabilities_BK: NDArray[np.float32] = shifted_BK / shifted_BK.sum(axis=1, keepdims=True)
+            return probabilities_BK
+        sigmoid_BK: NDArray[np.float32] = np.exp(-np.logaddexp(np.float32(0), -(logits_BK + logit_bias)))
+        return sigmoid_BK
+
+    @cached_property
+    def logit_parameters(self) -> tuple[np.float32, np.float32 | None]:
+        """The logit scale, and the logit bias of a sigmoid model; None for a softmax model."""
+        path = self.folder / "classes.npz"
+        try:
+            with np.load(path, allow_pickle=False) as classes:
+                bias = np.float32(classes["logit_bias"]) if "logit_bias" in classes else None
+                return np.float32(classes["logit_scale"]), bias
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise ArtifactError(f"{path}: missing or corrupt ({error}). {_EXPORT_AGAIN}") from error
 
     def _pixel_values(self, images: Sequence[Image.Image] | NDArray[np.uint8]) -> NDArray[np.float32]:
         decoded = [Image.fromarray(image) if isinstance(image, np.ndarray) else image for image in images]

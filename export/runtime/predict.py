@@ -30,12 +30,12 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
         raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
     opened = [_open(path) for path in images]
     encoders = open_exported(model)
-    own_labels, own_features_KD, logit_scale = read_classes(model)
+    own_labels, own_features_KD = read_classes(model)
     if labels is None and not own_labels:
         raise UsageError(f"{model}: the model was exported without labels; pass some: --labels 'a cat,a dog'")
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
     labels = own_labels if labels is None else labels
-    probabilities_BK = _softmax(logit_scale * encoders.encode_images(opened) @ label_features_KD.T)
+    probabilities_BK = encoders.compute_probabilities(encoders.encode_images(opened), label_features_KD)
     wrong = [str(path) for path, row_K in zip(images, probabilities_BK, strict=True) if not np.isfinite(row_K).all()]
     if wrong:
         raise ClipkdError(
@@ -60,8 +60,8 @@ def predictions_table(answers: Sequence[Mapping[str, Any]]) -> TextTable:
     return TextTable(["image", "label", "probability"], rows)
 
 
-def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float32]:
-    """Return the label names, class matrix [K, D] and logit scale of an exported model.
+def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32]]:
+    """Return the label names and class matrix [K, D] of an exported model.
 
     Raises:
         ArtifactError: classes.npz is missing or corrupt.
@@ -69,7 +69,7 @@ def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32], np.float3
     path = model / "classes.npz"
     try:
         with np.load(path, allow_pickle=False) as classes:
-            return classes["names"].tolist(), classes["features_KD"], np.float32(classes["logit_scale"])
+            return classes["names"].tolist(), classes["features_KD"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path}: missing or corrupt ({error}); export it again: clipkd export RUN") from error
 
@@ -83,9 +83,3 @@ def _open(path: Path) -> Image.Image:
         raise UsageError(f"{path}: no such image") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UsageError(f"{path}: not a readable image: {error}") from None
-
-
-def _softmax(logits_BK: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    shifted_BK = np.exp(logits_BK - logits_BK.max(axis=1, keepdims=True))
-    probabilities_BK: NDArray[np.float32] = shifted_BK / shifted_BK.sum(axis=1, keepdims=True)
-    return probabilities_BK

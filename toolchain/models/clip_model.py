@@ -13,7 +13,7 @@ from toolchain.data.batch import Geometry
 from toolchain.errors import UsageError
 from toolchain.models.last_block import encode_class_token, reads_class_token
 from toolchain.models.text_trimming import encode_tokens, is_trimmable, trim_tokens
-from toolchain.models.towers import is_convolutional
+from toolchain.models.towers import is_convolutional, take_features
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class ClipModel:
         log_logit_scale: Tensor = self.net.logit_scale  # type: ignore[assignment]  # nn.Module types attributes loosely
         return log_logit_scale.exp().reshape(())  # some models keep it as a vector of one
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """The number that a sigmoid model adds to every scaled cosine similarity; None for a softmax model."""
+        bias: Tensor | None = getattr(self.net, "logit_bias", None)
+        return None if bias is None else bias.reshape(())
+
     def normalise(self, pixels_BCHW: Tensor) -> Tensor:
         """Convert uint8 images of the model's own size to pixel_values, on the same device, as `preprocess` does."""
         cfg = self.config["preprocess_cfg"]
@@ -85,11 +91,10 @@ class ClipModel:
         _ = self._reads_class_token, self._is_trimmable
 
     def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
-        """Return features [B, D], the same as open_clip's encode_image."""
+        """Return features [B, D], the same as open_clip's encode_image, without tokens."""
         if self._reads_class_token:
             return encode_class_token(self.net.visual, pixel_values_BCHW)  # type: ignore[arg-type]
-        features_BD: Tensor = self.net.encode_image(pixel_values_BCHW)  # type: ignore[operator]
-        return features_BD
+        return take_features(self.net.encode_image(pixel_values_BCHW))  # type: ignore[operator]
 
     def tokenize_trimmed(self, captions: list[str]) -> Tensor:
         """Return input_ids [B, L] of captions, without padding if their features do not depend on it."""
@@ -100,8 +105,7 @@ class ClipModel:
         """Return features [B, D] of whole or trimmed input_ids, the same as open_clip's encode_text of whole ones."""
         if self._is_trimmable:
             return encode_tokens(self.net, input_ids_BL)
-        features_BD: Tensor = self.net.encode_text(input_ids_BL)  # type: ignore[operator]
-        return features_BD
+        return take_features(self.net.encode_text(input_ids_BL))  # type: ignore[operator]
 
     def tokenizes_like(self, other: "ClipModel") -> bool:
         """Return True if both tokenizers return the same input_ids for the same captions."""

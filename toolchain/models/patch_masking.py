@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from toolchain.data.random_numbers import uniforms
 from toolchain.errors import UsageError
+from toolchain.models.towers import take_features
 
 _STREAM = int.from_bytes(b"mfd-mask", "big")  # differs from the stream of the views with the same seed
 
@@ -89,7 +90,7 @@ def masked_image_features(
     slot = _find_slot(visual)
     keep = _KeepPatches(slot.num_prefix_tokens, kept_BK)
     with _replace(slot, keep):
-        features_BD: Tensor = (encode or visual)(pixel_values_BCHW)
+        features_BD = take_features((encode or visual)(pixel_values_BCHW))
     assert keep.calls == 1, f"{type(visual).__name__} passed its patch-dropout slot {keep.calls} times"
     return features_BD
 

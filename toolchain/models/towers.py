@@ -13,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
+_DECODER = "text_decoder"  # CoCa's module that writes captions
+
 
 def is_vision_transformer(visual: nn.Module) -> bool:
     """Return True if an image tower counts as a transformer for AdamW's betas and epsilon.
@@ -44,21 +46,33 @@ def compile_towers(net: nn.Module) -> None:
         net.visual.compile()  # type: ignore[union-attr]
 
 
+def take_features(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the features [B, D] of a tower's output.
+
+    Towers built with `output_tokens`, such as CoCa's, return a tuple of features and tokens.
+    """
+    return output[0] if isinstance(output, tuple) else output
+
+
 def unit_image_features(net: nn.Module, pixel_values_BCHW: Tensor) -> Tensor:
     """Return features [B, D] in float32, rows of unit norm."""
-    return F.normalize(net.encode_image(pixel_values_BCHW).float(), dim=-1)  # type: ignore[operator]
+    return F.normalize(take_features(net.encode_image(pixel_values_BCHW)).float(), dim=-1)  # type: ignore[operator]
 
 
 def unit_text_features(net: nn.Module, input_ids_BT: Tensor) -> Tensor:
     """Return features [B, D] in float32, rows of unit norm."""
-    return F.normalize(net.encode_text(input_ids_BT).float(), dim=-1)  # type: ignore[operator]
+    return F.normalize(take_features(net.encode_text(input_ids_BT)).float(), dim=-1)  # type: ignore[operator]
 
 
 def num_parameters(net: nn.Module) -> tuple[int, int]:
-    """Return the number of parameters of the image tower, and of the rest (text tower and scale)."""
+    """Return the number of parameters of the image tower and of the text tower; logit scale and bias count as text.
+
+    CoCa's caption decoder does not count: no feature depends on it, and an export does not contain it.
+    """
     visual: nn.Module = net.visual  # type: ignore[assignment]  # nn.Module types attributes loosely
     image = sum(parameter.numel() for parameter in visual.parameters())
-    return image, sum(parameter.numel() for parameter in net.parameters()) - image
+    decoder = sum(parameter.numel() for parameter in getattr(net, _DECODER, nn.Identity()).parameters())
+    return image, sum(parameter.numel() for parameter in net.parameters()) - image - decoder
 
 
 class ImageTower(nn.Module):
@@ -70,7 +84,7 @@ class ImageTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
-        return F.normalize(self.visual(pixel_values.to(dtype)).float(), dim=-1)  # type: ignore[operator]
+        return F.normalize(take_features(self.visual(pixel_values.to(dtype))).float(), dim=-1)  # type: ignore[operator]
 
 
 class TextTower(nn.Module):
@@ -78,11 +92,11 @@ class TextTower(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.clip = copy.copy(net)  # shares every weight, but must not hold the image tower
-        self.clip._modules = {name: module for name, module in net._modules.items() if name != "visual"}
+        self.clip = copy.copy(net)  # shares every weight, but must not hold the image tower or CoCa's decoder
+        self.clip._modules = {k: module for k, module in net._modules.items() if k not in ("visual", _DECODER)}
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return F.normalize(self.clip.encode_text(input_ids).float(), dim=-1)  # type: ignore[operator]
+        return unit_text_features(self.clip, input_ids)
 
 
 @contextmanager
