@@ -92,7 +92,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "mine", {"b_cat": 2, "a_dog": 3})
     (root / "a_dog" / ".DS_Store").write_text("x")
     data = open_set(FolderSet(kind="folder", name="mine", path=str(root)))
-    assert data.texts == ["a_dog", "b_cat"]
+    assert data.texts == ["a dog", "b cat"]
     assert data.templates == ("a photo of a {}.",)
     assert data.image_group_N.tolist() == [0, 0, 0, 1, 1]
     images = [data.image(index) for index in range(len(data))]
@@ -126,10 +126,11 @@ def damaged_folder(root: Path, what: str) -> FolderSet:
         return FolderSet(**spec)
     write_folder(root, {"cat": 1, "dog": 1})
     match what:
-        case "a text":
-            (root / "cat" / "readme.txt").write_text("x")
+        case "an unread image":
+            (root / "cat" / "0.heic").write_text("x")
         case "empty class":
             (root / "eel").mkdir()
+            (root / "eel" / "readme.txt").write_text("x")
         case "unnamed":
             spec["classes"] = {"cat": "cat"}
         case "unknown":
@@ -150,8 +151,8 @@ def damaged_folder(root: Path, what: str) -> FolderSet:
             "no folder",
             "evaluate.sets 'mine'.path: {root}: no such folder; expected one with a folder of images",
         ),
-        ("a text", "evaluate.sets 'mine': {root}/cat/readme.txt is not an image ("),
-        ("empty class", "evaluate.sets 'mine': {root}/eel has no images, so its class could never be the right answer"),
+        ("an unread image", "images that cannot be read: 1 .heic ({root}/cat/0.heic); an evaluation drops no image"),
+        ("empty class", "evaluate.sets 'mine': {root}: 1 of 3 class folders have no image: eel (it has 1 .txt). Add"),
         ("unnamed", "the folders of {root} do not match classes; 1 unknown: dog"),
         ("unknown", "the folders of {root} do not match classes; 1 missing: eel"),
         ("same name", "evaluate: set 'mine' has 2 classes named 'pet', expected distinct names"),

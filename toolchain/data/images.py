@@ -3,6 +3,7 @@
 Importing this module needs no torch; only resizing crops does.
 """
 
+import importlib.util
 import io
 import math
 import warnings
@@ -16,24 +17,40 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from toolchain.data.bad_samples import BROKEN, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, ZERO_BYTES, UnusableError
+from toolchain.data.bad_samples import (
+    BROKEN,
+    NOT_AN_IMAGE,
+    TOO_LARGE,
+    TRUNCATED,
+    UNREAD_FORMAT,
+    ZERO_BYTES,
+    UnusableError,
+)
+from toolchain.data.file_content import name_content, name_unread_image
 
 if TYPE_CHECKING:
     from toolchain.data.batch import Geometry
 
 SUFFIXES_OF_FORMAT = {
-    "JPEG": ("jpg", "jpeg"),
-    "PNG": ("png",),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "PNG": ("png", "apng"),
     "WEBP": ("webp",),
     "BMP": ("bmp",),
     "GIF": ("gif",),
     "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",),
+    "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
 }
 """The formats that training and evaluation read, with their file suffixes; packing writes the first suffix.
 
-The format is detected from the bytes, not from the name.  Pillow's other decoders should not see untrusted files."""
+The format is detected from the bytes, not from the name.  The list is the same on every machine, so the samples of a
+folder are, too; where Pillow lacks a decoder, its images are corrupt samples.  Pillow's other decoders, of formats that
+nobody trains on, should not see untrusted files.  A change here needs a new `tar_files.PAIRING_VERSION`."""
 
-FORMATS = tuple(SUFFIXES_OF_FORMAT)
+FORMATS = tuple(
+    name for name in SUFFIXES_OF_FORMAT if name != "AVIF" or importlib.util.find_spec("PIL.AvifImagePlugin") is not None
+)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
 """In lower case, without a dot, in order of preference where a sample has several images."""
 
@@ -117,10 +134,22 @@ def decoding_image(content: bytes) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UnusableError(TOO_LARGE, str(error)) from error
     except UnidentifiedImageError as error:
-        raise UnusableError(NOT_AN_IMAGE, f"starts with {content[:8]!r}") from error
+        raise _name_unidentified(content) from error
     except Exception as error:  # Pillow's decoders raise almost anything on corrupt bytes
-        reason = TRUNCATED if _is_cut(content) or "truncated" in str(error) else BROKEN
+        reason = TRUNCATED if _is_cut(content) or "truncated" in str(error).lower() else BROKEN
         raise UnusableError(reason, f"{error} ({type(error).__name__})") from error
+
+
+def _name_unidentified(content: bytes) -> UnusableError:
+    """Return the reason that Pillow did not recognize an image: cut within its header, another format, or no image."""
+    is_image = content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")) or content[8:12] == b"WEBP"
+    if is_image and _is_cut(content):
+        return UnusableError(TRUNCATED, f"it ends within its header, at byte {len(content):,}")
+    unread = name_unread_image(content)
+    if unread:
+        return UnusableError(UNREAD_FORMAT, f"{unread}; convert it, for example to JPEG")
+    known = name_content(content)
+    return UnusableError(NOT_AN_IMAGE, f"it is {known}" if known else f"starts with {content[:8]!r}")
 
 
 def _is_cut(content: bytes) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from toolchain.data.bad_samples import count_passed_over
 from toolchain.data.images import SUFFIXES_OF_FORMAT
 from toolchain.data.open import count_stored_samples, fingerprint, list_stored_samples
 from toolchain.data.stored_samples import CorruptSample, ReadSample, Sample, read_and_decode
@@ -76,13 +77,15 @@ def _pack_shards(spec: DataSpec, out: Path, asked: Document, progress: Progress)
     state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
     _refuse_others(out, asked, state)
     write_json(out / _PROGRESS, state)
-    total = count_stored_samples(spec, progress)
+    total, left_out = count_stored_samples(spec, progress)
     rest = itertools.islice(list_stored_samples(spec), state["passed"], None)
     while state["passed"] < total:
         _add_shard(out, state, rest, lambda passed: progress("packing samples", passed, total))
         write_json(out / _PROGRESS, state)
     sums = {what: sum(shard[what] for shard in state["shards"]) for what in ("samples", "captions", "bytes")}
-    return {**asked, **sums, "left_out": state["left_out"], "shards": state["shards"]}
+    passed_over = count_passed_over(left_out)
+    others = {"passed_over": passed_over} if passed_over else {}
+    return {**asked, **sums, "left_out": state["left_out"], **others, "shards": state["shards"]}
 
 
 def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: Callable[[int], None]) -> None:
@@ -162,7 +165,10 @@ def _make_folder(out: Path) -> None:
 
 def _refuse_others(out: Path, asked: Document, found: Document) -> None:
     """Refuse to resume a packing that was started from a different source or with different settings."""
-    words = {"format": "version of the format", "source": "source (its files' names and sizes)"}
+    words = {
+        "format": "version of the format",
+        "source": "source (its files' names and sizes, or which of them count as samples)",
+    }
     other = [words.get(key, key) for key, value in asked.items() if found.get(key) != value]
     if other:
         raise ArtifactError(

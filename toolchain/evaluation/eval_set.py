@@ -2,8 +2,8 @@
 
 import io
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,9 @@ class EvalSet:
 
     repeats_names: bool = False
     """True if two classes may share a name, as in ImageNet; the first of them is then the answer for both."""
+
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """Number of files beside the images that are none, by suffix."""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -194,6 +194,8 @@ def _score_set(
     if unreadable_N.any():
         first = np.flatnonzero(unreadable_N)[:_NAMED_UNREADABLE].tolist()
         scores["unreadable"] = {"n": int(unreadable_N.sum()), "first": [data.label(index) for index in first]}
+    if data.passed_over:
+        scores["passed_over"] = dict(data.passed_over)
     if data.one_image_per_class or not data.has_classes:
         to_image_K = ranks(caption_features_KD, image_features_ND, data.text_group_K, data.image_group_N)
         to_image_K[np.isin(data.text_group_K, data.image_group_N[unreadable_N])] = UNRANKED
