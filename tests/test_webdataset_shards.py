@@ -1,8 +1,12 @@
 """Shards: every batch a pure function of (seed, step), read from tar archives that may hold anything."""
 
+import bz2
+import gzip
+import hashlib
 import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -170,8 +174,8 @@ def test_missing_shards_are_named_in_one_message(tmp_path: Path, monkeypatch: py
         Path(f"{number}.tar").touch()
     Path("1.tar").mkdir()  # no shard either
     assert raises(UsageError, lambda: expand(["{0..8}.tar"])) == (
-        "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... "
-        f"(2 exist; searched in {tmp_path}). Download them, or list only those you have"
+        "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... (7 in "
+        f"all) (2 exist; searched in {tmp_path}). Download them, or list only those you have"
     )
 
 
@@ -270,8 +274,33 @@ def test_after_a_damaged_header_the_next_sound_one_is_found(tmp_path: Path) -> N
     members, damage = read_members(path)
     assert [member.name for member in members] == ["0.txt", "2.txt"]
     assert damage == "the header at byte 1,024 is damaged"
-    path.write_bytes(b"\x1f\x8b" + os.urandom(2000))
+    path.write_bytes(b"\x9f\x8b" + os.urandom(2000))
     assert read_members(path) == ([], "the header at byte 0 is damaged")
+
+
+def lfs_pointer(size_bytes: int) -> bytes:
+    oid = hashlib.sha256(b"").hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size_bytes}\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (gzip.compress(b"x" * 2000), "compressed with gzip; decompress it with: gunzip"),
+        (bz2.compress(b"x" * 2000), "compressed with bzip2; decompress it with: bunzip2"),
+        (lzma.compress(b"x" * 2000), "compressed with xz; decompress it with: unxz"),
+        (lfs_pointer(10**9), "a Git LFS pointer in place of the file; fetch the file with: git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html>404</html>", "an HTML page, which servers send in place of a missing file"),
+        (b"PK\x03\x04" + bytes(600), "a zip archive; unpack it with: unzip"),
+    ],
+    ids=["gzip", "bzip2", "xz", "lfs", "html", "zip"],
+)
+def test_a_file_in_place_of_a_shard_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    assert read_members(path) == ([], f"is not a tar archive but {named}")
+    message = raises(UsageError, lambda: opened(path, batch_size=2))
+    assert f"skipped, broken tar: 1, first: {path}: is not a tar archive but {named}" in message
 
 
 # The order
@@ -767,10 +796,10 @@ def damage(data: ShardBatches) -> tuple[str, str]:
     ("parts", "reason", "detail"),
     [
         ({"txt": b"  \n"}, "missing caption", "it is blank"),
-        ({"json": b"{}"}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b"{}"}, "missing caption", 'no "caption" among its keys: none; data.caption_key can name one'),
         ({"json": b'{"caption": null}'}, "missing caption", '"caption" is neither text nor a list of texts'),
         ({"json": b'{"caption": [1]}'}, "missing caption", '"caption" is neither text nor a list of texts'),
-        ({"json": b"[]"}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b"[]"}, "missing caption", 'its JSON is no object with a "caption"'),
         ({"json": b'{"caption'}, "bad JSON", "Unterminated string starting at: line 1 column 2 (char 1)"),
         ({"json": b"[" * 100_000}, "bad JSON", None),
         ({"json": b'{"caption": "\\ud800"}'}, "bad UTF-8", None),
@@ -789,7 +818,7 @@ def test_captions_that_cannot_be_read(tmp_path: Path, parts: dict[str, bytes], r
 def test_broken_pictures_are_named(tmp_path: Path) -> None:
     whole = jpeg(make_picture(60, 50, seed=0))
     contents = [whole[: len(whole) // 2], b"<html>", b"GIF89a" + bytes(30), b"\xff\xd8\xff"]
-    reasons = ["truncated image", "not an image", "not an image", "not an image"]
+    reasons = ["truncated image", "not an image", "not an image", "truncated image"]
     for number, (content, reason) in enumerate(zip(contents, reasons, strict=True)):
         (tmp_path / str(number)).mkdir()
         data = one_pair(tmp_path / str(number), image=content, txt=b"x")
@@ -829,19 +858,21 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     assert data.shards[0].num_samples == 3
     assert data.read_view(np.arange(3), 0, [SMALL]).captions_B == ["one", "four", "five"]
     assert data.left_out == (
-        LeftOut("missing caption", 2, (f"{path}: alone", f"{path}: silent")),
-        LeftOut("missing image", 1, (f"{path}: unseen",)),
+        LeftOut("missing caption", 2, (f"{path}: alone (only jpg)", f"{path}: silent (it is blank)")),
+        LeftOut("missing image", 1, (f"{path}: unseen (only txt)",)),
         LeftOut("zero-byte file", 1, (f"{path}: empty",)),
+        LeftOut(".png beside the image", 1, (f"{path}: folder.x/deep.seg.png",), is_sample=False),
     )
     last = next(member for member in read_members(path)[0] if member.name == "scattered.webp")
     length = last.offset + 100
     path.write_bytes(path.read_bytes()[:length])
     assert describe_left_out(opened(path, batch_size=2).left_out) == [
-        f"skipped, missing caption: 2, first: {path}: alone",
-        f"skipped, missing image: 2, first: {path}: unseen",
+        f"skipped, missing caption: 2, first: {path}: alone (only jpg)",
+        f"skipped, missing image: 2, first: {path}: unseen (only txt)",
         f"skipped, zero-byte file: 1, first: {path}: empty",
         f"skipped, broken tar: 1, first: {path}: ends at byte {length:,}, within scattered.webp; "
         "samples found in it: 2",
+        f"passed over, no samples: 1 .png beside the image; first: {path}: folder.x/deep.seg.png",
     ]
 
 
@@ -850,7 +881,7 @@ def test_too_little_data(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     assert raises(UsageError, lambda: opened(path, batch_size=2)) == (
         "data.shards: 1 sample(s) in 1 shard(s) are fewer than a batch of 2; "
-        f"skipped, missing caption: 1, first: {path}: b. "
+        f"skipped, missing caption: 1, first: {path}: b (only jpg). "
         "Add more shards, or lower distill.batch_size"
     )
     assert raises(UsageError, lambda: imagined(2, 600, 4096)) == (

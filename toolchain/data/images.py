@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 
 from toolchain.data.bad_samples import (
@@ -58,6 +58,8 @@ _ASPECT = (3 / 4, 4 / 3)  # range of a crop's width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # a cheaply scaled image must stay this much finer than the result: 40 dB (test_webdataset_shards)
 _SCALES = (8, 4, 2)  # libjpeg decodes faster at 1 / these sizes
+
+_HEADER_BYTES = ((b"\x89PNG\r\n\x1a\n", 33), (b"GIF8", 13), (b"RIFF", 30))  # sizes of headers that start so
 
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -142,10 +144,14 @@ def decoding_image(content: bytes) -> Iterator[None]:
 
 def _name_unidentified(content: bytes) -> UnusableError:
     """Return the reason that Pillow did not recognize an image: cut within its header, another format, or no image."""
-    is_image = content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8")) or content[8:12] == b"WEBP"
-    if is_image and _is_cut(content):
+    is_cut_jpeg = content.startswith(b"\xff\xd8\xff") and _is_cut(content)  # its header has any length
+    if is_cut_jpeg or any(content.startswith(start) and len(content) < size for start, size in _HEADER_BYTES):
         return UnusableError(TRUNCATED, f"it ends within its header, at byte {len(content):,}")
+    if content[4:8] == b"ftyp" and _is_cut(content):
+        return UnusableError(TRUNCATED, f"it ends at byte {len(content):,}")
     unread = name_unread_image(content)
+    if unread == "AVIF" and "AVIF" in FORMATS and features.check("avif"):
+        return UnusableError(BROKEN, unread)
     if unread:
         return UnusableError(UNREAD_FORMAT, f"{unread}; convert it, for example to JPEG")
     known = name_content(content)
@@ -160,9 +166,24 @@ def _is_cut(content: bytes) -> bool:
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
     if content.startswith(b"GIF8"):
         return not content.rstrip(b"\0").endswith(b";")
+    if content[4:8] in (b"ftyp", b"jP  "):
+        return _is_last_box_cut(content)
     if content.startswith(b"BM"):
         return int.from_bytes(content[2:6], "little") > len(content)
     return content.startswith(b"\x89PNG") and b"IEND" not in content[-1024:]
+
+
+def _is_last_box_cut(content: bytes) -> bool:
+    """Return True if an AVIF or JPEG 2000 file ends within one of its boxes, each of which begins with its size."""
+    position = 0
+    while position < len(content):
+        size = int.from_bytes(content[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(content[position + 8 : position + 16], "big")
+        if size == 0 and position + 4 <= len(content):  # to the end of the file
+            return b"\xff\xd9" not in content[-16:] and content[4:8] == b"jP  "
+        position += max(size, 8)
+    return position > len(content)
 
 
 def open_image(content: bytes) -> tuple[Image.Image, int]:

@@ -76,7 +76,7 @@ def pair_files(files: Mapping[str, Member], *, prefers_json: bool = False) -> Im
     suffixes = CAPTION_SUFFIXES[::-1] if prefers_json else CAPTION_SUFFIXES
     image, caption = find_first(files, IMAGE_SUFFIXES), find_first(files, suffixes)
     if image is None:
-        raise _name_missing_image(files)
+        raise explain_missing_image(files)
     if image.size_bytes == 0:
         raise UnusableError(ZERO_BYTES)
     if image.size_bytes > _MAX_BYTES:
@@ -110,7 +110,7 @@ def _is_image_suffix(suffix: str) -> bool:
     return last in IMAGE_SUFFIXES or is_unread_suffix(last)
 
 
-def _name_missing_image(files: Mapping[str, Member]) -> UnusableError:
+def explain_missing_image(files: Mapping[str, Member]) -> UnusableError:
     """Return the reason that a sample has no image: its format, or dots in the names of several samples."""
     held = f"only {name_some(sorted(files))}"
     unread = [suffix for suffix in files if is_unread_suffix(suffix)]

@@ -227,12 +227,12 @@ def parse_captions(content: bytes, json_key: str | None) -> tuple[str, ...]:
         except (ValueError, RecursionError) as error:
             raise UnusableError(BAD_JSON, str(error)) from error
         if not isinstance(record, dict):
-            raise UnusableError(NO_CAPTION, f"its JSON is no object with a {json_key!r}")
+            raise UnusableError(NO_CAPTION, f'its JSON is no object with a "{json_key}"')
         if json_key not in record:
             keys = name_some(record) or "none"
-            raise UnusableError(NO_CAPTION, f"no {json_key!r} among its keys: {keys}; data.caption_key can name one")
+            raise UnusableError(NO_CAPTION, f'no "{json_key}" among its keys: {keys}; data.caption_key can name one')
         caption = record[json_key]
     texts = [caption] if isinstance(caption, str) else caption
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UnusableError(NO_CAPTION, f"{json_key!r} is neither text nor a list of texts")
+        raise UnusableError(NO_CAPTION, f'"{json_key}" is neither text nor a list of texts')
     return strip_captions(texts)

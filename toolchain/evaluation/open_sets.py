@@ -22,7 +22,7 @@ from toolchain.data.class_folders import list_class_folders, list_class_images, 
 from toolchain.data.file_content import is_unread_suffix
 from toolchain.data.images import IMAGE_SUFFIXES
 from toolchain.data.listing import read_text
-from toolchain.data.pairing import find_first, group_files
+from toolchain.data.pairing import explain_missing_image, find_first, group_files
 from toolchain.data.tar_files import expand, read_members
 from toolchain.errors import ClipkdError, MissingDependency, UsageError, name_some
 from toolchain.evaluation.eval_set import EvalSet, ImageFile, captions_set, classes_set
@@ -246,8 +246,10 @@ def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[
             for key, files in group_files(members, keep_strays=True).items():
                 image, text = find_first(files, _SHARD_SUFFIXES), files.get(texts_in)
                 if image is None or text is None:
-                    wanted = "image" if image is None else f".{texts_in}"
-                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {name_some(files)}")
+                    lacks = f"no .{texts_in}, only {name_some(files)}"
+                    if image is None:
+                        lacks = f"no image, {explain_missing_image(files).detail}"
+                    raise UsageError(f"{where}: {tar}: sample {key!r} has {lacks}")
                 file.seek(text.offset)
                 try:
                     content = file.read(text.size_bytes).decode("utf-8")
