@@ -40,6 +40,7 @@ from toolchain.data import webdataset_shards as module
 from toolchain.data.bad_samples import LeftOut, describe_left_out
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.images import crop_box
+from toolchain.data.inspection import inspect
 from toolchain.data.random_numbers import uniforms
 from toolchain.data.tar_files import expand, fingerprint, read_members
 from toolchain.data.webdataset_shards import WINDOW, Shard, ShardBatches
@@ -874,6 +875,55 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
         "samples found in it: 2",
         f"passed over, no samples: 1 .png beside the image; first: {path}: folder.x/deep.seg.png",
     ]
+
+
+def test_dots_in_names_are_the_cause_in_a_short_message(tmp_path: Path) -> None:
+    """Thousands of pairs then have one key; all of them are counted, and few are named."""
+    picture = jpeg(make_picture(16, 16, seed=0))
+    members = [("whole.jpg", picture), ("whole.txt", b"x"), ("other.jpg", picture), ("other.txt", b"y")]
+    for number in range(3000):
+        members += [(f"photo v1.{number}.jpg", b"x"), (f"photo v1.{number}.txt", b"x")]
+    path = write_tar(tmp_path / "a.tar", members)
+    data = opened(path, batch_size=2)
+    (left,) = data.left_out
+    assert (left.reason, left.number) == ("missing image", 3000)
+    (message,) = describe_left_out(data.left_out)
+    assert message == (
+        f"skipped, missing image: 3,000, first: {path}: photo v1 (only 0.jpg, 0.txt, 1.jpg, 1.txt, 10.jpg, ... "
+        "(6,000 in all); a sample's name ends at its first dot, so names with more dots do not pair. Rename them)"
+    )
+    found = inspect(WebdatasetSpec(kind="webdataset", shards=(str(path),)))
+    assert found["broken"]["missing image"]["count"] == 3000
+    assert len(json.dumps(found)) < 5000
+    assert found["samples"] == 3002
+
+
+def test_dots_in_names_beside_a_whole_pair_are_counted(tmp_path: Path) -> None:
+    picture = jpeg(make_picture(16, 16, seed=0))
+    members = [(f"photo v1{dot}.{kind}", picture) for dot in ("", ".2", ".3") for kind in ("jpg", "txt")]
+    members = [(name, b"x" if name.endswith("txt") else content) for name, content in members]
+    data = opened(write_tar(tmp_path / "a.tar", members), batch_size=1)
+    assert data.num_samples == 1
+    assert [(left.reason, left.number) for left in data.left_out] == [(".jpg beside the image", 2)]
+
+
+def test_the_caption_of_another_key(tmp_path: Path) -> None:
+    picture = jpeg(make_picture(16, 16, seed=0))
+    record = {"text": "of the JSON", "url": "u", **{f"key{number:02}": 0 for number in range(30)}}
+    members = [("a.jpg", picture), ("a.json", json.dumps(record).encode())]
+    members += [("b.jpg", picture), ("b.txt", b"of the text"), ("b.json", b'{"text": ["first", "second"]}')]
+    path = write_tar(tmp_path / "a.tar", members)
+    named = WebdatasetSpec(kind="webdataset", shards=(str(path),), caption_key="text")
+    plain = WebdatasetSpec(kind="webdataset", shards=(str(path),))
+    for _ in ("indexed", "from the stored index, one for each"):
+        with_key, without = (ShardBatches.open(spec, seed=0, batch_size=1) for spec in (named, plain))
+        assert with_key.list_captions(np.arange(2)) == [("of the JSON",), ("first", "second")]
+        assert without.list_captions(np.arange(2)) == [(), ("of the text",)]
+    (damage,) = without.read_view(np.arange(2), 0, [SMALL]).damaged
+    assert damage.reason == "missing caption"
+    assert 'no "caption" among its keys: text, url, key00, key01, key02, ... (32 in all)' in damage.where
+    assert "data.caption_key can name one" in damage.where
+    assert (inspect(named)["captions"], inspect(plain)["captions"]) == (3, 1)
 
 
 def test_too_little_data(tmp_path: Path) -> None:
