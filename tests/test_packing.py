@@ -268,6 +268,10 @@ def test_what_is_there_is_not_written_over(folder: Path, tmp_path: Path, monkeyp
     assert "was packed with a different source (its files' names and sizes, or " in refused(
         ArtifactError, lambda: pack(other, tmp_path / "out", samples_per_shard=2)
     )
+    keyed = source.model_copy(update={"caption_key": "text"})
+    assert "was packed with a different choice of captions" in refused(
+        ArtifactError, lambda: pack(keyed, tmp_path / "out", samples_per_shard=2)
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "00000.tar").write_bytes(b"precious")
     assert "contains 00000.tar, which clipkd did not write" in refused(

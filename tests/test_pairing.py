@@ -7,7 +7,7 @@ import pytest
 from conftest import make_picture
 from PIL import ExifTags, Image
 
-from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, ZERO_BYTES, UnusableError
+from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, UNREAD_FORMAT, ZERO_BYTES, UnusableError
 from toolchain.data.batch import Geometry
 from toolchain.data.file_content import is_unread_suffix
 from toolchain.data.images import (
@@ -64,6 +64,8 @@ def test_suffixes_are_tried_in_order() -> None:
     ("sizes", "reason"),
     [
         ({"txt": 1}, NO_IMAGE),
+        ({"1.jpg": 1, "1.txt": 1}, NO_IMAGE),
+        ({"heic": 1, "txt": 1}, UNREAD_FORMAT),
         ({"jpg": 0}, ZERO_BYTES),
         ({"jpg": 1 << 32, "txt": 1}, TOO_LARGE),
         ({"jpg": 1}, NO_CAPTION),

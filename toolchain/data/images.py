@@ -59,7 +59,8 @@ _TRIES = 10
 _GAP = 2.0  # a cheaply scaled image must stay this much finer than the result: 40 dB (test_webdataset_shards)
 _SCALES = (8, 4, 2)  # libjpeg decodes faster at 1 / these sizes
 
-_HEADER_BYTES = ((b"\x89PNG\r\n\x1a\n", 33), (b"GIF8", 13), (b"RIFF", 30))  # sizes of headers that start so
+_ANY_HEADER = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # starts of JPEG and PNG, whose headers have any length
+_HEADER_BYTES = ((b"GIF8", 13), (b"RIFF", 30))  # starts of GIF and WebP, and the length of their headers
 
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -144,8 +145,8 @@ def decoding_image(content: bytes) -> Iterator[None]:
 
 def _name_unidentified(content: bytes) -> UnusableError:
     """Return the reason that Pillow did not recognize an image: cut within its header, another format, or no image."""
-    is_cut_jpeg = content.startswith(b"\xff\xd8\xff") and _is_cut(content)  # its header has any length
-    if is_cut_jpeg or any(content.startswith(start) and len(content) < size for start, size in _HEADER_BYTES):
+    is_cut = content.startswith(_ANY_HEADER) and _is_cut(content)
+    if is_cut or any(content.startswith(start) and len(content) < size for start, size in _HEADER_BYTES):
         return UnusableError(TRUNCATED, f"it ends within its header, at byte {len(content):,}")
     if content[4:8] == b"ftyp" and _is_cut(content):
         return UnusableError(TRUNCATED, f"it ends at byte {len(content):,}")

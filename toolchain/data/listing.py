@@ -118,6 +118,8 @@ def list_images(root: Path) -> FolderImages:
                 continue
             if not is_image_name(name):
                 left_out.append(pass_over(path))
+                if len(left_out) > 1000:  # a caption file beside each of a million images
+                    left_out = list(merge_left_out(left_out))
             elif path.exists():
                 paths.append(str(path))
             else:

@@ -22,7 +22,7 @@ from toolchain.data.stored_samples import CorruptSample, ReadSample, Sample, rea
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import hold_lock, write_json
 from toolchain.progress import Progress, no_progress
-from toolchain.recipe.data import DataSpec
+from toolchain.recipe.data import DataSpec, MixtureSpec
 
 INDEX = "index.json"
 _PROGRESS, _LOCK, _SHARD_PARTIAL = ".pack.json", ".lock", ".shard.partial"
@@ -59,7 +59,12 @@ def pack(
             f"data.kind {spec.captionless_kind}: its images have no captions, which shards need. "
             "Train from the folder itself"
         )
-    asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
+    asked = {
+        "format": _FORMAT,
+        "source": fingerprint(spec),
+        "caption_fields": _caption_fields(spec),
+        "samples_per_shard": samples_per_shard,
+    }
     _make_folder(out)
     with hold_lock(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
         index = _read(out / INDEX)
@@ -163,12 +168,22 @@ def _make_folder(out: Path) -> None:
         )
 
 
+def _caption_fields(spec: DataSpec) -> Document:
+    """Return the fields of a source that decide which captions its images have, beside its files."""
+    if isinstance(spec, MixtureSpec):
+        return {"sources": [_caption_fields(source) for source in spec.sources]}
+    fields = {"caption_key", "image_column", "caption_column", "delimiter", "quoted", "templates"}
+    return spec.model_dump(mode="json", include=fields, exclude_none=True)
+
+
 def _refuse_others(out: Path, asked: Document, found: Document) -> None:
     """Refuse to resume a packing that was started from a different source or with different settings."""
     words = {
+        "caption_fields": "choice of captions",
         "format": "version of the format",
         "source": "source (its files' names and sizes, or which of them count as samples)",
     }
+    found = {"caption_fields": asked["caption_fields"], **found}  # folders of an earlier clipkd do not record them
     other = [words.get(key, key) for key, value in asked.items() if found.get(key) != value]
     if other:
         raise ArtifactError(

@@ -124,7 +124,7 @@ def image_ranks(
     """
     unreadable = np.flatnonzero(unreadable_N)
     if len(unreadable) > MAX_UNREADABLE * len(data):
-        named = ", ".join(data.label(index) for index in unreadable[:_NAMED_UNREADABLE].tolist())
+        named = ", ".join(data.describe_unreadable(index) for index in unreadable[:_NAMED_UNREADABLE].tolist())
         raise ClipkdError(
             f"evaluation set {data.name}: {len(unreadable)} of {len(data)} images cannot be read, more than "
             f"{MAX_UNREADABLE:.0%}: {named}{', ...' if len(unreadable) > _NAMED_UNREADABLE else ''}. "
