@@ -608,6 +608,7 @@ def pack_data(
 
     Example: [bold]clipkd data pack my.yaml --out data/mine[/]
     """
+    from toolchain.data.bad_samples import describe_passed_over
     from toolchain.data.open import source_spec
     from toolchain.data.packing import INDEX, pack
 
@@ -618,6 +619,8 @@ def pack_data(
     for reason, found in index["left_out"].items():
         examples = "\n  ".join(found["examples"])
         print_note(f"left out {found['count']:,}: {reason}\n  {examples}")
+    if "passed_over" in index:
+        print_note(describe_passed_over(index["passed_over"]))
     size = f"{index['samples']:,} samples in {len(index['shards']):,} shard(s), {index['bytes'] / 1e6:,.1f} MB"
     print_result({"path": str(out), **index}, as_json, Note(size), out / INDEX)
 

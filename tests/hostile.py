@@ -18,6 +18,7 @@ from toolchain.data.bad_samples import (
     NOT_AN_IMAGE,
     TOO_LARGE,
     TRUNCATED,
+    UNREAD_FORMAT,
     ZERO_BYTES,
 )
 
@@ -57,6 +58,9 @@ def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
         "gif": saved(picture, "GIF"),
         "bmp": saved(picture, "BMP"),
         "tiff": saved(picture, "TIFF"),
+        "avif": saved(picture, "AVIF"),
+        "jpeg2000": saved(picture, "JPEG2000"),
+        "ppm": saved(picture, "PPM"),
     }
     samples = {key: {"jpg": content, "txt": b"fine"} for key, content in good.items()}
     whole_png = saved(picture, "PNG")
@@ -67,7 +71,15 @@ def hostile() -> tuple[dict[str, dict[str, bytes]], dict[str, str]]:
         "text": (b"<html>404 not found</html>", NOT_AN_IMAGE),
         "cut_gif": (good["gif"][: len(good["gif"]) // 2], TRUNCATED),
         "cut_bmp": (good["bmp"][: len(good["bmp"]) // 2], TRUNCATED),
-        "ppm": (saved(picture, "PPM"), NOT_AN_IMAGE),
+        "cut_header": (PICTURE[:50], TRUNCATED),
+        "cut_png_header": (whole_png[:20], TRUNCATED),
+        "cut_avif": (good["avif"][: len(good["avif"]) // 2], TRUNCATED),
+        "cut_jpeg2000": (good["jpeg2000"][: len(good["jpeg2000"]) // 4], TRUNCATED),
+        "cut_ppm": (good["ppm"][:500], TRUNCATED),
+        "icon": (saved(picture, "ICO"), NOT_AN_IMAGE),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", NOT_AN_IMAGE),
+        "heic": (b"\0\0\0\x18ftypheic" + bytes(200), UNREAD_FORMAT),
+        "svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', UNREAD_FORMAT),
         "zeros": (bytes(1000), NOT_AN_IMAGE),
         "flipped_png": (whole_png[:60] + bytes([whole_png[60] ^ 255]) + whole_png[61:], BROKEN),
     }

@@ -32,6 +32,7 @@ from toolchain.data.csv_listing import read_csv_rows, split_fields
 from toolchain.data.inspection import inspect
 from toolchain.data.open import fingerprint, training_data
 from toolchain.data.packing import pack
+from toolchain.data.shared_captions import warn_of_shared_captions
 from toolchain.distillation import make_teacher_cache as caching
 from toolchain.distillation.distill import Training, distill
 from toolchain.distillation.make_teacher_cache import CachePlan, make_cache
@@ -41,6 +42,7 @@ from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.models.build import load_model
 from toolchain.recipe.data import DataSpec
+from toolchain.recipe.distill import LossWeights
 
 SMALL = Geometry(16, "bicubic")
 EVERYTHING = slice(None)
@@ -643,6 +645,74 @@ def test_rows_and_columns_of_a_picture_are_its_captions(tmp_path: Path) -> None:
     (tmp_path / "l.tsv").write_text("f, one\n")
     with pytest.raises(UsageError, match=r"called f, one, two; .* names: f, one\. Fix"):
         opened(batch_size=2, kind="csv", paths=[str(tmp_path / "l.tsv")], **columns)
+
+
+def test_one_class_with_a_contrastive_loss_is_warned_of(tmp_path: Path) -> None:
+    for number in range(6):
+        path = tmp_path / "root" / "red_circle" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(SOUND[number % 4])
+    folder = {"kind": "image_folder", "path": str(tmp_path / "root"), "templates": ["a {}.", "the {}."]}
+    data = opened(batch_size=2, **folder)
+    (warning,) = warn_of_shared_captions(data, LossWeights(icl=0), 4)
+    same = "all samples have the same caption, 'a red circle.': objectives that compare images with captions (task) "
+    assert warning.startswith(same + "cannot fall, a contrastive loss not below ln 4 = 1.39")
+    assert warn_of_shared_captions(data, LossWeights(task=0, icl=0), 4) == []
+    (tmp_path / "root" / "blue_square").mkdir()
+    (tmp_path / "root" / "blue_square" / "a.jpg").write_bytes(SOUND[0])
+    assert warn_of_shared_captions(opened(batch_size=2, **folder), LossWeights(), 4) == []
+
+
+COLUMNS = {"delimiter": ",", "image_column": "file", "caption_column": "title"}
+
+
+def test_a_row_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(SOUND[0])
+    (tmp_path / "b.jpg").write_bytes(b"")
+    path = tmp_path / "l.csv"
+    path.write_text('file,title\na.jpg,"two\nlines"\n\nb.jpg,x\ngone.jpg,y\n')
+    data = opened(batch_size=1, kind="csv", paths=[str(path)], quoted=True, **COLUMNS)
+    damaged = data.read_view(np.arange(data.num_samples), 0, [SMALL]).damaged
+    assert [damage.where for damage in damaged] == [
+        f"{path}: line 5: {tmp_path}/b.jpg",
+        f"{path}: line 6: {tmp_path}/gone.jpg (No such file or directory)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("file,title\na.jpg,x\n".encode("utf-16"), "text in UTF-16; save it as UTF-8, for example with: iconv"),
+        ("file,title\na.jpg,x\n".encode("utf-16-le"), "text in UTF-16 without a mark, or not text at all"),
+        (b"\x1f\x8b\x08\x00" + bytes(range(256)), "compressed with gzip; decompress it with: gunzip"),
+        (b"PK\x03\x04" + bytes(range(256)), "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer in place of the file"),
+        ("file,Titel für alle\n".encode("latin-1"), "line 1: is not UTF-8"),
+    ],
+)
+def test_a_table_that_is_none_is_named_for_what_it_is(tmp_path: Path, content: bytes, named: str) -> None:
+    path = tmp_path / "l.csv"
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as raised:
+        opened(batch_size=1, kind="csv", paths=[str(path)], **COLUMNS)
+    assert str(path) in str(raised.value)
+    assert named in str(raised.value)
+    (tmp_path / "root" / "cat").mkdir(parents=True)
+    for fields in (
+        {"kind": "images", "path": str(tmp_path / "root"), "classes": str(path)},
+        {"kind": "image_folder", "path": str(tmp_path / "root"), "names": str(path)},
+    ):
+        with pytest.raises(UsageError) as raised:
+            opened(batch_size=1, **fields)
+        assert named in str(raised.value)
+
+
+def test_a_message_about_many_columns_stays_short(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    path.write_text(",".join(f"column{number}" for number in range(5000)) + "\n")
+    with pytest.raises(UsageError, match=r"column19, \.\.\. \(5,000 in all\)") as raised:
+        opened(batch_size=1, kind="csv", paths=[str(path)], **COLUMNS)
+    assert len(str(raised.value)) < 700
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -223,6 +223,20 @@ def test_baked_labels_answer_as_the_same_labels_given(model, labels, picture, tm
     assert bake(model, labels, templates, tmp_path / "baked").cached
 
 
+def test_labels_are_named_as_classes_are(model, picture, tmp_path) -> None:
+    """With spaces for underscores, in a file of labels as in --labels, as training and evaluation name folders."""
+    labels = tmp_path / "labels.txt"
+    labels.write_text("plus_sign\nneuro sign\n", encoding="utf-8")
+    stage = bake(model, labels, None, tmp_path / "baked")
+    with np.load(stage.path / "classes.npz", allow_pickle=False) as classes:
+        assert classes["names"].tolist() == ["plus sign", "neuro sign"]
+    underscores, spaces = (predict(model, [picture], [label, "neuro sign"], 2) for label in ("plus_sign", "plus sign"))
+    assert underscores == spaces
+    labels.write_text("plus_sign\nplus sign\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="2 labels are 'plus sign', with underscores read as spaces"):
+        bake(model, labels, None, tmp_path / "twice")
+
+
 def test_the_class_matrix_is_the_models_own_for_its_own_labels(model, tmp_path) -> None:
     with np.load(model / "classes.npz", allow_pickle=False) as classes:
         names, expected_KD = classes["names"].tolist()[:20], classes["features_KD"][:20]

@@ -92,7 +92,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "mine", {"b_cat": 2, "a_dog": 3})
     (root / "a_dog" / ".DS_Store").write_text("x")
     data = open_set(FolderSet(kind="folder", name="mine", path=str(root)))
-    assert data.texts == ["a_dog", "b_cat"]
+    assert data.texts == ["a dog", "b cat"]
     assert data.templates == ("a photo of a {}.",)
     assert data.image_group_N.tolist() == [0, 0, 0, 1, 1]
     images = [data.image(index) for index in range(len(data))]
@@ -126,10 +126,11 @@ def damaged_folder(root: Path, what: str) -> FolderSet:
         return FolderSet(**spec)
     write_folder(root, {"cat": 1, "dog": 1})
     match what:
-        case "a text":
-            (root / "cat" / "readme.txt").write_text("x")
+        case "an unread image":
+            (root / "cat" / "0.heic").write_text("x")
         case "empty class":
             (root / "eel").mkdir()
+            (root / "eel" / "readme.txt").write_text("x")
         case "unnamed":
             spec["classes"] = {"cat": "cat"}
         case "unknown":
@@ -150,8 +151,8 @@ def damaged_folder(root: Path, what: str) -> FolderSet:
             "no folder",
             "evaluate.sets 'mine'.path: {root}: no such folder; expected one with a folder of images",
         ),
-        ("a text", "evaluate.sets 'mine': {root}/cat/readme.txt is not an image ("),
-        ("empty class", "evaluate.sets 'mine': {root}/eel has no images, so its class could never be the right answer"),
+        ("an unread image", "images that cannot be read: 1 .heic ({root}/cat/0.heic); an evaluation drops no image"),
+        ("empty class", "evaluate.sets 'mine': {root}: 1 of 3 class folders have no image: eel (it has 1 .txt). Add"),
         ("unnamed", "the folders of {root} do not match classes; 1 unknown: dog"),
         ("unknown", "the folders of {root} do not match classes; 1 missing: eel"),
         ("same name", "evaluate: set 'mine' has 2 classes named 'pet', expected distinct names"),
@@ -297,8 +298,8 @@ def test_clip_benchmarks_archives_of_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([("s0.png", b"x")], "0.tar: sample 's0' has no .cls; it has png"),
-        ([("s0.cls", b"1")], "0.tar: sample 's0' has no image; it has cls"),
+        ([("s0.png", b"x")], "0.tar: sample 's0' has no .cls, only png"),
+        ([("s0.cls", b"1")], "0.tar: sample 's0' has no image, only cls"),
         ([("s0.png", b"x"), ("s0.cls", b"cat")], "s0.png: expected a class number in its .cls, got 'cat'"),
         ([("s0.png", b"x"), ("s0.cls", b"2")], "has label 2, expected 0 to 1"),
         ([("s0.png", b"x"), ("s0.cls", b"\xff")], "s0.cls: not UTF-8"),
@@ -375,6 +376,22 @@ def test_pairs_from_a_table_and_no_row_swallows_another(tmp_path: Path) -> None:
     (tmp_path / "val.csv").write_text("image,text\n0.png,a,b\n")
     with pytest.raises(UsageError, match=r"val\.csv, line 2: 3 cells, expected 2 as in its header"):
         open_set(spec)
+
+
+def test_a_table_in_utf_16_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "val.tsv").write_text("filepath\ttitle\n0.png\tx\n", encoding="utf-16")
+    with pytest.raises(
+        UsageError, match=r"evaluate\.sets 'x': .*val\.tsv: expected text in UTF-8; it is text in UTF-16"
+    ):
+        open_set(PairsSet(kind="pairs", name="x", file=str(tmp_path / "val.tsv")))
+
+
+def test_names_with_dots_in_an_archive_are_the_cause(tmp_path: Path) -> None:
+    members = [(f"photo v1.{number}.{kind}", b"x") for number in range(3000) for kind in ("jpg", "txt")]
+    path = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UsageError, match=r"'photo v1' has no image, .*ends at its first dot.* Rename them") as raised:
+        open_set(PairsSet(kind="pairs", name="x", shards=(str(path),)))
+    assert len(str(raised.value)) < 500
 
 
 def test_pairs_from_shards(tmp_path: Path) -> None:
@@ -562,14 +579,17 @@ def test_an_unreadable_picture_counts_as_wrong_and_is_named(tmp_path: Path) -> N
 
 def test_too_many_unreadable_pictures_are_an_error(tmp_path: Path) -> None:
     data = many(tmp_path, 100, (3, 5, 7))
+    (tmp_path / "many/cat/5.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "many/cat/7.png").write_bytes(b"")
     table = Table(np.ones((200, 2)), {"cat": np.array([1.0, 0]), "dog": np.array([0, 1.0])})
     with pytest.raises(ClipkdError) as raised:
         evaluate(table, [data], headline="many")
-    named = ", ".join(str(tmp_path / f"many/cat/{index}.png") for index in (3, 5, 7))
-    assert str(raised.value) == (
-        f"evaluation set many: 3 of 200 images cannot be read, more than 1%: {named}. "
-        "Replace them, or remove them from the set"
-    )
+    cat = tmp_path / "many" / "cat"
+    message = str(raised.value)
+    assert message.startswith("evaluation set many: 3 of 200 images cannot be read, more than 1%: ")
+    assert f"{cat}/3.png (truncated image: " in message
+    assert f"{cat}/5.png (not an image: it is a Git LFS pointer in place of the file" in message
+    assert f"{cat}/7.png (zero-byte file). Replace them, or remove them from the set" in message
 
 
 def test_an_unreadable_picture_is_found_by_none_of_its_captions() -> None:

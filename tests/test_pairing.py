@@ -7,9 +7,16 @@ import pytest
 from conftest import make_picture
 from PIL import ExifTags, Image
 
-from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, ZERO_BYTES, UnusableError
+from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, UNREAD_FORMAT, ZERO_BYTES, UnusableError
 from toolchain.data.batch import Geometry
-from toolchain.data.images import FORMATS, IMAGE_SUFFIXES, crop_image, is_image_name
+from toolchain.data.file_content import is_unread_suffix
+from toolchain.data.images import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    SUFFIXES_OF_FORMAT,
+    crop_image,
+    is_image_name,
+)
 from toolchain.data.pairing import find_first, group_files, pair_files, split_name
 from toolchain.data.tar_files import Member
 
@@ -57,6 +64,8 @@ def test_suffixes_are_tried_in_order() -> None:
     ("sizes", "reason"),
     [
         ({"txt": 1}, NO_IMAGE),
+        ({"1.jpg": 1, "1.txt": 1}, NO_IMAGE),
+        ({"heic": 1, "txt": 1}, UNREAD_FORMAT),
         ({"jpg": 0}, ZERO_BYTES),
         ({"jpg": 1 << 32, "txt": 1}, TOO_LARGE),
         ({"jpg": 1}, NO_CAPTION),
@@ -71,9 +80,23 @@ def test_what_is_no_pair_says_why(sizes: dict[str, int], reason: str) -> None:
 
 
 def test_one_list_says_what_an_image_is() -> None:
-    assert IMAGE_SUFFIXES == ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+    everyday = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "ppm"}
+    assert everyday <= set(IMAGE_SUFFIXES)
+    assert IMAGE_SUFFIXES[:2] == ("jpg", "jpeg"), "the first that a sample has is shown"
     assert all(is_image_name(f"a.{suffix}") and is_image_name(f"a.{suffix.upper()}") for suffix in IMAGE_SUFFIXES)
     assert not any(map(is_image_name, ("jpg", ".jpg", "a.jpg.txt", "a.", "a.psd")))
+    assert set(map(is_unread_suffix, (".HEIC", "psd", ".dng"))) == {True}
+    assert not any(map(is_unread_suffix, (".txt", "", *IMAGE_SUFFIXES)))
+
+
+def test_every_suffix_of_a_format_that_is_read_is_pillows() -> None:
+    Image.init()
+    by_format = {kind: set[str]() for kind in SUFFIXES_OF_FORMAT}
+    for suffix, kind in Image.registered_extensions().items():
+        by_format.setdefault(kind, set()).add(suffix.removeprefix("."))
+    by_format["JPEG"] |= by_format["MPO"]
+    for kind, suffixes in SUFFIXES_OF_FORMAT.items():
+        assert set(suffixes) <= by_format[kind], kind
 
 
 def shown(content: bytes) -> np.ndarray:
@@ -92,7 +115,9 @@ def test_every_format_is_decoded_for_training(kind: str) -> None:
     picture = make_picture(40, 40, seed=3)
     lossless = encoded(picture, "PNG")
     difference = shown(encoded(picture, kind)).astype(int) - shown(lossless)
-    assert np.abs(difference).mean() < (0.5 if kind in ("PNG", "BMP", "TIFF") else 8)  # the others lose something
+    assert np.abs(difference).mean() < (
+        0.5 if kind in ("PNG", "BMP", "TIFF", "PPM") else 8
+    )  # the others lose something
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,8 +1,12 @@
 """Shards: every batch a pure function of (seed, step), read from tar archives that may hold anything."""
 
+import bz2
+import gzip
+import hashlib
 import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -36,6 +40,7 @@ from toolchain.data import webdataset_shards as module
 from toolchain.data.bad_samples import LeftOut, describe_left_out
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.images import crop_box
+from toolchain.data.inspection import inspect
 from toolchain.data.random_numbers import uniforms
 from toolchain.data.tar_files import expand, fingerprint, read_members
 from toolchain.data.webdataset_shards import WINDOW, Shard, ShardBatches
@@ -170,8 +175,8 @@ def test_missing_shards_are_named_in_one_message(tmp_path: Path, monkeypatch: py
         Path(f"{number}.tar").touch()
     Path("1.tar").mkdir()  # no shard either
     assert raises(UsageError, lambda: expand(["{0..8}.tar"])) == (
-        "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... "
-        f"(2 exist; searched in {tmp_path}). Download them, or list only those you have"
+        "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... (7 in "
+        f"all) (2 exist; searched in {tmp_path}). Download them, or list only those you have"
     )
 
 
@@ -270,8 +275,33 @@ def test_after_a_damaged_header_the_next_sound_one_is_found(tmp_path: Path) -> N
     members, damage = read_members(path)
     assert [member.name for member in members] == ["0.txt", "2.txt"]
     assert damage == "the header at byte 1,024 is damaged"
-    path.write_bytes(b"\x1f\x8b" + os.urandom(2000))
+    path.write_bytes(b"\x9f\x8b" + os.urandom(2000))
     assert read_members(path) == ([], "the header at byte 0 is damaged")
+
+
+def lfs_pointer(size_bytes: int) -> bytes:
+    oid = hashlib.sha256(b"").hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size_bytes}\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (gzip.compress(b"x" * 2000), "compressed with gzip; decompress it with: gunzip"),
+        (bz2.compress(b"x" * 2000), "compressed with bzip2; decompress it with: bunzip2"),
+        (lzma.compress(b"x" * 2000), "compressed with xz; decompress it with: unxz"),
+        (lfs_pointer(10**9), "a Git LFS pointer in place of the file; fetch the file with: git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html>404</html>", "an HTML page, which servers send in place of a missing file"),
+        (b"PK\x03\x04" + bytes(600), "a zip archive; unpack it with: unzip"),
+    ],
+    ids=["gzip", "bzip2", "xz", "lfs", "html", "zip"],
+)
+def test_a_file_in_place_of_a_shard_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    assert read_members(path) == ([], f"is not a tar archive but {named}")
+    message = raises(UsageError, lambda: opened(path, batch_size=2))
+    assert f"skipped, broken tar: 1, first: {path}: is not a tar archive but {named}" in message
 
 
 # The order
@@ -767,10 +797,10 @@ def damage(data: ShardBatches) -> tuple[str, str]:
     ("parts", "reason", "detail"),
     [
         ({"txt": b"  \n"}, "missing caption", "it is blank"),
-        ({"json": b"{}"}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b"{}"}, "missing caption", 'no "caption" among its keys: none; data.caption_key can name one'),
         ({"json": b'{"caption": null}'}, "missing caption", '"caption" is neither text nor a list of texts'),
         ({"json": b'{"caption": [1]}'}, "missing caption", '"caption" is neither text nor a list of texts'),
-        ({"json": b"[]"}, "missing caption", '"caption" is neither text nor a list of texts'),
+        ({"json": b"[]"}, "missing caption", 'its JSON is no object with a "caption"'),
         ({"json": b'{"caption'}, "bad JSON", "Unterminated string starting at: line 1 column 2 (char 1)"),
         ({"json": b"[" * 100_000}, "bad JSON", None),
         ({"json": b'{"caption": "\\ud800"}'}, "bad UTF-8", None),
@@ -789,7 +819,7 @@ def test_captions_that_cannot_be_read(tmp_path: Path, parts: dict[str, bytes], r
 def test_broken_pictures_are_named(tmp_path: Path) -> None:
     whole = jpeg(make_picture(60, 50, seed=0))
     contents = [whole[: len(whole) // 2], b"<html>", b"GIF89a" + bytes(30), b"\xff\xd8\xff"]
-    reasons = ["truncated image", "not an image", "not an image", "not an image"]
+    reasons = ["truncated image", "not an image", "not an image", "truncated image"]
     for number, (content, reason) in enumerate(zip(contents, reasons, strict=True)):
         (tmp_path / str(number)).mkdir()
         data = one_pair(tmp_path / str(number), image=content, txt=b"x")
@@ -829,20 +859,71 @@ def test_what_is_no_pair_is_left_out_and_counted(tmp_path: Path) -> None:
     assert data.shards[0].num_samples == 3
     assert data.read_view(np.arange(3), 0, [SMALL]).captions_B == ["one", "four", "five"]
     assert data.left_out == (
-        LeftOut("missing caption", 2, (f"{path}: alone", f"{path}: silent")),
-        LeftOut("missing image", 1, (f"{path}: unseen",)),
+        LeftOut("missing caption", 2, (f"{path}: alone (only jpg)", f"{path}: silent (it is blank)")),
+        LeftOut("missing image", 1, (f"{path}: unseen (only txt)",)),
         LeftOut("zero-byte file", 1, (f"{path}: empty",)),
+        LeftOut(".png beside the image", 1, (f"{path}: folder.x/deep.seg.png",), is_sample=False),
     )
     last = next(member for member in read_members(path)[0] if member.name == "scattered.webp")
     length = last.offset + 100
     path.write_bytes(path.read_bytes()[:length])
     assert describe_left_out(opened(path, batch_size=2).left_out) == [
-        f"skipped, missing caption: 2, first: {path}: alone",
-        f"skipped, missing image: 2, first: {path}: unseen",
+        f"skipped, missing caption: 2, first: {path}: alone (only jpg)",
+        f"skipped, missing image: 2, first: {path}: unseen (only txt)",
         f"skipped, zero-byte file: 1, first: {path}: empty",
         f"skipped, broken tar: 1, first: {path}: ends at byte {length:,}, within scattered.webp; "
         "samples found in it: 2",
+        f"passed over, no samples: 1 .png beside the image; first: {path}: folder.x/deep.seg.png",
     ]
+
+
+def test_dots_in_names_are_the_cause_in_a_short_message(tmp_path: Path) -> None:
+    """Thousands of pairs then have one key; all of them are counted, and few are named."""
+    picture = jpeg(make_picture(16, 16, seed=0))
+    members = [("whole.jpg", picture), ("whole.txt", b"x"), ("other.jpg", picture), ("other.txt", b"y")]
+    for number in range(3000):
+        members += [(f"photo v1.{number}.jpg", b"x"), (f"photo v1.{number}.txt", b"x")]
+    path = write_tar(tmp_path / "a.tar", members)
+    data = opened(path, batch_size=2)
+    (left,) = data.left_out
+    assert (left.reason, left.number) == ("missing image", 3000)
+    (message,) = describe_left_out(data.left_out)
+    assert message == (
+        f"skipped, missing image: 3,000, first: {path}: photo v1 (only 0.jpg, 0.txt, 1.jpg, 1.txt, 10.jpg, ... "
+        "(6,000 in all); a sample's name ends at its first dot, so names with more dots do not pair. Rename them)"
+    )
+    found = inspect(WebdatasetSpec(kind="webdataset", shards=(str(path),)))
+    assert found["broken"]["missing image"]["count"] == 3000
+    assert len(json.dumps(found)) < 5000
+    assert found["samples"] == 3002
+
+
+def test_dots_in_names_beside_a_whole_pair_are_counted(tmp_path: Path) -> None:
+    picture = jpeg(make_picture(16, 16, seed=0))
+    members = [(f"photo v1{dot}.{kind}", picture) for dot in ("", ".2", ".3") for kind in ("jpg", "txt")]
+    members = [(name, b"x" if name.endswith("txt") else content) for name, content in members]
+    data = opened(write_tar(tmp_path / "a.tar", members), batch_size=1)
+    assert data.num_samples == 1
+    assert [(left.reason, left.number) for left in data.left_out] == [(".jpg beside the image", 2)]
+
+
+def test_the_caption_of_another_key(tmp_path: Path) -> None:
+    picture = jpeg(make_picture(16, 16, seed=0))
+    record = {"text": "of the JSON", "url": "u", **{f"key{number:02}": 0 for number in range(30)}}
+    members = [("a.jpg", picture), ("a.json", json.dumps(record).encode())]
+    members += [("b.jpg", picture), ("b.txt", b"of the text"), ("b.json", b'{"text": ["first", "second"]}')]
+    path = write_tar(tmp_path / "a.tar", members)
+    named = WebdatasetSpec(kind="webdataset", shards=(str(path),), caption_key="text")
+    plain = WebdatasetSpec(kind="webdataset", shards=(str(path),))
+    for _ in ("indexed", "from the stored index, one for each"):
+        with_key, without = (ShardBatches.open(spec, seed=0, batch_size=1) for spec in (named, plain))
+        assert with_key.list_captions(np.arange(2)) == [("of the JSON",), ("first", "second")]
+        assert without.list_captions(np.arange(2)) == [(), ("of the text",)]
+    (damage,) = without.read_view(np.arange(2), 0, [SMALL]).damaged
+    assert damage.reason == "missing caption"
+    assert 'no "caption" among its keys: text, url, key00, key01, key02, ... (32 in all)' in damage.where
+    assert "data.caption_key can name one" in damage.where
+    assert (inspect(named)["captions"], inspect(plain)["captions"]) == (3, 1)
 
 
 def test_too_little_data(tmp_path: Path) -> None:
@@ -850,7 +931,7 @@ def test_too_little_data(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", members)
     assert raises(UsageError, lambda: opened(path, batch_size=2)) == (
         "data.shards: 1 sample(s) in 1 shard(s) are fewer than a batch of 2; "
-        f"skipped, missing caption: 1, first: {path}: b. "
+        f"skipped, missing caption: 1, first: {path}: b (only jpg). "
         "Add more shards, or lower distill.batch_size"
     )
     assert raises(UsageError, lambda: imagined(2, 600, 4096)) == (

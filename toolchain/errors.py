@@ -10,7 +10,12 @@
 
 Any other exception is a bug in clipkd and is shown with its traceback.
 A message gives, in this order: the problem, where it is, expected and got, and the next command.
+A message that lists what was found shortens the list with `name_some`, so it never grows with the data.
 """
+
+from collections.abc import Iterable
+
+_NAMED = 5
 
 
 class ClipkdError(Exception):
@@ -39,3 +44,11 @@ class GateError(ClipkdError):
 
 class Interrupted(ClipkdError):
     exit_code = 130
+
+
+def name_some(names: Iterable[object], number: int = _NAMED) -> str:
+    """Return the first few of several names for a message, and how many there are if not all are named."""
+    listed = [str(name) for name in names]
+    if len(listed) <= number:
+        return ", ".join(listed)
+    return f"{', '.join(listed[:number])}, ... ({len(listed):,} in all)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from export.graphs.model_card import CARD
 from export.model_folder import IMAGE_GRAPH
 from export.runtime.exported_model import ExportedEncoders, open_exported
+from toolchain.data.class_folders import read_class_name
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.stage import MANIFEST, Stage, StageSpec, open_stage, run_stage
 
@@ -28,7 +30,10 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
             made by `clipkd classes`.
         ArtifactError: `model` is not an exported model, or is corrupt, or already has baked-in labels.
     """
-    names = read_lines(labels_file, "labels")
+    names = [read_class_name(label) for label in read_lines(labels_file, "labels")]
+    twice, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"{labels_file}: {count} labels are {twice!r}, with underscores read as spaces; list it once")
     source = open_stage(model)
     if not (model / IMAGE_GRAPH).is_file():
         raise ArtifactError(f"{model}: no {IMAGE_GRAPH}; not an exported model. Make one with: clipkd export RUN")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from export.runtime.exported_model import open_exported
+from toolchain.data.class_folders import read_class_name
 from toolchain.errors import ArtifactError, ClipkdError, UsageError
 from toolchain.text_table import TextTable
 
@@ -33,6 +34,7 @@ def predict(model: Path, images: list[Path], labels: list[str] | None, top: int)
     own_labels, own_features_KD = read_classes(model)
     if labels is None and not own_labels:
         raise UsageError(f"{model}: the model was exported without labels; pass some: --labels 'a cat,a dog'")
+    labels = None if labels is None else [read_class_name(label) for label in labels]
     label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
     labels = own_labels if labels is None else labels
     probabilities_BK = encoders.compute_probabilities(encoders.encode_images(opened), label_features_KD)

@@ -4,15 +4,17 @@ Importing this module needs no torch.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from toolchain.errors import ClipkdError
+from toolchain.data.file_content import is_unread_suffix
+from toolchain.errors import ClipkdError, name_some
 
 TRUNCATED = "truncated image"
 BROKEN = "broken image"
 NOT_AN_IMAGE = "not an image"
+UNREAD_FORMAT = "image format that is not read"
 ZERO_BYTES = "zero-byte file"
 TOO_LARGE = "too large an image"
 NO_FILE = "no such file"
@@ -25,8 +27,8 @@ OPEN_QUOTE = "unbalanced quote"
 BROKEN_TAR = "broken tar"
 
 REASONS = (
-    TRUNCATED, BROKEN, NOT_AN_IMAGE, ZERO_BYTES, TOO_LARGE, NO_FILE, NO_IMAGE, NO_CAPTION, BAD_UTF8, BAD_JSON, BAD_ROW,
-    OPEN_QUOTE, BROKEN_TAR,
+    TRUNCATED, BROKEN, NOT_AN_IMAGE, UNREAD_FORMAT, ZERO_BYTES, TOO_LARGE, NO_FILE, NO_IMAGE, NO_CAPTION, BAD_UTF8,
+    BAD_JSON, BAD_ROW, OPEN_QUOTE, BROKEN_TAR,
 )  # fmt: skip
 """Every reason for which a sample is unusable."""
 
@@ -49,17 +51,25 @@ class LeftOut(NamedTuple):
     """Entries skipped while the data was listed, for one reason."""
 
     reason: str
+    """One of `REASONS`; for files that are no samples, their suffix."""
+
     number: int
     examples: tuple[str, ...]
     """Locations of the first few."""
 
+    is_sample: bool = True
+    """False: files beside the samples, such as notes, which are counted by suffix and are not corrupt."""
+
 
 class UnusableError(Exception):
-    """Raised inside the readers for a corrupt sample; they turn it into a `Damage`."""
+    """Raised inside the readers for a corrupt sample; they turn it into a `Damage`.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    `number` is above 1 if one mistake cost several samples.
+    """
+
+    def __init__(self, reason: str, detail: str = "", number: int = 1) -> None:
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.number = reason, detail, number
 
 
 def merge_left_out(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
@@ -69,14 +79,37 @@ def merge_left_out(left_out: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
         before = by_reason.get(left.reason)
         if before is not None:
             examples = (before.examples + left.examples)[:_EXAMPLES]
-            left = LeftOut(left.reason, before.number + left.number, examples)
+            left = before._replace(number=before.number + left.number, examples=examples)
         by_reason[left.reason] = left
     return tuple(by_reason.values())
 
 
 def describe_left_out(left_out: Iterable[LeftOut]) -> list[str]:
-    """Return one message per reason for the samples that training skips."""
-    return [f"skipped, {left.reason}: {left.number:,}, first: {left.examples[0]}" for left in left_out]
+    """Return one message per reason for the samples that training skips, and one for all other files."""
+    left_out = tuple(left_out)
+    messages = [
+        f"skipped, {left.reason}: {left.number:,}, first: {left.examples[0]}" for left in left_out if left.is_sample
+    ]
+    others = count_passed_over(left_out)
+    if others:
+        first = next(left.examples[0] for left in left_out if not left.is_sample)
+        messages.append(f"{describe_passed_over(others)}; first: {first}")
+    return messages
+
+
+def describe_passed_over(counts: Mapping[str, int]) -> str:
+    """Return a message about files that are no samples, given their number by suffix."""
+    message = f"passed over, no samples: {name_some(f'{number:,} {suffix}' for suffix, number in counts.items())}"
+    unread = [suffix for suffix in counts if is_unread_suffix(suffix)]
+    if unread:
+        message += f" ({name_some(unread)}: images in a format that is not read; convert them, for example to JPEG)"
+    return message
+
+
+def count_passed_over(left_out: Iterable[LeftOut]) -> dict[str, int]:
+    """Return the number of files that are no samples, by suffix, the most frequent first."""
+    counts = {left.reason: left.number for left in left_out if not left.is_sample}
+    return dict(sorted(counts.items(), key=lambda count: (-count[1], count[0])))
 
 
 def describe(where: str, error: UnusableError) -> str:
@@ -135,7 +168,8 @@ class Ledger:
         Raises:
             ClipkdError: the share of corrupt samples exceeds the recipe's limit.
         """
-        missing, seen = sum(left.number for left in self.left_out), min(shown, self.num_samples)
+        missing = sum(left.number for left in self.left_out if left.is_sample)
+        seen = min(shown, self.num_samples)
         if seen < min(_JUDGED_FROM, self.num_samples):
             return
         share = (missing + len(self.met) / seen * self.num_samples) / (missing + self.num_samples)
@@ -152,21 +186,24 @@ class Ledger:
         """Return the number of distinct samples by reason."""
         counts = Counter(damage.reason for damage in self.met.values())
         for left in self.left_out:
-            counts[left.reason] += left.number
+            if left.is_sample:
+                counts[left.reason] += left.number
         return {reason: counts[reason] for reason in sorted(counts)}
 
     def examples(self) -> dict[str, list[str]]:
         """Return the first few locations by reason."""
         found: dict[str, list[str]] = {}
-        listed = [(left.reason, where) for left in self.left_out for where in left.examples]
+        listed = [(left.reason, where) for left in self.left_out if left.is_sample for where in left.examples]
         for reason, where in [*listed, *((damage.reason, damage.where) for damage in self.met.values())]:
             if len(found.setdefault(reason, [])) < _EXAMPLES:
                 found[reason].append(where)
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Return the manifest's entries; empty if no sample was corrupt."""
-        return {"damaged": self.counts(), "damaged_first": self.examples()} if self.counts() else {}
+        """Return the manifest's entries; empty if no sample was corrupt and no file passed over."""
+        damaged = {"damaged": self.counts(), "damaged_first": self.examples()} if self.counts() else {}
+        others = count_passed_over(self.left_out)
+        return damaged | ({"passed_over": others} if others else {})
 
     def state(self) -> list[list[Any]]:
         """Return the state to store in a checkpoint."""

@@ -23,8 +23,9 @@ from toolchain.data.bad_samples import (
     strip_captions,
     to_utf8,
 )
-from toolchain.data.listing import require_file
-from toolchain.errors import ClipkdError, UsageError
+from toolchain.data.file_content import HEAD_BYTES, name_bad_text
+from toolchain.data.listing import decode_text, require_file
+from toolchain.errors import ClipkdError, UsageError, name_some
 from toolchain.recipe.data import CsvSpec
 
 _LONGEST_ROW = 100  # lines that a quoted field may span
@@ -176,18 +177,20 @@ class _Table:
 class CsvListing:
     """Samples of CSV files: each is an image and all rows that name it.  Rows are read on demand.
 
-    Memory use is 32 bytes per row and 8 per sample.
+    Memory use is 40 bytes per row and 8 per sample.
     """
 
     def __init__(self, spec: CsvSpec) -> None:
         self._root = None if spec.root is None else Path(spec.root)
         self._tables: list[_Table] = []
         self._table_R, self._offset_R, self._bytes_R = array("q"), array("q"), array("q")  # position of each row
+        self._line_R = array("q")  # for messages
         self._next_R = array("q")  # the next row of the same sample, or -1
         self._first_N = array("q")  # the first row of each sample
         last_row: dict[bytes, int] = {}
         left_out: tuple[LeftOut, ...] = ()
         for path in map(require_file, spec.paths):
+            _refuse_other_content(path)
             rows = read_csv_rows(path, spec.delimiter, quoted=spec.quoted)
             self._tables.append(_make_table(path, next(rows, None), spec))
             left_out = merge_left_out([*left_out, *self._add_rows(rows, last_row)])
@@ -210,6 +213,7 @@ class CsvListing:
             self._table_R.append(number)
             self._offset_R.append(row.offset)
             self._bytes_R.append(row.size_bytes)
+            self._line_R.append(row.line)
             self._link(len(self._next_R), str(self._image_path(table, row.fields)), last_row)
         return left_out
 
@@ -242,7 +246,7 @@ class CsvListing:
 
     def describe(self, sample: int) -> str:
         row = self._first_N[sample]
-        place = f"{self._tables[self._table_R[row]].path}: the row at byte {self._offset_R[row]:,}"
+        place = f"{self._tables[self._table_R[row]].path}: line {self._line_R[row]}"
         return to_utf8(f"{place}: {self.image_path(sample)}")
 
     def _image_path(self, table: _Table, fields: Sequence[str]) -> Path:
@@ -266,6 +270,24 @@ class CsvListing:
         return table, _parse_row(_Line(offset, 0, content), table.dialect).fields
 
 
+def _refuse_other_content(path: Path) -> None:
+    """Refuse a file whose beginning is not UTF-8 text, such as a table saved in UTF-16 or an archive.
+
+    Raises:
+        UsageError: its content is another; the message names it if it is known.
+        ClipkdError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head, header = file.read(HEAD_BYTES), b""
+            if not name_bad_text(head):
+                file.seek(0)
+                header = file.readline(_LONGEST_LINE)
+    except OSError as error:
+        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
+    decode_text(header or head, str(path))
+
+
 def _make_table(path: Path, header: CsvRow | None, spec: CsvSpec) -> _Table:
     about = path.stat()
     columns = [] if header is None else [name.strip() for name in header.fields]
@@ -274,7 +296,7 @@ def _make_table(path: Path, header: CsvRow | None, spec: CsvSpec) -> _Table:
     if missing:
         raise UsageError(
             f"{path}: no column, or more than one, is called {', '.join(missing)}; its first line, split at "
-            f"{spec.delimiter!r}, names: {to_utf8(', '.join(columns[:20])) or 'nothing'}. Fix data.image_column, "
+            f"{spec.delimiter!r}, names: {to_utf8(name_some(columns, 20)) or 'nothing'}. Fix data.image_column, "
             "data.caption_column or data.delimiter"
         )
     dialect = _Dialect(spec.delimiter, spec.quoted, len(columns))

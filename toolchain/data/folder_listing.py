@@ -3,7 +3,6 @@
 Importing this module needs no torch.
 """
 
-import os
 import random
 from array import array
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.data.bad_samples import LeftOut, to_utf8
-from toolchain.data.listing import list_images, read_file, require_file, require_folder
-from toolchain.errors import UsageError
+from toolchain.data.class_folders import list_class_folders, list_class_images, read_class_name
+from toolchain.data.listing import list_images, read_text, require_file, require_folder
+from toolchain.errors import UsageError, name_some
 from toolchain.recipe.data import ImageFolderSpec, ImagesSpec
 
 _PROMPTS_PER_IMAGE = 8
@@ -30,28 +30,24 @@ class ClassFolders:
     @classmethod
     def open(cls, spec: ImageFolderSpec) -> "ClassFolders":
         root = require_folder(spec.path)
-        folders = sorted(
-            (path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")), key=os.fsencode
-        )
-        if not folders:
-            raise UsageError(f"data.path: {root}: expected one folder of images per class; found no folder")
+        folders = list_class_folders(root, "data.path")
         names = None if spec.names is None else _read_names(require_file(spec.names))
-        unknown = [folder.name for folder in folders if names is not None and folder.name not in names]
+        unknown = [folder for folder in folders if names is not None and folder not in names]
         if unknown:
             raise UsageError(
                 f"{spec.names}: has no name for {len(unknown)} of {len(folders)} folders: "
-                f"{to_utf8(', '.join(unknown[:5]))}. Add a line FOLDER<tab>NAME for each"
+                f"{to_utf8(name_some(unknown))}. Add a line FOLDER<tab>NAME for each"
             )
+        found = list_class_images(root, folders, "data.path")
         images: list[str] = []
         classes = array("q")
         captions = []
-        for k, folder in enumerate(folders):
-            called = [to_utf8(folder.name).replace("_", " ")] if names is None else names[folder.name]
-            captions.append(_make_prompts(spec.templates, called))
-            for path in list_images(folder):
-                images.append(str(path))
-                classes.append(k)
-        return cls(images, classes, captions)
+        for k, (folder, paths) in enumerate(zip(folders, found.paths_K, strict=True)):
+            called = [folder] if names is None else names[folder]
+            captions.append(_make_prompts(spec.templates, [read_class_name(name) for name in called]))
+            images += paths
+            classes.extend([k] * len(paths))
+        return cls(images, classes, captions, found.left_out)
 
     def __len__(self) -> int:
         return len(self.paths_N)
@@ -76,13 +72,12 @@ class UnlabelledImages:
 
     @classmethod
     def open(cls, spec: ImagesSpec) -> "UnlabelledImages":
-        lines = _read_text(require_file(spec.classes)).splitlines()
-        classes = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        lines = read_text(require_file(spec.classes)).splitlines()
+        classes = list(dict.fromkeys(read_class_name(line) for line in lines if line.strip()))
         if len(classes) < 2:
             raise UsageError(f"{spec.classes}: expected at least two classes, one per line; got {len(classes)}")
-        return cls(
-            [str(path) for path in list_images(require_folder(spec.path))], _make_prompts(spec.templates, classes)
-        )
+        found = list_images(require_folder(spec.path))
+        return cls(found.paths, _make_prompts(spec.templates, classes), found.left_out)
 
     def __len__(self) -> int:
         return len(self.paths_N)
@@ -105,17 +100,10 @@ def _make_prompts(templates: Sequence[str], names: Sequence[str]) -> tuple[str, 
 
 def _read_names(path: Path) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         folder, tab, name = line.partition("\t")
         if line.strip():
             if not tab or not name.strip():
                 raise UsageError(f"{path}: line {number}: expected FOLDER<tab>NAME; got {line!r}")
             names.setdefault(folder.strip(), []).append(name.strip())
     return names
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_file(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: is not UTF-8: {error}") from None

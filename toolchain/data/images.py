@@ -3,6 +3,7 @@
 Importing this module needs no torch; only resizing crops does.
 """
 
+import importlib.util
 import io
 import math
 import warnings
@@ -13,27 +14,43 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 
-from toolchain.data.bad_samples import BROKEN, NOT_AN_IMAGE, TOO_LARGE, TRUNCATED, ZERO_BYTES, UnusableError
+from toolchain.data.bad_samples import (
+    BROKEN,
+    NOT_AN_IMAGE,
+    TOO_LARGE,
+    TRUNCATED,
+    UNREAD_FORMAT,
+    ZERO_BYTES,
+    UnusableError,
+)
+from toolchain.data.file_content import name_content, name_unread_image
 
 if TYPE_CHECKING:
     from toolchain.data.batch import Geometry
 
 SUFFIXES_OF_FORMAT = {
-    "JPEG": ("jpg", "jpeg"),
-    "PNG": ("png",),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
+    "PNG": ("png", "apng"),
     "WEBP": ("webp",),
     "BMP": ("bmp",),
     "GIF": ("gif",),
     "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",),
+    "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
 }
 """The formats that training and evaluation read, with their file suffixes; packing writes the first suffix.
 
-The format is detected from the bytes, not from the name.  Pillow's other decoders should not see untrusted files."""
+The format is detected from the bytes, not from the name.  The list is the same on every machine, so the samples of a
+folder are, too; where Pillow lacks a decoder, its images are corrupt samples.  Pillow's other decoders, of formats that
+nobody trains on, should not see untrusted files.  A change here needs a new `tar_files.PAIRING_VERSION`."""
 
-FORMATS = tuple(SUFFIXES_OF_FORMAT)
+FORMATS = tuple(
+    name for name in SUFFIXES_OF_FORMAT if name != "AVIF" or importlib.util.find_spec("PIL.AvifImagePlugin") is not None
+)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF_FORMAT.values() for suffix in suffixes)
 """In lower case, without a dot, in order of preference where a sample has several images."""
 
@@ -41,6 +58,9 @@ _ASPECT = (3 / 4, 4 / 3)  # range of a crop's width over height, as in CLIP-KD
 _TRIES = 10
 _GAP = 2.0  # a cheaply scaled image must stay this much finer than the result: 40 dB (test_webdataset_shards)
 _SCALES = (8, 4, 2)  # libjpeg decodes faster at 1 / these sizes
+
+_ANY_HEADER = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # starts of JPEG and PNG, whose headers have any length
+_HEADER_BYTES = ((b"GIF8", 13), (b"RIFF", 30))  # starts of GIF and WebP, and the length of their headers
 
 _TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -117,10 +137,26 @@ def decoding_image(content: bytes) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UnusableError(TOO_LARGE, str(error)) from error
     except UnidentifiedImageError as error:
-        raise UnusableError(NOT_AN_IMAGE, f"starts with {content[:8]!r}") from error
+        raise _name_unidentified(content) from error
     except Exception as error:  # Pillow's decoders raise almost anything on corrupt bytes
-        reason = TRUNCATED if _is_cut(content) or "truncated" in str(error) else BROKEN
+        reason = TRUNCATED if _is_cut(content) or "truncated" in str(error).lower() else BROKEN
         raise UnusableError(reason, f"{error} ({type(error).__name__})") from error
+
+
+def _name_unidentified(content: bytes) -> UnusableError:
+    """Return the reason that Pillow did not recognize an image: cut within its header, another format, or no image."""
+    is_cut = content.startswith(_ANY_HEADER) and _is_cut(content)
+    if is_cut or any(content.startswith(start) and len(content) < size for start, size in _HEADER_BYTES):
+        return UnusableError(TRUNCATED, f"it ends within its header, at byte {len(content):,}")
+    if content[4:8] == b"ftyp" and _is_cut(content):
+        return UnusableError(TRUNCATED, f"it ends at byte {len(content):,}")
+    unread = name_unread_image(content)
+    if unread == "AVIF" and "AVIF" in FORMATS and features.check("avif"):
+        return UnusableError(BROKEN, unread)
+    if unread:
+        return UnusableError(UNREAD_FORMAT, f"{unread}; convert it, for example to JPEG")
+    known = name_content(content)
+    return UnusableError(NOT_AN_IMAGE, f"it is {known}" if known else f"starts with {content[:8]!r}")
 
 
 def _is_cut(content: bytes) -> bool:
@@ -131,9 +167,24 @@ def _is_cut(content: bytes) -> bool:
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
     if content.startswith(b"GIF8"):
         return not content.rstrip(b"\0").endswith(b";")
+    if content[4:8] in (b"ftyp", b"jP  "):
+        return _is_last_box_cut(content)
     if content.startswith(b"BM"):
         return int.from_bytes(content[2:6], "little") > len(content)
     return content.startswith(b"\x89PNG") and b"IEND" not in content[-1024:]
+
+
+def _is_last_box_cut(content: bytes) -> bool:
+    """Return True if an AVIF or JPEG 2000 file ends within one of its boxes, each of which begins with its size."""
+    position = 0
+    while position < len(content):
+        size = int.from_bytes(content[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(content[position + 8 : position + 16], "big")
+        if size == 0 and position + 4 <= len(content):  # to the end of the file
+            return b"\xff\xd9" not in content[-16:] and content[4:8] == b"jP  "
+        position += max(size, 8)
+    return position > len(content)
 
 
 def open_image(content: bytes) -> tuple[Image.Image, int]:

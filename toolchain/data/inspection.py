@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from toolchain.data import caption_lengths
+from toolchain.data.bad_samples import count_passed_over
 from toolchain.data.open import count_stored_samples, list_stored_samples
 from toolchain.data.stored_samples import CorruptSample, DecodedImage, ReadSample, Sample, read_and_decode
 from toolchain.errors import UsageError
@@ -50,7 +51,7 @@ def inspect(
     """
     if sheet is not None:
         _check_writable(sheet)  # fail before an hour of reading
-    total = count_stored_samples(spec, progress)
+    total, left_out = count_stored_samples(spec, progress)
     chosen = set(random.Random(0).sample(range(total), sample)) if sample is not None and sample < total else None
     num_chosen = total if chosen is None else len(chosen)
     shown = set(random.Random(1).sample(range(num_chosen), min(num_chosen, _COLUMNS * _ROWS)))
@@ -72,6 +73,7 @@ def inspect(
         "samples": total,
         "sampled": None if chosen is None else num_chosen,
         **tally.document(unit),
+        "passed_over": count_passed_over(left_out),
         "sheet": None if sheet is None else str(sheet),
     }
 

@@ -2,16 +2,19 @@
 
 from typing import Any
 
+from toolchain.data.file_content import is_unread_suffix
 from toolchain.text_table import TextTable
 
 
 def inspection_tables(document: dict[str, Any]) -> list[TextTable]:
-    """Return a table of counts; add tables of distributions and of corrupt samples if there are any."""
+    """Return a table of counts; add tables of distributions, corrupt samples and other files if there are any."""
     tables = [_counts(document)]
     if document["good"]:
         tables.append(_distributions(document))
     if document["broken"]:
         tables.append(_corrupt_samples(document))
+    if document["passed_over"]:
+        tables.append(_files_passed_over(document["passed_over"]))
     return tables
 
 
@@ -52,3 +55,10 @@ def _corrupt_samples(document: dict[str, Any]) -> TextTable:
         [reason, f"{damage['count']:,}", "\n".join(damage["examples"])] for reason, damage in document["broken"].items()
     ]
     return TextTable(["corrupt", "samples", "first examples"], rows, right=["samples"])
+
+
+def _files_passed_over(counts: dict[str, int]) -> TextTable:
+    """Return the number of files that are no samples, by suffix."""
+    unread = "images in a format that is not read; convert them, for example to JPEG"
+    rows = [[suffix, f"{number:,}", unread if is_unread_suffix(suffix) else ""] for suffix, number in counts.items()]
+    return TextTable(["passed over, no samples", "files", ""], rows, right=["files"])

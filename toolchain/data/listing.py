@@ -5,22 +5,25 @@ Importing this module needs no torch.
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
-from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableError
+from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableError, merge_left_out, to_utf8
+from toolchain.data.file_content import HEAD_BYTES, name_bad_text
 from toolchain.data.images import is_image_name
 from toolchain.errors import ClipkdError, UsageError
 
 _LARGEST_FILE = 1 << 28  # bytes; a larger file is not a photograph and is not read
+_IGNORED_FILES = frozenset({"Thumbs.db", "desktop.ini"})  # written by file managers
 
 
 class Listing(Protocol):
     """Images and their captions, by sample number."""
 
     @property
-    def left_out(self) -> tuple[LeftOut, ...]: ...
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Entries that are no usable sample, and files that are no samples."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -48,6 +51,32 @@ def read_file(path: Path) -> bytes:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def read_text(path: Path, where: str = "") -> str:
+    """Return a text file in UTF-8, with or without a byte-order mark; `where` begins an error message.
+
+    Raises:
+        UsageError: the file is not UTF-8; the message names its content if it is known.
+        ClipkdError: the file cannot be read.
+    """
+    return decode_text(read_file(path), f"{where}{path}")
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Return text decoded from UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UsageError: it is not UTF-8; the message names the content if it is known.
+    """
+    known = name_bad_text(content[:HEAD_BYTES])
+    if known:
+        raise UsageError(f"{name}: expected text in UTF-8; it is {known}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UsageError(f"{name}: line {line}: is not UTF-8: {error.reason}; save the file as UTF-8") from None
+
+
 def require_file(name: str) -> Path:
     if not Path(name).is_file():
         raise UsageError(f"data: {name}: no such file (searched in {Path.cwd()})")
@@ -60,18 +89,57 @@ def require_folder(name: str) -> Path:
     return Path(name)
 
 
-def list_images(root: Path) -> Iterator[Path]:
-    """Yield the images below a folder sorted by name, in the same order on every file system.
+class FolderImages(NamedTuple):
+    """The images below a folder, and the entries that are none."""
 
-    Links to folders are not followed.
+    paths: list[str]
+    left_out: tuple[LeftOut, ...]
+
+
+def list_images(root: Path) -> FolderImages:
+    """List the images below a folder sorted by name, in the same order on every file system.
+
+    Hidden entries and files of file managers are ignored.  All other entries that are no image are counted by suffix:
+    files, links to folders, which are not followed, and links to images that do not exist.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
-    for folder, subfolders, names in os.walk(root):
+    paths: list[str] = []
+    left_out: list[LeftOut] = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         subfolders.sort(key=os.fsencode)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        links = [Path(folder, name) for name in subfolders if Path(folder, name).is_symlink()]
+        left_out += [LeftOut("link to a folder", 1, (to_utf8(str(link)),), is_sample=False) for link in links]
         for name in sorted(names, key=os.fsencode):
             path = Path(folder, name)
-            if not name.startswith(".") and is_image_name(name) and path.exists():
-                yield path
+            if is_ignored(name):
+                continue
+            if not is_image_name(name):
+                left_out.append(pass_over(path))
+                if len(left_out) > 1000:  # a caption file beside each of a million images
+                    left_out = list(merge_left_out(left_out))
+            elif path.exists():
+                paths.append(str(path))
+            else:
+                left_out.append(LeftOut(NO_FILE, 1, (to_utf8(f"{path}: a link to a file that does not exist"),)))
+        left_out = list(merge_left_out(left_out))
+    return FolderImages(paths, tuple(left_out))
+
+
+def is_ignored(name: str) -> bool:
+    """Return True for hidden entries and for the files that file managers write."""
+    return name.startswith(".") or name in _IGNORED_FILES
+
+
+def pass_over(path: Path) -> LeftOut:
+    """Return a file that is no sample, to be counted by its suffix."""
+    return LeftOut(to_utf8(path.suffix.lower()) or "without suffix", 1, (to_utf8(str(path)),), is_sample=False)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error  # os.walk would leave out a folder that cannot be read
 
 
 def read_image(path: Path) -> bytes:

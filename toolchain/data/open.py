@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.data import glyphs
-from toolchain.data.bad_samples import describe_left_out
+from toolchain.data.bad_samples import LeftOut, describe_left_out, merge_left_out
 from toolchain.data.csv_listing import CsvListing
 from toolchain.data.folder_listing import ClassFolders, UnlabelledImages
 from toolchain.data.listing import Listing, list_images, read_file, require_file, require_folder
@@ -130,20 +130,32 @@ def fingerprint(spec: DataSpec) -> str:
             contents = (read_file(require_file(path)) for path in spec.paths)
             return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
         case ImageFolderSpec() | ImagesSpec():
-            root, digest = require_folder(spec.path), hashlib.sha256()
-            for image in list_images(root):
-                named = f"{image.relative_to(root)}\0{image.stat().st_size}\0"
-                digest.update(named.encode("utf-8", "surrogateescape"))
-            names = spec.names if isinstance(spec, ImageFolderSpec) else spec.classes
-            digest.update(b"" if names is None else read_file(require_file(names)))
-            return digest.hexdigest()
+            return _folder_fingerprint(spec)
 
 
-def list_stored_samples(spec: DataSpec) -> Iterator[ReadSample]:
+def _folder_fingerprint(spec: ImageFolderSpec | ImagesSpec) -> str:
+    """Return a hash of the images' names and sizes and of the classes' names."""
+    root, digest = require_folder(spec.path), hashlib.sha256()
+    try:
+        for image in map(Path, list_images(root).paths):
+            named = f"{image.relative_to(root)}\0{image.stat().st_size}\0"
+            digest.update(named.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise ClipkdError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    names = spec.names if isinstance(spec, ImageFolderSpec) else spec.classes
+    content = b"" if names is None else read_file(require_file(names))
+    digest.update(content)
+    lines = content.splitlines()
+    if any(b"_" in (line.partition(b"\t")[2] if isinstance(spec, ImageFolderSpec) else line) for line in lines):
+        digest.update(b"underscores are spaces")  # such names were once shown as they are
+    return digest.hexdigest()
+
+
+def list_stored_samples(spec: DataSpec, note: Callable[[LeftOut], None] = lambda _: None) -> Iterator[ReadSample]:
     """Yield every sample of a source in order; listing them reads no image.
 
     Class folders are listed in a fixed random order, because one class after another is a bad order to train in.
-    The sources of a mixture follow each other, each once.
+    The sources of a mixture follow each other, each once.  `note` is called with files that are no samples.
 
     Raises:
         UsageError: files are missing or misnamed.
@@ -154,29 +166,35 @@ def list_stored_samples(spec: DataSpec) -> Iterator[ReadSample]:
             yield from list_glyph_samples()
         case MixtureSpec():
             for source in spec.sources:
-                yield from list_stored_samples(source)
+                yield from list_stored_samples(source, note)
         case WebdatasetSpec():
             for path in expand(spec.shards):
-                yield from list_shard_samples(path)
+                yield from list_shard_samples(path, spec.caption_key, note)
         case _:
-            yield from _list_file_samples(spec)
+            yield from _list_file_samples(spec, note)
 
 
-def count_stored_samples(spec: DataSpec, progress: Progress) -> int:
-    """Return the number of samples in a source, including corrupt ones.
+def count_stored_samples(spec: DataSpec, progress: Progress) -> tuple[int, tuple[LeftOut, ...]]:
+    """Return the number of samples in a source, including corrupt ones, and the files that are no samples.
 
     Raises:
         UsageError, ClipkdError: as for `list_stored_samples`.
     """
     total = 0
-    for _ in list_stored_samples(spec):
+    passed_over: dict[str, LeftOut] = {}
+
+    def note(left_out: LeftOut) -> None:
+        before = passed_over.get(left_out.reason)
+        (passed_over[left_out.reason],) = merge_left_out([before, left_out] if before else [left_out])
+
+    for _ in list_stored_samples(spec, note):
         total += 1
         if total % PROGRESS_EVERY == 0:
             progress("listing samples", total, total)
-    return total
+    return total, tuple(passed_over.values())
 
 
-def _list_file_samples(spec: FileSpec) -> Iterator[ReadSample]:
+def _list_file_samples(spec: FileSpec, note: Callable[[LeftOut], None]) -> Iterator[ReadSample]:
     listed = open_listing(spec)
     order = list(range(len(listed)))
     if isinstance(spec, ImageFolderSpec):
@@ -184,6 +202,9 @@ def _list_file_samples(spec: FileSpec) -> Iterator[ReadSample]:
     for number in order:
         yield partial(read_listed_sample, listed, number, has_captions=spec.captionless_kind is None)
     for left in listed.left_out:
+        if not left.is_sample:
+            note(left)
+            continue
         for number in range(left.number):
             yield partial(CorruptSample, left.examples[number] if number < len(left.examples) else "", left.reason)
 

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from toolchain.data.bad_samples import count_passed_over
 from toolchain.data.images import SUFFIXES_OF_FORMAT
 from toolchain.data.open import count_stored_samples, fingerprint, list_stored_samples
 from toolchain.data.stored_samples import CorruptSample, ReadSample, Sample, read_and_decode
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import hold_lock, write_json
 from toolchain.progress import Progress, no_progress
-from toolchain.recipe.data import DataSpec
+from toolchain.recipe.data import DataSpec, MixtureSpec
 
 INDEX = "index.json"
 _PROGRESS, _LOCK, _SHARD_PARTIAL = ".pack.json", ".lock", ".shard.partial"
@@ -58,7 +59,12 @@ def pack(
             f"data.kind {spec.captionless_kind}: its images have no captions, which shards need. "
             "Train from the folder itself"
         )
-    asked = {"format": _FORMAT, "source": fingerprint(spec), "samples_per_shard": samples_per_shard}
+    asked = {
+        "format": _FORMAT,
+        "source": fingerprint(spec),
+        "caption_fields": _caption_fields(spec),
+        "samples_per_shard": samples_per_shard,
+    }
     _make_folder(out)
     with hold_lock(out / _LOCK, f"{out}: another clipkd is packing into it; wait for it, or choose another --out"):
         index = _read(out / INDEX)
@@ -76,13 +82,15 @@ def _pack_shards(spec: DataSpec, out: Path, asked: Document, progress: Progress)
     state = _read(out / _PROGRESS) or {**asked, "shards": [], "left_out": {}, "passed": 0}
     _refuse_others(out, asked, state)
     write_json(out / _PROGRESS, state)
-    total = count_stored_samples(spec, progress)
+    total, left_out = count_stored_samples(spec, progress)
     rest = itertools.islice(list_stored_samples(spec), state["passed"], None)
     while state["passed"] < total:
         _add_shard(out, state, rest, lambda passed: progress("packing samples", passed, total))
         write_json(out / _PROGRESS, state)
     sums = {what: sum(shard[what] for shard in state["shards"]) for what in ("samples", "captions", "bytes")}
-    return {**asked, **sums, "left_out": state["left_out"], "shards": state["shards"]}
+    passed_over = count_passed_over(left_out)
+    others = {"passed_over": passed_over} if passed_over else {}
+    return {**asked, **sums, "left_out": state["left_out"], **others, "shards": state["shards"]}
 
 
 def _add_shard(out: Path, state: Document, rest: Iterator[ReadSample], passed: Callable[[int], None]) -> None:
@@ -160,9 +168,22 @@ def _make_folder(out: Path) -> None:
         )
 
 
+def _caption_fields(spec: DataSpec) -> Document:
+    """Return the fields of a source that decide which captions its images have, beside its files."""
+    if isinstance(spec, MixtureSpec):
+        return {"sources": [_caption_fields(source) for source in spec.sources]}
+    fields = {"caption_key", "image_column", "caption_column", "delimiter", "quoted", "templates"}
+    return spec.model_dump(mode="json", include=fields, exclude_none=True)
+
+
 def _refuse_others(out: Path, asked: Document, found: Document) -> None:
     """Refuse to resume a packing that was started from a different source or with different settings."""
-    words = {"format": "version of the format", "source": "source (its files' names and sizes)"}
+    words = {
+        "caption_fields": "choice of captions",
+        "format": "version of the format",
+        "source": "source (its files' names and sizes, or which of them count as samples)",
+    }
+    found = {"caption_fields": asked["caption_fields"], **found}  # folders of an earlier clipkd do not record them
     other = [words.get(key, key) for key, value in asked.items() if found.get(key) != value]
     if other:
         raise ArtifactError(

@@ -4,12 +4,24 @@ A sample's key is the file name up to the first dot of its last part; the suffix
 inspection, packing and evaluation all read archives with these functions.  Importing this module needs no torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from toolchain.data.bad_samples import NO_CAPTION, NO_IMAGE, TOO_LARGE, ZERO_BYTES, UnusableError
+from toolchain.data.bad_samples import (
+    NO_CAPTION,
+    NO_IMAGE,
+    TOO_LARGE,
+    UNREAD_FORMAT,
+    ZERO_BYTES,
+    LeftOut,
+    UnusableError,
+    to_utf8,
+)
+from toolchain.data.file_content import is_unread_suffix
 from toolchain.data.images import IMAGE_SUFFIXES
 from toolchain.data.tar_files import Member
+from toolchain.errors import name_some
 
 CAPTION_SUFFIXES = ("txt", "json")
 """In order of preference."""
@@ -23,7 +35,7 @@ class ImageTextPair(NamedTuple):
     image: Member
     caption: Member
     is_json: bool
-    """True if the caption is the "caption" entry of a JSON object."""
+    """True if the caption is an entry of a JSON object."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -55,23 +67,57 @@ def find_first(files: Mapping[str, Member], suffixes: Sequence[str]) -> Member |
     return None
 
 
-def pair_files(files: Mapping[str, Member]) -> ImageTextPair:
-    """Return the image and the caption of a training sample.
+def pair_files(files: Mapping[str, Member], *, prefers_json: bool = False) -> ImageTextPair:
+    """Return the image and the caption of a training sample; a .txt comes before a .json unless `prefers_json`.
 
     Raises:
         UnusableError: one of them is missing, empty or too large.
     """
-    image, caption = find_first(files, IMAGE_SUFFIXES), find_first(files, CAPTION_SUFFIXES)
+    suffixes = CAPTION_SUFFIXES[::-1] if prefers_json else CAPTION_SUFFIXES
+    image, caption = find_first(files, IMAGE_SUFFIXES), find_first(files, suffixes)
     if image is None:
-        raise UnusableError(NO_IMAGE, f"only {', '.join(sorted(files))}")
+        raise explain_missing_image(files)
     if image.size_bytes == 0:
         raise UnusableError(ZERO_BYTES)
     if image.size_bytes > _MAX_BYTES:
         raise UnusableError(TOO_LARGE, f"{image.size_bytes:,} bytes")
     if caption is None:
-        raise UnusableError(NO_CAPTION, f"only {', '.join(sorted(files))}")
+        raise UnusableError(NO_CAPTION, f"only {name_some(sorted(files))}")
     if caption.size_bytes == 0:
         raise UnusableError(NO_CAPTION, "it is blank")
     if caption.size_bytes > _MAX_BYTES:
         raise UnusableError(NO_CAPTION, f"{caption.size_bytes:,} bytes")
-    return ImageTextPair(image, caption, is_json="txt" not in files)
+    return ImageTextPair(image, caption, is_json=caption is files.get("json"))
+
+
+def list_unused_images(path: Path, files: Mapping[str, Member]) -> Iterator[LeftOut]:
+    """Yield each further image of a sample of an archive; training shows only the first."""
+    used = find_first(files, IMAGE_SUFFIXES)
+    for suffix, file in files.items():
+        if file is not used and _is_image_suffix(suffix):
+            reason = f".{suffix.rpartition('.')[2]} beside the image"
+            yield LeftOut(reason, 1, (to_utf8(f"{path}: {file.name}"),), is_sample=False)
+
+
+def caption_json_key(caption_key: str | None, *, is_json: bool) -> str | None:
+    """Return the key of the caption in a sample's JSON; None if its caption is a text file."""
+    return (caption_key or "caption") if is_json else None
+
+
+def _is_image_suffix(suffix: str) -> bool:
+    """Return True for the suffix of an image, read or not; for "seg.png", its last part counts."""
+    last = suffix.rpartition(".")[2]
+    return last in IMAGE_SUFFIXES or is_unread_suffix(last)
+
+
+def explain_missing_image(files: Mapping[str, Member]) -> UnusableError:
+    """Return the reason that a sample has no image: its format, or dots in the names of several samples."""
+    held = f"only {name_some(sorted(files))}"
+    unread = [suffix for suffix in files if is_unread_suffix(suffix)]
+    if unread:
+        return UnusableError(UNREAD_FORMAT, f"{held}; convert .{unread[0]} images, for example to JPEG")
+    dotted = sum("." in suffix and _is_image_suffix(suffix) for suffix in files)
+    if dotted:
+        reason = "a sample's name ends at its first dot, so names with more dots do not pair. Rename them"
+        return UnusableError(NO_IMAGE, f"{held}; {reason}", dotted)
+    return UnusableError(NO_IMAGE, held)

@@ -12,10 +12,10 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from toolchain.data import glyphs
-from toolchain.data.bad_samples import BROKEN_TAR, ZERO_BYTES, UnusableError, to_utf8
+from toolchain.data.bad_samples import BROKEN_TAR, ZERO_BYTES, LeftOut, UnusableError, to_utf8
 from toolchain.data.images import convert_to_rgb, decoding_image, open_image
 from toolchain.data.listing import Listing, read_image
-from toolchain.data.pairing import group_files, pair_files
+from toolchain.data.pairing import ImageTextPair, caption_json_key, group_files, list_unused_images, pair_files
 from toolchain.data.tar_files import Member, parse_captions, read_members
 from toolchain.errors import ClipkdError
 
@@ -47,26 +47,35 @@ ReadSample = Callable[[], Sample | CorruptSample]
 # Webdataset shards
 
 
-def list_shard_samples(path: Path) -> Iterator[ReadSample]:
-    """Yield a shard's samples in the order of their first files; for a corrupt archive, one corrupt sample follows."""
+def list_shard_samples(path: Path, caption_key: str | None, note: Callable[[LeftOut], None]) -> Iterator[ReadSample]:
+    """Yield a shard's samples in the order of their first files; for a corrupt archive, one corrupt sample follows.
+
+    `note` is called with files that are no samples.
+    """
     try:
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
     files_of = group_files(members)
     for key, files in files_of.items():
-        yield partial(_read_shard_sample, path, key, files)
+        where = to_utf8(f"{path}: {key}")
+        try:
+            pair = pair_files(files, prefers_json=caption_key is not None)
+        except UnusableError as error:
+            yield from [partial(CorruptSample, where, error.reason, error.detail)] * error.number
+            continue
+        for left in list_unused_images(path, files):
+            note(left)
+        yield partial(_read_shard_sample, path, where, pair, caption_key)
     if damage:
         yield partial(CorruptSample, str(path), BROKEN_TAR, f"{damage}; samples before that: {len(files_of):,}")
 
 
-def _read_shard_sample(path: Path, key: str, files: dict[str, Member]) -> Sample | CorruptSample:
-    where = to_utf8(f"{path}: {key}")
+def _read_shard_sample(path: Path, where: str, pair: ImageTextPair, caption_key: str | None) -> Sample | CorruptSample:
     try:
-        pair = pair_files(files)
         with path.open("rb") as file:
             image, caption = _read_member(file, pair.image), _read_member(file, pair.caption)
-        return Sample(where, image, parse_captions(caption, is_json=pair.is_json))
+        return Sample(where, image, parse_captions(caption, caption_json_key(caption_key, is_json=pair.is_json)))
     except UnusableError as error:
         return CorruptSample(where, error.reason, error.detail)
     except OSError as error:

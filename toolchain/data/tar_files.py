@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, strip_captions
-from toolchain.errors import UsageError
+from toolchain.data.file_content import HEAD_BYTES, name_content
+from toolchain.errors import UsageError, name_some
 
-_NAMED_MISSING = 5
+PAIRING_VERSION = 5
+"""Version of the rule by which archives' files become samples; a change of it changes the numbers of samples.
+
+It is part of the fingerprint and of stored indexes: a teacher cache of another numbering is then refused."""
+
 _BLOCK = 512  # tar consists of blocks of this size: a header, then the content padded with zeros
 _FILE_TYPES = frozenset({b"0", b"\0", b"7"})
 _WITHOUT_CONTENT = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # links, devices, folders, whatever size is given
@@ -39,9 +44,8 @@ def expand(patterns: Sequence[str]) -> list[Path]:
         raise UsageError(f"data.shards: {path} is listed {times} times; an epoch shows a sample once. List it once")
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        named = ", ".join(map(str, missing[:_NAMED_MISSING])) + (", ..." if len(missing) > _NAMED_MISSING else "")
         raise UsageError(
-            f"data.shards: {len(missing)} of {len(paths)} shards do not exist: {named} "
+            f"data.shards: {len(missing)} of {len(paths)} shards do not exist: {name_some(missing)} "
             f"({len(paths) - len(missing)} exist; searched in {Path.cwd()}). Download them, or list only those you have"
         )
     return paths
@@ -75,8 +79,11 @@ def _expand_braces(braces: str, pattern: str) -> list[str]:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """Return a hash of the shards' names and sizes, in order: samples and their numbers depend on these."""
-    digest = hashlib.sha256()
+    """Return a hash of the shards' names and sizes, in order: samples and their numbers depend on these.
+
+    It also changes when clipkd counts other files of the same shards as samples.
+    """
+    digest = hashlib.sha256(f"{PAIRING_VERSION}\0".encode())
     for path in paths:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -97,10 +104,15 @@ def read_members(path: Path) -> tuple[list[Member], str]:
 
     Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  After a corrupt header, reading
     continues at the next valid ustar or GNU header.  For a truncated archive, the files before the cut are returned.
+    A file of another kind, such as a compressed archive, has no members, and the description names it.
     """
     members: list[Member] = []
     size_bytes, position, extended = path.stat().st_size, 0, _Extended()
     first_damage = ""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        if head[257:262] != b"ustar" and (known := name_content(head)):
+            return [], f"is not a tar archive but {known}"
     with path.open("rb") as file:
         while True:
             file.seek(position)
@@ -197,8 +209,10 @@ def _decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def parse_captions(content: bytes, *, is_json: bool) -> tuple[str, ...]:
+def parse_captions(content: bytes, json_key: str | None) -> tuple[str, ...]:
     """Return a caption file's captions, stripped; blank captions are dropped.
+
+    `json_key` names the caption in a JSON object; None: the file is text.
 
     Raises:
         UnusableError: the file is not UTF-8, is not JSON, or has no caption.
@@ -207,13 +221,18 @@ def parse_captions(content: bytes, *, is_json: bool) -> tuple[str, ...]:
         caption: Any = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnusableError(BAD_UTF8, str(error)) from error
-    if is_json:
+    if json_key is not None:
         try:
             record = json.loads(caption)
         except (ValueError, RecursionError) as error:
             raise UnusableError(BAD_JSON, str(error)) from error
-        caption = record.get("caption") if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            raise UnusableError(NO_CAPTION, f'its JSON is no object with a "{json_key}"')
+        if json_key not in record:
+            keys = name_some(record) or "none"
+            raise UnusableError(NO_CAPTION, f'no "{json_key}" among its keys: {keys}; data.caption_key can name one')
+        caption = record[json_key]
     texts = [caption] if isinstance(caption, str) else caption
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UnusableError(NO_CAPTION, '"caption" is neither text nor a list of texts')
+        raise UnusableError(NO_CAPTION, f'"{json_key}" is neither text nor a list of texts')
     return strip_captions(texts)

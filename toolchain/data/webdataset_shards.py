@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from toolchain.data.assemble import UnreadSample, assemble_view, fill_batch, require_full_batch
-from toolchain.data.bad_samples import BROKEN_TAR, LeftOut, UnusableError, merge_left_out, to_utf8
+from toolchain.data.bad_samples import BROKEN_TAR, LeftOut, UnusableError, describe, merge_left_out, to_utf8
 from toolchain.data.batch import Batch, Geometry
-from toolchain.data.pairing import group_files, pair_files, split_name
+from toolchain.data.pairing import caption_json_key, group_files, list_unused_images, pair_files, split_name
 from toolchain.data.random_numbers import uniforms
-from toolchain.data.tar_files import Member, expand, parse_captions, read_members
+from toolchain.data.tar_files import PAIRING_VERSION, Member, expand, parse_captions, read_members
 from toolchain.errors import ClipkdError
 from toolchain.filesystem import replacing, user_cache_folder
 from toolchain.progress import Progress, no_progress
@@ -44,7 +44,6 @@ WINDOW = 8
 # Column of `uniforms` that orders samples within an epoch; assemble.py uses the others.
 _ORDER = 0
 
-_INDEX_FORMAT = 4
 _INDEX_THREADS = 8  # reading headers is bound by the disk, not by computation
 _PAIR = np.dtype(
     [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
@@ -60,6 +59,9 @@ class Shard(NamedTuple):
     num_samples: int
     left_out: tuple[LeftOut, ...] = ()
     """Members that form no image-text pair, and damage to the archive itself."""
+
+    caption_key: str | None = None
+    """The recipe's key of the caption in a sample's JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ class ShardBatches:
         shards: list[Shard] = []
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             try:
-                for shard, _ in pool.map(_load_index, paths):
+                for shard, _ in pool.map(partial(_load_index, caption_key=spec.caption_key), paths):
                     shards.append(shard)
                     progress("indexing shards", len(shards), len(paths))
             finally:
@@ -148,7 +150,7 @@ class ShardBatches:
         samples = (
             UnreadSample(
                 b,
-                partial(_read_captions, file, pair),
+                partial(_read_captions, shard, file, pair),
                 partial(_read_part, file, pair, "image"),
                 partial(_describe, shard, pair),
             )
@@ -163,9 +165,9 @@ class ShardBatches:
             ClipkdError: a shard has changed or is missing.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
-        for b, _, file, pair in _walk_in_disk_order(self.shards, sample_B):
+        for b, shard, file, pair in _walk_in_disk_order(self.shards, sample_B):
             with contextlib.suppress(UnusableError):
-                captions_B[b] = _read_captions(file, pair)
+                captions_B[b] = _read_captions(shard, file, pair)
         return captions_B
 
     def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
@@ -219,7 +221,7 @@ def _shuffle_window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.i
 @lru_cache(maxsize=4 * WINDOW)
 def _load_pairs(shard: Shard) -> NDArray[np.void]:
     """Return the positions of a shard's pairs."""
-    now, pair_N = _load_index(shard.path)
+    now, pair_N = _load_index(shard.path, shard.caption_key)
     if now != shard:
         raise _changed_error(shard)
     return pair_N
@@ -231,30 +233,32 @@ def _changed_error(shard: Shard) -> ClipkdError:
     )
 
 
-def _load_index(path: Path) -> tuple[Shard, NDArray[np.void]]:
+def _load_index(path: Path, caption_key: str | None) -> tuple[Shard, NDArray[np.void]]:
     """Return a shard and its pairs from the user's cache folder; make and store the index if it is missing."""
     try:
         stat = path.stat()
-        stamp = [_INDEX_FORMAT, stat.st_size, stat.st_mtime_ns]
-        kept = user_cache_folder() / "shards" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.npz"
+        stamp = [PAIRING_VERSION, stat.st_size, stat.st_mtime_ns]
+        preference = "" if caption_key is None else "\0json"  # with a key, the pairs are others
+        digest = hashlib.sha256(f"{path.resolve()}{preference}".encode("utf-8", "surrogateescape")).hexdigest()
+        kept = user_cache_folder() / "shards" / f"{digest[:32]}.npz"
         # An unreadable index is made again.  The file is opened here because numpy leaves an invalid archive open.
         with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
             if saved["stamp"].tolist() == stamp:
                 pair_N = saved["pairs"]
                 left_out = tuple(
-                    LeftOut(reason, number, tuple(examples))
-                    for reason, number, examples in json.loads(str(saved["left_out"]))
+                    LeftOut(reason, number, tuple(examples), is_sample)
+                    for reason, number, examples, is_sample in json.loads(str(saved["left_out"]))
                 )
-                return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
+                return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out, caption_key), pair_N
         members, damage = read_members(path)
     except OSError as error:
         raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    pair_N, left_out = _pair_members(path, members)
+    pair_N, left_out = _pair_members(path, members, prefers_json=caption_key is not None)
     if damage:
         example = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
         left_out += (LeftOut(BROKEN_TAR, 1, (to_utf8(example),)),)
     _save_index(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
-    return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out), pair_N
+    return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out, caption_key), pair_N
 
 
 def _save_index(path: Path, **arrays: Any) -> None:
@@ -269,15 +273,18 @@ def _save_index(path: Path, **arrays: Any) -> None:
         ) from None
 
 
-def _pair_members(path: Path, members: list[Member]) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
+def _pair_members(
+    path: Path, members: list[Member], *, prefers_json: bool
+) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
     """Return the pairs of a shard in the order of their first files, and the samples that form no pair."""
     rows, left_out = [], []
     for key, files in group_files(members).items():
         try:
-            image, caption, is_json = pair_files(files)
+            image, caption, is_json = pair_files(files, prefers_json=prefers_json)
         except UnusableError as error:
-            left_out.append(LeftOut(error.reason, 1, (to_utf8(f"{path}: {key}"),)))
+            left_out.append(LeftOut(error.reason, error.number, (describe(f"{path}: {key}", error),)))
             continue
+        left_out += list_unused_images(path, files)
         rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, is_json))
     return np.array(rows, _PAIR), merge_left_out(left_out)
 
@@ -313,8 +320,9 @@ def _walk_in_disk_order(
                 yield b, shards[s], file, pair_N[row_B[b]]
 
 
-def _read_captions(file: BinaryIO, pair: np.void) -> tuple[str, ...]:
-    return parse_captions(_read_part(file, pair, "caption"), is_json=bool(pair["is_json"]))
+def _read_captions(shard: Shard, file: BinaryIO, pair: np.void) -> tuple[str, ...]:
+    json_key = caption_json_key(shard.caption_key, is_json=bool(pair["is_json"]))
+    return parse_captions(_read_part(file, pair, "caption"), json_key)
 
 
 def _describe(shard: Shard, pair: np.void) -> str:

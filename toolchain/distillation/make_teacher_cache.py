@@ -237,7 +237,8 @@ def _count_damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) ->
             reason_of |= dict(json.loads(file.metadata()["damaged"]))
     reasons = Counter(reason_of.values())
     for left in left_out:
-        reasons[left.reason] += left.number
+        if left.is_sample:
+            reasons[left.reason] += left.number
     return dict(sorted(reasons.items()))
 
 

@@ -34,6 +34,9 @@ class SetScores(_Accuracy, total=False):
     unreadable: Unreadable
     """Present only if some images cannot be read."""
 
+    passed_over: dict[str, int]
+    """Number of files beside the images that are none, by suffix; present only if there are some."""
+
     retrieval: dict[str, float]
     """Recall by direction and rank, such as text_to_image_r5; name_to_image_r5 if each class has one image."""
 

@@ -2,8 +2,8 @@
 
 import io
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from toolchain.data.images import FORMATS
+from toolchain.data.bad_samples import UnusableError
+from toolchain.data.images import FORMATS, decoding_image, open_image
 from toolchain.errors import UsageError
 
 _CAPTION = ("{}",)  # captions need no template
@@ -27,6 +28,16 @@ class ImageFile(NamedTuple):
 
     member: str = ""
     """Name within an archive."""
+
+    def read(self) -> bytes:
+        """Return the image's bytes.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read() if self.size_bytes is None else file.read(self.size_bytes)
 
     def __str__(self) -> str:
         return f"{self.path}: {self.member}" if self.member else str(self.path)
@@ -60,6 +71,9 @@ class EvalSet:
     repeats_names: bool = False
     """True if two classes may share a name, as in ImageNet; the first of them is then the answer for both."""
 
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """Number of files beside the images that are none, by suffix."""
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -78,14 +92,26 @@ class EvalSet:
         if not isinstance(image_file, ImageFile):
             return Image.fromarray(image_file)
         try:
-            with image_file.path.open("rb") as file:
-                file.seek(image_file.offset)
-                content = file.read() if image_file.size_bytes is None else file.read(image_file.size_bytes)
+            content = image_file.read()
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 turned = ImageOps.exif_transpose(image) if self.upright else image
                 return turned.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's errors for corrupt files
             return None
+
+    def describe_unreadable(self, index: int) -> str:
+        """Return an unreadable image's name and the reason, as training names it."""
+        image_file = self.images[index]
+        assert isinstance(image_file, ImageFile)
+        try:
+            content = image_file.read()
+            with decoding_image(content), open_image(content)[0] as image:
+                image.load()
+        except UnusableError as error:
+            return f"{self.label(index)} ({error.reason}{f': {error.detail}' if error.detail else ''})"
+        except OSError as error:
+            return f"{self.label(index)} ({error.strerror})"
+        return self.label(index)
 
 
 def classes_set(

@@ -1,7 +1,7 @@
 """Open evaluation sets in common formats: folders, ImageNet, CLIP_benchmark shards, Karpathy splits, pairs.
 
 No image is dropped: an unreadable image stays in the set and counts as wrong (`zero_shot.py`), and a set with missing
-files is refused.
+files, or with images in a format that is not read, is refused.  Other files beside the images are counted by suffix.
 """
 
 import csv
@@ -17,10 +17,14 @@ from typing import Any
 import yaml
 
 from toolchain.data import glyphs
-from toolchain.data.images import IMAGE_SUFFIXES, is_image_name
-from toolchain.data.pairing import find_first, group_files
+from toolchain.data.bad_samples import LeftOut, count_passed_over
+from toolchain.data.class_folders import list_class_folders, list_class_images, read_class_name
+from toolchain.data.file_content import is_unread_suffix
+from toolchain.data.images import IMAGE_SUFFIXES
+from toolchain.data.listing import read_text
+from toolchain.data.pairing import explain_missing_image, find_first, group_files
 from toolchain.data.tar_files import expand, read_members
-from toolchain.errors import MissingDependency, UsageError
+from toolchain.errors import ClipkdError, MissingDependency, UsageError, name_some
 from toolchain.evaluation.eval_set import EvalSet, ImageFile, captions_set, classes_set
 from toolchain.recipe.evaluate import (
     ClipBenchmarkSet,
@@ -32,9 +36,7 @@ from toolchain.recipe.evaluate import (
     set_name,
 )
 
-_IGNORED_FILES = frozenset({"Thumbs.db", "desktop.ini"})  # written by file managers
 _SHARD_SUFFIXES = ("webp", "png", *IMAGE_SUFFIXES)  # CLIP_benchmark prefers the first two
-_NAMED = 3  # examples in a message
 
 
 def open_set(spec: EvalSetSpec) -> EvalSet:
@@ -43,21 +45,25 @@ def open_set(spec: EvalSetSpec) -> EvalSet:
     Raises:
         UsageError: files are missing, unexpected or contradictory; the message names the file.
         MissingDependency: the set needs ImageNet's names, and timm or open_clip is not installed.
+        ClipkdError: a file or folder cannot be read.
     """
-    match spec:
-        case str():
-            glyph = glyphs.eval_set(spec)
-            return classes_set(spec, glyph.images_KHWC, glyph.names, glyphs.TEMPLATES)
-        case FolderSet():
-            return _open_folder(spec)
-        case ImagenetSet():
-            return _open_imagenet(spec)
-        case ClipBenchmarkSet():
-            return _open_clip_benchmark(spec)
-        case KarpathySet():
-            return _open_karpathy(spec)
-        case PairsSet():
-            return _open_pairs(spec)
+    try:
+        match spec:
+            case str():
+                glyph = glyphs.eval_set(spec)
+                return classes_set(spec, glyph.images_KHWC, glyph.names, glyphs.TEMPLATES)
+            case FolderSet():
+                return _open_folder(spec)
+            case ImagenetSet():
+                return _open_imagenet(spec)
+            case ClipBenchmarkSet():
+                return _open_clip_benchmark(spec)
+            case KarpathySet():
+                return _open_karpathy(spec)
+            case PairsSet():
+                return _open_pairs(spec)
+    except OSError as error:
+        raise ClipkdError(f"{_name_field(spec)}: {error.filename}: cannot be read: {error.strerror}") from None
 
 
 def fingerprint(spec: EvalSetSpec) -> str:
@@ -68,6 +74,8 @@ def fingerprint(spec: EvalSetSpec) -> str:
     for path in open_set(spec).files:
         stat = path.stat()
         digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    if isinstance(spec, FolderSet) and any("_" in name for name in _name_classes(spec).values()):
+        digest.update(b"underscores are spaces")  # such names were once shown as they are
     return digest.hexdigest()
 
 
@@ -81,27 +89,27 @@ def fingerprints(specs: Sequence[EvalSetSpec]) -> str:
 
 def _open_folder(spec: FolderSet) -> EvalSet:
     where, root = _name_field(spec), Path(spec.path)
-    folders = _list_class_folders(root, where)
-    files = []
-    if spec.classes is None:
-        named = {folder: folder for folder in folders}
-    elif isinstance(spec.classes, str):
-        files.append(Path(spec.classes))
-        named = _read_mapping(Path(spec.classes), where)
-    else:
-        named = dict(spec.classes)
-    _require_same(set(folders), set(named), f"{where}: the folders of {root}", "classes")
+    named = _name_classes(spec)
+    _require_same(set(_list_class_folders(root, where)), set(named), f"{where}: the folders of {root}", "classes")
+    files = [Path(spec.classes)] if isinstance(spec.classes, str) else []
     templates = spec.templates
     if isinstance(templates, str):
         files.append(Path(templates))
         templates = tuple(line for line in _read_lines(Path(templates), where) if line.strip())
-    images, label_N = [], []
-    for label, folder in enumerate(named):
-        found = _list_images(root / folder, where)
-        images += found
-        label_N += [label] * len(found)
+    images, label_N, left_out = _list_labelled_images(root, list(named), where)
     files += [image_file.path for image_file in images]
-    return classes_set(spec.name, images, list(named.values()), templates, label_N, upright=True, files=tuple(files))
+    names = [read_class_name(name) for name in named.values()]
+    return classes_set(
+        spec.name, images, names, templates, label_N, upright=True, files=tuple(files), passed_over=left_out
+    )
+
+
+def _name_classes(spec: FolderSet) -> dict[str, str]:
+    """Return the name of each class folder as the user wrote it."""
+    where = _name_field(spec)
+    if spec.classes is None:
+        return {folder: folder for folder in _list_class_folders(Path(spec.path), where)}
+    return _read_mapping(Path(spec.classes), where) if isinstance(spec.classes, str) else dict(spec.classes)
 
 
 def _read_mapping(path: Path, where: str) -> dict[str, str]:
@@ -118,27 +126,28 @@ def _list_class_folders(root: Path, where: str) -> list[str]:
     """Return the names of the class folders, sorted."""
     if not root.is_dir():
         raise UsageError(f"{where}.path: {root}: no such folder; expected one with a folder of images per class")
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise UsageError(f"{where}.path: {root}: no folders in it; expected CLASS/IMAGE")
-    return folders
+    return list_class_folders(root, f"{where}.path")
 
 
-def _list_images(folder: Path, where: str) -> list[ImageFile]:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    paths = [entry for entry in entries if entry.name not in _IGNORED_FILES]
-    for path in paths:
-        if not is_image_name(path.name) or not path.is_file():
-            raise UsageError(
-                f"{where}: {path} is not an image ({', '.join(f'.{suffix}' for suffix in sorted(IMAGE_SUFFIXES))}); "
-                "an evaluation never skips files silently. Move it out of the folder"
-            )
-    if not paths:
+def _list_labelled_images(
+    root: Path, folders: Sequence[str], where: str
+) -> tuple[list[ImageFile], list[int], dict[str, int]]:
+    """Return the images of all classes, each image's class by number, and how many other files there are by suffix.
+
+    Raises:
+        UsageError: a class has no image, a link to an image leads nowhere, or an image is of a format that is not read.
+    """
+    found = list_class_images(root, folders, where)
+    lost: list[LeftOut] = [left for left in found.left_out if left.is_sample or is_unread_suffix(left.reason)]
+    if lost:
+        named = name_some(f"{left.number:,} {left.reason} ({left.examples[0]})" for left in lost)
         raise UsageError(
-            f"{where}: {folder} has no images, so its class could never be the right answer. Add images, or remove the "
-            "folder"
+            f"{where}: {root}: images that cannot be read: {named}; an evaluation drops no image. Convert them, for "
+            "example to JPEG, or move them out of the folder"
         )
-    return [ImageFile(path) for path in paths]
+    images = [ImageFile(Path(path)) for paths in found.paths_K for path in paths]
+    label_N = [label for label, paths in enumerate(found.paths_K) for _ in paths]
+    return images, label_N, count_passed_over(found.left_out)
 
 
 # ImageNet and its variants --------------------------------------------------------------------------------------------
@@ -157,13 +166,11 @@ def _open_imagenet(spec: ImagenetSet) -> EvalSet:
     _require_same(
         set(_list_class_folders(root, where)), set(expected), f"{where}: the folders of {root}", f"ImageNet's {kind}"
     )
-    images, label_N = [], []
-    for label, folder in enumerate(expected):
-        found = _list_images(root / folder, where)
-        images += found
-        label_N += [label] * len(found)
+    images, label_N, left_out = _list_labelled_images(root, expected, where)
     files = tuple(image_file.path for image_file in images)
-    return classes_set(spec.name, images, names, templates, label_N, files=files, repeats_names=True)
+    return classes_set(
+        spec.name, images, names, templates, label_N, files=files, repeats_names=True, passed_over=left_out
+    )
 
 
 def _read_imagenet_ids(file: str) -> list[str]:
@@ -239,8 +246,10 @@ def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[
             for key, files in group_files(members, keep_strays=True).items():
                 image, text = find_first(files, _SHARD_SUFFIXES), files.get(texts_in)
                 if image is None or text is None:
-                    wanted = "image" if image is None else f".{texts_in}"
-                    raise UsageError(f"{where}: {tar}: sample {key!r} has no {wanted}; it has {', '.join(files)}")
+                    lacks = f"no .{texts_in}, only {name_some(files)}"
+                    if image is None:
+                        lacks = f"no image, {explain_missing_image(files).detail}"
+                    raise UsageError(f"{where}: {tar}: sample {key!r} has {lacks}")
                 file.seek(text.offset)
                 try:
                     content = file.read(text.size_bytes).decode("utf-8")
@@ -311,7 +320,7 @@ def _read_pairs(path: Path, spec: PairsSet, where: str) -> Iterator[tuple[str, s
             missing = {spec.image_column, spec.caption_column} - set(header)
             if missing:
                 raise UsageError(
-                    f"{where}.file: {path}: no column {', '.join(sorted(missing))}; it has {', '.join(header)}. "
+                    f"{where}.file: {path}: no column {', '.join(sorted(missing))}; it has {name_some(header, 20)}. "
                     "Set image_column, caption_column and delimiter"
                 )
         elif cells:
@@ -331,12 +340,9 @@ def _name_field(spec: Any) -> str:
 
 
 def _read_text(path: Path, where: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{where}: {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: {path}: cannot be read: {error}") from None
+    if not path.is_file():
+        raise UsageError(f"{where}: {path}: no such file")
+    return read_text(path, f"{where}: ")
 
 
 def _read_lines(path: Path, where: str) -> list[str]:
@@ -348,12 +354,8 @@ def _require_same(found: set[str], expected: set[str], what: str, expectation: s
     unknown, missing = sorted(found - expected), sorted(expected - found)
     differences = []
     if unknown:
-        differences.append(f"{len(unknown)} unknown: {_name_some(unknown)}")
+        differences.append(f"{len(unknown)} unknown: {name_some(unknown)}")
     if missing:
-        differences.append(f"{len(missing)} missing: {_name_some(missing)}")
+        differences.append(f"{len(missing)} missing: {name_some(missing)}")
     if differences:
         raise UsageError(f"{what} do not match {expectation}; {'; '.join(differences)}")
-
-
-def _name_some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

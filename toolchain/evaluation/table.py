@@ -1,5 +1,6 @@
 """Make the table that `clipkd evaluate` prints."""
 
+from toolchain.data.bad_samples import describe_passed_over
 from toolchain.evaluation.documents import ModelComparison
 from toolchain.text_table import Note, TextTable
 
@@ -29,12 +30,18 @@ def evaluation_table(document: ModelComparison) -> TextTable:
 
 
 def unreadable_images(document: ModelComparison) -> list[Note]:
-    """Return a note for each set with unreadable images; they are the same for every model."""
-    return [
+    """Return a note for each set with unreadable images or other files; they are the same for every model."""
+    sets = document["models"][0]["sets"]
+    others = [
+        Note(f"{name}: {describe_passed_over(scores['passed_over'])}")
+        for name, scores in sets.items()
+        if "passed_over" in scores
+    ]
+    return others + [
         Note(
             f"{name}: {scores['unreadable']['n']} unreadable image(s) counted as wrong: "
             + ", ".join(scores["unreadable"]["first"])
         )
-        for name, scores in document["models"][0]["sets"].items()
+        for name, scores in sets.items()
         if "unreadable" in scores
     ]

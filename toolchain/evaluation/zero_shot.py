@@ -124,7 +124,7 @@ def image_ranks(
     """
     unreadable = np.flatnonzero(unreadable_N)
     if len(unreadable) > MAX_UNREADABLE * len(data):
-        named = ", ".join(data.label(index) for index in unreadable[:_NAMED_UNREADABLE].tolist())
+        named = ", ".join(data.describe_unreadable(index) for index in unreadable[:_NAMED_UNREADABLE].tolist())
         raise ClipkdError(
             f"evaluation set {data.name}: {len(unreadable)} of {len(data)} images cannot be read, more than "
             f"{MAX_UNREADABLE:.0%}: {named}{', ...' if len(unreadable) > _NAMED_UNREADABLE else ''}. "
@@ -194,6 +194,8 @@ def _score_set(
     if unreadable_N.any():
         first = np.flatnonzero(unreadable_N)[:_NAMED_UNREADABLE].tolist()
         scores["unreadable"] = {"n": int(unreadable_N.sum()), "first": [data.label(index) for index in first]}
+    if data.passed_over:
+        scores["passed_over"] = dict(data.passed_over)
     if data.one_image_per_class or not data.has_classes:
         to_image_K = ranks(caption_features_KD, image_features_ND, data.text_group_K, data.image_group_N)
         to_image_K[np.isin(data.text_group_K, data.image_group_N[unreadable_N])] = UNRANKED

@@ -128,6 +128,7 @@ def _train(
 ) -> dict[str, Any]:
     """Do the work of a training stage; return what its manifest records."""
     from toolchain.data.open import training_data
+    from toolchain.data.shared_captions import warn_of_shared_captions
     from toolchain.distillation.distill import Training, distill
     from toolchain.distributed import join_processes
     from toolchain.evaluation.open_sets import open_set
@@ -148,6 +149,8 @@ def _train(
         data = training_data(
             inputs.data, seed=inputs.seed, batch_size=spec.batch_size, progress=screen.progress, say=screen.say
         )
+    for warning in warn_of_shared_captions(data, spec.loss_weights, spec.batch_size):
+        screen.say(warning)
     training = Training(
         spec,
         student,

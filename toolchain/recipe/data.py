@@ -73,6 +73,9 @@ class WebdatasetSpec(_StoredImagesSpec):
     """Tar files of image-text pairs as img2dataset writes them; braces expand: data/cc3m/{00000..00331}.tar.
     Paths are relative to the current folder."""
 
+    caption_key: str | None = None
+    """Key of the caption in KEY.json, which is then read even where there is a KEY.txt.  Absent: "caption"."""
+
 
 class CsvSpec(_StoredImagesSpec):
     """CSV or TSV files that name an image and its caption in each row.
