@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
 from conftest import REPOSITORY, Ended
+from PIL import Image
 from test_report import edit, make_run
 
 import clipkd as command
@@ -284,16 +286,42 @@ def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeyp
         )
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\ntorn"])
-def test_unreadable_picture(clipkd: Clipkd, tmp_path: Path, content: bytes | None) -> None:
-    picture = tmp_path / "letter.png"
-    if content is not None:
-        picture.write_bytes(content)
+class Grey:
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return np.ones((3, 1, 1), np.float32)
+
+    def encode_pixels(self, pixel_values_BCHW: np.ndarray) -> np.ndarray:
+        return np.ones((len(pixel_values_BCHW), 2), np.float32)
+
+
+def test_one_unreadable_image_among_many(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "image.onnx").write_bytes(b"")
-    ended = clipkd("predict", tmp_path, picture)
-    assert (ended.code, ended.out) == (2, "")
-    damaged = f"not a readable image: cannot identify image file '{picture}'"
-    assert ended.err == f"error: {picture}: {'no such image' if content is None else damaged}\n"
+    np.savez(tmp_path / "classes.npz", names=["a", "b"], features_KD=np.eye(2, dtype=np.float32), logit_scale=1)
+    monkeypatch.setattr("export.runtime.predict.open_exported", lambda path: Grey())
+    monkeypatch.chdir(tmp_path)
+    photos = Path("photos")
+    photos.mkdir()
+    Image.new("RGB", (4, 4)).save(photos / ":cat:.png")
+    (photos / "notes.txt").touch()
+    (photos / "torn.png").write_bytes(b"not a picture")
+    arguments = ("predict", tmp_path, photos, "letter.png", "--top", "1")
+    ended = clipkd(*arguments)
+    assert ended.code == 1
+    assert ended.out.splitlines() == [
+        "photos/:cat:.png   50.0 %  a",
+        "photos/torn.png   error: not an image: starts with b'not a pi'",
+        "letter.png        error: no such file",
+    ]
+    assert ended.err == (
+        "passed over, not images: 1 .txt\nerror: 2 of 3 images have no labels; their rows give the reasons\n"
+    )
+    document = json.loads(clipkd(*arguments, "--json").out)
+    assert [row["labels"] for row in document] == [[{"label": "a", "probability": 0.5}], [], []]
+    assert [row["error"] is None for row in document] == [True, False, False]
+    lines = clipkd(*arguments, "--jsonl")
+    assert (lines.code, [json.loads(line) for line in lines.out.splitlines()]) == (1, document)
+    assert clipkd("predict", tmp_path, photos / ":cat:.png").code == 0
+    assert clipkd(*arguments, "--json", "--jsonl").code == 2
 
 
 def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labe
     code = snippet.replace('"image.png"', repr(str(picture))) + "print(image_features.shape)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=made, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert len(predict(made, [picture, picture], ["a", "b"], 1)) == 2
+    assert [answer["error"] for answer in predict(made, [picture, picture], ["a", "b"], 1)] == [None, None]
     baked = bake(made, labels, None, tmp_path / "baked")
     assert "uint8_input" not in baked.manifest["summary"]
     (logits,) = ort.InferenceSession(baked.path / "classifier.onnx").get_outputs()
