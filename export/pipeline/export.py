@@ -64,7 +64,7 @@ def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: S
     return StageSpec(
         out / "exported" / planned.name,
         kind="export",
-        version=5,
+        version=6,
         fields={
             "runtime": planned.runtime,
             "precision": planned.precision,
@@ -96,7 +96,7 @@ def _export_and_prove(
         raise UnavailableBackend(f"{planned.name}: only {alone.title} computes in {planned.precision}; {instead}")
 
     from export.graphs.export_onnx import export_onnx
-    from export.graphs.model_card import write_card
+    from export.graphs.model_card import describe_low_sqnr, write_card
     from export.graphs.tensorrt_kit import complete_kit, write_sums
     from export.proof.prove import prove
     from toolchain.evaluation.open_sets import open_set
@@ -112,6 +112,8 @@ def _export_and_prove(
     # The engines of a kit do not exist yet, so its graphs are checked in a runtime that can run them.
     runtime = planned.in_runtime.graphs_open_in
     proof = prove(folder, runtime=runtime, precision=planned.precision, uint8_input=planned.uint8_input)
+    if proof["parity"]["text"]["num_below"]:
+        screen.say(f"{planned.name}: {describe_low_sqnr(proof['parity']['text'], planned.precision)}")
     summary: ExportSummary = {**graphs, **proof}
     if planned.in_runtime.is_kit:
         height, width = example_pixels(model.net).shape[-2:]
