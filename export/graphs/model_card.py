@@ -55,8 +55,7 @@ _OPTIONS = {
 def write_card(folder: Path, name: str, summary: ExportSummary, provenance: dict[str, Any]) -> None:
     """Write the model card of the files in `folder`; equal files and arguments give equal bytes.
 
-    `summary` is the summary in the manifest. `provenance` names teacher, data and checkpoint as the recipe and the
-    manifests do.
+    `summary` is the summary in the manifest. `provenance` is the result of `describe_origin`.
     """
     kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _UNLISTED)
     sums = "\n".join(f"{file_sha256(path)}  {path.name}" for path in kept)
@@ -76,6 +75,8 @@ the dot product of two features is their cosine similarity.
 ## Origin
 
 {origin}
+
+Paths are relative to the directory of the run in which this model was made.
 
 The licence of this model depends on the licences of the teacher and of the training data, which clipkd cannot detect.
 If one is not given above, check where the teacher or the data was published before you pass the model on.
@@ -131,10 +132,9 @@ levels. The lowest cosine similarity of the features is {measured["min_cosine"]:
 
 def describe_low_sqnr(text: TextParity, precision: str) -> str:
     """Return a sentence on the prompts below the precision's threshold: some int8 kernels compute them less exactly."""
-    return (
-        f"{text['num_below']:,} of {text['num_samples']:,} prompts are below {PRECISIONS[precision].min_sqnr_db:g} dB of "
-        f"SQNR; the worst has cosine {text['min_cosine']:.4f}: {text['worst_prompt']}"
-    )
+    share = f"{text['num_below']:,} of {text['num_samples']:,} prompts"
+    threshold = f"{PRECISIONS[precision].min_sqnr_db:g} dB of SQNR"
+    return f"{share} are below {threshold}; the worst has cosine {text['min_cosine']:.4f}: {text['worst_prompt']}"
 
 
 def _parity(parity: Parity, precision: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.documents import ExportSummary, PlannedExport
+from export.pipeline.origin import describe_origin
 from export.pipeline.plan import FAILED, is_of_the_model, mark_failed, plan_exports, shipped_role
 from toolchain.errors import ClipkdError, GateError, UnavailableBackend
 from toolchain.pipeline.stage_inputs import require_evaluation
@@ -41,10 +42,13 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
         if planned.in_precision.is_quantized and planned.checkpoint not in made:
             continue  # `quantize` reported why
         checkpoint = made[planned.checkpoint]
-        spec = _stage_spec(planned, recipe, out, checkpoint, headline)
+        origin = describe_origin(recipe, out, checkpoint, made.get("teacher"))
+        spec = _stage_spec(planned, recipe, out, checkpoint, headline, origin)
         screen.starts(planned.name)
         try:
-            exported[planned.name] = run_stage(spec, partial(_export_and_prove, planned, recipe, checkpoint, screen))
+            exported[planned.name] = run_stage(
+                spec, partial(_export_and_prove, planned, recipe, checkpoint, origin, screen)
+            )
         except ClipkdError as error:  # continue with the other models
             is_candidate = recipe.export.auto is not None and planned.role == shipped_role(recipe)
             if not (is_of_the_model(error) if is_candidate else isinstance(error, GateError | UnavailableBackend)):
@@ -60,7 +64,9 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     return exported
 
 
-def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str) -> StageSpec:
+def _stage_spec(
+    planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str, origin: dict[str, Any]
+) -> StageSpec:
     return StageSpec(
         out / "exported" / planned.name,
         kind="export",
@@ -72,7 +78,7 @@ def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: S
             "batch": planned.batch,
             "uint8_input": planned.uint8_input,
             "headline": require_evaluation(recipe).headline,
-            "provenance": _provenance(recipe, checkpoint),
+            "provenance": origin,
         },
         fingerprints={"headline": headline},
         inputs={"checkpoint": checkpoint},
@@ -80,7 +86,7 @@ def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: S
 
 
 def _export_and_prove(
-    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, screen: Screen, folder: Path
+    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, origin: dict[str, Any], screen: Screen, folder: Path
 ) -> dict[str, Any]:
     """Export one model into `folder` and check its parity with PyTorch; return its `ExportSummary`.
 
@@ -118,7 +124,7 @@ def _export_and_prove(
     if planned.in_runtime.is_kit:
         height, width = example_pixels(model.net).shape[-2:]
         complete_kit(folder, (height, width))
-    write_card(folder, f"{recipe.name}: {planned.name}", summary, _provenance(recipe, checkpoint))
+    write_card(folder, f"{recipe.name}: {planned.name}", summary, origin)
     if planned.in_runtime.is_kit:
         write_sums(folder)
     return {**summary}
@@ -136,26 +142,3 @@ def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) 
     if planned.in_runtime.is_kit:
         sign_activations(image, text)
     return FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(list(TEMPLATES))))
-
-
-def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
-    """Return the origin of a model for its card: names and settings of the recipe, and the checkpoint's hash.
-
-    Absolute paths are shortened to the file name, because a card is passed on to others and a recipe is not.
-    """
-
-    def describe(section: Any) -> Any:
-        if section is None:
-            return "none"
-        fields = section.model_dump(mode="json", exclude_none=True)
-        return {
-            key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-            for key, value in fields.items()
-        }
-
-    return {
-        "checkpoint": f"sha256 {checkpoint.digest}",
-        "teacher": describe(recipe.teacher),
-        "student": describe(recipe.student),
-        "data": describe(recipe.data),
-    } | ({"licence of the data": recipe.data.licence} if recipe.data and recipe.data.licence else {})
