@@ -223,7 +223,7 @@ def export(
     run: RunArg,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export for ONNX Runtime.")] = False,
     openvino: Annotated[bool, typer.Option("--openvino", help="Export for OpenVINO.")] = False,
-    trt: Annotated[bool, typer.Option("--trt", help="Also write TensorRT build kits.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="Write TensorRT build kits.")] = False,
     build: Annotated[
         bool, typer.Option("--build/--no-build", help="Build the kits' engines here, or leave it to the device.")
     ] = True,
@@ -247,7 +247,8 @@ def export(
     """Export a run's models, each checked against PyTorch in its own runtime.
 
     Without flags, exports what the run's recipe.yaml asks for.  Flags override
-    its choices and are stored in it.
+    its choices and are stored in it.  --trt alone writes only the build kits and
+    leaves the recipe's other runtimes as they are.
 
     Exit code 5: a model failed its parity check.  It is kept, marked as failed,
     and never used.  With --trt, exit code 3 or 4: the build kits are written,
@@ -265,6 +266,7 @@ def export(
     from export.pipeline.choose_precision import choose_precisions, require_choices
     from export.pipeline.engines import build_engines
     from export.pipeline.export import export_models
+    from export.pipeline.plan import select_kits
     from export.pipeline.quantize_or_reject import quantize_or_reject
     from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.train import train_checkpoints
@@ -290,6 +292,8 @@ def export(
     if trt and "tensorrt" not in recipe.export.runtimes:
         raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; add it there")
     with _run_directory(recipe, run) as (loaded, screen):
+        if flags.only_kits:  # the recipe keeps its other runtimes; they are not exported anew
+            loaded = select_kits(loaded)
         checkpoints = train_checkpoints(loaded, run, screen)
         checkpoints |= quantize_or_reject(loaded, run, checkpoints, screen)
         exported = export_models(loaded, run, checkpoints, screen)

@@ -127,7 +127,10 @@ def test_an_error_goes_to_stderr_with_its_exit_code(tmp_path: Path) -> None:
     ended = python("-m", "clipkd", "run", "glyphs", "--out", "run", "--set", "distill.setps=3", cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     recipe = REPOSITORY / "recipes" / "glyphs.yaml"
-    assert ended.stderr == f"error: {recipe}: 1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
+    assert (
+        ended.stderr
+        == f"error: {recipe} with --set distill.setps=3: 1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
+    )
     assert list(tmp_path.iterdir()) == [], "a recipe that is wrong makes no run directory"
 
 
@@ -214,7 +217,7 @@ def test_wrong_type(clipkd: Clipkd, tmp_path: Path) -> None:
     ended = clipkd("run", "glyphs", "--out", tmp_path / "run", "--set", "distill.steps=many")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        f"error: {REPOSITORY / 'recipes' / 'glyphs.yaml'}: 1 problem(s)\n"
+        f"error: {REPOSITORY / 'recipes' / 'glyphs.yaml'} with --set distill.steps=many: 1 problem(s)\n"
         "  distill.steps: Input should be a valid integer, unable to parse string as an integer (got 'many')\n"
     )
 
