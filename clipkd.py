@@ -6,6 +6,7 @@ Functions import heavy packages themselves, which lets help and cached runs star
 
 import errno
 import importlib.util
+import json
 import shlex
 import shutil
 import signal
@@ -222,7 +223,7 @@ def export(
     run: RunArg,
     onnx: Annotated[bool, typer.Option("--onnx", help="Export for ONNX Runtime.")] = False,
     openvino: Annotated[bool, typer.Option("--openvino", help="Export for OpenVINO.")] = False,
-    trt: Annotated[bool, typer.Option("--trt", help="Also write TensorRT build kits.")] = False,
+    trt: Annotated[bool, typer.Option("--trt", help="Write TensorRT build kits.")] = False,
     build: Annotated[
         bool, typer.Option("--build/--no-build", help="Build the kits' engines here, or leave it to the device.")
     ] = True,
@@ -246,7 +247,8 @@ def export(
     """Export a run's models, each checked against PyTorch in its own runtime.
 
     Without flags, exports what the run's recipe.yaml asks for.  Flags override
-    its choices and are stored in it.
+    its choices and are stored in it.  --trt alone writes only the build kits and
+    leaves the recipe's other runtimes as they are.
 
     Exit code 5: a model failed its parity check.  It is kept, marked as failed,
     and never used.  With --trt, exit code 3 or 4: the build kits are written,
@@ -264,6 +266,7 @@ def export(
     from export.pipeline.choose_precision import choose_precisions, require_choices
     from export.pipeline.engines import build_engines
     from export.pipeline.export import export_models
+    from export.pipeline.plan import select_kits
     from export.pipeline.quantize_or_reject import quantize_or_reject
     from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.train import train_checkpoints
@@ -289,6 +292,8 @@ def export(
     if trt and "tensorrt" not in recipe.export.runtimes:
         raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; add it there")
     with _run_directory(recipe, run) as (loaded, screen):
+        if flags.only_kits:  # the recipe keeps its other runtimes; they are not exported anew
+            loaded = select_kits(loaded)
         checkpoints = train_checkpoints(loaded, run, screen)
         checkpoints |= quantize_or_reject(loaded, run, checkpoints, screen)
         exported = export_models(loaded, run, checkpoints, screen)
@@ -482,25 +487,45 @@ def profile(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, folders, or patterns as '**/*.jpg'.", metavar="IMAGE...")
+    ],
     labels: Annotated[str | None, typer.Option(help="Labels, comma-separated.", show_default="the model's")] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of labels printed for each image.")] = 5,
     as_json: JsonOpt = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print one JSON object a line, as results come.")] = False,
 ) -> None:
     """Classify images with an exported model, without torch.
+
+    Results are printed as they come.  An image that cannot be read is a row with
+    its reason, and the exit code is then 1.
 
     Make an image: [bold]clipkd data inspect glyphs --sheet glyphs.png[/]
 
     Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 glyphs.png[/]
     """
+    from export.runtime.predict import answer_lines, count_other_files, find_images, name_width
     from export.runtime.predict import predict as rank_labels
-    from export.runtime.predict import predictions_table
 
     wanted = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else None
     if wanted == []:
         raise UsageError(f"--labels '{labels}': contains no label; write, for example, --labels 'a cat,a dog'")
-    answers = rank_labels(model, images, wanted, top)
-    print_result(answers, as_json, predictions_table(answers))
+    if as_json and as_jsonl:
+        raise UsageError("--json prints one document, --jsonl one object a line; choose one")
+    found = find_images(images)
+    if other := count_other_files(images):
+        print_note(f"passed over, not images: {', '.join(f'{n:,} {suffix}' for suffix, n in other.items())}")
+    answers, width = [], name_width(found)
+    with open_screen() as screen:
+        screen.starts("predict")
+        for answer in rank_labels(model, found, wanted, top, screen.progress):
+            answers.append(answer)
+            if not as_json:
+                screen.result(*([json.dumps(answer)] if as_jsonl else answer_lines(answer, width)))
+    if as_json:
+        print_result(answers, as_json)
+    if failed := sum(answer["error"] is not None for answer in answers):
+        raise ClipkdError(f"{failed:,} of {len(found):,} images have no labels; their rows give the reasons")
 
 
 @app.command()

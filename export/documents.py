@@ -59,6 +59,9 @@ class Comparison(TypedDict):
     min_sqnr_db: float
     worst_sample: int
     num_samples: int
+    num_below: int
+    """The number of samples whose SQNR is below the precision's threshold."""
+
     num_not_finite: int
 
 
@@ -67,11 +70,17 @@ class TowerParity(Comparison):
     """The share of samples whose nearest neighbour in the other tower stays the same."""
 
 
+class TextParity(TowerParity):
+    worst_prompt: str
+    num_prompts: int
+    """The number of prompts that the evaluation set has: its texts times its templates; `num_samples` are compared."""
+
+
 class Parity(TypedDict):
     """The content of parity.json."""
 
     image: TowerParity
-    text: TowerParity
+    text: TextParity
 
 
 class Uint8Parity(TypedDict):

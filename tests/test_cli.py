@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
 from conftest import REPOSITORY, Ended
+from PIL import Image
 from test_report import edit, make_run
 
 import clipkd as command
@@ -125,7 +127,8 @@ def test_an_error_goes_to_stderr_with_its_exit_code(tmp_path: Path) -> None:
     ended = python("-m", "clipkd", "run", "glyphs", "--out", "run", "--set", "distill.setps=3", cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     recipe = REPOSITORY / "recipes" / "glyphs.yaml"
-    assert ended.stderr == f"error: {recipe}: 1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
+    said = "1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
+    assert ended.stderr == f"error: {recipe} with --set distill.setps=3: {said}"
     assert list(tmp_path.iterdir()) == [], "a recipe that is wrong makes no run directory"
 
 
@@ -212,7 +215,7 @@ def test_wrong_type(clipkd: Clipkd, tmp_path: Path) -> None:
     ended = clipkd("run", "glyphs", "--out", tmp_path / "run", "--set", "distill.steps=many")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        f"error: {REPOSITORY / 'recipes' / 'glyphs.yaml'}: 1 problem(s)\n"
+        f"error: {REPOSITORY / 'recipes' / 'glyphs.yaml'} with --set distill.steps=many: 1 problem(s)\n"
         "  distill.steps: Input should be a valid integer, unable to parse string as an integer (got 'many')\n"
     )
 
@@ -284,16 +287,42 @@ def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeyp
         )
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\ntorn"])
-def test_unreadable_picture(clipkd: Clipkd, tmp_path: Path, content: bytes | None) -> None:
-    picture = tmp_path / "letter.png"
-    if content is not None:
-        picture.write_bytes(content)
+class Grey:
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return np.ones((3, 1, 1), np.float32)
+
+    def encode_pixels(self, pixel_values_BCHW: np.ndarray) -> np.ndarray:
+        return np.ones((len(pixel_values_BCHW), 2), np.float32)
+
+
+def test_one_unreadable_image_among_many(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "image.onnx").write_bytes(b"")
-    ended = clipkd("predict", tmp_path, picture)
-    assert (ended.code, ended.out) == (2, "")
-    damaged = f"not a readable image: cannot identify image file '{picture}'"
-    assert ended.err == f"error: {picture}: {'no such image' if content is None else damaged}\n"
+    np.savez(tmp_path / "classes.npz", names=["a", "b"], features_KD=np.eye(2, dtype=np.float32), logit_scale=1)
+    monkeypatch.setattr("export.runtime.predict.open_exported", lambda path: Grey())
+    monkeypatch.chdir(tmp_path)
+    photos = Path("photos")
+    photos.mkdir()
+    Image.new("RGB", (4, 4)).save(photos / ":cat:.png")
+    (photos / "notes.txt").touch()
+    (photos / "torn.png").write_bytes(b"not a picture")
+    arguments = ("predict", tmp_path, photos, "letter.png", "--top", "1")
+    ended = clipkd(*arguments)
+    assert ended.code == 1
+    assert ended.out.splitlines() == [
+        "photos/:cat:.png   50.0 %  a",
+        "photos/torn.png   error: not an image: starts with b'not a pi'",
+        "letter.png        error: no such file",
+    ]
+    assert ended.err == (
+        "passed over, not images: 1 .txt\nerror: 2 of 3 images have no labels; their rows give the reasons\n"
+    )
+    document = json.loads(clipkd(*arguments, "--json").out)
+    assert [row["labels"] for row in document] == [[{"label": "a", "probability": 0.5}], [], []]
+    assert [row["error"] is None for row in document] == [True, False, False]
+    lines = clipkd(*arguments, "--jsonl")
+    assert (lines.code, [json.loads(line) for line in lines.out.splitlines()]) == (1, document)
+    assert clipkd("predict", tmp_path, photos / ":cat:.png").code == 0
+    assert clipkd(*arguments, "--json", "--jsonl").code == 2
 
 
 def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from export.documents import PlannedExport
+from export.graphs import parity_samples
 from export.graphs.export_onnx import adapt_export, class_embeddings, export_onnx
 from export.graphs.onnx_graph import write_graph
-from export.graphs.parity_samples import _spread, write_parity_samples
+from export.graphs.parity_samples import _spread, embed_prompts, write_parity_samples
 from export.pipeline.plan import is_adaptable
 from export.profiling.protocol import Effort, profile
 from export.proof.parity import check_parity, compare
 from export.proof.prove import prove
 from export.runtime.exported_model import open_exported
 from toolchain.errors import ClipkdError, GateError
-from toolchain.evaluation.eval_set import classes_set
+from toolchain.evaluation.eval_set import captions_set, classes_set
 from toolchain.models.build import load_model
 from toolchain.models.towers import ImageTower, TextTower, unit_text_features
 from toolchain.precisions import PRECISIONS
@@ -26,6 +27,7 @@ from toolchain.precisions import PRECISIONS
 STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
 NAMES = ["latin small letter a", "greek capital letter omega", "leftwards arrow with hook", "digit one", "plus sign"]
 TEMPLATES = ("{}", "a drawing of {}")
+PROMPTS = [template.format(name) for template in TEMPLATES for name in NAMES]
 FLOAT32_NOISE = 1e-5  # of a unit feature: float32 sums in another order
 FILES = {"image.onnx", "text.onnx", "tokenizer.json", "preprocess.json", "classes.npz", "parity.npz"}
 
@@ -91,13 +93,14 @@ def test_a_checkpoint_whose_features_are_not_finite_is_not_exported(images, tmp_
     with torch.no_grad():
         model.net.get_parameter(tower).fill_(float("nan"))
     headline = classes_set("made", images, NAMES, TEMPLATES)
-    said_first = rf"the model's {said} features are NaN or infinite for 5 of 5 inputs, the first: "
-    towers = ImageTower(model.net), TextTower(model.net)
+    said_first = rf"the model's {said} features are NaN or infinite for "
+
+    def write() -> None:
+        prompts = embed_prompts(TextTower(model.net), model, headline)
+        write_parity_samples(tmp_path / "parity.npz", model, ImageTower(model.net), prompts, headline)
+
     with torch.no_grad(), pytest.raises(ClipkdError, match=said_first):
-        write_parity_samples(tmp_path / "parity.npz", model, towers, headline)
-    if said == "text":
-        with pytest.raises(ClipkdError, match="the first: class 'latin small letter a'"):
-            class_embeddings(TextTower(model.net), model, NAMES, TEMPLATES)
+        write()
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +127,8 @@ def test_class_embeddings_are_the_definition(exported, model):
 
 def test_fp32_passes_its_gate_end_to_end(exported):
     result = check_parity(exported[0], precision="fp32")
-    assert result["image"]["num_samples"] == result["text"]["num_samples"] == 5
+    assert result["image"]["num_samples"] == 5
+    assert result["text"]["num_samples"] == result["text"]["num_prompts"] == len(NAMES) * len(TEMPLATES)
 
 
 def test_a_changed_weight_fails_the_gate(exported, tmp_path):
@@ -152,16 +156,17 @@ def test_fp16_stores_and_computes_in_half_and_passes_its_gate(model, images, tmp
     with np.load(tmp_path / "parity.npz") as samples:
         inputs_and_expected = (
             ("image.onnx", "pixel_values", samples["pixel_values_FCHW"], samples["image_features_BD"][:4]),
-            ("text.onnx", "input_ids", samples["input_ids_BT"], samples["text_features_BD"]),
+            ("text.onnx", "input_ids", samples["input_ids_BT"].astype(np.int64), samples["text_features_BD"]),
         )
     options = ort.SessionOptions()  # ENABLE_ALL crashes ONNX Runtime 1.31 on half-precision transformers on a CPU
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     for file, name, values, expected_BD in inputs_and_expected:
         session = ort.InferenceSession(tmp_path / file, options, providers=["CPUExecutionProvider"])
         (actual_BD,) = session.run(None, {name: values})
-        compare(expected_BD, actual_BD, min_sqnr_db=PRECISIONS["fp16"].min_sqnr_db, names=NAMES, what=file)
+        names = PROMPTS[: len(expected_BD)]
+        compare(expected_BD, actual_BD, min_sqnr_db=PRECISIONS["fp16"].min_sqnr_db, names=names, what=file)
         with pytest.raises(GateError):  # and is not mistaken for fp32
-            compare(expected_BD, actual_BD, min_sqnr_db=PRECISIONS["fp32"].min_sqnr_db, names=NAMES, what=file)
+            compare(expected_BD, actual_BD, min_sqnr_db=PRECISIONS["fp32"].min_sqnr_db, names=names, what=file)
 
 
 def test_exporting_prints_nothing_and_leaves_torch_as_it_was(model, tmp_path, capfd):
@@ -179,6 +184,32 @@ def test_parity_samples_are_spread_over_a_large_set():
     indices = _spread(1000)
     assert (indices[0], indices[-1], len(set(indices.tolist()))) == (0, 999, 256)
     assert _spread(5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("kept", "has_classes"), [(10, True), (7, True), (3, True), (5, False), (4, False)])
+@torch.no_grad()
+def test_every_prompt_is_stored_as_far_as_there_is_room(model, images, tmp_path, monkeypatch, kept, has_classes):
+    monkeypatch.setattr(parity_samples, "MAX_PARITY_SAMPLES", 3)
+    headline = classes_set("made", images, NAMES, TEMPLATES)
+    if not has_classes:
+        headline = captions_set("made", images, [[name] for name in NAMES])
+    prompts = PROMPTS if has_classes else NAMES
+    row_bytes = max(map(len, prompts)) + 2 * 20 + 4 * 128  # ids of 16 bits
+    monkeypatch.setattr(parity_samples, "MAX_PROMPT_BYTES", kept * row_bytes + row_bytes - 1)
+    tower = TextTower(model.net)
+    embedded = embed_prompts(tower, model, headline)
+    assert len(embedded.captions) == (len(PROMPTS) if has_classes else kept)
+    write_parity_samples(tmp_path / "parity.npz", model, ImageTower(model.net), embedded, headline)
+    with np.load(tmp_path / "parity.npz") as saved:
+        assert (saved["num_spread"], saved["num_prompts"]) == (3, len(prompts))
+        stored = [caption.decode() for caption in saved["captions"]]
+        assert stored[:3] == [NAMES[0], NAMES[2], NAMES[4]]
+        assert len(stored) == len(set(stored)) == len(saved["input_ids_BT"]) == kept
+        assert set(stored) <= set(prompts)
+        ids_BT = model.tokenize(stored)
+        assert saved["input_ids_BT"].dtype == np.uint16
+        np.testing.assert_array_equal(saved["input_ids_BT"], ids_BT.numpy())
+        np.testing.assert_allclose(saved["text_features_BD"], tower(ids_BT).numpy(), atol=FLOAT32_NOISE)
 
 
 def test_an_operator_onnx_lacks_is_a_clipkd_error(tmp_path):
@@ -284,7 +315,9 @@ def test_int8_needs_frozen_towers_and_floats_refuse_them(model, tmp_path, images
         export(model, tmp_path, images, "int8")
 
 
-def test_class_embeddings_have_unit_norm(model):
-    features_KD = class_embeddings(TextTower(model.net), model, NAMES, TEMPLATES)
+@torch.no_grad()
+def test_class_embeddings_have_unit_norm(model, images):
+    prompts = embed_prompts(TextTower(model.net), model, classes_set("made", images, NAMES, TEMPLATES))
+    features_KD = class_embeddings(prompts.features_BD, len(TEMPLATES))
     assert features_KD.norm(dim=-1).numpy() == pytest.approx(1, abs=FLOAT32_NOISE)
     assert ImageTower(model.net)(torch.randn(2, 3, 32, 32)).norm(dim=-1).detach().numpy() == pytest.approx(1, abs=1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from export.pipeline.plan import plan_exports, select_kits
 from toolchain.errors import UsageError
 from toolchain.precisions import SAFEST_FIRST
 from toolchain.recipe.export import AutoSpec, ExportFlags, ExportSpec, export_overrides
@@ -27,6 +28,7 @@ KITS_ALONE = BOTH.model_copy(update={"runtimes": ("tensorrt",)})
         (CHOOSING, {}, {}),
         (BOTH, {"runtimes": ("openvino",)}, {"runtimes": ["openvino"]}),
         (BOTH, {"precisions": ("int8",)}, {"precisions": ["int8"]}),
+        (BOTH, {"precisions": ("int8", "fp32", "int8")}, {"precisions": ["int8", "fp32"]}),
         (BOTH, {"batch": 1, "uint8_input": True}, {"batch": 1, "uint8_input": True}),
         (CHOOSING, {"auto": False}, {"auto": None}),
         # Kits are added to the runtimes, recorded or named, and end a choice: they are not measured here.
@@ -68,6 +70,14 @@ def test_flags_change_what_they_name(recorded: ExportSpec, flags: dict[str, Any]
         ({"build_engines": False}, "--no-build applies to TensorRT engines"),
         ({"max_drop": 0.01}, "--max-drop applies to --auto"),
         ({"max_drop": 0.01, "auto": False}, "--max-drop applies to --auto"),
+        ({"max_drop": 2.0, "auto": True}, "--max-drop 2: expected a fraction of 1"),
+        ({"max_drop": float("nan"), "auto": True}, "--max-drop nan: expected a fraction of 1"),
+        ({"precisions": ("fp32", "int4")}, r"^--precision int4: no such precision; did you mean int8\?$"),
+        (
+            {"precisions": ("fp8",)},
+            "--precision fp8: no such precision; expected one or more of fp32, bf16, fp16, int8",
+        ),
+        ({"precisions": ()}, "--precision: names no precision; expected one or more of fp32"),
         (
             {"auto": True, "runtimes": ("tensorrt",)},
             "--auto measures on this machine, but TensorRT engines run on the target device",
@@ -82,6 +92,39 @@ def test_flags_that_make_no_sense_together(flags: dict[str, Any], problem: str) 
 def test_a_choice_needs_a_runtime_that_runs_here() -> None:
     with pytest.raises(UsageError, match="the recipe exports only for tensorrt: add --onnx or --openvino"):
         export_overrides(KITS_ALONE, ExportFlags(auto=True))
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "expected"),
+    [
+        ((), False),
+        (("onnxruntime",), False),
+        (("onnxruntime", "tensorrt"), False),
+        (("tensorrt",), True),
+    ],
+)
+def test_kits_alone_are_exported_alone(tmp_path: Path, runtimes: tuple[RuntimeName, ...], expected: bool) -> None:
+    flags = ExportFlags(runtimes=runtimes)
+    assert flags.only_kits is expected
+    if expected:
+        recipe = exporting(written(tmp_path / "recipe.yaml", BOTH), flags)
+        assert recipe.export.runtimes == ("onnxruntime", "openvino", "tensorrt"), "the recipe keeps the others"
+        planned = plan_exports(select_kits(recipe))
+        assert [export.name for export in planned] == ["adopted-tensorrt-fp32", "adopted-tensorrt-fp16"]
+
+
+def test_an_error_of_a_flag_is_not_told_as_one_of_the_recipe(tmp_path: Path) -> None:
+    path = written(tmp_path / "recipe.yaml", BOTH)
+    with pytest.raises(UsageError) as caught:
+        exporting(path, ExportFlags(precisions=("int8",)), ["export.opset=18"])
+    assert str(caught.value).startswith(f"{path} with its flags --set export.opset=18: 1 problem(s)")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, ["export.opset=3"])
+    assert str(caught.value).startswith(f"{path} with --set export.opset=3: 1 problem(s)")
+    path.write_text(path.read_text().replace("opset: 20", "opset: 3"))
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: 1 problem(s)")
 
 
 def written(path: Path, export: ExportSpec) -> Path:

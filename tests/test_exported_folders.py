@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for arguments in (
         ["adopt", TEACHER, "--like", "glyphs", *ONE_RUNTIME, "--out", str(out)],
-        ["export", str(out), "--trt", "--no-build"],
+        ["export", str(out), "--onnx", "--trt", "--no-build"],
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["clipkd", *arguments])
@@ -154,7 +154,7 @@ def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labe
     code = snippet.replace('"image.png"', repr(str(picture))) + "print(image_features.shape)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=made, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert len(predict(made, [picture, picture], ["a", "b"], 1)) == 2
+    assert [answer["error"] for answer in predict(made, [picture, picture], ["a", "b"], 1)] == [None, None]
     baked = bake(made, labels, None, tmp_path / "baked")
     assert "uint8_input" not in baked.manifest["summary"]
     (logits,) = ort.InferenceSession(baked.path / "classifier.onnx").get_outputs()
@@ -264,8 +264,9 @@ def test_the_baked_graph_computes_the_logits(model, labels, picture, tmp_path) -
     [
         (b"", "empty"),
         (b"\n", "empty"),
-        (b"a\n\nb\n", "line 2 is blank"),
-        (b"a\nb\na\n", "line 3 repeats line 1: 'a'"),
+        (b"\xef\xbb\xbf\r\n \r\n", "empty"),
+        (b"a\nb\n\na\n b \n", "line 4 repeats line 1: 'a'; line 5 repeats line 2: 'b'. Keep one of each"),
+        (b"a\n" * 3000, "line 6 repeats line 1: 'a'; and 2,994 more. Keep"),
         (b"caf\xe9\n", "not UTF-8 at byte 3"),
         (b"a\0b\n", "line 1 contains a NUL"),
     ],
@@ -279,16 +280,17 @@ def test_label_files_are_refused_with_the_line(tmp_path, content, said) -> None:
 
 def test_label_files_of_other_systems_are_read(tmp_path) -> None:
     path = tmp_path / "labels.txt"
-    path.write_bytes(b"\xef\xbb\xbfa cat\r\na dog\r\n")
-    assert read_lines(path, "labels") == ["a cat", "a dog"]
+    for content in (b"\xef\xbb\xbfa cat\r\na dog\r\n", b"\n a cat\n\n\na dog\t\n\n", b"a cat\ra dog"):
+        path.write_bytes(content)
+        assert read_lines(path, "labels") == ["a cat", "a dog"]
     with pytest.raises(UsageError, match="cannot read labels"):
         read_lines(tmp_path / "absent.txt", "labels")
 
 
 def test_templates_need_one_place_for_the_label(tmp_path) -> None:
     path = tmp_path / "templates.txt"
-    path.write_text("a photo\n")
-    with pytest.raises(UsageError, match=r"line 1: expected one \{\} where the label goes"):
+    path.write_text("{} a\n\na photo\n")
+    with pytest.raises(UsageError, match=r"line 3: expected one \{\} where the label goes"):
         read_templates(path)
 
 

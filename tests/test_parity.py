@@ -127,6 +127,64 @@ def test_the_same_encoders_pass(folder):
     assert result["text"]["num_samples"] == 6
 
 
+@pytest.fixture
+def many_prompts(folder):
+    """Four spread prompts and 396 others, of the 500 that the set has."""
+    encoders = FakeEncoders()
+    captions = [f"{first}{second}cd" for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmnopqrst"]
+    with np.load(folder / "parity.npz") as saved:
+        kept = {name: saved[name] for name in saved.files if name != "names"}
+    input_ids_BT = encoders.tokenize(captions)
+    kept |= {
+        "captions": np.char.encode(captions, "utf-8"),
+        "num_spread": 4,
+        "num_prompts": 500,
+        "input_ids_BT": input_ids_BT.astype(np.uint16),
+        "text_features_BD": encoders.encode_ids(input_ids_BT),
+    }
+    np.savez(folder / "parity.npz", **kept)
+    return folder, captions
+
+
+def damage_prompts(monkeypatch, indices, damage):
+    intact = FakeEncoders.encode_ids
+
+    def encode(self, input_ids_BT):
+        features_BD = intact(self, input_ids_BT)
+        features_BD[indices] = damage(features_BD[indices])
+        return features_BD
+
+    monkeypatch.setattr(FakeEncoders, "encode_ids", encode)
+
+
+def test_all_prompts_are_compared_and_the_worst_of_them_is_named(many_prompts, monkeypatch):
+    folder, captions = many_prompts
+    assert check_parity(folder, precision="fp32", encoders=FakeEncoders())["text"]["num_below"] == 0
+    damage_prompts(monkeypatch, [399], lambda features_BD: features_BD * [[1, 1, 0.5]])
+    text = check_parity(folder, precision="int8", encoders=FakeEncoders())["text"]
+    assert (text["num_samples"], text["num_prompts"], text["num_below"]) == (400, 500, 1)
+    assert (text["worst_sample"], text["worst_prompt"]) == (399, captions[399])
+    assert text["min_cosine"] < 0.97
+    with pytest.raises(GateError, match=r"text tower, fp16: sample 399 of 400 \('ttcd'\) differs"):
+        check_parity(folder, precision="fp16", encoders=FakeEncoders())
+
+
+@pytest.mark.parametrize(
+    ("indices", "damage", "said"),
+    [
+        ([3], np.negative, r"sample 3 of 4 \('adcd'\) differs"),
+        ([5, 6, 7, 8, 9], np.negative, "sample 5 of 400 .* 5 are below, at most 1% may be"),
+        ([399], lambda features_BD: features_BD * np.nan, r"sample 399 of 400 \('ttcd'\) .* SQNR nan"),
+        ([399], lambda features_BD: features_BD * np.inf, r"sample 399 of 400 \('ttcd'\) differs"),
+    ],
+    ids=["a spread one", "too many", "NaN", "infinity"],
+)
+def test_prompts_that_fail_although_a_share_may_differ(many_prompts, monkeypatch, indices, damage, said):
+    damage_prompts(monkeypatch, indices, damage)
+    with pytest.raises(GateError, match=said):
+        check_parity(many_prompts[0], precision="int8", encoders=FakeEncoders())
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_wrong_mean_fails_whatever_the_precision(folder, precision):
     with pytest.raises(GateError, match="preprocessing of sample"):

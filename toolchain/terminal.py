@@ -69,6 +69,16 @@ class TerminalScreen:
         if not self.silent:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def result(self, *lines: str) -> None:
+        """Print lines of the result on stdout; a bar on the same terminal is removed meanwhile."""
+        share_terminal = stdout.is_terminal and not self.bar.disable
+        if share_terminal:
+            self.bar.stop()
+        for text in lines:
+            print_line(text)
+        if share_terminal:
+            self.bar.start()
+
     def done(self, name: str, stage: "Stage") -> None:
         self.line(name, "cached" if stage.cached else f"done in {stage.manifest['took_s']:.0f} s")
 
@@ -110,12 +120,12 @@ def print_result(document: Any, as_json: bool, *shown: TextTable | Note | object
 
 def print_line(text: object) -> None:
     """Print a line of the result on stdout, without markup."""
-    stdout.print(str(text), soft_wrap=True, highlight=False, markup=False)
+    stdout.print(str(text), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def print_note(text: object) -> None:
     """Print a line that is not part of the result on stderr, without markup."""
-    stderr.print(str(text), soft_wrap=True, highlight=False, markup=False)
+    stderr.print(str(text), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def print_table(table: TextTable) -> None:

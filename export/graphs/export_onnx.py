@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from export.documents import GraphSummary, PlannedExport
 from export.graphs.onnx_graph import adapt_graph, write_graph, write_uint8_graph
-from export.graphs.parity_samples import in_chunks, write_parity_samples
+from export.graphs.parity_samples import Prompts, embed_prompts, write_parity_samples
 from export.graphs.precision import convert_frozen_tower, is_half, prepare_tower, require_half_range
 from export.graphs.tokenizer_json import write_tokenizer
 from export.model_folder import IMAGE_GRAPH, IMAGE_INPUT, TEXT_GRAPH, TEXT_INPUT, UINT8_GRAPH
 from toolchain.evaluation.eval_set import EvalSet
-from toolchain.evaluation.zero_shot import require_finite
 from toolchain.filesystem import write_json
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, TextTower, example_pixels, num_parameters, without_attention_fast_path
@@ -90,8 +89,8 @@ def export_onnx(
             )
             if planned.uint8_input and file == IMAGE_GRAPH:
                 write_uint8_graph(converted, preprocess["image"], folder / UINT8_GRAPH, opset=opset, metadata=metadata)
-        _write_classes(folder / "classes.npz", model, text, headline)
-        _write_samples(folder / "parity.npz", model, (image, text), headline, planned.precision)
+        prompts = _write_samples(folder / "parity.npz", model, (image, text), headline, planned.precision)
+        _write_classes(folder / "classes.npz", model, prompts, headline)
     return _summary(model, folder, planned, opset)
 
 
@@ -145,11 +144,11 @@ def _version() -> str:
         return "source"
 
 
-def _write_classes(path: Path, model: ClipModel, text_tower: nn.Module, headline: EvalSet) -> None:
+def _write_classes(path: Path, model: ClipModel, prompts: Prompts, headline: EvalSet) -> None:
     names = headline.texts if headline.has_classes else []
     features_KD = np.empty((0, model.embed_dim), np.float32)
     if names:
-        features_KD = class_embeddings(text_tower, model, names, headline.templates).numpy()
+        features_KD = class_embeddings(prompts.features_BD, len(headline.templates)).numpy()
     arrays: dict[str, Any] = {
         "names": np.array(names, np.str_),
         "templates": np.array(headline.templates),
@@ -161,21 +160,24 @@ def _write_classes(path: Path, model: ClipModel, text_tower: nn.Module, headline
     np.savez(path, **arrays)
 
 
-@torch.no_grad()
-def class_embeddings(text_tower: nn.Module, model: ClipModel, names: list[str], templates: tuple[str, ...]) -> Tensor:
-    """Return [K, D] float32: normalize(mean over templates of the unit text feature). CLIP (arXiv:2103.00020), 3.1.4"""
-    ids_PKT = [model.tokenize([template.format(name) for name in names]) for template in templates]
-    mean_KD = torch.stack([in_chunks(text_tower, ids_KT) for ids_KT in ids_PKT]).mean(0)
-    require_finite("text", mean_KD.numpy(), lambda index: f"class {names[index]!r}")
-    return F.normalize(mean_KD, dim=-1)
+def class_embeddings(prompt_features_BD: Tensor, num_templates: int) -> Tensor:
+    """Return [K, D] float32: normalize(mean over templates of the unit text feature). CLIP (arXiv:2103.00020), 3.1.4
+
+    The prompts are those of all classes in the first template, then in the second, and so on.
+    """
+    features_PKD = prompt_features_BD.reshape(num_templates, -1, prompt_features_BD.shape[-1])
+    return F.normalize(features_PKD.mean(0), dim=-1)
 
 
 def _write_samples(
     path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet, precision: str
-) -> None:
-    """Write the parity samples, and check that the layers' outputs on them fit the precision."""
+) -> Prompts:
+    """Write the parity samples, and check that the layers' outputs on them fit the precision; return all prompts."""
+    image_tower, text_tower = towers
     with ExitStack() as watching:
         if is_half(precision):
             for name, tower in zip(("image", "text"), towers, strict=True):
                 watching.enter_context(require_half_range(tower, name, precision))
-        write_parity_samples(path, model, towers, headline)
+        prompts = embed_prompts(text_tower, model, headline)
+        write_parity_samples(path, model, image_tower, prompts, headline)
+    return prompts

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.documents import ExportSummary, Parity, Uint8Parity
+from export.documents import ExportSummary, Parity, TextParity, Uint8Parity
 from toolchain.filesystem import file_sha256
+from toolchain.precisions import PRECISIONS
 
 CARD = "MODEL_CARD.md"
 _UNLISTED = (CARD, "SHA256SUMS", "manifest.json", "key", "lock")
@@ -54,8 +55,7 @@ _OPTIONS = {
 def write_card(folder: Path, name: str, summary: ExportSummary, provenance: dict[str, Any]) -> None:
     """Write the model card of the files in `folder`; equal files and arguments give equal bytes.
 
-    `summary` is the summary in the manifest. `provenance` names teacher, data and checkpoint as the recipe and the
-    manifests do.
+    `summary` is the summary in the manifest. `provenance` is the result of `describe_origin`.
     """
     kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _UNLISTED)
     sums = "\n".join(f"{file_sha256(path)}  {path.name}" for path in kept)
@@ -76,12 +76,14 @@ the dot product of two features is their cosine similarity.
 
 {origin}
 
+Paths are relative to the directory of the run in which this model was made.
+
 The licence of this model depends on the licences of the teacher and of the training data, which clipkd cannot detect.
 If one is not given above, check where the teacher or the data was published before you pass the model on.
 
 ## Parity check
 
-{_parity(summary["parity"])}
+{_parity(summary["parity"], summary["precision"])}
 
 ## Use
 
@@ -128,14 +130,27 @@ levels. The lowest cosine similarity of the features is {measured["min_cosine"]:
 """
 
 
-def _parity(parity: Parity) -> str:
+def describe_low_sqnr(text: TextParity, precision: str) -> str:
+    """Return a sentence on the prompts below the precision's threshold: some int8 kernels compute them less exactly."""
+    share = f"{text['num_below']:,} of {text['num_samples']:,} prompts"
+    threshold = f"{PRECISIONS[precision].min_sqnr_db:g} dB of SQNR"
+    return f"{share} are below {threshold}; the worst has cosine {text['min_cosine']:.4f}: {text['worst_prompt']}"
+
+
+def _parity(parity: Parity, precision: str) -> str:
+    text = parity["text"]
     rows = [
-        f"| {name} | {tower['num_samples']} | {tower['min_cosine']:.6f} | {tower['min_sqnr_db']:.1f} |"
-        for name, tower in (("image", parity["image"]), ("text", parity["text"]))
+        f"| {name} | {tower['num_samples']:,} | {tower['min_cosine']:.6f} | {tower['min_sqnr_db']:.1f} |"
+        for name, tower in (("image", parity["image"]), ("text", text))
     ]
     head = (
         "The features of this model compared with those of the checkpoint in PyTorch, including preprocessing and\n"
         "tokenization. The numbers are those of the worst sample; SQNR is the signal-to-quantization-noise ratio of\n"
         "its features.\n\n"
     )
-    return head + "\n".join(["| tower | samples | lowest cosine | lowest SQNR, dB |", "|---|---|---|---|", *rows])
+    compared = f"{text['num_samples']:,} of the {text['num_prompts']:,} prompts"
+    scope = f"The text tower was compared on {compared} of the evaluation set."
+    if text["num_below"]:
+        scope += f"\n{describe_low_sqnr(text, precision)}"
+    table = "\n".join(["| tower | samples | lowest cosine | lowest SQNR, dB |", "|---|---|---|---|", *rows])
+    return f"{head}{table}\n\n{scope}"

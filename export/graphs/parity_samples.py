@@ -1,6 +1,7 @@
 """Write parity.npz: real images and captions with the PyTorch features that every runtime is compared with."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from toolchain.models.clip_model import ClipModel
 
 MAX_PARITY_SAMPLES = 256
 MAX_PARITY_BYTES = 1 << 26  # of image pixels: all 256 samples at 224x224
+MAX_PROMPT_BYTES = 20 << 20  # of captions, ids and features: 10,000 prompts at 512 features
 NUM_PARITY_PIXELS = 4  # samples stored with pixel_values: each takes 600 kB at 224x224, and one reveals a wrong mean
 _CHUNK = 256  # samples per forward
 
@@ -26,32 +28,79 @@ def in_chunks(tower: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([tower(inputs[start : start + _CHUNK].to(device)).cpu() for start in starts])
 
 
-def write_parity_samples(path: Path, model: ClipModel, towers: tuple[nn.Module, nn.Module], headline: EvalSet) -> None:
-    """Write the inputs that parity.py feeds to a runtime and torch's features; samples are spread over the set.
+class Prompts(NamedTuple):
+    """Texts of an evaluation set in every template, one template after another, and PyTorch's results."""
+
+    captions: list[str]
+    input_ids_BT: Tensor
+    features_BD: Tensor
+    stored: NDArray[np.int64]
+    """Indices of those that parity.npz stores, the ones spread over the set first."""
+
+    num_prompts: int
+    """The number of prompts that the set has."""
+
+
+def embed_prompts(text_tower: nn.Module, model: ClipModel, headline: EvalSet) -> Prompts:
+    """Return the features of all class prompts of a set, or of as many of its captions as parity.npz stores.
+
+    Raises:
+        ClipkdError: a feature is NaN or infinite.
+    """
+    captions = [template.format(text) for template in headline.templates for text in headline.texts]
+    num_prompts, input_ids_BT = len(captions), model.tokenize(captions)
+    row_bytes = _row_bytes(captions, input_ids_BT, model.embed_dim)
+    stored = _choose_prompts(len(headline.texts), num_prompts, row_bytes)
+    if not headline.has_classes:  # no class matrix is made of captions, and there may be many
+        captions, input_ids_BT = [captions[index] for index in stored], input_ids_BT[stored]
+        stored = np.arange(len(captions))
+    features_BD = in_chunks(text_tower, input_ids_BT)
+    require_finite("text", features_BD.numpy(), lambda row: repr(captions[row]))
+    return Prompts(captions, input_ids_BT, features_BD, stored, num_prompts)
+
+
+def write_parity_samples(
+    path: Path, model: ClipModel, image_tower: nn.Module, prompts: Prompts, headline: EvalSet
+) -> None:
+    """Write the inputs that parity.py feeds to a runtime and torch's features.
+
+    The first `num_spread` prompts are in one template and spread over the set, as the images are. All others follow;
+    if they exceed `MAX_PROMPT_BYTES`, evenly spread ones do.
 
     Raises:
         ClipkdError: none of the images can be read, or a feature is NaN or infinite.
     """
     shown, images = _parity_images(headline, model)
-    spoken = _spread(len(headline.texts))
-    captions = [headline.templates[0].format(headline.texts[index]) for index in spoken]
     pixel_values_BCHW = torch.stack([model.preprocess(shown_image) for shown_image in images])
-    input_ids_BT = model.tokenize(captions)
-    image_features_BD = in_chunks(towers[0], pixel_values_BCHW)
-    text_features_BD = in_chunks(towers[1], input_ids_BT)
+    image_features_BD = in_chunks(image_tower, pixel_values_BCHW)
     require_finite("image", image_features_BD.numpy(), lambda row: f"{headline.name}, {headline.label(shown[row])}")
-    require_finite("text", text_features_BD.numpy(), lambda row: repr(captions[row]))
+    input_ids_BT = prompts.input_ids_BT.numpy()
     np.savez(
         path,
-        names=np.array([headline.texts[index] for index in spoken]),
         image_names=np.array([headline.label(index) for index in shown]),
-        captions=np.array(captions),
+        captions=np.char.encode([prompts.captions[index] for index in prompts.stored], "utf-8"),
+        num_spread=min(MAX_PARITY_SAMPLES, len(headline.texts)),
+        num_prompts=prompts.num_prompts,
         pixels_BHWC=np.stack([np.asarray(shown_image) for shown_image in images]),
         pixel_values_FCHW=pixel_values_BCHW[:NUM_PARITY_PIXELS].numpy(),
-        input_ids_BT=input_ids_BT.numpy(),
+        input_ids_BT=input_ids_BT[prompts.stored].astype(np.min_scalar_type(int(input_ids_BT.max()))),
         image_features_BD=image_features_BD.numpy(),
-        text_features_BD=text_features_BD.numpy(),
+        text_features_BD=prompts.features_BD.numpy()[prompts.stored],
     )
+
+
+def _row_bytes(captions: list[str], input_ids_BT: Tensor, width: int) -> int:
+    """Return the bytes that parity.npz takes for one prompt."""
+    id_bytes = np.min_scalar_type(int(input_ids_BT.max())).itemsize
+    return max(len(caption.encode()) for caption in captions) + id_bytes * input_ids_BT.shape[-1] + 4 * width
+
+
+def _choose_prompts(num_texts: int, num_prompts: int, row_bytes: int) -> NDArray[np.int64]:
+    """Return the indices of the prompts to store: texts spread over the set in the first template, then the others."""
+    spread = _spread(num_texts, MAX_PARITY_SAMPLES)
+    others = np.setdiff1d(np.arange(num_prompts), spread)
+    room = max(0, MAX_PROMPT_BYTES // row_bytes - len(spread))
+    return np.concatenate([spread, others[_spread(len(others), room)]])
 
 
 def _parity_images(headline: EvalSet, model: ClipModel) -> tuple[list[int], list[Image.Image]]:

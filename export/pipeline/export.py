@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.device_programs.runner import as_pair
 from export.documents import ExportSummary, GraphSummary, PlannedExport
+from export.pipeline.origin import describe_origin
 from export.pipeline.plan import FAILED, is_adaptable, is_of_the_model, mark_failed, plan_exports, shipped_role
 from toolchain.errors import ClipkdError, GateError, UnavailableBackend
 from toolchain.filesystem import read_json
@@ -46,11 +47,12 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
         if planned.in_precision.is_quantized and planned.checkpoint not in made:
             continue  # `quantize` reported why
         checkpoint = made[planned.checkpoint]
-        spec = _stage_spec(planned, recipe, out, checkpoint, headline)
+        origin = describe_origin(recipe, out, checkpoint, made.get("teacher"))
+        spec = _stage_spec(planned, recipe, out, checkpoint, headline, origin)
         source = next((exported[e.name] for e in plan if e.name in exported and is_adaptable(e, planned)), None)
         screen.starts(planned.name)
         try:
-            work = partial(_export_and_prove, planned, recipe, checkpoint, source, screen)
+            work = partial(_export_and_prove, planned, recipe, checkpoint, source, origin, screen)
             exported[planned.name] = run_stage(spec, work)
         except ClipkdError as error:  # continue with the other models
             is_candidate = recipe.export.auto is not None and planned.role == shipped_role(recipe)
@@ -67,11 +69,13 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     return {planned.name: exported[planned.name] for planned in plan if planned.name in exported}
 
 
-def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str) -> StageSpec:
+def _stage_spec(
+    planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str, origin: dict[str, Any]
+) -> StageSpec:
     return StageSpec(
         out / "exported" / planned.name,
         kind="export",
-        version=5,
+        version=6,
         fields={
             "runtime": planned.runtime,
             "precision": planned.precision,
@@ -79,7 +83,7 @@ def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: S
             "batch": planned.batch,
             "uint8_input": planned.uint8_input,
             "headline": require_evaluation(recipe).headline,
-            "provenance": _provenance(recipe, checkpoint),
+            "provenance": origin,
         }
         | ({"logit_bias": True} if _has_logit_bias(checkpoint.path) else {}),
         fingerprints={"headline": headline},
@@ -94,7 +98,13 @@ def _has_logit_bias(checkpoint: Path) -> bool:
 
 
 def _export_and_prove(
-    planned: PlannedExport, recipe: Recipe, checkpoint: Stage, source: Stage | None, screen: Screen, folder: Path
+    planned: PlannedExport,
+    recipe: Recipe,
+    checkpoint: Stage,
+    source: Stage | None,
+    origin: dict[str, Any],
+    screen: Screen,
+    folder: Path,
 ) -> dict[str, Any]:
     """Export one model into `folder` and check its parity with PyTorch; return its `ExportSummary`.
 
@@ -111,7 +121,7 @@ def _export_and_prove(
         raise UnavailableBackend(f"{planned.name}: only {alone.title} computes in {planned.precision}; {instead}")
 
     from export.graphs.export_onnx import adapt_export
-    from export.graphs.model_card import write_card
+    from export.graphs.model_card import describe_low_sqnr, write_card
     from export.graphs.tensorrt_kit import complete_kit, write_sums
     from export.proof.prove import prove
 
@@ -125,10 +135,12 @@ def _export_and_prove(
     # The engines of a kit do not exist yet, so its graphs are checked in a runtime that can run them.
     runtime = planned.in_runtime.graphs_open_in
     proof = prove(folder, runtime=runtime, precision=planned.precision, uint8_input=planned.uint8_input)
+    if proof["parity"]["text"]["num_below"]:
+        screen.say(f"{planned.name}: {describe_low_sqnr(proof['parity']['text'], planned.precision)}")
     summary: ExportSummary = {**graphs, **proof}
     if planned.in_runtime.is_kit:
         complete_kit(folder, as_pair(read_json(folder / "preprocess.json")["image"]["size"]))
-    write_card(folder, f"{recipe.name}: {planned.name}", summary, _provenance(recipe, checkpoint))
+    write_card(folder, f"{recipe.name}: {planned.name}", summary, origin)
     if planned.in_runtime.is_kit:
         write_sums(folder)
     return {**summary}
@@ -157,26 +169,3 @@ def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) 
     if planned.in_runtime.is_kit:
         sign_activations(image, text)
     return FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(list(TEMPLATES))))
-
-
-def _provenance(recipe: Recipe, checkpoint: Stage) -> dict[str, Any]:
-    """Return the origin of a model for its card: names and settings of the recipe, and the checkpoint's hash.
-
-    Absolute paths are shortened to the file name, because a card is passed on to others and a recipe is not.
-    """
-
-    def describe(section: Any) -> Any:
-        if section is None:
-            return "none"
-        fields = section.model_dump(mode="json", exclude_none=True)
-        return {
-            key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-            for key, value in fields.items()
-        }
-
-    return {
-        "checkpoint": f"sha256 {checkpoint.digest}",
-        "teacher": describe(recipe.teacher),
-        "student": describe(recipe.student),
-        "data": describe(recipe.data),
-    } | ({"licence of the data": recipe.data.licence} if recipe.data and recipe.data.licence else {})

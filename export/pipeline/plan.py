@@ -67,6 +67,12 @@ def is_adaptable(source: PlannedExport, planned: PlannedExport) -> bool:
     )
 
 
+def select_kits(recipe: Recipe) -> Recipe:
+    """Return the recipe with TensorRT build kits as its only runtimes, so that nothing else is exported again."""
+    kits = tuple(runtime for runtime in recipe.export.runtimes if RUNTIMES[runtime].is_kit)
+    return recipe.model_copy(update={"export": recipe.export.model_copy(update={"runtimes": kits})})
+
+
 @dataclass(frozen=True)
 class PlannedReference:
     """One checkpoint to measure in PyTorch."""

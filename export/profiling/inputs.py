@@ -48,7 +48,8 @@ def write_inputs(
     scratch.mkdir(exist_ok=True)
     image_spec = read_json(exported / "preprocess.json")["image"]
     with np.load(exported / "parity.npz") as samples:
-        pixels_BHWC, input_ids_BT = samples["pixels_BHWC"][:_NUM_INPUTS], samples["input_ids_BT"][:_NUM_INPUTS]
+        pixels_BHWC = samples["pixels_BHWC"][:_NUM_INPUTS]
+        input_ids_BT = samples["input_ids_BT"][:_NUM_INPUTS].astype(np.int64)  # stored in fewer bytes
     values_CHW = _save_images(pixels_BHWC, image_spec, scratch)
     np.save(scratch / "text.npy", input_ids_BT)
     shared = ["--threads", str(options.threads)]

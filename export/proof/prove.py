@@ -25,7 +25,7 @@ from export.runtime.exported_model import ExportedEncoders, open_exported, open_
 from toolchain.errors import ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend
 
 _CHILD = "from export.proof.prove import answer; answer()"
-_TIMEOUT_S = 1800.0  # 256 samples of the largest towers take minutes on a small machine
+_TIMEOUT_S = 7200.0  # 10,000 prompts of the largest towers take an hour on a small machine
 _STDERR_LINES = 8
 _ERRORS: dict[str, type[ClipkdError]] = {
     error.__name__: error for error in (ArtifactError, ClipkdError, GateError, MissingDependency, UnavailableBackend)

@@ -20,13 +20,14 @@ from toolchain.errors import ArtifactError, UsageError
 from toolchain.stage import MANIFEST, Stage, StageSpec, open_stage, run_stage
 
 CLASSIFIER = "classifier.onnx"
+_NAMED = 5  # repeated lines that a message names
 
 
 def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path) -> Stage:
     """Write `out`: the image tower, classes.npz of the labels and, if the onnx package is installed, classifier.onnx.
 
     Raises:
-        UsageError: a file is missing, empty, not UTF-8, or has blank or repeated lines; or `out` exists and was not
+        UsageError: a file is missing, empty, not UTF-8, or has repeated lines; or `out` exists and was not
             made by `clipkd classes`.
         ArtifactError: `model` is not an exported model, or is corrupt, or already has baked-in labels.
     """
@@ -96,30 +97,37 @@ def class_matrix(encoders: ExportedEncoders, names: list[str], templates: list[s
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """Return the lines of a text file, stripped; none may be blank or repeated.
+    """Return the lines of a text file, stripped, without blank ones; none may be repeated.
 
     Raises:
-        UsageError: the file is missing, not UTF-8 or empty, or a line is blank or repeated.
+        UsageError: the file is missing, not UTF-8 or empty, or lines are repeated.
     """
+    return list(_number_lines(path, what))
+
+
+def _number_lines(path: Path, what: str) -> dict[str, int]:
+    """Return the number of each line of a text file; a BOM, any line ending and blank lines are accepted."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: cannot read {what}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
-    if lines == [""]:
-        raise UsageError(f"{path}: empty; expected {what}, one per line")
     first: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise UsageError(f"{path}: line {number} is blank; expected {what}, one per line")
+    repeated: list[str] = []
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if "\0" in line:
             raise UsageError(f"{path}: line {number} contains a NUL character; not a text file")
         if line in first:
-            raise UsageError(f"{path}: line {number} repeats line {first[line]}: {line!r}")
-        first[line] = number
-    return lines
+            repeated.append(f"line {number} repeats line {first[line]}: {line!r}")
+        elif line:
+            first[line] = number
+    if repeated:
+        more = f"; and {len(repeated) - _NAMED:,} more" if len(repeated) > _NAMED else ""
+        raise UsageError(f"{path}: {'; '.join(repeated[:_NAMED])}{more}. Keep one of each")
+    if not first:
+        raise UsageError(f"{path}: empty; expected {what}, one per line")
+    return first
 
 
 def read_templates(path: Path) -> list[str]:
@@ -128,11 +136,11 @@ def read_templates(path: Path) -> list[str]:
     Raises:
         UsageError: as `read_lines`, or a line does not contain {} exactly once.
     """
-    templates = read_lines(path, "templates")
-    for number, template in enumerate(templates, 1):
+    templates = _number_lines(path, "templates")
+    for template, number in templates.items():
         if template.count("{}") != 1:
             raise UsageError(f"{path}: line {number}: expected one {{}} where the label goes, got {template!r}")
-    return templates
+    return list(templates)
 
 
 def _own_templates(model: Path) -> list[str]:

@@ -1,65 +1,127 @@
 """Rank labels for images with an exported model; needs no torch."""
 
+import glob
+import io
+import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from export.runtime.exported_model import open_exported
+from export.runtime.exported_model import ExportedEncoders, open_exported
+from toolchain.data.bad_samples import NO_FILE, UnusableError, to_utf8
 from toolchain.data.class_folders import read_class_name
-from toolchain.errors import ArtifactError, ClipkdError, UsageError
-from toolchain.text_table import TextTable
+from toolchain.data.images import decoding_image, is_image_name
+from toolchain.data.listing import list_images, read_image
+from toolchain.errors import ArtifactError, UsageError
+from toolchain.progress import Progress, no_progress
+
+_BATCH = 32  # images: bounds the wait for the next answers; larger batches are no faster on a CPU
+_WIDEST_NAME = 60  # characters of an image's name that answers are aligned to
 
 
-def predict(model: Path, images: list[Path], labels: list[str] | None, top: int) -> list[dict[str, Any]]:
-    """Return for each image its `top` labels with probabilities, best first.
+class RankedLabel(TypedDict):
+    label: str
+    probability: float
 
-    If `labels` is None, the labels exported with the model are ranked.
+
+class Answer(TypedDict):
+    """The labels of one image, best first, or the reason why there are none."""
+
+    image: str
+    labels: list[RankedLabel]
+    error: str | None
+
+
+class _Classifier(NamedTuple):
+    """The opened image tower, and the labels to rank."""
+
+    encoders: ExportedEncoders
+    names: list[str]
+    features_KD: NDArray[np.float32]
+
+
+def find_images(given: Sequence[Path]) -> list[Path]:
+    """Return the images that files, folders and patterns stand for: `photos`, `photos/*.jpg`, `**/*.png`.
+
+    A folder stands for all images below it, sorted by name. A folder without images, and a pattern or name without a
+    file, stay in the list and become rows with that reason.
+    """
+    found: list[Path] = []
+    for path in given:
+        is_pattern = glob.has_magic(str(path)) and not path.exists()
+        matches = [Path(match) for match in sorted(_glob(str(path)))] if is_pattern else [path]
+        images = [image for match in matches for image in (_list_folder(match) if match.is_dir() else [match])]
+        found += dict.fromkeys(images) or [path]  # `**` matches a folder and the files in it
+    return found
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    return [Path(name) for name in list_images(folder).paths]
+
+
+def count_other_files(given: Sequence[Path]) -> dict[str, int]:
+    """Return how many files of the given folders are passed over because their suffix is not an image's, by suffix."""
+    suffixes = Counter(
+        Path(name).suffix.lower() or "no suffix"
+        for path in given
+        for _, _, names in os.walk(path)
+        for name in names
+        if not is_image_name(name)
+    )
+    return dict(suffixes.most_common())
+
+
+def predict(
+    model: Path, images: Sequence[Path], labels: list[str] | None, top: int, progress: Progress = no_progress
+) -> Iterator[Answer]:
+    """Return an iterator over one answer for each image, in order: its `top` labels with probabilities, best first.
+
+    If `labels` is None, the labels exported with the model are ranked. Images are read and encoded in batches while
+    the answers are taken. One that cannot be read has the reason as its answer.
 
     Raises:
-        UsageError: an image is missing or corrupt, or there are no labels.
+        UsageError: there are no labels, or a label is given twice.
         ArtifactError: `model` is not an exported model.
-        ClipkdError: a feature is NaN or infinite.
     """
     if not (model / "image.onnx").is_file():
         inside = sorted(path.parent for path in model.rglob("image.onnx")) if model.is_dir() else []
         hint = f"it contains: {', '.join(map(str, inside))}" if inside else "make one with: clipkd export RUN"
         raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
-    opened = [_open(path) for path in images]
-    encoders = open_exported(model)
+    labels = None if labels is None else [read_class_name(label) for label in labels]
+    repeated = [label for label, count in Counter(labels or []).items() if count > 1]
+    if repeated:
+        raise UsageError(f"--labels: given twice: {', '.join(repeated)}; name each label once")
     own_labels, own_features_KD = read_classes(model)
     if labels is None and not own_labels:
         raise UsageError(f"{model}: the model was exported without labels; pass some: --labels 'a cat,a dog'")
-    labels = None if labels is None else [read_class_name(label) for label in labels]
-    label_features_KD = own_features_KD if labels is None else encoders.encode_texts(labels)
-    labels = own_labels if labels is None else labels
-    probabilities_BK = encoders.compute_probabilities(encoders.encode_images(opened), label_features_KD)
-    wrong = [str(path) for path, row_K in zip(images, probabilities_BK, strict=True) if not np.isfinite(row_K).all()]
-    if wrong:
-        raise ClipkdError(
-            f"{model}: its features of {wrong[0]} ({len(wrong)} of {len(images)} images) or of the labels are NaN or "
-            "infinite, so there is no answer. Export it in another precision, and see: clipkd evaluate"
-        )
-    answers = []
-    for path, probability_K in zip(images, probabilities_BK, strict=True):
-        best = np.argsort(-probability_K, kind="stable")[:top]
-        ranked = [{"label": labels[k], "probability": float(probability_K[k])} for k in best.tolist()]
-        answers.append({"image": str(path), "labels": ranked})
-    return answers
+    encoders = open_exported(model)
+    if labels is None:
+        classifier = _Classifier(encoders, own_labels, own_features_KD)
+    else:
+        classifier = _Classifier(encoders, labels, encoders.encode_texts(labels))
+    return _rank(classifier, images, top, progress)
 
 
-def predictions_table(answers: Sequence[Mapping[str, Any]]) -> TextTable:
-    """Return a row for each label, the most probable first; an image is named in its first row."""
-    rows = [
-        ["" if position else answer["image"], ranked["label"], f"{100 * ranked['probability']:.1f} %"]
-        for answer in answers
-        for position, ranked in enumerate(answer["labels"])
+def answer_lines(answer: Answer, width: int) -> list[str]:
+    """Return an answer for people: the image's name in `width` columns, then a line for each label, or the reason."""
+    if answer["error"] is not None:
+        return [f"{answer['image']:<{width}}  error: {answer['error']}"]
+    names = [answer["image"], *[""] * (len(answer["labels"]) - 1)]
+    return [
+        f"{name:<{width}}  {100 * ranked['probability']:5.1f} %  {ranked['label']}"
+        for name, ranked in zip(names, answer["labels"], strict=True)
     ]
-    return TextTable(["image", "label", "probability"], rows)
+
+
+def name_width(images: Sequence[Path]) -> int:
+    """Return the columns that `answer_lines` needs for the names of images."""
+    return min(_WIDEST_NAME, max(len(str(path)) for path in images))
 
 
 def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32]]:
@@ -76,12 +138,45 @@ def read_classes(model: Path) -> tuple[list[str], NDArray[np.float32]]:
         raise ArtifactError(f"{path}: missing or corrupt ({error}); export it again: clipkd export RUN") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _glob(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207  # Path.glob refuses absolute patterns
+
+
+def _rank(classifier: _Classifier, images: Sequence[Path], top: int, progress: Progress) -> Iterator[Answer]:
+    encoders, names, features_KD = classifier
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        read = [_read_pixel_values(path, encoders) for path in batch]
+        usable = [pixel_values_CHW for pixel_values_CHW in read if not isinstance(pixel_values_CHW, str)]
+        rows: Iterator[NDArray[np.float32]] = iter(())
+        if usable:
+            rows = iter(encoders.compute_probabilities(encoders.encode_pixels(np.stack(usable)), features_KD))
+        for path, pixel_values in zip(batch, read, strict=True):
+            error, ranked = (pixel_values, []) if isinstance(pixel_values, str) else _best(next(rows), names, top)
+            yield {"image": to_utf8(str(path)), "labels": ranked, "error": error}
+        progress("images", start + len(batch), len(images))
+
+
+def _best(probability_K: NDArray[np.float32], names: list[str], top: int) -> tuple[str | None, list[RankedLabel]]:
+    """Return the most probable labels, equal ones in their order; or an error if the model returned no numbers."""
+    if not np.isfinite(probability_K).all():
+        return "the model returns NaN or infinity for this image", []
+    best = np.argsort(-probability_K, kind="stable")[:top].tolist()
+    return None, [{"label": names[k], "probability": float(probability_K[k])} for k in best]
+
+
+def _read_pixel_values(path: Path, encoders: ExportedEncoders) -> NDArray[np.float32] | str:
+    """Return pixel_values [3, H, W] of an image file, or the reason why it cannot be used."""
+    if path.is_dir():
+        return "a folder without images"
+    if not path.exists():
+        return "no file matches this pattern" if glob.has_magic(str(path)) else NO_FILE
     try:
-        with Image.open(path) as image:
+        content = read_image(path)
+        with decoding_image(content), Image.open(io.BytesIO(content)) as image:
             image.load()
-            return image
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{path}: not a readable image: {error}") from None
+            return encoders.preprocess(image)
+    except UnusableError as error:
+        return to_utf8(f"{error.reason}: {error.detail}" if error.detail else error.reason)
+    except MemoryError:  # one side is so much longer than the other that no machine can resize the image
+        return "too large an image: it does not fit in memory"

@@ -2,6 +2,7 @@
 
 A TensorRT build kit (kit) is a folder of graphs from which the target device builds its own TensorRT engines."""
 
+import difflib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -72,20 +73,28 @@ class ExportFlags:
     """The flags of `clipkd export`; an absent flag leaves the run's recipe as it is.
 
     Raises:
-        UsageError: a flag needs, or excludes, another flag.
+        UsageError: a flag has a wrong value, or needs or excludes another flag.
     """
 
     runtimes: tuple[RuntimeName, ...] = ()
     """Runtimes that run on this machine replace the recorded ones; TensorRT build kits are added to them."""
 
     precisions: tuple[str, ...] | None = None
+    """Names of `PRECISIONS`, as the user wrote them."""
+
     build_engines: bool = True
     auto: bool | None = None
     max_drop: float | None = None
     batch: int | None = None
     uint8_input: bool = False
 
+    @property
+    def only_kits(self) -> bool:
+        """True if TensorRT build kits are the only runtimes asked for."""
+        return bool(self.runtimes) and all(RUNTIMES[runtime].is_kit for runtime in self.runtimes)
+
     def __post_init__(self) -> None:
+        self._check_values()
         kits = any(RUNTIMES[runtime].is_kit for runtime in self.runtimes)
         if not (self.build_engines or kits):
             raise UsageError("--no-build applies to TensorRT engines: write --trt --no-build")
@@ -95,6 +104,21 @@ class ExportFlags:
             raise UsageError(
                 "--auto measures on this machine, but TensorRT engines run on the target device: "
                 "export TensorRT without --auto"
+            )
+
+    def _check_values(self) -> None:
+        """Report a wrong value as that of its flag; in the recipe it would look like an error of recipe.yaml."""
+        known = ", ".join(PRECISIONS)
+        for name in self.precisions or ():
+            if name not in PRECISIONS:
+                near = difflib.get_close_matches(name, PRECISIONS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"expected one or more of {known}"
+                raise UsageError(f"--precision {name}: no such precision; {hint}")
+        if self.precisions == ():
+            raise UsageError(f"--precision: names no precision; expected one or more of {known}, comma-separated")
+        if self.max_drop is not None and not 0 <= self.max_drop < 1:
+            raise UsageError(
+                f"--max-drop {self.max_drop:g}: expected a fraction of 1, such as 0.01 for one point of top-1"
             )
 
 
@@ -110,7 +134,7 @@ def export_overrides(recorded: ExportSpec, flags: ExportFlags) -> dict[str, Any]
     named = [runtime for runtime in flags.runtimes if not RUNTIMES[runtime].is_kit]
     changes: dict[str, Any] = {}
     if flags.precisions is not None:
-        changes["precisions"] = list(flags.precisions)
+        changes["precisions"] = list(dict.fromkeys(flags.precisions))
     if flags.auto:
         named = named or [runtime for runtime in recorded.runtimes if not RUNTIMES[runtime].is_kit]
         if not named:

@@ -69,7 +69,9 @@ def load_recipe(
         raw[section] = {**(raw.get(section) or {}), **fields}
     for override in overrides or []:
         _apply(raw, override)
-    return check_recipe(raw, str(path), path.parent)
+    given = ["its flags"] if any((changes or {}).values()) else []
+    given += [f"--set {override}" for override in overrides or []]
+    return check_recipe(raw, f"{path} with {' '.join(given)}" if given else str(path), path.parent)
 
 
 def make_adoption_recipe(
