@@ -392,12 +392,13 @@ def evaluate(
 ) -> None:
     """Score models on evaluation sets: zero-shot accuracy and retrieval.
 
-    Compares each model with the first.  Exported models need no torch.
+    Compares each model with the first.  Exported models need no torch.  The scores
+    of a run's model are stored in its run, for report and best.
 
     Example: [bold]clipkd evaluate runs/quickstart/exported/student-onnxruntime-int8[/]
     """
     from export.model_folder import find_run
-    from export.pipeline.measure_model import evaluate_models
+    from export.pipeline.evaluate_models import evaluate_models
     from toolchain.evaluation.table import evaluation_table, unreadable_images
     from toolchain.pipeline.stage_inputs import require_evaluation
 
@@ -408,8 +409,7 @@ def evaluate(
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
     spec = require_evaluation(loaded)
     with open_screen() as screen:
-        screen.starts("evaluate")
-        document = evaluate_models(models, spec, screen.progress)
+        document = evaluate_models(models, spec, screen)
     print_result(document, as_json, evaluation_table(document), *unreadable_images(document))
 
 
@@ -455,8 +455,8 @@ def profile(
     Several models are measured interleaved.  One that fails is a row with its
     reason, and sets the exit code.
 
-    On a device other than cpu, a model must pass a parity check first.  Results
-    are stored in its run, in measured/MODEL/DEVICE, and reused.
+    A run's model must pass a parity check first.  Its results are stored in the
+    run, in measured/MODEL/DEVICE, for report and best.
 
     A run's checkpoint, as in RUN/student, is timed in PyTorch on this CPU.
 
