@@ -80,7 +80,7 @@ class _CpuPlace:
 
 
 _Places = dict[int, _Place | _CpuPlace | None]
-"""Of each model by its index; None if its measurement is not stored."""
+"""Places by the index of the model; None if its measurement is not stored."""
 
 
 def profile_models(
