@@ -54,6 +54,7 @@ def run(
 ) -> Path:
     """A run without measurements: a student of three steps, its teacher, both exported in fp32."""
     monkeypatch.setattr(describe, "_LOOK_AROUND_S", 0.0)
+    monkeypatch.setattr("toolchain.report.chart.render_chart", lambda report, form: b"drawn")
     made = exported / "run"
     if not made.exists():
         recipe = tiny_recipe(evaluate=own_set(exported / "images"), profile={"processes": 1, "seconds": 0.03})
@@ -187,6 +188,10 @@ def test_a_checkpoint_is_stored_as_a_reference(run: Path, clipkd: Clipkd) -> Non
     ended = clipkd("run", run / "recipe.yaml", "--out", run, "--set", "profile.pytorch=[eager]", "--json")
     assert ended.code == 0, ended.err
     assert re.search(r"measured/student-pytorch-eager +cached", ended.err)
+    shutil.rmtree(run / "exported" / "student-onnxruntime-fp32")
+    ended = clipkd("evaluate", run / "student")
+    assert ended.code == 0
+    assert f"{run / 'student'}: only printed; a run stores" in ended.err
 
 
 @pytest.mark.usefixtures("one_thread")

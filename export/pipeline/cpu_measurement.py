@@ -21,6 +21,8 @@ from toolchain.recipe.load import load_recipe
 from toolchain.runtimes import RUNTIMES
 from toolchain.stage import MANIFEST, REFERENCE_KIND, Stage, StageSpec, open_stage
 
+STORED_MODELS = "a run stores measurements of exported models, and of checkpoints with an fp32 export of their own"
+
 
 class Scoring(NamedTuple):
     """The evaluation sets that a model is scored on, and the hash of their files."""
@@ -120,24 +122,25 @@ def find_subject(model: Path) -> Subject | None:
     """Return an exported model or a checkpoint of a run as what is measured; None if its measurement is not stored.
 
     That is the case for a model that is not a stage of a run, a TensorRT build kit, whose engines do not run on a CPU,
-    and a checkpoint without an fp32 export, which would have the samples to verify its features with.
+    and a checkpoint without an fp32 export of its own, which has the samples to verify its features with.
     """
     run = find_run(model)
     if run is None or not (model / MANIFEST).is_file():
         return None
     where = model.absolute().parent
-    if is_checkpoint(model):
-        exported = _find_fp32_export(run, model.name) if where == run else None
-        return None if exported is None else Subject(run, open_stage(exported), open_stage(model))
     stage = open_stage(model)
+    if is_checkpoint(model):
+        exported = _find_fp32_export(run, stage) if where == run else None
+        return None if exported is None else Subject(run, exported, stage)
     is_kit = RUNTIMES[stage.manifest["summary"].get("runtime", "onnxruntime")].is_kit
     return None if is_kit or where != run / "exported" else Subject(run, stage)
 
 
-def _find_fp32_export(run: Path, role: str) -> Path | None:
-    """Return the export that `clipkd run` measures a checkpoint of this role beside."""
+def _find_fp32_export(run: Path, checkpoint: Stage) -> Stage | None:
+    """Return the export that `clipkd run` measures a checkpoint beside, if it was made from this checkpoint."""
     planned = plan_exports(load_recipe(run / "recipe.yaml"))
-    paths = [
-        run / "exported" / each.name for each in planned if (each.role, each.precision) == (role, REFERENCE_PRECISION)
-    ]
-    return next((path for path in paths if (path / MANIFEST).is_file()), None)
+    wanted = checkpoint.path.name, REFERENCE_PRECISION
+    paths = [run / "exported" / each.name for each in planned if (each.role, each.precision) == wanted]
+    path = next((path for path in paths if (path / MANIFEST).is_file()), None)
+    exported = None if path is None else open_stage(path)
+    return exported if exported and exported.manifest["inputs"].get("checkpoint") == checkpoint.digest else None

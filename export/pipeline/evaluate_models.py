@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.model_folder import find_run, model_kind
-from export.pipeline.cpu_measurement import Scoring, Subject, find_subject, scoring
+from export.pipeline.cpu_measurement import STORED_MODELS, Scoring, Subject, find_subject, scoring
 from export.pipeline.measure import measure_on_cpu
 from export.runtime.exported_model import open_exported
 from toolchain.evaluation.documents import EvaluatedModel, ModelComparison, SetScores
@@ -74,7 +74,7 @@ def _find_stored(model: Path, spec: EvaluateSpec, screen: Screen) -> Subject | N
         return None
     subject = find_subject(model)
     if subject is None:
-        screen.say(f"{model}: only printed; a run stores the scores of exported models, and of checkpoints beside them")
+        screen.say(f"{model}: only printed; {STORED_MODELS}")
     return subject
 
 

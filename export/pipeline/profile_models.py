@@ -19,7 +19,7 @@ from export.devices.registry import Device, find_device, is_local
 from export.devices.ssh import build_engines_on
 from export.documents import Parity
 from export.model_folder import find_run, is_checkpoint
-from export.pipeline.cpu_measurement import Scoring, Subject, find_subject, scoring
+from export.pipeline.cpu_measurement import STORED_MODELS, Scoring, Subject, find_subject, scoring
 from export.pipeline.engines import open_or_build_engines
 from export.pipeline.measure import measure_on_cpu
 from export.pipeline.measure_model import score
@@ -306,11 +306,9 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
 def _place_on_cpu(model: Path, run: Path, scored: bool, screen: Screen) -> _CpuPlace | None:
     subject = find_subject(model)
     if subject is None and scored:
-        raise UsageError(f"{model}: neither an exported model of {run} nor a checkpoint beside its fp32 export")
+        raise UsageError(f"{model}: cannot be evaluated here, because {STORED_MODELS}; use clipkd evaluate")
     if subject is None:
-        screen.say(
-            f"{model}: only printed; a run stores measurements of exported models, and of checkpoints beside them"
-        )
+        screen.say(f"{model}: only printed; {STORED_MODELS}")
         return None
     return _CpuPlace(subject, scoring(require_evaluation(load_recipe(run / "recipe.yaml"))) if scored else None)
 
