@@ -356,34 +356,38 @@ def best(
     device: Annotated[str | None, typer.Option("--device", "-d", help="Rows of this device; default: all.")] = None,
     where: Annotated[str, typer.Option(help="Conditions on fields of report.json, comma-separated.")] = "",
     by: Annotated[str, typer.Option(help="The field of report.json to rank by.")] = "top1",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Also consider the teacher or baseline. Repeatable.", metavar="ROLE")
+    ] = None,
     external: ExternalOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Choose the model to ship: the best one that meets your conditions.
 
     Also prints the runner-up and why not the others.  Exit code 5: none fits.
+    Teacher and baseline do not ship, so they are chosen only with --include.
 
     Example: [bold]clipkd best runs/quickstart --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2'[/]
     """
     from toolchain.pipeline.run_directory import require_run
-    from toolchain.report.choose_model import choice_lines, choose_model, conditions, rejected_table
+    from toolchain.report.choose_model import choice_lines, choose_model, conditions, explain_no_choice, rejected_table
     from toolchain.report.collect import collect
     from toolchain.report.external_rows import external_rows
+    from toolchain.report.missing import missing_notes
 
     wanted = conditions(where)
     for run in runs:
         require_run(run)
     rows = collect(runs, [row for path in external or [] for row in external_rows(path)])["rows"]
-    choice = choose_model(rows, wanted, by, device)
+    choice = choose_model(rows, wanted, by, device, include or [])
     rejected = [{"name": row["name"], "reasons": reasons} for row, reasons in choice.rejected]
     answer = {"best": choice.best, "runner_up": choice.runner_up, "rejected": rejected, "warnings": choice.warnings}
     warnings = [Note(f"warning: {warning}") for warning in choice.warnings]
     tables = [rejected_table(choice)] if rejected else []
-    print_result(answer, as_json, *choice_lines(choice), *warnings, *tables)
+    missing = missing_notes(rows) if choice.best is not None else []
+    print_result(answer, as_json, *choice_lines(choice), *warnings, *tables, *missing)
     if choice.best is None:
-        raise GateError(
-            f"no model meets: {', '.join(map(str, wanted)) or 'the request'}; relax a condition, see the reasons above"
-        )
+        raise GateError(explain_no_choice(choice, wanted))
 
 
 @app.command()
@@ -397,12 +401,13 @@ def evaluate(
 ) -> None:
     """Score models on evaluation sets: zero-shot accuracy and retrieval.
 
-    Compares each model with the first.  Exported models need no torch.
+    Compares each model with the first.  Exported models need no torch.  The scores
+    of a run's model are stored in its run, for report and best.
 
     Example: [bold]clipkd evaluate runs/quickstart/exported/student-onnxruntime-int8[/]
     """
     from export.model_folder import find_run
-    from export.pipeline.measure_model import evaluate_models
+    from export.pipeline.evaluate_models import evaluate_models
     from toolchain.evaluation.table import evaluation_table, unreadable_images
     from toolchain.pipeline.stage_inputs import require_evaluation
 
@@ -413,8 +418,7 @@ def evaluate(
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
     spec = require_evaluation(loaded)
     with open_screen() as screen:
-        screen.starts("evaluate")
-        document = evaluate_models(models, spec, screen.progress)
+        document = evaluate_models(models, spec, screen)
     print_result(document, as_json, evaluation_table(document), *unreadable_images(document))
 
 
@@ -460,8 +464,8 @@ def profile(
     Several models are measured interleaved.  One that fails is a row with its
     reason, and sets the exit code.
 
-    On a device other than cpu, a model must pass a parity check first.  Results
-    are stored in its run, in measured/MODEL/DEVICE, and reused.
+    A run's model must pass a parity check first.  Its results are stored in the
+    run, in measured/MODEL/DEVICE, for report and best.
 
     A run's checkpoint, as in RUN/student, is timed in PyTorch on this CPU.
 
@@ -886,9 +890,11 @@ def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
 
 
 def _print_report(document: "Report", out: Path, as_json: bool) -> None:
+    from toolchain.report.missing import missing_notes
     from toolchain.report.tables import terminal_table
 
-    print_result(document, as_json, terminal_table(document), Note(str(out / "report.html")))
+    notes = [Note(str(out / "report.html")), *missing_notes(document["rows"])]
+    print_result(document, as_json, terminal_table(document), *notes)
 
 
 def main() -> NoReturn:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from test_report import edit, make_run
 
 from toolchain.errors import UsageError
-from toolchain.report.choose_model import NUMBERS, choose_model, conditions
+from toolchain.report.choose_model import NUMBERS, choose_model, conditions, explain_no_choice
 from toolchain.report.collect import collect
+from toolchain.report.measured import OUTDATED
+from toolchain.report.missing import measure_commands, missing_notes
 from toolchain.report.row import ReportRow
 
 Clipkd = Callable[..., Ended]
@@ -74,6 +76,78 @@ def test_what_ran_in_pytorch_is_never_chosen() -> None:
     assert (reference, ["reference row: the checkpoint in PyTorch, which is not an exported model"]) in choice.rejected
 
 
+def test_teacher_and_baseline_are_chosen_only_if_they_are_included() -> None:
+    rows = [
+        row("t", p50_ms=5.0, top1=0.9, role="teacher"),
+        row("b", p50_ms=1.0, top1=0.7, role="baseline"),
+        row("s", p50_ms=1.0, top1=0.6, role="student"),
+        row("a", p50_ms=1.0, top1=0.5, role="adopted"),
+    ]
+    choice = choose_model(rows, [], "top1", None)
+    assert (choice.best, choice.runner_up) == (rows[2], rows[3])
+    assert (rows[0], ["only for comparison; --include teacher considers it"]) in choice.rejected
+    assert choose_model(rows, [], "top1", None, ["teacher"]).best == rows[0]
+    assert choose_model(rows, [], "top1", None, ["baseline"]).best == rows[1]
+    with pytest.raises(UsageError, match="--include student: expected teacher or baseline"):
+        choose_model(rows, [], "top1", None, ["student"])
+    nothing = choose_model(rows[:2], [], "top1", None)
+    assert explain_no_choice(nothing, []).startswith("no model that ships was exported; --include teacher")
+
+
+def test_what_is_not_measured_is_on_no_device_and_is_no_second_one() -> None:
+    kit = row("kit", device=None, status="not measured", role="student", runtime="tensorrt")
+    kit |= {"run": "runs/mine", "model": "student-tensorrt-int8"}
+    choice = choose_model([*ROWS, kit], [], "top1", None)
+    assert choice.best == ROWS[3]
+    assert (kit, ["status: not measured", "top1 is unknown"]) in choice.rejected
+    assert choose_model([*ROWS, kit], [], "top1", "cpu").best == ROWS[3]
+    alone = choose_model([kit], [], "top1", None)
+    assert explain_no_choice(alone, conditions("p50_ms<=1")) == (
+        "no model that ships is measured completely. Measure first:\n"
+        "  clipkd profile runs/mine/exported/student-tensorrt-int8 --device DEVICE --evaluate"
+    )
+
+
+def test_the_reason_for_no_choice_makes_sense() -> None:
+    where = conditions("top1>=0.99")
+    fails = explain_no_choice(choose_model(ROWS, where, "top1", None), where)
+    assert fails == "no model meets: top1>=0.99; relax a condition, see the reasons above"
+    unknown = [row("x", p50_ms=1.0, top1=0.5)]
+    fails = explain_no_choice(choose_model(unknown, [], "e2e_p50_ms", None), [])
+    assert fails == "no model can be chosen, for the reasons above"
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "profile runs/a/exported/m --evaluate"),
+        ({"top1": 0.5}, "profile runs/a/exported/m"),
+        ({"p50_ms": 1.0}, "evaluate runs/a/exported/m"),
+        ({"p50_ms": 1.0, "device": "orin"}, "profile runs/a/exported/m --device orin --evaluate"),
+        ({"top1": 0.5, "status": OUTDATED[0]}, "profile runs/a/exported/m --evaluate"),
+        ({"top1": 0.5, "p50_ms": 1.0, "status": "no parity.json"}, "profile runs/a/exported/m --evaluate"),
+        ({"top1": 0.5, "pytorch": "eager", "runtime": "pytorch"}, "profile runs/a/student"),
+        ({"pytorch": "compiled", "runtime": "pytorch"}, "run runs/a/recipe.yaml --out runs/a"),
+        ({"run": "my runs/a"}, "profile 'my runs/a/exported/m' --evaluate"),
+    ],
+)
+def test_a_row_names_the_command_that_measures_what_it_lacks(changes: dict[str, Any], command: str) -> None:
+    about = {"run": "runs/a", "model": "m", "role": "student", "runtime": "onnxruntime", "status": "not measured"}
+    assert measure_commands([row("x", **(about | changes)), *ROWS]) == [f"clipkd {command}"]
+
+
+def test_one_command_measures_all_models_that_lack_the_same() -> None:
+    about = {"run": "runs/a", "role": "student", "runtime": "onnxruntime", "status": "not measured"}
+    rows = [row("x", model="m", **about), row("y", model="n", **about), row("z", model="m", **about | {"run": "b"})]
+    assert measure_commands(rows) == [
+        "clipkd profile runs/a/exported/m runs/a/exported/n --evaluate",
+        "clipkd profile b/exported/m --evaluate",
+    ]
+    assert missing_notes(ROWS) == []
+    (note,) = missing_notes(rows)
+    assert "clipkd profile b/exported/m --evaluate" in note.text
+
+
 def test_noise_and_overlap_are_warned_of() -> None:
     rows = [
         row("a", p50_ms=1.0, top1=0.60, top1_low=0.55, top1_high=0.65, grade="C", flags=["BUSY"]),
@@ -95,11 +169,23 @@ def test_noise_and_overlap_are_warned_of() -> None:
         ("p50_ms<=1; import os", "expected a number"),
         ("p50_ms<=nan", "expected a number"),
         ("__class__=x", "unknown field '__class__'"),
+        ("device=cpu", "--where cannot compare device; choose a device with --device"),
+        ("status=ok", "--where cannot compare status; expected one of: batch, threads, fixed_batch"),
     ],
 )
 def test_a_condition_that_is_none(where: str, said: str) -> None:
     with pytest.raises(UsageError, match="(?s)" + said.replace("(", r"\(").replace("?", r"\?")):
         conditions(where)
+
+
+def test_every_number_can_be_compared_and_what_has_a_better_direction_ranks() -> None:
+    (condition,) = conditions("fixed_batch=1")
+    assert condition.unmet_by({"fixed_batch": 1}) is None
+    assert condition.unmet_by({"fixed_batch": None}) == "fixed_batch is unknown"
+    with pytest.raises(UsageError, match="--by cannot rank by fixed_batch; expected one of: batch, "):
+        choose_model(ROWS, [], "fixed_batch", None)
+    with pytest.raises(UsageError, match="unknown field 'top'; did you mean top1"):
+        choose_model(ROWS, [], "top", None)
 
 
 def test_sizes_may_be_short() -> None:

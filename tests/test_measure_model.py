@@ -12,13 +12,15 @@ import pytest
 import torch
 from conftest import REPOSITORY, STUDENT, Ended
 from PIL import Image
+from test_choose_precision import Silent
 
 from export.device_programs.runner import fixed_batch, open_checkpoint
 from export.devices import describe
 from export.documents import PlannedExport
 from export.graphs.export_onnx import export_onnx
 from export.model_folder import find_exported
-from export.pipeline.measure_model import measure_reference
+from export.pipeline.cpu_measurement import Subject, scoring
+from export.pipeline.measure import measure_on_cpu
 from export.pipeline.plan import PlannedReference, plan_exports, plan_references
 from export.profiling.protocol import Effort, Target, profile
 from export.runtime.exported_model import open_exported
@@ -32,7 +34,7 @@ from toolchain.recipe.load import load_recipe, recipe_path
 from toolchain.recipe.recipe import Recipe
 from toolchain.report.choose_model import choose_model
 from toolchain.report.collect import collect
-from toolchain.stage import StageSpec, run_stage
+from toolchain.stage import StageSpec, open_stage, run_stage
 
 SAME_FEATURE = 1e-5  # of a unit vector: ONNX Runtime against PyTorch in float32
 BRIEF = ProfileSpec(processes=1, seconds=0.05)
@@ -71,12 +73,9 @@ def run(spec: EvaluateSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("one_thread")
 def test_a_reference_is_measured_as_an_export_is_and_ships_as_nothing(run: Path, spec: EvaluateSpec) -> None:
     checkpoint, exported = run / "student", run / "exported" / "student-onnxruntime-fp32"
-    stage = run_stage(
-        StageSpec(run / "measured" / "student-pytorch-eager" / "cpu", kind="reference", version=1),
-        lambda folder: measure_reference(
-            checkpoint, exported, folder, spec, BRIEF, "eager", lambda what, done, total: None
-        ),
-    )
+    subject = Subject(run, open_stage(exported), open_stage(checkpoint))
+    stage = measure_on_cpu(subject, Silent(), scored=scoring(spec), timing=BRIEF)
+    assert stage.path == run / "measured" / "student-pytorch-eager" / "cpu"
     names = {path.name for path in stage.path.iterdir()}
     assert names == {
         *("manifest.json", "parity.json", "evaluation.json", "examples.json", "samples.npz", "profile.json")
@@ -114,11 +113,15 @@ def test_pytorch_and_its_export_give_the_same_features(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_another_checkpoint_is_no_reference_of_an_export(run: Path, spec: EvaluateSpec, tmp_path: Path) -> None:
-    save_model(load_model(STUDENT, random_seed=4), tmp_path)
-    exported = run / "exported" / "student-onnxruntime-fp32"
+def test_another_checkpoint_is_no_reference_of_an_export(run: Path, tmp_path: Path) -> None:
+    def train(folder: Path) -> dict[str, Any]:
+        save_model(load_model(STUDENT, random_seed=4), folder)
+        return {}
+
+    other = run_stage(StageSpec(tmp_path / "student", kind="train", version=1), train)
+    exported = open_stage(run / "exported" / "student-onnxruntime-fp32")
     with pytest.raises(GateError, match="image tower, fp32: sample"):
-        measure_reference(tmp_path, exported, tmp_path, spec, BRIEF, "eager", lambda what, done, total: None)
+        measure_on_cpu(Subject(tmp_path, exported, other), Silent(), timing=BRIEF)
 
 
 def test_what_is_timed_is_what_open_clip_gives(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

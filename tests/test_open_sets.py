@@ -15,6 +15,7 @@ import torch
 from conftest import REPOSITORY, Ended, jpeg, make_picture, write_tar
 from numpy.typing import NDArray
 from PIL import Image
+from test_choose_precision import Silent
 
 from toolchain.data.images import IMAGE_SUFFIXES
 from toolchain.distributed import ALONE
@@ -812,7 +813,7 @@ def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> No
     """Pictures of any size, one of them broken, and no classes: parity holds, and the file scores as PyTorch does."""
     from export.documents import PlannedExport
     from export.graphs.export_onnx import export_onnx
-    from export.pipeline.measure_model import evaluate_models
+    from export.pipeline.evaluate_models import evaluate_models
     from export.proof.parity import check_parity
     from toolchain.models.build import save_model
 
@@ -835,7 +836,7 @@ def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> No
         assert samples["pixels_BHWC"].shape == (100, 36, 40, 3), "to be resized, and cropped"
     with np.load(exported / "classes.npz") as classes:
         assert len(classes["names"]) == len(classes["features_KD"]) == 0
-    document = evaluate_models([exported, checkpoint], spec, lambda what, done, total: None)
+    document = evaluate_models([exported, checkpoint], spec, Silent())
     ours, theirs = (scored["sets"]["own"] for scored in document["models"])
     assert ours == theirs
     assert ours["unreadable"] == {"n": 1, "first": [str(tmp_path / "50.jpg")]}

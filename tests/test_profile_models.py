@@ -212,18 +212,19 @@ def test_a_run_keeps_what_its_machines_gpu_measured(
     ]
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
 @pytest.mark.usefixtures("quiet_machine", "bad_runner")
 def test_a_model_that_is_wrong_on_a_device_is_not_timed_there(
-    folder: Path, tmp_path: Path, clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """The real proof, of a folder that has none of what it needs."""
-    gpu = {"name": "gpu", "what": "Example Graphics"}
-    monkeypatch.setattr("export.devices.doctor.local_devices", lambda: [gpu])
+    here = [{"name": name, "what": f"Example {name}"} for name in ("cpu", "gpu")]
+    monkeypatch.setattr("export.devices.doctor.local_devices", lambda: here)
     (model,) = a_run(tmp_path / "run", folder, "wrong")
     monkeypatch.setattr(interleaved, "runner_here", lambda *_: pytest.fail("it was timed"))
-    ended = clipkd("profile", model, "--device", "gpu", *SHORT)
+    ended = clipkd("profile", model, "--device", device, *SHORT)
     assert ended.code == 1
-    assert not (tmp_path / "run" / "measured" / "wrong" / "gpu").exists()
+    assert not (tmp_path / "run" / "measured" / "wrong" / device).exists()
 
 
 FAKE_RUNNER = """

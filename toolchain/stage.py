@@ -98,8 +98,10 @@ Work = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into the directory it is given and returns the manifest's summary."""
 
 
-def run_stage(spec: StageSpec, work: Work) -> Stage:
+def run_stage(spec: StageSpec, work: Work, *, again: bool = False) -> Stage:
     """Make a stage's directory, resume an interrupted attempt, or reuse the finished stage.
+
+    `again`: make it anew even if it is finished; the earlier one stays in place until the new one is complete.
 
     Raises:
         ArtifactError: a finished stage is corrupt or foreign, another process is making it, or the disk is full.
@@ -107,7 +109,7 @@ def run_stage(spec: StageSpec, work: Work) -> Stage:
     key = spec.key
     if spec.path.exists():
         finished = open_stage(spec.path)
-        if finished.manifest["key"] == key:
+        if finished.manifest["key"] == key and not again:
             return finished
     spec.path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(spec.partial), _explaining_full_disk(spec.partial):

@@ -1,45 +1,70 @@
-"""Measure every exported model, and the PyTorch references, as stages."""
+"""Measure models of a run on this machine's CPU as stages: every exported one, the PyTorch references, or one alone."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.documents import export_summary
+from export.pipeline.cpu_measurement import Scoring, Subject, scoring
 from export.pipeline.plan import plan_references
 from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.progress import Screen
+from toolchain.recipe.export import ProfileSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.runtimes import RUNTIMES
-from toolchain.stage import REFERENCE_KIND, Stage, StageSpec, run_stage
+from toolchain.stage import Stage, run_stage
+
+if TYPE_CHECKING:
+    from export.profiling.protocol import Profile
+
+
+def measure_on_cpu(
+    subject: Subject,
+    screen: Screen,
+    *,
+    scored: Scoring | None = None,
+    timing: ProfileSpec | None = None,
+    time: "Callable[[], Profile] | None" = None,
+) -> Stage:
+    """Return the measurement of a model, made or reused: its accuracy if `scored`, its latency if `timing`.
+
+    A part that is not asked for stays as it was if it is of the same model and machine.  A latency that was measured
+    for longer than `timing` asks is kept.  If `time` is given, it provides a new latency even if one is stored.
+
+    Raises:
+        GateError: the model's features here differ from those in PyTorch.
+    """
+    earlier = subject.earlier
+    is_timed_now = timing is not None and (time is not None or not earlier.is_longer(timing, or_equal=True))
+    fields = {
+        "evaluate": earlier.evaluate if scored is None else scored.spec.model_dump(mode="json"),
+        "profile": timing.model_dump(exclude={"pytorch"}) if timing and is_timed_now else earlier.profile,
+    }
+    sets = earlier.sets if scored is None else scored.fingerprint
+    is_scored_now = scored is not None and (earlier.evaluate, earlier.sets) != (fields["evaluate"], sets)
+
+    def work(folder: Path) -> dict[str, Any]:
+        from export.pipeline.measure_model import measure, time_alone
+
+        timed = (time or (lambda: time_alone(subject, timing, screen.progress))) if is_timed_now else None
+        return measure(subject, folder, scored.spec if scored and is_scored_now else None, timed, screen.progress)
+
+    name = f"measured/{subject.name}"
+    screen.starts(name)
+    spec = subject.specify(fields, {} if sets is None else {"sets": sets})
+    stage = run_stage(spec, work, again=time is not None)
+    screen.done(name, stage)
+    return stage
 
 
 def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """Return parity, accuracy and latency of each exported model, in its own runtime on this machine."""
-    measured = {}
-    accuracy, fields, fingerprints = require_evaluation(recipe), _measurement_fields(recipe), _measurement_data(recipe)
-    for name, model in exported.items():
-        if RUNTIMES[export_summary(model)["runtime"]].is_kit:
-            continue  # the engines of a build kit run on their device
-
-        def work(folder: Path, model: Stage = model) -> dict[str, Any]:
-            from export.pipeline.measure_model import measure
-
-            return measure(model.path, folder, accuracy, recipe.profile, screen.progress)
-
-        screen.starts(f"measured/{name}")
-        measured[name] = run_stage(
-            StageSpec(
-                out / "measured" / name / "cpu",
-                kind="measure",
-                version=2,
-                fields=fields,
-                fingerprints=fingerprints,
-                inputs={"model": model},
-            ),
-            work,
-        )
-        screen.done(f"measured/{name}", measured[name])
-    return measured
+    scored = scoring(require_evaluation(recipe))
+    return {
+        name: measure_on_cpu(Subject(out, model), screen, scored=scored, timing=recipe.profile)
+        for name, model in exported.items()
+        if not RUNTIMES[export_summary(model)["runtime"]].is_kit  # the engines of a build kit run on their device
+    }
 
 
 def require_references(recipe: Recipe) -> None:
@@ -62,51 +87,12 @@ def measure_references(
     Raises:
         MissingDependency: a compiled reference needs a C++ compiler, and there is none.
     """
-    measured: dict[str, Stage] = {}
-    planned_references = plan_references(recipe)
-    if not planned_references:
-        return measured
-    accuracy, fields, fingerprints = require_evaluation(recipe), _measurement_fields(recipe), _measurement_data(recipe)
-    for planned in planned_references:
-        if planned.beside not in exported:
-            continue  # its export failed and reported why
-        checkpoint, beside = made[planned.role], exported[planned.beside]
-
-        def work(
-            folder: Path, mode: str = planned.mode, checkpoint: Stage = checkpoint, beside: Stage = beside
-        ) -> dict[str, Any]:
-            from export.pipeline.measure_model import measure_reference
-
-            paths = checkpoint.path, beside.path, folder
-            return measure_reference(*paths, accuracy, recipe.profile, mode, screen.progress)
-
-        screen.starts(f"measured/{planned.name}")
-        measured[planned.name] = run_stage(
-            StageSpec(
-                out / "measured" / planned.name / "cpu",
-                kind=REFERENCE_KIND,
-                version=1,
-                fields={**fields, "pytorch": planned.mode},
-                fingerprints=fingerprints,
-                inputs={"checkpoint": checkpoint, "model": beside},
-            ),
-            work,
-        )
-        screen.done(f"measured/{planned.name}", measured[planned.name])
-    return measured
-
-
-def _measurement_fields(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe fields that every measurement reads."""
+    planned = [each for each in plan_references(recipe) if each.beside in exported]  # others failed and reported why
+    if not planned:
+        return {}
+    scored = scoring(require_evaluation(recipe))
+    subjects = {each.name: Subject(out, exported[each.beside], made[each.role], each.mode) for each in planned}
     return {
-        "evaluate": require_evaluation(recipe).model_dump(mode="json"),
-        "profile": recipe.profile.model_dump(exclude={"pytorch"}),
+        name: measure_on_cpu(subject, screen, scored=scored, timing=recipe.profile)
+        for name, subject in subjects.items()
     }
-
-
-def _measurement_data(recipe: Recipe) -> dict[str, str]:
-    """Return fingerprints of the data and the machine that every measurement depends on."""
-    from toolchain.evaluation.open_sets import fingerprints
-    from toolchain.provenance import machine
-
-    return {"sets": fingerprints(require_evaluation(recipe).sets), "machine": json.dumps(machine(), sort_keys=True)}

@@ -1,19 +1,21 @@
-"""Check parity, evaluate and time an exported model on this machine; exported models need no torch for it."""
+"""Write a measurement of a model on this machine's CPU: parity, accuracy, latency.  Exported models need no torch."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.model_folder import model_kind
-from export.profiling.protocol import Effort, Target, profile
+from export.documents import Parity
+from export.pipeline.cpu_measurement import Earlier, Subject
+from export.profiling.protocol import Effort, Profile, Target, profile
 from export.proof.parity import check_parity
 from export.proof.prove import prove
-from export.runtime.exported_model import open_exported
+from export.runtime.exported_model import ExportedEncoders, open_exported
 from export.runtime.remote_model import reference_encoders
-from toolchain.evaluation.documents import EvaluatedModel, ModelComparison
 from toolchain.evaluation.examples import write_examples
 from toolchain.evaluation.open_sets import open_set
 from toolchain.evaluation.zero_shot import Encoders, evaluate
@@ -21,58 +23,60 @@ from toolchain.filesystem import read_json, write_json
 from toolchain.progress import Progress
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ProfileSpec
-from toolchain.significance import paired_drop
+
+_OF_LATENCY = ("_ms", "_process")  # the ends of the names of latencies in samples.npz; the other arrays are of accuracy
 
 
-def measure(model: Path, folder: Path, spec: EvaluateSpec, timing: ProfileSpec, progress: Progress) -> dict[str, Any]:
+def measure(
+    subject: Subject,
+    folder: Path,
+    spec: EvaluateSpec | None,
+    time: Callable[[], Profile] | None,
+    progress: Progress,
+) -> dict[str, Any]:
     """Write parity.json, evaluation.json, examples.json, samples.npz and profile.json; return the headline numbers.
 
-    The parity check comes first, because timing a wrong model is useless.
+    Without `spec` or `time`, copy that part from the earlier measurement, if it has it.  The parity check comes first,
+    because timing a wrong model is useless.  For a checkpoint, also return the fields of an exported model's manifest.
 
     Raises:
         GateError: the model's features here differ from those in PyTorch.
+        MissingDependency: the checkpoint is to be compiled, and there is no C++ compiler.
     """
-    manifest = read_json(model / "manifest.json")
-    runtime, precision = manifest["summary"]["runtime"], manifest["summary"]["precision"]
-    write_json(folder / "parity.json", prove(model, runtime=runtime, precision=precision)["parity"])
-    encoders = open_exported(model)  # after `prove`, where a graph that crashes its runtime fails in a child process
-    samples, top1 = score(encoders, folder, spec, progress)
-    timed = profile(model, Effort(timing.processes, timing.seconds), progress=progress)
-    np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
-    write_json(folder / "profile.json", timed.document)
-    return {"top1": top1, "p50_ms": timed.document["image"]["p50_ms"]}
 
+    @cache
+    def encoders() -> ExportedEncoders:
+        return _open_encoders(subject)
 
-def measure_reference(
-    checkpoint: Path,
-    exported: Path,
-    folder: Path,
-    spec: EvaluateSpec,
-    timing: ProfileSpec,
-    mode: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write the same files for a run's checkpoint in PyTorch fp32, with `mode` eager or compiled; needs torch.
-
-    Return the fields of an exported model's manifest and the headline numbers.  `exported` is the checkpoint's fp32
-    export; its samples verify that this is the same model.
-
-    Raises:
-        GateError: PyTorch's features differ from those in parity.npz.
-        MissingDependency: `mode` is compiled, and there is no C++ compiler.
-    """
-    compiled = mode == "compiled"
-    encoders = reference_encoders(checkpoint, exported, compiled=compiled)
-    progress("parity", 0, 1)
-    write_json(folder / "parity.json", check_parity(exported, precision="fp32", encoders=encoders))
-    samples, top1 = score(encoders, folder, spec, progress)
-    effort = Effort(timing.processes, timing.seconds)
-    timed = profile(checkpoint, effort, Target(compiled=compiled), progress=progress)
-    np.savez(folder / "samples.npz", **samples, **timed.samples)  # type: ignore[arg-type]  # as above
-    write_json(folder / "profile.json", timed.document)
-    summary = read_json(exported / "manifest.json")["summary"]
+    earlier = subject.earlier
+    if earlier.is_proven:
+        shutil.copyfile(earlier.path / "parity.json", folder / "parity.json")
+    else:
+        progress("parity", 0, 1)
+        write_json(folder / "parity.json", _check_parity(subject, encoders))
+    samples, numbers = _keep(earlier, folder, accuracy=spec is None, latency=time is None)
+    if spec is not None:
+        ranks, numbers["top1"] = score(encoders(), folder, spec, progress)
+        samples |= ranks
+    if time is not None:
+        timed = time()
+        samples |= timed.samples
+        write_json(folder / "profile.json", timed.document)
+        numbers["p50_ms"] = timed.document["image"]["p50_ms"]
+    np.savez(folder / "samples.npz", **samples)  # type: ignore[arg-type]  # numpy types keywords as one array
+    if subject.checkpoint is None:
+        return numbers
+    summary = subject.model.manifest["summary"]
     about = {key: summary[key] for key in ("role", "precision", "params_image", "params_text")}
-    return {**about, "runtime": "pytorch", "pytorch": mode, "top1": top1, "p50_ms": timed.document["image"]["p50_ms"]}
+    return {**about, "runtime": "pytorch", "pytorch": subject.mode, **numbers}
+
+
+def time_alone(subject: Subject, timing: ProfileSpec | None, progress: Progress) -> Profile:
+    """Return the latency of one model, timed by itself."""
+    assert timing is not None
+    compiled = subject.checkpoint is not None and subject.mode == "compiled"
+    effort = Effort(timing.processes, timing.seconds)
+    return profile(subject.timed, effort, Target(compiled=compiled), progress=progress)
 
 
 def score(
@@ -87,43 +91,37 @@ def score(
     return samples, evaluation["sets"][spec.headline]["top1"]
 
 
-def evaluate_models(models: Sequence[Path], spec: EvaluateSpec, progress: Progress) -> ModelComparison:
-    """Return every model's scores on a recipe's evaluation sets, and the difference of each from the first model.
-
-    A model is an exported directory, or a checkpoint directory, which needs torch.
-
-    Raises:
-        UsageError: a directory is neither.
-        ClipkdError: a set is missing or invalid, or too many of its images cannot be read.
-    """
-    for model in models:
-        model_kind(model)  # raises for an invalid directory before the first evaluation
-    sets = [open_set(entry) for entry in spec.sets]
-    documents: list[EvaluatedModel] = []
-    first_ranks: dict[str, NDArray[Any]] = {}
-    for model in models:
-        encoders = _encoders(model)
-        evaluation, samples = evaluate(encoders, sets, headline=spec.headline, progress=progress, what=model.name)
-        document: EvaluatedModel = {"model": str(model), "sets": evaluation["sets"]}
-        if documents:
-            document["against_first"] = {
-                data.name: paired_drop(first_ranks[f"{data.name}_rank"] < 1, samples[f"{data.name}_rank"] < 1)._asdict()
-                for data in sets
-            }
-        else:
-            first_ranks = samples
-        documents.append(document)
-    return {"headline": spec.headline, "models": documents}
+def _open_encoders(subject: Subject) -> ExportedEncoders:
+    if subject.checkpoint is None:
+        return open_exported(subject.model.path)
+    return reference_encoders(subject.checkpoint.path, subject.model.path, compiled=subject.mode == "compiled")
 
 
-def _encoders(model: Path) -> Encoders:
-    if model_kind(model) == "exported":
-        return open_exported(model)
-    from toolchain.distributed import join_processes
-    from toolchain.evaluation.torch_encoders import TorchEncoders
-    from toolchain.models.build import load_model
+def _check_parity(subject: Subject, encoders: Callable[[], ExportedEncoders]) -> Parity:
+    """Return the parity check: of an exported model in a child process, because its graph may crash the runtime."""
+    if subject.checkpoint is not None:
+        return check_parity(subject.model.path, precision="fp32", encoders=encoders())
+    summary = subject.model.manifest["summary"]
+    return prove(subject.model.path, runtime=summary["runtime"], precision=summary["precision"])["parity"]
 
-    device = join_processes().device
-    loaded = load_model(model)
-    loaded.net.to(device)
-    return TorchEncoders(loaded, device)
+
+def _keep(
+    earlier: Earlier, folder: Path, *, accuracy: bool, latency: bool
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Copy parts of an earlier measurement that it has; return their arrays and headline numbers."""
+    names: list[str] = []
+    numbers: dict[str, Any] = {}
+    if accuracy := accuracy and earlier.evaluate is not None:
+        names += ["evaluation.json", "examples.json"]
+        evaluation = read_json(earlier.path / "evaluation.json")
+        numbers["top1"] = evaluation["sets"][evaluation["headline"]]["top1"]
+    if latency := latency and earlier.profile is not None:
+        names.append("profile.json")
+        numbers["p50_ms"] = read_json(earlier.path / "profile.json")["image"]["p50_ms"]
+    for name in names:
+        shutil.copyfile(earlier.path / name, folder / name)
+    if not names:
+        return {}, numbers
+    with np.load(earlier.path / "samples.npz") as stored:
+        kept: Mapping[bool, bool] = {True: latency, False: accuracy}
+        return {name: stored[name] for name in stored.files if kept[name.endswith(_OF_LATENCY)]}, numbers

@@ -5,11 +5,11 @@ The processes of a call's models are interleaved.  A model that fails becomes a 
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from export.devices.registry import Device, find_device, is_local
 from export.devices.ssh import build_engines_on
 from export.documents import Parity
 from export.model_folder import find_run, is_checkpoint
+from export.pipeline.cpu_measurement import STORED_MODELS, Scoring, Subject, find_subject, scoring
 from export.pipeline.engines import open_or_build_engines
+from export.pipeline.measure import measure_on_cpu
 from export.pipeline.measure_model import score
 from export.profiling.documents import FailedRow, ProfileRow
 from export.profiling.protocol import Effort, Profile, Target, profile_together
@@ -30,11 +32,12 @@ from export.runtime.remote_model import encoders_on
 from export.runtime.tensorrt_engines import can_build, open_tensorrt
 from toolchain.errors import ClipkdError, UnavailableBackend, UsageError
 from toolchain.evaluation.open_sets import fingerprints
-from toolchain.filesystem import write_json
+from toolchain.filesystem import read_json, write_json
 from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.progress import Screen
 from toolchain.provenance import machine
 from toolchain.recipe.evaluate import EvaluateSpec
+from toolchain.recipe.export import ProfileSpec
 from toolchain.recipe.load import load_recipe
 from toolchain.stage import Stage, StageSpec, is_made, open_stage, run_lock, run_stage
 
@@ -55,7 +58,7 @@ class _Where:
 
 @dataclass(frozen=True)
 class _Place:
-    """The location of a model's stored measurement: measured/MODEL/DEVICE of its run."""
+    """The location of a model's measurement on a device other than the CPU: measured/MODEL/DEVICE of its run."""
 
     run: Path
     stage: StageSpec
@@ -65,6 +68,19 @@ class _Place:
 
     spec: EvaluateSpec | None
     """The evaluation sets, if the model is evaluated."""
+
+
+@dataclass(frozen=True)
+class _CpuPlace:
+    """A model whose measurement on this machine's CPU is stored in its run."""
+
+    subject: Subject
+    scored: Scoring | None
+    """The evaluation sets, if the model is evaluated."""
+
+
+_Places = dict[int, _Place | _CpuPlace | None]
+"""Places by the index of the model; None if its measurement is not stored."""
 
 
 def profile_models(
@@ -78,29 +94,27 @@ def profile_models(
 ) -> tuple[list[ProfileRow | FailedRow], list[ClipkdError]]:
     """Return a row for each model, in order, and the errors of those that could not be measured.
 
-    On a device other than `cpu`, the profile of a run's model is stored in measured/MODEL/DEVICE of the run, with its
-    parity check against PyTorch and, if `scored`, its accuracy there on the sets of the run's recipe.  The engines of a
-    TensorRT build kit are built for the device first, and stored in the run's engines/.  `out` is a folder for the rows
-    and all latencies.
+    The profile of a run's model is stored in measured/MODEL/DEVICE of the run, with its parity check against PyTorch
+    and, if `scored`, its accuracy there on the sets of the run's recipe.  On the CPU it replaces a stored one, unless
+    that was measured for longer; on another device the stored one is reused.  The engines of a TensorRT build kit are
+    built for the device first, and stored in the run's engines/.  `out` is a folder for the rows and all latencies.
 
     Raises:
         UnavailableBackend: the device does not exist or cannot be reached.
         UsageError: unknown device, or `out` is a file.
     """
     where = _find(device)
-    if scored and where.name == "cpu":
-        raise UsageError("--evaluate needs a device other than cpu; on this machine's CPU, use: clipkd evaluate")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out expects a folder")
     places, failures = _places(models, where, effort, scored, screen)
 
     @cache
     def time_all() -> dict[int, Profile | ClipkdError]:
-        """Time all models that have not failed and have no stored result, together, on the first call."""
+        """Time all models that have not failed, together, on the first call; on a device, those without a result."""
         to_do = {
             index: place
             for index, place in places.items()
-            if index not in failures and (place is None or not is_made(place.stage))
+            if index not in failures and not (isinstance(place, _Place) and is_made(place.stage))
         }
         found = _time([models[index] for index in to_do], list(to_do.values()), where, effort, screen)
         return dict(zip(to_do, found, strict=True))
@@ -117,7 +131,11 @@ def profile_models(
     for index, place in places.items():
         own = None if out is None else out / f"samples-{index + 1}.npz"
         try:
-            measured[index] = _row(models[index], place, where, own, partial(time_one, index), screen)
+            time = partial(time_one, index)
+            if isinstance(place, _CpuPlace):
+                measured[index] = _cpu_row(models[index], place, effort, own, time, screen)
+            else:
+                measured[index] = _row(models[index], place, where, own, time, screen)
         except ClipkdError as error:
             failures[index] = error
     rows = [
@@ -130,11 +148,13 @@ def profile_models(
 
 
 def _time(
-    models: Sequence[Path], places: Sequence[_Place | None], where: _Where, effort: Effort, screen: Screen
+    models: Sequence[Path], places: Sequence[_Place | _CpuPlace | None], where: _Where, effort: Effort, screen: Screen
 ) -> list[Profile | ClipkdError]:
     screen.starts(models[0].name if len(models) == 1 else f"{len(models)} models")
     engines = {
-        model: place.engines.path for model, place in zip(models, places, strict=True) if place and place.engines
+        model: place.engines.path
+        for model, place in zip(models, places, strict=True)
+        if isinstance(place, _Place) and place.engines
     }
     timed_on = Target(where.name if where.on is None else "cpu", where.on, engines)
     found = profile_together(models, effort, timed_on, progress=screen.progress)
@@ -155,26 +175,51 @@ def _row(
 ) -> ProfileRow:
     """Return a model's row, stored in its run or measured now; `own` is the caller's file for its latencies."""
     if place is None:
-        found = time_all()
-        document, samples = found.document, own
-        if own is not None:
-            np.savez(own, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
-    else:
-        name = f"measured/{model.name}/{where.name}"
-        with run_lock(place.run):
-            stage = run_stage(place.stage, partial(_measure, name, place, where, time_all, screen))
-        screen.done(name, stage)
-        document = json.loads((stage.path / "profile.json").read_text(encoding="utf-8"))
-        samples = stage.path / "samples.npz"
-        if own is not None:
-            samples = Path(shutil.copyfile(samples, own))
-    return {
-        "model": str(model),
-        "device": where.name,
-        "status": "ok",
-        **document,
-        "samples": None if samples is None else str(samples),
-    }
+        return _unstored_row(model, where.name, own, time_all())
+    name = f"measured/{model.name}/{where.name}"
+    with run_lock(place.run):
+        stage = run_stage(place.stage, partial(_measure, name, place, where, time_all, screen))
+    screen.done(name, stage)
+    return _stored_row(model, where.name, own, stage)
+
+
+def _cpu_row(
+    model: Path, place: _CpuPlace, effort: Effort, own: Path | None, time: Callable[[], Profile], screen: Screen
+) -> ProfileRow:
+    """Return the row of a run's model on this CPU, measured now, and store it unless the run has a longer one."""
+    subject, timing = place.subject, ProfileSpec(processes=effort.processes, seconds=effort.seconds)
+    with run_lock(subject.run):
+        if not subject.earlier.is_longer(timing):
+            return _stored_row(
+                model, "cpu", own, measure_on_cpu(subject, screen, scored=place.scored, timing=timing, time=time)
+            )
+        row = _unstored_row(model, "cpu", own, time())
+        if place.scored is not None:
+            measure_on_cpu(subject, screen, scored=place.scored)
+        stored = subject.earlier.profile or {}
+    screen.say(
+        f"{model}: only printed, because its run has a longer measurement, of {stored['processes']} processes and "
+        f"{stored['seconds']:g} s; delete {subject.path} to replace it"
+    )
+    return row
+
+
+def _unstored_row(model: Path, device: str, own: Path | None, found: Profile) -> ProfileRow:
+    if own is not None:
+        np.savez(own, **found.samples)  # type: ignore[arg-type]  # numpy types keywords as one array
+    return _measured_row(model, device, found.document, own)
+
+
+def _stored_row(model: Path, device: str, own: Path | None, stage: Stage) -> ProfileRow:
+    samples = stage.path / "samples.npz"
+    if own is not None:
+        samples = Path(shutil.copyfile(samples, own))
+    return _measured_row(model, device, read_json(stage.path / "profile.json"), samples)
+
+
+def _measured_row(model: Path, device: str, document: Mapping[str, Any], samples: Path | None) -> ProfileRow:
+    about = {"model": str(model), "device": device, "status": "ok"}
+    return cast(ProfileRow, {**about, **document, "samples": None if samples is None else str(samples)})
 
 
 def _failed_row(model: Path, where: _Where, failure: ClipkdError) -> FailedRow:
@@ -207,9 +252,9 @@ def _find(device: str) -> _Where:
 
 def _places(
     models: Sequence[Path], where: _Where, effort: Effort, scored: bool, screen: Screen
-) -> tuple[dict[int, _Place | None], dict[int, ClipkdError]]:
+) -> tuple[_Places, dict[int, ClipkdError]]:
     """Return the location of each model's measurement, and the errors of those that cannot be measured."""
-    places: dict[int, _Place | None] = {}
+    places: _Places = {}
     failures: dict[int, ClipkdError] = {}
     for index, model in enumerate(models):
         try:
@@ -219,7 +264,7 @@ def _places(
     return places, failures
 
 
-def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | None:
+def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Screen) -> _Place | _CpuPlace | None:
     """Return the location of a model's measurement, None if it is not stored; build a kit's engines if needed."""
     if is_checkpoint(model) and where.name != "cpu":
         raise UsageError(
@@ -237,8 +282,10 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
         raise UsageError(
             f"{model}: not inside a run, so no recipe lists the sets to evaluate it on; pass RUN/exported/..."
         )
-    if run is None or where.name == "cpu":
+    if run is None:
         return None
+    if where.name == "cpu":
+        return _place_on_cpu(model, run, scored, screen)
     with run_lock(run):
         stage = open_stage(model)
         engines = _engines(stage, run, where, screen) if is_kit else None
@@ -254,6 +301,16 @@ def _place(model: Path, where: _Where, effort: Effort, scored: bool, screen: Scr
         inputs={"model": stage} | ({"engines": engines} if engines else {}),
     )
     return _Place(run, made, stage, engines, spec)
+
+
+def _place_on_cpu(model: Path, run: Path, scored: bool, screen: Screen) -> _CpuPlace | None:
+    subject = find_subject(model)
+    if subject is None and scored:
+        raise UsageError(f"{model}: cannot be evaluated here, because {STORED_MODELS}; use clipkd evaluate")
+    if subject is None:
+        screen.say(f"{model}: only printed; {STORED_MODELS}")
+        return None
+    return _CpuPlace(subject, scoring(require_evaluation(load_recipe(run / "recipe.yaml"))) if scored else None)
 
 
 def _engines(kit: Stage, run: Path, where: _Where, screen: Screen) -> Stage:

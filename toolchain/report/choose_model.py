@@ -13,14 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolchain.errors import UsageError
-from toolchain.report.row import FIELDS, ReportRow
+from toolchain.report.missing import measure_commands
+from toolchain.report.row import FIELDS, Number, ReportRow
 from toolchain.text_table import TextTable
 
 NUMBERS = {name: field.better for name, field in FIELDS.items() if field.better is not None}
 """Numeric fields that can be compared; 1 if more is better, -1 if less is better."""
 
+COMPARABLE = tuple(name for name, field in FIELDS.items() if isinstance(field.kind, Number))
+"""Numeric fields that a condition may use."""
+
 WORDS = tuple(name for name, field in FIELDS.items() if field.where)
 """Text fields that a condition may use."""
+
+COMPARED_ROLES = ("teacher", "baseline")
+"""Roles that do not ship: they are measured to compare the shipped model with."""
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -32,6 +39,9 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
 }
 _CONDITION = re.compile(r"\s*([A-Za-z_0-9.]+)\s*(<=|>=|!=|==|<|>|=)\s*(.+?)\s*")
+_NO_CANDIDATE = ("reference row", "only for comparison")
+"""The openings of the reasons against rows that do not ship."""
+
 _SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -80,24 +90,47 @@ def conditions(text: str) -> list[Condition]:
     return [_condition(part) for part in text.split(",") if part.strip()]
 
 
-def choose_model(rows: Sequence[ReportRow], where: Sequence[Condition], by: str, device: str | None) -> Choice:
+def choose_model(
+    rows: Sequence[ReportRow], where: Sequence[Condition], by: str, device: str | None, include: Sequence[str] = ()
+) -> Choice:
     """Return the row that is best in field `by` among those that meet every condition; the fastest of equals.
+
+    A teacher or a baseline is chosen only if its role is in `include`.  A row that was not measured has no device, and
+    is rejected on any.
 
     Raises: UsageError if the device has no row, or the rows are of several devices and none was given.
     """
-    devices = sorted({str(row["device"]) for row in rows})
+    unknown = [role for role in include if role not in COMPARED_ROLES]
+    if unknown:
+        raise UsageError(f"--include {unknown[0]}: expected {' or '.join(COMPARED_ROLES)}; other models always count")
+    devices = sorted({row["device"] for row in rows if row["device"] is not None})
     if device is None and len(devices) > 1:
         raise UsageError(f"the rows are of several devices ({', '.join(devices)}); choose one with --device")
-    here = [row for row in rows if device is None or row["device"] == device]
-    if not here:
+    if device is not None and devices and device not in devices:
         raise UsageError(f"--device {device}: no rows of this device; expected one of: {', '.join(devices)}")
+    here = [row for row in rows if device is None or row["device"] in (device, None)]
     _direction(by)
-    reasons = {id(row): _reasons(row, where, by) for row in here}
+    reasons = {id(row): _reasons(row, where, by, include) for row in here}
     fit = sorted((row for row in here if not reasons[id(row)]), key=lambda row: _order(row, by))
     rejected = [(row, reasons[id(row)]) for row in here if reasons[id(row)]]
     for row in fit[1:]:
         rejected.append((row, [_behind(row, fit[0], by)]))
     return Choice(fit[0] if fit else None, fit[1] if len(fit) > 1 else None, rejected, _warnings(fit, by))
+
+
+def explain_no_choice(choice: Choice, where: Sequence[Condition]) -> str:
+    """Return why no model was chosen, and what to do about it."""
+    rows = [row for row, reasons in choice.rejected if not any(reason.startswith(_NO_CANDIDATE) for reason in reasons)]
+    commands = "".join(f"\n  {command}" for command in measure_commands(rows))
+    if not rows:
+        return "no model that ships was exported; --include teacher and --include baseline consider the others"
+    if all(row["status"] != "ok" for row in rows):
+        return f"no model that ships is measured completely. Measure first:{commands}"
+    if where:
+        return f"no model meets: {', '.join(map(str, where))}; relax a condition, see the reasons above"
+    return "no model can be chosen, for the reasons above" + (
+        f". Measure what is missing:{commands}" if commands else ""
+    )
 
 
 def _condition(part: str) -> Condition:
@@ -111,7 +144,7 @@ def _condition(part: str) -> Condition:
         if comparison not in ("=", "==", "!="):
             raise UsageError(f"--where: {part.strip()!r}: {field} is text; compare it with = or !=")
         return Condition(field, comparison, value.strip("'\""))
-    _direction(field, WORDS)
+    _require_field(field, (*COMPARABLE, *WORDS), "--where cannot compare")
     number, factor = (value[:-1], _SUFFIXES[value[-1]]) if value[-1] in _SUFFIXES else (value, 1.0)
     try:
         bound = float(number) * factor
@@ -123,22 +156,34 @@ def _condition(part: str) -> Condition:
     return Condition(field, comparison, bound)
 
 
-def _direction(field: str, others: Sequence[str] = ()) -> int:
-    if field not in NUMBERS:
-        known = [*NUMBERS, *others]
-        near = difflib.get_close_matches(field, known, 1)
-        raise UsageError(
-            f"unknown field {field!r}; " + (f"did you mean {near[0]}?" if near else f"known fields: {', '.join(known)}")
-        )
+def _direction(field: str) -> int:
+    _require_field(field, tuple(NUMBERS), "--by cannot rank by")
     return NUMBERS[field]
 
 
-def _reasons(row: Mapping[str, Any], where: Sequence[Condition], by: str) -> list[str]:
+def _require_field(field: str, usable: Sequence[str], cannot: str) -> None:
+    """Raise a UsageError for a field that is not usable; `cannot` opens the message for a field that rows have."""
+    if field in usable:
+        return
+    if field == "device":
+        raise UsageError(f"{cannot} device; choose a device with --device")
+    if field in FIELDS:
+        raise UsageError(f"{cannot} {field}; expected one of: {', '.join(usable)}")
+    near = difflib.get_close_matches(field, usable, 1)
+    raise UsageError(
+        f"unknown field {field!r}; " + (f"did you mean {near[0]}?" if near else f"known fields: {', '.join(usable)}")
+    )
+
+
+def _reasons(row: ReportRow, where: Sequence[Condition], by: str, include: Sequence[str]) -> list[str]:
+    """Return why a row is not chosen, however the others are."""
     reasons = [] if row["status"] == "ok" else [f"status: {row['status']}"]
     if row["pytorch"] is not None:
-        reasons.append("reference row: the checkpoint in PyTorch, which is not an exported model")
+        reasons.append(f"{_NO_CANDIDATE[0]}: the checkpoint in PyTorch, which is not an exported model")
+    elif row["role"] in COMPARED_ROLES and row["role"] not in include:
+        reasons.append(f"{_NO_CANDIDATE[1]}; --include {row['role']} considers it")
     reasons += filter(None, (condition.unmet_by(row) for condition in where))
-    if row[by] is None and f"{by} is unknown" not in reasons:
+    if row.get(by) is None and f"{by} is unknown" not in reasons:
         reasons.append(f"{by} is unknown")
     return reasons
 

@@ -11,6 +11,9 @@ from toolchain.stage import MANIFEST, REFERENCE_KIND
 
 Document = Mapping[str, Any]
 
+OUTDATED = ("measured before it was exported again", "measured before it was trained again")
+"""Why a measurement is outdated."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -123,7 +126,7 @@ def _list_exported(run: Path, manifest: Path) -> Iterator[Measured]:
     devices = sorted(path for path in measured.glob("*") if path.is_dir() and not path.name.startswith("."))
     for device in devices or (None,):
         outdated = device is not None and _is_of_another(device, "model", content.get("digest"))
-        reason = "measured before it was exported again" if outdated else None
+        reason = OUTDATED[0] if outdated else None
         yield _read_measured(run, manifest, content.get("summary", {}), device, reason)
 
 
@@ -136,7 +139,7 @@ def _references(run: Path) -> Iterator[Measured]:
             checkpoint = run / str(summary.get("role")) / MANIFEST
             digest = read_json(checkpoint).get("digest") if checkpoint.exists() else None
             outdated = _is_of_another(manifest.parent, "checkpoint", digest)
-            reason = "measured before it was trained again" if outdated else None
+            reason = OUTDATED[1] if outdated else None
             yield _read_measured(run, manifest, summary, manifest.parent, reason)
 
 
