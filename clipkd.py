@@ -210,9 +210,10 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
         checkpoints = train_checkpoints(loaded, run, screen)
         made = quantize_checkpoint(loaded, run, checkpoints, screen)
     if not made:
+        method = "" if loaded.quantize else "--set quantize.method=ptq "
         raise UsageError(
             f"{run}: nothing to quantize, because its recipe has no int8, int8-fp16 or int8-bf16 in export.precisions; "
-            "add one with: --set 'export.precisions=[fp32, int8]'"
+            f"add one with: {method}--set 'export.precisions=[fp32, int8]'"
         )
     _print_stages(made, as_json)
 

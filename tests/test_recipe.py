@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, STUDENT
+from conftest import REPOSITORY, STUDENT, Ended
 
 from toolchain.errors import UsageError
 from toolchain.recipe.data import WebdatasetSpec
@@ -333,6 +334,49 @@ def test_all_problems_are_said_at_once(path: Path) -> None:
 )
 def test_fields_must_agree(path: Path, changes: dict[str, Any], said: str) -> None:
     assert problem(path, **changes) == f"mine.yaml: 1 problem(s)\n  {said}"
+
+
+OWN_SET = {"kind": "folder", "name": "own", "path": "data/own"}
+
+
+def test_defaults_agree_with_the_sections_that_are_there(path: Path) -> None:
+    """Nothing is asked for on behalf of a section that was never written."""
+    for export in ({}, {"opset": 19}):
+        trained = load(path, evaluate={"sets": [OWN_SET]}, export=export)
+        assert trained.export.precisions == ("fp32",)
+        assert check_recipe(trained.model_dump(mode="json"), "again", Path()) == trained
+    ptq = {"method": "ptq"}
+    assert load(path, quantize=ptq, export={}).export.precisions == ("fp32", "int8")
+    assert load(path, quantize=ptq, export={"precisions": ["fp16"]}).export.precisions == ("fp16",)
+    assert load(path, export={"auto": {}}).export.precisions == ("fp32", "int8"), "auto rejects what cannot be made"
+    path.write_text(yaml.safe_dump({key: value for key, value in MINIMAL.items() if key != "export"}))
+    assert load_recipe(path).export.precisions == ("fp32",)
+    assert load_recipe(path, ["quantize.method=ptq"]).export.precisions == ("fp32", "int8")
+
+
+def test_the_headline_is_the_first_set_unless_written(path: Path) -> None:
+    for sets, headline in (
+        ([OWN_SET, "stix"], "own"),
+        (["novel"], "novel"),
+        ([{"kind": "imagenet", "path": "x"}], "imagenet"),
+    ):
+        spec = load(path, evaluate={"sets": sets}).evaluate
+        assert spec is not None
+        assert spec.headline == headline
+    assert load(path, evaluate={"sets": [OWN_SET, "stix"], "headline": "stix"}).evaluate.headline == "stix"  # type: ignore[union-attr]
+    assert problem(path, evaluate={"sets": []}).endswith("  evaluate: sets is empty; name at least one evaluation set")
+    assert problem(path, evaluate={"sets": 5}).startswith("mine.yaml: 1 problem(s)\n")
+
+
+def test_a_recipe_that_only_trains_passes_every_command_that_reads_it(
+    clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, run = tiny_recipe(export=None, evaluate={"sets": ["stix"]}), tmp_path / "run"
+    assert clipkd("show", recipe).code == 0
+    assert clipkd("distill", recipe, "--out", run).code == 0
+    ended = clipkd("quantize", run)
+    assert ended.code == 2
+    assert "--set quantize.method=ptq --set 'export.precisions=[fp32, int8]'" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ class ExportSpec(Section):
 
     build_engines: bool = True
     precisions: tuple[PrecisionName, ...] = ("fp32", "int8")
-    """Precisions of the student.  Teacher and baseline serve for comparison: they are exported in fp32 for the first
-    runtime only."""
+    """Precisions of the student.  Absent: fp32, and int8 if there is a `quantize` section or `auto`.  Teacher and
+    baseline serve for comparison: they are exported in fp32 for the first runtime only."""
 
     opset: Literal[18, 19, 20] = 20
 

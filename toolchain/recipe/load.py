@@ -83,8 +83,6 @@ def make_adoption_recipe(
     """
     sections = ("data", "quantize", "export", "evaluate", "profile")
     taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
-    if "export" not in taken:
-        taken["export"] = {"precisions": ["fp32"]}
     student = {"model": model, **weights} if weights else {"model": model, "init": "weights"}
     raw = {"name": model.rpartition("/")[2], "student": student, **taken}
     for override in overrides or []:
@@ -101,7 +99,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [describe_problem(problem) for problem in error.errors()]
+        problems = [describe_problem(each) for each in error.errors() if each["type"] != "default_factory_not_called"]
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     changes: dict[str, Any] = {"student": resolve_model(recipe.student, folder, "student")}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
