@@ -383,7 +383,11 @@ def test_a_recipe_that_only_trains_passes_every_command_that_reads_it(
     ("content", "said"),
     [
         (b"name: [", "not YAML: "),
-        (b"\xff\xfe\x00", "not YAML: "),
+        ("name: x\n".encode("utf-16"), "this is UTF-16 text; expected UTF-8"),
+        ("name: x\n".encode("utf-16-le"), "this is UTF-16 text; expected UTF-8"),
+        ("a: 1\nname: Zoë\n".encode("latin-1"), "not UTF-8 text, first in line 2"),
+        (b"data:\n\tkind: glyphs\n", "line 2, column 1: "),
+        (b"seed: 1\nname: x\nseed: 2\n", "seed is written twice, in lines 1 and 3"),
         (b"", "expected a mapping of sections, got NoneType"),
         (b"- a\n- b\n", "expected a mapping of sections, got list"),
         (b"1: 2\n", "1 problem(s)\n"),
@@ -441,7 +445,11 @@ def test_an_override_below_a_value(path: Path) -> None:
 
 
 def test_an_override_that_is_not_yaml(path: Path) -> None:
-    assert problem(path, ["distill.lr=["]) == "--set distill.lr=[: '[' is not a YAML value; quote it for the shell"
+    assert problem(path, ["distill.lr=["]) == (
+        "--set distill.lr=[: '[' is not a YAML value (not YAML: line 1, column 2: while parsing a flow node, "
+        "expected the node content, but found '<stream end>'); quote it for the shell"
+    )
+    assert "steps is written twice, in line 1" in problem(path, ["distill={steps: 1, steps: 2}"])
 
 
 def test_yaml_reads_5e_4_as_text_and_the_recipe_as_a_number(path: Path) -> None:
