@@ -9,8 +9,8 @@ and the mean does not change it.
 
 CLIP-KD's released code omits that factor, so its student's gradients are 1/W of the loss's gradient.
 
-Batch norms are the exception: each rank normalizes by its own b rows, as in the released code, and the running
-statistics of rank 0 are kept.
+Batch norms normalize by the rows of all ranks (distillation/batch_norms.py).  With `distill.batch_norm: per_process`, and
+in the released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ class Processes:
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Broadcast the buffers of rank 0: each rank has batch-norm statistics of its own rows."""
+        """Broadcast the buffers of rank 0: batch norms that are not synchronized have statistics of a rank's rows."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)

@@ -101,7 +101,7 @@ def _train_one(
         fields={
             "seed": inputs.seed,
             "data": data_fields(inputs.data),
-            "distill": inputs.distill.model_dump(exclude={"teacher_cache": {"path", "also"}}),  # no effect on features
+            "distill": inputs.distill.key_fields(),
         }
         | scoring,
         fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)},

@@ -4,7 +4,7 @@ It holds the weights of the objectives and lists which objectives need captions;
 in distillation/objectives.py.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -106,12 +106,26 @@ class DistillSpec(Section):
     compile: bool = False
     """Compile student and teacher with torch.compile: takes minutes once, then speeds up steps on a GPU."""
 
+    batch_norm: Literal["all_processes", "per_process"] = "all_processes"
+    """Rows that batch norms normalize by under torchrun.  all_processes: the whole batch, so that N processes train the
+    student that one trains; per_process: each process's own rows, with less communication, as in CLIP-KD's code."""
+
     evaluate_every: Positive | None = None
     """Number of steps between zero-shot evaluations of the student on the headline set.  Absent: none."""
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps."""
         return self.steps or (self.epochs or 0) * steps_per_epoch
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields that decide the trained weights, for a stage's key.
+
+        A default that came after the first release is left out, so that the keys of earlier runs stay valid.
+        """
+        fields = self.model_dump(exclude={"teacher_cache": {"path", "also"}})  # these two do not change features
+        if self.batch_norm == "all_processes":
+            del fields["batch_norm"]
+        return fields
 
     def without_teacher(self) -> "DistillSpec":
         """Return the same training without a teacher: contrastive loss only, independent of teacher fields."""
