@@ -9,8 +9,8 @@ and the mean does not change it.
 
 CLIP-KD's released code omits that factor, so its student's gradients are 1/W of the loss's gradient.
 
-Batch norms normalize by the rows of all ranks (distillation/batch_norms.py).  With `distill.batch_norm: per_process`, and
-in the released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.
+Batch norms use the rows of all ranks (distillation/batch_norms.py).  With `distill.batch_norm: per_process`, and in the
+released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.
 """
 
 from collections.abc import Iterator
