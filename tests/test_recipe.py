@@ -36,6 +36,7 @@ MINIMAL: dict[str, Any] = {
     "distill": {"steps": 10, "batch_size": 8, "lr": 1e-3, "warmup": 2},
     "export": {"precisions": ["fp32"]},
 }
+OWN_SET: dict[str, Any] = {"kind": "folder", "name": "own", "path": "data/own"}
 
 
 @pytest.fixture
@@ -285,11 +286,74 @@ def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
             "(got 'fp8')",
         ),
         ({"student": {}}, "student.model: Field required"),
+        (
+            {"name": False},
+            "name: Input should be a valid string (got False); "
+            "YAML reads no, off and false as a boolean, so write a text in quotes",
+        ),
+        ({"data": {"kind": "webdataset", "shards": 5}}, "data.shards: Input should be a valid list (got 5)"),
+        (
+            {"evaluate": {"sets": ["sticks"]}},
+            "evaluate.sets.0: Input should be 'stix', 'serif' or 'novel' (got 'sticks')",
+        ),
+        (
+            {"data": {"kind": "images", "path": "x", "images": 5, "classes": "y"}},
+            "data.images: unknown key; did you mean views?",
+        ),
     ],
     ids=str,
 )
 def test_a_wrong_value_names_its_place(path: Path, changes: dict[str, Any], said: str) -> None:
     assert problem(path, **changes) == f"mine.yaml: 1 problem(s)\n  {said}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"classes": {False: "negative"}},
+            "classes.False: Keys should be strings; "
+            "YAML reads no, off and false as a boolean, so write a text in quotes",
+        ),
+        (
+            {"classes": {"a": True}},
+            "classes.a: Input should be a valid string (got True); "
+            "YAML reads yes, on and true as a boolean, so write a text in quotes",
+        ),
+        (
+            {"classes": {"7": 7}},
+            "classes.7: Input should be a valid string (got 7); YAML reads it as a number, so write a text in quotes",
+        ),
+        ({"classes": ["a"]}, "classes: Input should be a valid string or a valid dictionary (got ['a'])"),
+        ({"templates": {}}, "templates: Input should be a valid list or a valid string"),
+    ],
+    ids=str,
+)
+def test_a_value_of_several_types_has_one_problem_without_pydantics_names(
+    path: Path, changes: dict[str, Any], said: str
+) -> None:
+    message = problem(path, evaluate={"sets": [OWN_SET | changes]})
+    assert message == f"mine.yaml: 1 problem(s)\n  evaluate.sets.0.{said}"
+
+
+def test_the_message_on_a_long_value_is_short(path: Path) -> None:
+    assert len(problem(path, evaluate={"sets": [OWN_SET | {"classes": ["a class"] * 1000}]})) < 300
+
+
+def test_a_list_of_one_needs_no_brackets(path: Path) -> None:
+    pairs = {"kind": "pairs", "name": "own", "shards": "val.tar"}
+    recipe = load(
+        path, ["data.shards=x.tar", "export.precisions=fp16", "profile.pytorch=eager"],
+        data={"kind": "webdataset"}, evaluate={"sets": pairs}, quantize={"method": "ptq", "towers": "image"},
+    )  # fmt: skip
+    assert isinstance(recipe.data, WebdatasetSpec)
+    assert recipe.data.shards == ("x.tar",)
+    assert (recipe.export.precisions, recipe.profile.pytorch) == (("fp16",), ("eager",))
+    assert recipe.quantize is not None
+    assert recipe.quantize.towers == ("image",)
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.headline_set.shards == ("val.tar",)  # type: ignore[union-attr]
+    assert check_recipe(recipe.model_dump(mode="json"), "again", Path()) == recipe
 
 
 @pytest.mark.parametrize("changes", [{"export": {"precisions": []}}, {"export": {"runtimes": []}}])
@@ -334,9 +398,6 @@ def test_all_problems_are_said_at_once(path: Path) -> None:
 )
 def test_fields_must_agree(path: Path, changes: dict[str, Any], said: str) -> None:
     assert problem(path, **changes) == f"mine.yaml: 1 problem(s)\n  {said}"
-
-
-OWN_SET = {"kind": "folder", "name": "own", "path": "data/own"}
 
 
 def test_defaults_agree_with_the_sections_that_are_there(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from toolchain.recipe.model import TeacherSpec
-from toolchain.recipe.section import BatchSize, Positive, Precision, Section, StoredDtype, Weight
+from toolchain.recipe.section import BatchSize, Positive, Precision, Section, Several, StoredDtype, Weight
 
 
 class LossWeights(Section):
@@ -58,7 +58,7 @@ class TeacherCacheSpec(Section):
     """Teacher cache of another run with the same data and teacher: runs/OTHER/teacher-cache/teacher, relative to the
     current folder.  Absent: this run's own cache, made if it does not exist."""
 
-    also: tuple[TeacherSpec, ...] = ()
+    also: Several[TeacherSpec] = ()
     """More teachers whose features `clipkd cache` stores, for use by other recipes."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from toolchain.recipe.section import Section
+from toolchain.recipe.section import Section, Several
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 GlyphSet = Literal["stix", "serif", "novel"]
@@ -74,7 +74,7 @@ class PairsSet(Section):
     images: str | None = None
     """Folder that relative paths in the table start from.  Absent: the table's folder."""
 
-    shards: tuple[str, ...] | None = None
+    shards: Several[str] | None = None
     """Webdataset archives, as in data.shards; relative to the current folder."""
 
     @model_validator(mode="after")
@@ -107,7 +107,7 @@ def set_name(spec: EvalSetSpec) -> str:
 
 
 class EvaluateSpec(Section):
-    sets: tuple[EvalSetSpec, ...] = ("stix", "serif", "novel")
+    sets: Several[EvalSetSpec] = ("stix", "serif", "novel")
     """Evaluation sets: glyph sets by name (stix, serif, novel), others by kind (docs/evaluation.md)."""
 
     headline: str = Field(default_factory=lambda checked: next(map(set_name, checked["sets"]), ""))

@@ -11,7 +11,7 @@ from toolchain.errors import UsageError
 from toolchain.recipe.evaluate import EvalSetSpec
 from toolchain.recipe.model import TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, resolve_model, resolve_path
-from toolchain.recipe.problems import describe_problem
+from toolchain.recipe.problems import describe_problems
 from toolchain.recipe.recipe import Recipe
 from toolchain.user_documents import InvalidDocument, decode_document, parse_yaml
 
@@ -100,7 +100,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [describe_problem(each) for each in error.errors() if each["type"] != "default_factory_not_called"]
+        problems = describe_problems(error.errors(), raw)
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     changes: dict[str, Any] = {"student": resolve_model(recipe.student, folder, "student")}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
