@@ -35,7 +35,7 @@ def _foreign_package() -> str | None:
 
 try:
     from toolchain import torchrun
-    from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
+    from toolchain.errors import ClipkdError, GateError, Interrupted, MissingDependency, UsageError
     from toolchain.precisions import SAFEST_FIRST
     from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result
     from toolchain.text_table import Note, TextTable
@@ -891,7 +891,9 @@ def main() -> NoReturn:
 
 
 def _exit(error: ClipkdError) -> NoReturn:
-    print_note(f"error: {error}")
+    if torchrun.leads() or not isinstance(error, Interrupted):  # all ranks stop together, so one sentence is enough
+        print_note(f"error: {error}")
+    torchrun.report_error(str(error))
     sys.exit(error.exit_code)
 
 

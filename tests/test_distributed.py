@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import STUDENT, tiny_training_set
+from conftest import STUDENT, Ended, tiny_training_set
 from golden import golden_values
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from two_processes import spawn
 
 from toolchain import torchrun
@@ -35,7 +37,7 @@ from toolchain.distillation.objectives import (
 )
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import ALONE, Processes
-from toolchain.errors import UsageError
+from toolchain.errors import Interrupted, UsageError
 from toolchain.models.build import load_model
 from toolchain.models.last_block import encode_class_token
 from toolchain.models.text_trimming import encode_tokens, trim_tokens
@@ -293,3 +295,20 @@ def test_processes_that_cannot_meet_say_how_to_start() -> None:
     environment.pop("MASTER_ADDR", None)
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert "torchrun --nproc-per-node" in ended.stderr
+
+
+def test_a_stopped_training_says_one_sentence_and_torchrun_knows_why(
+    clipkd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("stopped after step 5 of 9; run the same command to resume")
+
+    monkeypatch.setattr("toolchain.recipe.load.load_recipe", stop)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for rank, said in (("0", "error: stopped after step 5 of 9; run the same command to resume"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        ended = clipkd("show", "glyphs")
+        assert (ended.code, ended.err.strip()) == (130, said)
+        failure = ProcessFailure(int(rank), 99, 130, str(tmp_path / "error.json"))
+        assert failure.message == "stopped after step 5 of 9; run the same command to resume"
+        (tmp_path / "error.json").unlink()
