@@ -719,6 +719,7 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="Mark what this recipe needs.", metavar="[RECIPE]")] = None,
     device: Annotated[str | None, typer.Option("--device", "-d", help="A device; default: this machine.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes long: PyTorch and TensorRT.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Check what this machine and a device support, and print how to fix failures.
@@ -734,8 +735,10 @@ def doctor(
     where = None if device is None else device_named(device)
     with open_screen() as screen:
         screen.starts("doctor")
-        document = diagnose(loaded, where, progress=screen.progress)
+        document = diagnose(loaded, where, quick=quick, progress=screen.progress)
     print_result(document, as_json, capabilities_table(document), *machine_lines(document.get("machine")))
+    if document["left_out"]:
+        print_note(f"--quick left out: {', '.join(document['left_out'])}")
     if lacking := problem(document["rows"]):
         raise lacking
 
