@@ -36,7 +36,7 @@ def _foreign_package() -> str | None:
 
 try:
     from toolchain import torchrun
-    from toolchain.errors import ClipkdError, GateError, MissingDependency, UsageError
+    from toolchain.errors import ClipkdError, GateError, Interrupted, MissingDependency, UsageError
     from toolchain.precisions import SAFEST_FIRST
     from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result
     from toolchain.text_table import Note, TextTable
@@ -211,9 +211,10 @@ def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) ->
         checkpoints = train_checkpoints(loaded, run, screen)
         made = quantize_checkpoint(loaded, run, checkpoints, screen)
     if not made:
+        method = "" if loaded.quantize else "--set quantize.method=ptq "
         raise UsageError(
             f"{run}: nothing to quantize, because its recipe has no int8, int8-fp16 or int8-bf16 in export.precisions; "
-            "add one with: --set 'export.precisions=[fp32, int8]'"
+            f"add one with: {method}--set 'export.precisions=[fp32, int8]'"
         )
     _print_stages(made, as_json)
 
@@ -750,6 +751,7 @@ def remove_device(name: DeviceArg, as_json: JsonOpt = False) -> None:
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="Mark what this recipe needs.", metavar="[RECIPE]")] = None,
     device: Annotated[str | None, typer.Option("--device", "-d", help="A device; default: this machine.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes long: PyTorch and TensorRT.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Check what this machine and a device support, and print how to fix failures.
@@ -765,8 +767,10 @@ def doctor(
     where = None if device is None else device_named(device)
     with open_screen() as screen:
         screen.starts("doctor")
-        document = diagnose(loaded, where, progress=screen.progress)
+        document = diagnose(loaded, where, quick=quick, progress=screen.progress)
     print_result(document, as_json, capabilities_table(document), *machine_lines(document.get("machine")))
+    if document["left_out"]:
+        print_note(f"--quick left out: {', '.join(document['left_out'])}")
     if lacking := problem(document["rows"]):
         raise lacking
 
@@ -924,7 +928,9 @@ def main() -> NoReturn:
 
 
 def _exit(error: ClipkdError) -> NoReturn:
-    print_note(f"error: {error}")
+    if torchrun.leads() or not isinstance(error, Interrupted):  # all ranks stop together, so one sentence is enough
+        print_note(f"error: {error}")
+    torchrun.report_error(str(error))
     sys.exit(error.exit_code)
 
 

@@ -27,6 +27,7 @@ IMPORT_ORDER = (
     "toolchain.significance",
     "toolchain.provenance",
     "toolchain.filesystem",
+    "toolchain.user_documents",
     "toolchain.torchrun",
     "toolchain.distributed",
     "toolchain.stage",

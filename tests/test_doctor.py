@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,6 +133,47 @@ def test_a_probe_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return
         time.sleep(0.05)
     raise AssertionError("its child lives on")
+
+
+def test_probes_run_side_by_side_and_the_slow_ones_start_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, both_run = [], threading.Barrier(2)
+
+    def probe(name: str, timeout_s: float) -> tuple[int, dict[str, str], str]:
+        order.append(name)
+        if name in ("base", "pictures"):
+            both_run.wait(30)  # breaks unless two run at once
+        return 0, {}, ""
+
+    only(monkeypatch, "train", "measure", "pictures", "export")
+    monkeypatch.setattr(doctor, "_probe_here", probe)
+    monkeypatch.setattr(doctor, "_SIDE_BY_SIDE", 2)
+    said: list[tuple[int, int]] = []
+    document = diagnose(progress=lambda what, done, total, note="": said.append((done, total)))
+    assert [row["capability"] for row in document["rows"]] == ["measure", "pictures", "train", "export", "ssh"]
+    assert {row["status"] for row in document["rows"]} == {"ok"}
+    assert set(order[:2]) == {"base", "pictures"}
+    assert said == [(done, 5) for done in range(1, 6)]
+
+
+def test_a_bug_in_a_probe_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe(name: str, timeout_s: float) -> tuple[int, dict[str, str], str]:
+        raise RuntimeError(name)
+
+    only(monkeypatch, "measure")
+    monkeypatch.setattr(doctor, "_probe_here", probe)
+    with pytest.raises(RuntimeError, match="base"):
+        diagnose()
+
+
+def test_quick_leaves_out_what_is_slow_and_says_so(
+    clipkd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = ["train", "quantize", "export", "tensorrt build"]
+    only(monkeypatch, "measure", *slow)
+    ended = clipkd("doctor", "--quick", "--json")
+    assert (ended.code, json.loads(ended.out)["left_out"]) == (0, slow)
+    assert list(rows_by_name(json.loads(ended.out))) == ["measure", "ssh"]
+    assert "--quick left out: train, quantize, export, tensorrt build" in ended.err
 
 
 def test_a_provider_that_only_says_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, STUDENT
+from conftest import REPOSITORY, STUDENT, Ended
 
 from toolchain.errors import UsageError
 from toolchain.recipe.data import WebdatasetSpec
@@ -35,6 +36,7 @@ MINIMAL: dict[str, Any] = {
     "distill": {"steps": 10, "batch_size": 8, "lr": 1e-3, "warmup": 2},
     "export": {"precisions": ["fp32"]},
 }
+OWN_SET: dict[str, Any] = {"kind": "folder", "name": "own", "path": "data/own"}
 
 
 @pytest.fixture
@@ -284,11 +286,74 @@ def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
             "(got 'fp8')",
         ),
         ({"student": {}}, "student.model: Field required"),
+        (
+            {"name": False},
+            "name: Input should be a valid string (got False); "
+            "YAML reads no, off and false as a boolean, so write a text in quotes",
+        ),
+        ({"data": {"kind": "webdataset", "shards": 5}}, "data.shards: Input should be a valid list (got 5)"),
+        (
+            {"evaluate": {"sets": ["sticks"]}},
+            "evaluate.sets.0: Input should be 'stix', 'serif' or 'novel' (got 'sticks')",
+        ),
+        (
+            {"data": {"kind": "images", "path": "x", "images": 5, "classes": "y"}},
+            "data.images: unknown key; did you mean views?",
+        ),
     ],
     ids=str,
 )
 def test_a_wrong_value_names_its_place(path: Path, changes: dict[str, Any], said: str) -> None:
     assert problem(path, **changes) == f"mine.yaml: 1 problem(s)\n  {said}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"classes": {False: "negative"}},
+            "classes.False: Keys should be strings; "
+            "YAML reads no, off and false as a boolean, so write a text in quotes",
+        ),
+        (
+            {"classes": {"a": True}},
+            "classes.a: Input should be a valid string (got True); "
+            "YAML reads yes, on and true as a boolean, so write a text in quotes",
+        ),
+        (
+            {"classes": {"7": 7}},
+            "classes.7: Input should be a valid string (got 7); YAML reads it as a number, so write a text in quotes",
+        ),
+        ({"classes": ["a"]}, "classes: Input should be a valid string or a valid dictionary (got ['a'])"),
+        ({"templates": {}}, "templates: Input should be a valid list or a valid string"),
+    ],
+    ids=str,
+)
+def test_a_value_of_several_types_has_one_problem_without_pydantics_names(
+    path: Path, changes: dict[str, Any], said: str
+) -> None:
+    message = problem(path, evaluate={"sets": [OWN_SET | changes]})
+    assert message == f"mine.yaml: 1 problem(s)\n  evaluate.sets.0.{said}"
+
+
+def test_the_message_on_a_long_value_is_short(path: Path) -> None:
+    assert len(problem(path, evaluate={"sets": [OWN_SET | {"classes": ["a class"] * 1000}]})) < 300
+
+
+def test_a_list_of_one_needs_no_brackets(path: Path) -> None:
+    pairs = {"kind": "pairs", "name": "own", "shards": "val.tar"}
+    recipe = load(
+        path, ["data.shards=x.tar", "export.precisions=fp16", "profile.pytorch=eager"],
+        data={"kind": "webdataset"}, evaluate={"sets": pairs}, quantize={"method": "ptq", "towers": "image"},
+    )  # fmt: skip
+    assert isinstance(recipe.data, WebdatasetSpec)
+    assert recipe.data.shards == ("x.tar",)
+    assert (recipe.export.precisions, recipe.profile.pytorch) == (("fp16",), ("eager",))
+    assert recipe.quantize is not None
+    assert recipe.quantize.towers == ("image",)
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.headline_set.shards == ("val.tar",)  # type: ignore[union-attr]
+    assert check_recipe(recipe.model_dump(mode="json"), "again", Path()) == recipe
 
 
 @pytest.mark.parametrize("changes", [{"export": {"precisions": []}}, {"export": {"runtimes": []}}])
@@ -335,11 +400,55 @@ def test_fields_must_agree(path: Path, changes: dict[str, Any], said: str) -> No
     assert problem(path, **changes) == f"mine.yaml: 1 problem(s)\n  {said}"
 
 
+def test_defaults_agree_with_the_sections_that_are_there(path: Path) -> None:
+    """Nothing is asked for on behalf of a section that was never written."""
+    for export in ({}, {"opset": 19}):
+        trained = load(path, evaluate={"sets": [OWN_SET]}, export=export)
+        assert trained.export.precisions == ("fp32",)
+        assert check_recipe(trained.model_dump(mode="json"), "again", Path()) == trained
+    ptq = {"method": "ptq"}
+    assert load(path, quantize=ptq, export={}).export.precisions == ("fp32", "int8")
+    assert load(path, quantize=ptq, export={"precisions": ["fp16"]}).export.precisions == ("fp16",)
+    assert load(path, export={"auto": {}}).export.precisions == ("fp32", "int8"), "auto rejects what cannot be made"
+    path.write_text(yaml.safe_dump({key: value for key, value in MINIMAL.items() if key != "export"}))
+    assert load_recipe(path).export.precisions == ("fp32",)
+    assert load_recipe(path, ["quantize.method=ptq"]).export.precisions == ("fp32", "int8")
+
+
+def test_the_headline_is_the_first_set_unless_written(path: Path) -> None:
+    for sets, headline in (
+        ([OWN_SET, "stix"], "own"),
+        (["novel"], "novel"),
+        ([{"kind": "imagenet", "path": "x"}], "imagenet"),
+    ):
+        spec = load(path, evaluate={"sets": sets}).evaluate
+        assert spec is not None
+        assert spec.headline == headline
+    assert load(path, evaluate={"sets": [OWN_SET, "stix"], "headline": "stix"}).evaluate.headline == "stix"  # type: ignore[union-attr]
+    assert problem(path, evaluate={"sets": []}).endswith("  evaluate: sets is empty; name at least one evaluation set")
+    assert problem(path, evaluate={"sets": 5}).startswith("mine.yaml: 1 problem(s)\n")
+
+
+def test_a_recipe_that_only_trains_passes_every_command_that_reads_it(
+    clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, run = tiny_recipe(export=None, evaluate={"sets": ["stix"]}), tmp_path / "run"
+    assert clipkd("show", recipe).code == 0
+    assert clipkd("distill", recipe, "--out", run).code == 0
+    ended = clipkd("quantize", run)
+    assert ended.code == 2
+    assert "--set quantize.method=ptq --set 'export.precisions=[fp32, int8]'" in ended.err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"name: [", "not YAML: "),
-        (b"\xff\xfe\x00", "not YAML: "),
+        ("name: x\n".encode("utf-16"), "this is UTF-16 text; expected UTF-8"),
+        ("name: x\n".encode("utf-16-le"), "this is UTF-16 text; expected UTF-8"),
+        ("a: 1\nname: Zoë\n".encode("latin-1"), "not UTF-8 text, first in line 2"),
+        (b"data:\n\tkind: glyphs\n", "line 2, column 1: "),
+        (b"seed: 1\nname: x\nseed: 2\n", "seed is written twice, in lines 1 and 3"),
         (b"", "expected a mapping of sections, got NoneType"),
         (b"- a\n- b\n", "expected a mapping of sections, got list"),
         (b"1: 2\n", "1 problem(s)\n"),
@@ -397,7 +506,11 @@ def test_an_override_below_a_value(path: Path) -> None:
 
 
 def test_an_override_that_is_not_yaml(path: Path) -> None:
-    assert problem(path, ["distill.lr=["]) == "--set distill.lr=[: '[' is not a YAML value; quote it for the shell"
+    assert problem(path, ["distill.lr=["]) == (
+        "--set distill.lr=[: '[' is not a YAML value (not YAML: line 1, column 2: while parsing a flow node, "
+        "expected the node content, but found '<stream end>'); quote it for the shell"
+    )
+    assert "steps is written twice, in line 1" in problem(path, ["distill={steps: 1, steps: 2}"])
 
 
 def test_yaml_reads_5e_4_as_text_and_the_recipe_as_a_number(path: Path) -> None:

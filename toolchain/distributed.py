@@ -9,8 +9,8 @@ batch: for the towers through their rows, and for scales, which each loss reads 
 CLIP-KD's released code computes the loss of the whole batch on each rank and keeps the gradient of the rank's rows
 alone; the mean over ranks makes its student's gradients 1/W of the loss's gradient.
 
-Batch norms are the exception: each rank normalizes by its own b rows, as in the released code, and the running
-statistics of rank 0 are kept.
+Batch norms use the rows of all ranks (distillation/batch_norms.py).  With `distill.batch_norm: per_process`, and in the
+released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.
 """
 
 from collections.abc import Iterator
@@ -87,7 +87,7 @@ class Processes:
         return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Broadcast the buffers of rank 0: each rank has batch-norm statistics of its own rows."""
+        """Broadcast the buffers of rank 0: batch norms that are not synchronized have statistics of a rank's rows."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)

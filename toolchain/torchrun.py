@@ -1,6 +1,8 @@
-"""Read this process's rank under torchrun from the environment; needs no torch."""
+"""Read this process's rank under torchrun from the environment, and report its error; needs no torch."""
 
+import json
 import os
+from pathlib import Path
 
 
 def rank() -> int:
@@ -21,3 +23,9 @@ def world_size() -> int:
 def leads() -> bool:
     """Return True on rank 0, which writes and reports."""
     return rank() == 0
+
+
+def report_error(message: str) -> None:
+    """Give torchrun the reason why this rank ends; its summary then has the reason instead of a missing traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")

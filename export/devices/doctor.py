@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ _PROBES = Path(probes.__file__)
 _STATUS = {0: "ok", NOT_INSTALLED: "not installed", NOT_THERE: "not there"}
 _GPU = "sudo apt-get install nvidia-driver, then restart (a container: start it with --gpus all)"
 _STDERR_CHARACTERS = 300
+_SIDE_BY_SIDE = max(2, min(4, os.cpu_count() or 1))  # probes wait for disks and drivers too
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Capability:
     on_devices: bool = False
     """Also probed on devices reached by ssh."""
 
+    is_slow: bool = False
+    """Imports PyTorch or builds an engine, which takes several seconds."""
+
 
 def _runtime(name: str, device: str, timeout_s: float, driver: str = "") -> Capability:
     """Return the capability of running graphs with a runtime on a kind of device."""
@@ -69,9 +76,9 @@ def _runtime(name: str, device: str, timeout_s: float, driver: str = "") -> Capa
 CAPABILITIES = (
     Capability("measure", "base", 30, "pip install numpy", package="numpy", on_devices=True),
     Capability("pictures", "pictures", 30, "pip install pillow", package="pillow", on_devices=True),
-    Capability("train", "train", 180, "pip install 'clipkd[train]'"),
-    Capability("quantize", "quantize", 180, "pip install 'clipkd[train]'"),
-    Capability("export", "export", 180, "pip install 'clipkd[train]'"),
+    Capability("train", "train", 180, "pip install 'clipkd[train]'", is_slow=True),
+    Capability("quantize", "quantize", 180, "pip install 'clipkd[train]'", is_slow=True),
+    Capability("export", "export", 180, "pip install 'clipkd[train]'", is_slow=True),
     Capability("report", "report", 60, "pip install 'clipkd[report]'"),
     Capability("compile", "compiler", 60, "sudo apt-get install g++"),
     _runtime("onnxruntime", "cpu", 60),
@@ -90,6 +97,7 @@ CAPABILITIES = (
         f"{RUNTIMES['tensorrt'].install} (on a Jetson: sudo apt-get install python3-libnvinfer)",
         _GPU,
         on_devices=True,
+        is_slow=True,
     ),
 )
 _BY_NAME = {capability.name: capability for capability in CAPABILITIES}
@@ -106,9 +114,13 @@ def diagnose(
     recipe: Recipe | None = None,
     device: Device | str | None = None,
     *,
+    quick: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Probe all capabilities; return `rows`, one per capability, and `machine`.
+    """Probe all capabilities; return `rows`, one per capability, `left_out` and `machine`.
+
+    Probes of this machine run side by side, the slow ones last; a device is probed meanwhile.  `quick` leaves the slow
+    ones out, and `left_out` has their names.
 
     A row has `capability`, `where` (`here`, or the device's name), `status` (`ok`, `not installed`, `not there`,
     `failed`, `crashed`, `hangs`), `detail` (versions, or the reason), `mend` (the fix, None if ok), `needed` (by the
@@ -116,22 +128,18 @@ def diagnose(
     """
     needed_here, needed_there = needs(recipe, device)
     remote = device if isinstance(device, Device) else None
-    total = len(CAPABILITIES) + 1 + (len(_ON_DEVICES) + 1 if remote else 0)
-    rows: list[Row] = []
+    probed = sorted((each for each in CAPABILITIES if not (quick and each.is_slow)), key=lambda each: each.is_slow)
 
-    def add(row: Row) -> None:
-        rows.append(row)
-        progress("probing", len(rows), total)
+    def probe_here(capability: Capability) -> list[Row]:
+        return [_row(capability, "here", capability.name in needed_here, _probe_here)]
 
-    for capability in CAPABILITIES:
-        add(_row(capability, "here", capability.name in needed_here, _probe_here))
-    add(_ssh_client(needed=remote is not None))
-    if remote is not None:
-        reached = _reach(remote)
-        add(reached)
-        for name in _ON_DEVICES if reached["status"] == "ok" else ():
-            add(_row(_BY_NAME[name], remote.name, name in needed_there, _prober_on(remote)))
-    return {"machine": describe_here(), "rows": rows}
+    jobs: list[Callable[[], list[Row]]] = [lambda: _probe_device(remote, needed_there, quick)] if remote else []
+    jobs += [partial(probe_here, capability) for capability in probed]
+    jobs.append(lambda: [_ssh_client(needed=remote is not None)])
+    done = _run_side_by_side(jobs, lambda number: progress("probing", number, len(jobs)))
+    rows = [row for found in (done[1:] + done[:1] if remote else done) for row in found]
+    left_out = [capability.name for capability in CAPABILITIES if capability not in probed]
+    return {"machine": describe_here(), "rows": rows, "left_out": left_out}
 
 
 def needs(recipe: Recipe | None, device: Device | str | None) -> tuple[frozenset[str], frozenset[str]]:
@@ -168,11 +176,8 @@ def problem(rows: list[Row]) -> ClipkdError | None:
 def examine(device: Device) -> dict[str, Any]:
     """Probe a device reached by ssh; return `rows` as `diagnose` does, and `system`, None if it cannot be reached."""
     _, needed = needs(None, device)
-    reached = _reach(device)
-    rows = [reached]
-    if reached["status"] == "ok":
-        rows += [_row(_BY_NAME[name], device.name, name in needed, _prober_on(device)) for name in _ON_DEVICES]
-    return {"device": device.name, "system": reached.pop("system", None), "rows": rows}
+    rows = _probe_device(device, needed)
+    return {"device": device.name, "system": rows[0].pop("system", None), "rows": rows}
 
 
 def require(runtime: str, device: Device | str) -> str:
@@ -247,6 +252,55 @@ def describe_here() -> dict[str, Any]:
         "home_free_bytes": shutil.disk_usage(Path.home()).free,
         "devices": sorted(read_devices()),
     }
+
+
+def _probe_device(device: Device, needed: frozenset[str], quick: bool = False) -> list[Row]:
+    """Return a device's rows: `remote`, and its capabilities one after another if it can be reached."""
+    reached = _reach(device)
+    if reached["status"] != "ok":
+        return [reached]
+    named = [_BY_NAME[name] for name in _ON_DEVICES]
+    return [
+        reached,
+        *(
+            _row(capability, device.name, capability.name in needed, _prober_on(device))
+            for capability in named
+            if not (quick and capability.is_slow)
+        ),
+    ]
+
+
+def _run_side_by_side(jobs: list[Callable[[], list[Row]]], progress: Callable[[int], None]) -> list[list[Row]]:
+    """Run jobs in threads, started in order; return their results in the same order.
+
+    Each waits for a process, so threads are enough.  They end with this process: Ctrl-C does not wait for a probe.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[int, list[Row] | Exception]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            try:
+                number = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                ended.put((number, jobs[number]()))
+            except Exception as error:
+                ended.put((number, error))
+
+    for number in range(len(jobs)):
+        waiting.put(number)
+    for _ in range(min(len(jobs), _SIDE_BY_SIDE)):
+        threading.Thread(target=work, daemon=True).start()
+    results: dict[int, list[Row]] = {}
+    while len(results) < len(jobs):
+        number, result = ended.get()
+        if isinstance(result, Exception):
+            raise result
+        results[number] = result
+        progress(len(results))
+    return [results[number] for number in range(len(jobs))]
 
 
 Found = tuple[int | None, dict[str, Any], str]  # status (None: hung), details, the reason

@@ -4,7 +4,6 @@ A device has three facts: its ssh destination, its Python, and the folder that c
 devices.json in the user's configuration folder; keys, jump hosts and known hosts stay in ssh's own configuration.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from export.devices.presets import PRESETS
 from toolchain.errors import UsageError
 from toolchain.filesystem import write_json
+from toolchain.user_documents import InvalidDocument, decode_document, parse_json
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LOCAL = re.compile(r"(cpu|cuda|gpu|npu|auto)([:.]\d+)?")
@@ -79,11 +79,13 @@ def read_devices() -> dict[str, Device]:
     """
     path = config_file()
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(decode_document(path.read_bytes()))
         entries = document["devices"]
         found = {name: check_device(_device(name, entry)) for name, entry in entries.items()}
     except FileNotFoundError:
         return {}
+    except InvalidDocument as error:
+        raise UsageError(f"{path}: {error}; fix or delete the file") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not a valid device list ({error!r}); fix or delete the file") from None
     except UsageError as error:

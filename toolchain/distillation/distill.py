@@ -175,7 +175,7 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
     if training.data.left_out:
         ledger.check(training.data.num_samples)
     if spec.accumulate > 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-        size = spec.batch_size // processes.size // spec.accumulate
+        size = spec.batch_size // spec.accumulate // (processes.size if spec.batch_norm == "per_process" else 1)
         say(f"distill.accumulate: batch norms of the student take their statistics over each part of {size} samples")
     forward = Forward(module, module, spec, processes, training.seed)
     return _Run(training, folder, forward, teacher.features if teacher else None, optimizer, scaler, ledger, say)

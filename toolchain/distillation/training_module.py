@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from toolchain.distillation.batch_norms import synchronize_batch_norms
 from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeatures
 from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
@@ -46,6 +47,8 @@ class TrainingModule(nn.Module):
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch; we hash it
         self.to(processes.device)
+        if spec.batch_norm == "all_processes":
+            synchronize_batch_norms(self.net, processes)
         if spec.compile:
             compile_towers(self.net)
 

@@ -8,13 +8,10 @@ import csv
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from toolchain.data import glyphs
 from toolchain.data.bad_samples import LeftOut, count_passed_over
@@ -35,6 +32,7 @@ from toolchain.recipe.evaluate import (
     PairsSet,
     set_name,
 )
+from toolchain.user_documents import InvalidDocument, parse_json, parse_yaml
 
 _SHARD_SUFFIXES = ("webp", "png", *IMAGE_SUFFIXES)  # CLIP_benchmark prefers the first two
 
@@ -114,9 +112,9 @@ def _name_classes(spec: FolderSet) -> dict[str, str]:
 
 def _read_mapping(path: Path, where: str) -> dict[str, str]:
     try:
-        content = yaml.load(_read_text(path, where), yaml.BaseLoader)  # every key is a string: 007 and no are names
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where}.classes: {path}: not YAML: {error}") from None
+        content = parse_yaml(_read_text(path, where), as_text=True)
+    except InvalidDocument as error:
+        raise UsageError(f"{where}.classes: {path}: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise UsageError(f"{where}.classes: {path}: expected a mapping of folders to names, one 'FOLDER: NAME' a line")
     return content
@@ -264,7 +262,7 @@ def _read_archives(tars: Sequence[Path], texts_in: str, where: str) -> Iterator[
 def _open_karpathy(spec: KarpathySet) -> EvalSet:
     where, path, root = _name_field(spec), Path(spec.file), Path(spec.images)
     try:
-        rows = json.loads(_read_text(path, where))["images"]
+        rows = parse_json(_read_text(path, where))["images"]
         rows = [row for row in rows if row["split"] == "test"]
         captions_N = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
         places = [(row.get("filepath", ""), row["filename"]) for row in rows]

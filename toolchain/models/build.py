@@ -23,6 +23,7 @@ from toolchain.models.towers import is_convolutional
 from toolchain.models.weights import load_weights, weights_file
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import CONFIG, HUB, WEIGHTS, model_folder, suggestion
+from toolchain.user_documents import InvalidDocument, decode_document, parse_json
 
 # all files that tokenizers of transformers may read; a model has some of them
 TOKENIZER_FILES = (
@@ -241,9 +242,9 @@ _CAPTIONS = ["", "a photo of a cat", "Zwölf Boxkämpfer, 12 km; ein Café?", "<
 
 def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}: not JSON: {error}") from None
+        config: dict[str, Any] = parse_json(decode_document(path.read_bytes()))
+    except InvalidDocument as error:
+        raise ArtifactError(f"{path}: {error}") from None
     missing = [key for key in keys if key not in config]
     if missing:
         raise ArtifactError(f"{path}: no {' and no '.join(missing)}; expected an open_clip local-dir's configuration")

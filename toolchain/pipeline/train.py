@@ -86,10 +86,6 @@ def _adopt(spec: ModelSpec, seed: int, out: Path, name: str, screen: Screen) -> 
     return stage
 
 
-_WITHOUT_EFFECT: Any = {"teacher_cache": {"path", "also"}, "accumulate": True, "loss_memory_mb": True}
-"""Fields of the distill section that change neither features nor, but for rounding, gradients."""
-
-
 def _train_one(
     inputs: TrainingInputs, out: Path, name: str, teacher: Stage | None, screen: Screen, options: TrainingOptions
 ) -> Stage:
@@ -107,7 +103,7 @@ def _train_one(
         fields={
             "seed": inputs.seed,
             "data": data_fields(inputs.data),
-            "distill": inputs.distill.model_dump(exclude=_WITHOUT_EFFECT),
+            "distill": inputs.distill.key_fields(),
         }
         | scoring,
         fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)},

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from toolchain.recipe.section import Fraction, Positive, Section
+from toolchain.recipe.section import Fraction, Positive, Section, Several
 
 MAX_DAMAGED = 0.1
 """Default share of corrupt samples above which a run stops.  Failed downloads corrupt a few in a hundred at the worst,
@@ -69,7 +69,7 @@ class _StoredImagesSpec(DataSection):
 class WebdatasetSpec(_StoredImagesSpec):
     kind: Literal["webdataset"]
 
-    shards: Annotated[tuple[str, ...], Field(min_length=1)]
+    shards: Annotated[Several[str], Field(min_length=1)]
     """Tar files of image-text pairs as img2dataset writes them; braces expand: data/cc3m/{00000..00331}.tar.
     Paths are relative to the current folder."""
 
@@ -92,7 +92,7 @@ class CsvSpec(_StoredImagesSpec):
 
     kind: Literal["csv"]
 
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    paths: Annotated[Several[str], Field(min_length=1)]
     """Paths of the files.  They and `root` are relative to the current folder."""
 
     delimiter: str
@@ -136,7 +136,7 @@ class ImageFolderSpec(_StoredImagesSpec):
     names: str | None = None
     """File of class names.  Absent: the folder's name, with spaces for underscores."""
 
-    templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of a {}.",)
+    templates: Annotated[Several[Template], Field(min_length=1)] = ("a photo of a {}.",)
     """Captions with {} in place of the class name; each template with each name is one caption of the image."""
 
 
@@ -160,7 +160,7 @@ class ImagesSpec(_StoredImagesSpec):
     """Folder of the images.  It and `classes` are relative to the current folder."""
 
     classes: str
-    templates: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of a {}.",)
+    templates: Annotated[Several[Template], Field(min_length=1)] = ("a photo of a {}.",)
 
     @property
     def captionless_kind(self) -> str:

@@ -4,12 +4,12 @@ It holds the weights of the objectives and lists which objectives need captions;
 in distillation/objectives.py.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from toolchain.recipe.model import TeacherSpec
-from toolchain.recipe.section import BatchSize, Positive, Precision, Section, StoredDtype, Weight
+from toolchain.recipe.section import BatchSize, Positive, Precision, Section, Several, StoredDtype, Weight
 
 
 class LossWeights(Section):
@@ -58,7 +58,7 @@ class TeacherCacheSpec(Section):
     """Teacher cache of another run with the same data and teacher: runs/OTHER/teacher-cache/teacher, relative to the
     current folder.  Absent: this run's own cache, made if it does not exist."""
 
-    also: tuple[TeacherSpec, ...] = ()
+    also: Several[TeacherSpec] = ()
     """More teachers whose features `clipkd cache` stores, for use by other recipes."""
 
     @model_validator(mode="after")
@@ -113,12 +113,27 @@ class DistillSpec(Section):
     compile: bool = False
     """Compile student and teacher with torch.compile: takes minutes once, then speeds up steps on a GPU."""
 
+    batch_norm: Literal["all_processes", "per_process"] = "all_processes"
+    """Rows that batch norms normalize by under torchrun.  all_processes: the whole batch, so that N processes train the
+    student that one trains; per_process: each process's own rows, with less communication, as in CLIP-KD's code."""
+
     evaluate_every: Positive | None = None
     """Number of steps between zero-shot evaluations of the student on the headline set.  Absent: none."""
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps."""
         return self.steps or (self.epochs or 0) * steps_per_epoch
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields that decide the trained weights, for a stage's key.
+
+        A default that came after the first release is left out, so that the keys of earlier runs stay valid.
+        """
+        without_effect: Any = {"teacher_cache": {"path", "also"}, "accumulate": True, "loss_memory_mb": True}
+        fields = self.model_dump(exclude=without_effect)
+        if self.batch_norm == "all_processes":
+            del fields["batch_norm"]
+        return fields
 
     def without_teacher(self) -> "DistillSpec":
         """Return the same training without a teacher: contrastive loss only, independent of teacher fields."""

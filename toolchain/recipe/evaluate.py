@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from toolchain.recipe.section import Section
+from toolchain.recipe.section import Section, Several
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 GlyphSet = Literal["stix", "serif", "novel"]
@@ -74,7 +74,7 @@ class PairsSet(Section):
     images: str | None = None
     """Folder that relative paths in the table start from.  Absent: the table's folder."""
 
-    shards: tuple[str, ...] | None = None
+    shards: Several[str] | None = None
     """Webdataset archives, as in data.shards; relative to the current folder."""
 
     @model_validator(mode="after")
@@ -107,11 +107,11 @@ def set_name(spec: EvalSetSpec) -> str:
 
 
 class EvaluateSpec(Section):
-    headline: str = "stix"
-    """Name of the evaluation set whose top-1 the report ranks models by."""
-
-    sets: tuple[EvalSetSpec, ...] = ("stix", "serif", "novel")
+    sets: Several[EvalSetSpec] = ("stix", "serif", "novel")
     """Evaluation sets: glyph sets by name (stix, serif, novel), others by kind (docs/evaluation.md)."""
+
+    headline: str = Field(default_factory=lambda checked: next(map(set_name, checked["sets"]), ""))
+    """Name of the evaluation set whose top-1 the report ranks models by.  Absent: the first of `sets`."""
 
     examples: Annotated[int, Field(ge=0, le=16)] = 16
     """Number of images of the headline set that are stored, scaled to at most 96 pixels, with each model's answer.  The
@@ -123,6 +123,8 @@ class EvaluateSpec(Section):
 
     @model_validator(mode="after")
     def _check_headline(self) -> "EvaluateSpec":
+        if not self.sets:
+            raise ValueError("sets is empty; name at least one evaluation set")
         names = [set_name(spec) for spec in self.sets]
         twice = [name for name in names if names.count(name) > 1]
         if twice:

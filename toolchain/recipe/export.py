@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from toolchain.errors import UsageError
 from toolchain.precisions import PRECISIONS, REFERENCE_PRECISION, SAFEST_FIRST, PrecisionName
-from toolchain.recipe.section import Positive, Section
+from toolchain.recipe.section import Positive, Section, Several
 from toolchain.runtimes import RUNTIMES, RuntimeName
 
 
@@ -21,14 +21,14 @@ class AutoSpec(Section):
 
 
 class ExportSpec(Section):
-    runtimes: tuple[RuntimeName, ...] = ("onnxruntime",)
+    runtimes: Several[RuntimeName] = ("onnxruntime",)
     """Runtimes to export for.  `tensorrt` writes TensorRT build kits of the shipped model, and builds their engines
     on this machine if `build_engines`."""
 
     build_engines: bool = True
-    precisions: tuple[PrecisionName, ...] = ("fp32", "int8")
-    """Precisions of the student.  Teacher and baseline serve for comparison: they are exported in fp32 for the first
-    runtime only."""
+    precisions: Several[PrecisionName] = ("fp32", "int8")
+    """Precisions of the student.  Absent: fp32, and int8 if there is a `quantize` section or `auto`.  Teacher and
+    baseline serve for comparison: they are exported in fp32 for the first runtime only."""
 
     opset: Literal[18, 19, 20] = 20
 
@@ -165,6 +165,6 @@ class ProfileSpec(Section):
     seconds: Annotated[float, Field(gt=0)] = 1.0
     """Measured seconds per tower, divided among the processes."""
 
-    pytorch: tuple[Literal["eager", "compiled"], ...] = ()
+    pytorch: Several[Literal["eager", "compiled"]] = ()
     """Also measure the shipped checkpoint in PyTorch fp32, as plain open_clip runs it: reference rows of the report,
     next to its fp32 export; without that export there are none.  `compiled` (torch.compile) needs a C++ compiler."""

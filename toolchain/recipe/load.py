@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from toolchain.errors import UsageError
 from toolchain.recipe.evaluate import EvalSetSpec
 from toolchain.recipe.model import TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, resolve_model, resolve_path
-from toolchain.recipe.problems import describe_problem
+from toolchain.recipe.problems import describe_problems
 from toolchain.recipe.recipe import Recipe
+from toolchain.user_documents import InvalidDocument, decode_document, parse_yaml
 
 
 def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
@@ -55,14 +55,15 @@ def load_recipe(
     are applied after `changes`.
 
     Raises:
-        UsageError: not YAML, or fields are unknown or wrong; the message lists every problem with its path.
+        UsageError: not YAML, a key is written twice, or fields are unknown or wrong; the message lists every problem
+            with its path.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(decode_document(path.read_bytes()))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {error}") from None
+    except InvalidDocument as error:
+        raise UsageError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
     for section, fields in (changes or {}).items():
@@ -85,8 +86,6 @@ def make_adoption_recipe(
     """
     sections = ("data", "quantize", "export", "evaluate", "profile")
     taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
-    if "export" not in taken:
-        taken["export"] = {"precisions": ["fp32"]}
     student = {"model": model, **weights} if weights else {"model": model, "init": "weights"}
     raw = {"name": model.rpartition("/")[2], "student": student, **taken}
     for override in overrides or []:
@@ -103,7 +102,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [describe_problem(problem) for problem in error.errors()]
+        problems = describe_problems(error.errors(), raw)
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     changes: dict[str, Any] = {"student": resolve_model(recipe.student, folder, "student")}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
@@ -139,8 +138,8 @@ def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
     except UsageError as error:
         raise UsageError(f"teacher.recipe {error}") from None
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        raw = parse_yaml(decode_document(path.read_bytes()))
+    except InvalidDocument:
         raw = None  # load_recipe has the better message
     if isinstance(raw, dict) and raw.get("teacher") is not None:  # before loading, because it may refer to itself
         raise UsageError(
@@ -172,6 +171,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UsageError(f"--set {override}: {key} is not a section")
     try:
-        section[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {override}: '{text}' is not a YAML value; quote it for the shell") from None
+        section[keys[-1]] = parse_yaml(text)
+    except InvalidDocument as error:
+        raise UsageError(f"--set {override}: '{text}' is not a YAML value ({error}); quote it for the shell") from None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from toolchain.recipe.section import BatchSize, Positive, Section, Weight
+from toolchain.recipe.section import BatchSize, Positive, Section, Several, Weight
 
 
 class QuantizeSpec(Section):
@@ -14,7 +14,7 @@ class QuantizeSpec(Section):
     """ptq: calibrate only; qat: then fine-tune with simulated rounding, using the distillation losses and the teacher.
     ptq ignores steps, lr and anchor."""
 
-    towers: Annotated[tuple[Literal["image", "text"], ...], Field(min_length=1)] = ("image", "text")
+    towers: Annotated[Several[Literal["image", "text"]], Field(min_length=1)] = ("image", "text")
     """Towers to quantize; the other one stays float."""
 
     attention: bool = False

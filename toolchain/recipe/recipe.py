@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from toolchain.precisions import REFERENCE_PRECISION
 from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import NEED_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
@@ -37,6 +38,15 @@ class Recipe(Section):
     """Absent: train only; accuracies and the report need this section."""
 
     profile: ProfileSpec = ProfileSpec()
+
+    @model_validator(mode="after")
+    def _suit_default_precisions(self) -> "Recipe":
+        """Return the recipe without int8 if nobody wrote it and nothing can make it."""
+        if self.quantize is None and self.export.auto is None and "precisions" not in self.export.model_fields_set:
+            return self.model_copy(
+                update={"export": self.export.model_copy(update={"precisions": (REFERENCE_PRECISION,)})}
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_training(self) -> "Recipe":

@@ -1,8 +1,18 @@
 """The base of every section of a recipe, and the value types that sections share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Entry = TypeVar("Entry")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+Several = Annotated[tuple[Entry, ...], BeforeValidator(_as_list)]
+"""A list; a single entry may be written without brackets, as in --set data.shards=x.tar."""
 
 Positive = Annotated[int, Field(gt=0)]
 BatchSize = Annotated[int, Field(ge=2)]  # the contrastive loss of a single pair is always 0

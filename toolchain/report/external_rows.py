@@ -9,7 +9,6 @@ then percentiles of its GPU compute times.  The default role of a row is `extern
 import csv
 import difflib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from toolchain.errors import UsageError
 from toolchain.report.row import FIELDS, Number, Word
+from toolchain.user_documents import InvalidDocument, decode_document, parse_json
 
 ExternalRow = dict[str, Any]
 """The fields of a ReportRow that the table gives."""
@@ -70,9 +70,9 @@ def _raw_rows(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     if path.suffix == ".json":
         try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{path}: not JSON: {error}") from None
+            content = parse_json(text)
+        except InvalidDocument as error:
+            raise UsageError(f"{path}: {error}") from None
         if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
             raise UsageError(f"{path}: expected a JSON list of objects, one for each row")
         return content
@@ -97,7 +97,7 @@ def _number(where: str, key: str, value: Any, kind: Number) -> float | int:
 
 def _trtexec_times(path: Path, where: str) -> dict[str, float]:
     try:
-        runs = json.loads(path.read_text(encoding="utf-8"))
+        runs = parse_json(decode_document(path.read_bytes()))
         times_ms = np.array([float(run["computeMs"]) for run in runs])
     except FileNotFoundError:
         raise UsageError(f"{where}: trtexec: {path}: no such file") from None
