@@ -404,7 +404,7 @@ def evaluate(
     _refuse_torchrun()
     run = find_run(models[0])
     if recipe is None and run is None:
-        raise UsageError(f"{models[0]}: in no run whose recipe would name the sets; name one: --recipe RECIPE")
+        raise UsageError(f"{models[0]} is in no run, so no recipe lists the evaluation sets; add: --recipe RECIPE")
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
     spec = require_evaluation(loaded)
     with open_screen() as screen:
@@ -617,7 +617,7 @@ def pack_data(
         index = pack(spec, out, samples_per_shard=samples_per_shard, progress=screen.progress)
     for reason, found in index["left_out"].items():
         examples = "\n  ".join(found["examples"])
-        print_note(f"left out {found['count']:,}: {reason}\n  {examples}")
+        print_note(f"{found['count']:,} not packed: {reason}; for example:\n  {examples}")
     size = f"{index['samples']:,} samples in {len(index['shards']):,} shard(s), {index['bytes'] / 1e6:,.1f} MB"
     print_result({"path": str(out), **index}, as_json, Note(size), out / INDEX)
 
@@ -849,7 +849,7 @@ def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
 
 def _refuse_torchrun() -> None:
     if torchrun.world_size() > 1:
-        raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
+        raise UsageError("under torchrun only `clipkd distill` and `clipkd cache` work; start this command without it")
 
 
 def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
@@ -885,7 +885,8 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _exit(ClipkdError(f"the disk is full ({error}). Nothing finished is lost; free space and repeat the command"))
+        kept = "Finished stages and the last training checkpoint are kept"
+        _exit(ClipkdError(f"the disk is full ({error}). {kept}: free some space and repeat the command to resume"))
     sys.exit(0)
 
 

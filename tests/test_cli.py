@@ -348,8 +348,8 @@ def test_a_full_disk_outside_of_stages(clipkd: Clipkd, run: Path, monkeypatch: p
     ended = clipkd("export", run)
     assert ended.code == 1
     assert ended.err == (
-        "error: the disk is full ([Errno 28] No space left on device: 'report.json'). Nothing finished is lost; "
-        "free space and repeat the command\n"
+        "error: the disk is full ([Errno 28] No space left on device: 'report.json'). Finished stages and the last "
+        "training checkpoint are kept: free some space and repeat the command to resume\n"
     )
 
 
