@@ -15,8 +15,8 @@ PrecisionName: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", 
 class Precision:
     name: PrecisionName
     safety_rank: int
-    """0 is the safest.  The rank follows the bits that a value keeps: 23, 10 or 7 bits of mantissa; then 8 bits with one
-    scale for many values; last, 8 bits with the other values in 16."""
+    """0 is the safest.  The rank follows the bits that a value keeps: a mantissa of 23, 10 or 7 bits; then 8 bits, with
+    one scale for many values; last, 8 bits beside 16-bit floats."""
 
     is_quantized: bool
     """The graph is exported from an int8 checkpoint."""
@@ -96,7 +96,7 @@ PRECISIONS: Mapping[str, Precision] = {
             is_quantized=True,
             stored_floats="float32",
             min_opset=18,
-            # Both sides round to the same 8 bits, but may round a tie differently: 25 dB measured; wrong scales give 10.
+            # Both sides round to the same 8 bits, but may round ties differently: 25 dB measured; wrong scales give 10.
             min_sqnr_db=15.0,
             min_top1_agreement=0.90,  # with its own frozen tower, not with fp32: only ties of rounding differ
             marker="D",
