@@ -1,6 +1,7 @@
 """Print progress on stderr and tables on stdout.  Only this module and `clipkd.py` use rich."""
 
 import json
+import re
 import textwrap
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ stdout, stderr = Console(), Console(stderr=True)
 
 _LINE_EVERY_S = 30.0
 _LONG_WORD = 24
+_COMMAND = re.compile(r"(?<![\w/])(?:clipkd|pip|python|torchrun|make) [^`;,)]*?(?=[`;,)]|\. |$)")
 
 
 @dataclass
@@ -67,7 +69,7 @@ class TerminalScreen:
     def say(self, text: str) -> None:
         """Print a message that is neither progress nor an error."""
         if not self.silent:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.bar.console.print(_wrap(text, self.bar.console), highlight=False, markup=False, soft_wrap=True)
 
     def done(self, name: str, stage: "Stage") -> None:
         self.line(name, "cached" if stage.cached else f"done in {stage.manifest['took_s']:.0f} s")
@@ -115,7 +117,23 @@ def print_line(text: object) -> None:
 
 def print_note(text: object) -> None:
     """Print a line that is not part of the result on stderr, without markup."""
-    stderr.print(str(text), soft_wrap=True, highlight=False, markup=False)
+    stderr.print(_wrap(str(text), stderr), soft_wrap=True, highlight=False, markup=False)
+
+
+def _wrap(text: str, console: Console) -> str:
+    """Break lines between words on a terminal; keep each command in one piece, so that it can be copied."""
+    if not console.is_terminal:
+        return text
+    return "\n".join(_fill(line, console.width) for line in text.splitlines())
+
+
+def _fill(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    whole = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), line)  # hides its spaces from textwrap
+    indent = " " * (2 + len(line) - len(line.lstrip()))
+    filled = textwrap.fill(whole, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0", " ")
 
 
 def print_table(table: TextTable) -> None:
