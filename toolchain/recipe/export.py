@@ -142,5 +142,5 @@ class ProfileSpec(Section):
     """Measured seconds per tower, divided among the processes."""
 
     pytorch: tuple[Literal["eager", "compiled"], ...] = ()
-    """Also measure the shipped checkpoint in PyTorch fp32, as plain open_clip runs it, for reference rows of the report.
+    """Also measure the shipped checkpoint in PyTorch fp32, as plain open_clip runs it, for the report's reference rows.
     This needs its fp32 export.  `compiled` (torch.compile) needs a C++ compiler."""
