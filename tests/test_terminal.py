@@ -46,11 +46,12 @@ def test_a_wide_terminal_shows_every_row_on_one_line(monkeypatch: pytest.MonkeyP
 def test_a_terminal_too_narrow_for_the_words_gets_a_paragraph_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed(TABLE, LEAST_WIDTH - 1, monkeypatch).splitlines() == [
         "student fp32 onnxruntime",
-        "  p50 ms 0.193 [0.167, 0.213]; grade",
-        "  C (UNSTABLE, UNSTEADY, noisy)",
+        "  p50 ms: 0.193 [0.167, 0.213];",
+        "  grade: C (UNSTABLE, UNSTEADY,",
+        "  noisy)",
         "teacher",
-        "  p50 ms 0.589 [0.572, 0.640];",
-        "  grade B",
+        "  p50 ms: 0.589 [0.572, 0.640];",
+        "  grade: B",
     ]
 
 

@@ -127,11 +127,12 @@ def _wrap(text: str, console: Console) -> str:
     return "\n".join(_fill(line, console.width) for line in text.splitlines())
 
 
-def _fill(line: str, width: int) -> str:
+def _fill(line: str, width: int, indent: str = "") -> str:
+    """Return a line as lines of at most `width`; those after the first are indented, by default by two more than it."""
     if len(line) <= width:
         return line
     whole = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), line)  # hides its spaces from textwrap
-    indent = " " * (2 + len(line) - len(line.lstrip()))
+    indent = indent or " " * (2 + len(line) - len(line.lstrip()))
     filled = textwrap.fill(whole, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return filled.replace("\0", " ")
 
@@ -175,11 +176,12 @@ def _column_widths(table: TextTable, width: int) -> list[int] | None:
 
 
 def _print_paragraphs(table: TextTable, console: Console) -> None:
-    """Print each row as its first cell and, below it, `header value` for every other cell that is not empty."""
+    """Print each row as its first cell and, below it, `header: value` for every other cell that is not empty."""
     for first, *cells in table.rows:
-        named = [f"{header} {cell}" for header, cell in zip(table.headers[1:], cells, strict=True) if cell.strip()]
+        pairs = zip(table.headers[1:], cells, strict=True)
+        named = [f"{header}: {cell}" for header, cell in pairs if cell.strip() not in {"", "-"}]
         texts = [" ".join(text.split()) for text in named]
         # a short text is kept on one line: its spaces are hidden from textwrap
         kept = "; ".join(text.replace(" ", "\0") if len(text) < console.width // 2 else text for text in texts)
-        lines = textwrap.fill(kept, console.width, initial_indent="  ", subsequent_indent="  ")
+        lines = _fill(f"  {kept}", console.width, indent="  ")
         console.print(f"{first}\n{lines}".replace("\0", " "), highlight=False, markup=False, soft_wrap=True)
