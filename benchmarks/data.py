@@ -214,7 +214,7 @@ def time_clipkd_parts(contents: list[bytes]) -> dict[str, float]:
 
 
 def psnr_db(content: bytes, sample: int) -> float:
-    """Return the PSNR in dB of clipkd's view of an image to the plain path's."""
+    """Return the PSNR in dB between clipkd's view of an image and the plain path's."""
     random_R = random_numbers(sample)
     (ours_HH3,) = images.crop_image(content, CROP_SCALE, random_R, [GEOMETRY])
     image = Image.open(io.BytesIO(content)).convert("RGB")
