@@ -321,7 +321,7 @@ def test_the_table_has_what_the_protocol_promises() -> None:
     assert "status" not in profiles_table([{"model": "m", "status": "ok", **found}])[0]
 
 
-@pytest.mark.parametrize(("calls", "said"), [(("a", "a"), "1.10"), (("a", "b"), "1.10 (may be chance)")])
+@pytest.mark.parametrize(("calls", "said"), [(("a", "a"), "1.10"), (("a", "b"), "1.10 (not significant)")])
 def test_models_that_took_turns_are_held_against_each_other_turn_by_turn(calls: tuple[str, str], said: str) -> None:
     """On a machine that drifts by a fifth, which hides a tenth from whoever does not know what ran beside what."""
     drift = np.exp(0.2 * np.sin(np.arange(12)))
