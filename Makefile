@@ -2,6 +2,7 @@
 # make test         install the test dependencies, then run the tests
 # make check        check format, lint and types before a commit; make fix fixes the first two
 # make wheel        build dist/clipkd-*.whl
+# make readme       run the quickstart, and write its table, chart and gain into README.md
 #
 # Variables: PYTHON=python3.12 (interpreter), OUT=runs/other (the quickstart's run directory), PYTEST='-k losses'
 # (arguments for pytest; PYTEST=--slow also runs the slow tests).
@@ -16,7 +17,7 @@ SOURCES := pyproject.toml constraints.txt Makefile
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	$(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: quickstart test check fix wheel
+.PHONY: quickstart test check fix wheel readme
 
 quickstart: .venv/installed
 	@$(BIN)/clipkd run glyphs --out $(OUT)
@@ -35,6 +36,9 @@ fix: .venv/installed-dev
 
 wheel: .venv/installed
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+readme: quickstart
+	@$(BIN)/python benchmarks/readme_table.py $(OUT)
 
 # Stamp files: pip runs again only when these sources change.
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 
 def _foreign_package() -> str | None:
@@ -261,7 +262,8 @@ def export(
 
     Choose precisions: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
 
-    Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build --precision fp32,int8[/]
+    Example: [bold]clipkd export runs/quickstart --openvino --trt --no-build \\
+      --precision fp32,int8[/]
     """
     from export.pipeline.choices_table import describe_choices
     from export.pipeline.choose_precision import choose_precisions, require_choices
@@ -368,7 +370,8 @@ def best(
     Also prints the runner-up and why not the others.  Exit code 5: none fits.
     Teacher and baseline do not ship, so they are chosen only with --include.
 
-    Example: [bold]clipkd best runs/quickstart --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2'[/]
+    Example: [bold]clipkd best runs/quickstart \\
+      --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2'[/]
     """
     from toolchain.pipeline.run_directory import require_run
     from toolchain.report.choose_model import choice_lines, choose_model, conditions, explain_no_choice, rejected_table
@@ -415,7 +418,7 @@ def evaluate(
     _refuse_torchrun()
     run = find_run(models[0])
     if recipe is None and run is None:
-        raise UsageError(f"{models[0]}: in no run whose recipe would name the sets; name one: --recipe RECIPE")
+        raise UsageError(f"{models[0]} is in no run, so no recipe lists the evaluation sets; add: --recipe RECIPE")
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
     spec = require_evaluation(loaded)
     with open_screen() as screen:
@@ -437,7 +440,8 @@ def classes(
 
     Make labels: [bold]printf 'plus sign\\neuro sign\\n' > labels.txt[/]
 
-    Example: [bold]clipkd classes runs/quickstart/exported/student-onnxruntime-int8 --labels labels.txt --out signs[/]
+    Example: [bold]clipkd classes runs/quickstart/exported/student-onnxruntime-int8 \\
+      --labels labels.txt --out signs[/]
     """
     from export.runtime.bake_classes import bake
 
@@ -470,7 +474,8 @@ def profile(
 
     A run's checkpoint, as in RUN/student, is timed in PyTorch on this CPU.
 
-    Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 --quick[/]
+    Example: [bold]clipkd profile runs/quickstart/exported/student-onnxruntime-int8 \\
+      --quick[/]
     """
     from export.pipeline.profile_models import profile_models
     from export.profiling.protocol import QUICK, STANDARD, Effort
@@ -507,7 +512,8 @@ def predict(
 
     Make an image: [bold]clipkd data inspect glyphs --sheet glyphs.png[/]
 
-    Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 glyphs.png[/]
+    Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 \\
+      glyphs.png[/]
     """
     from export.runtime.predict import answer_lines, count_other_files, find_images, name_width
     from export.runtime.predict import predict as rank_labels
@@ -648,7 +654,7 @@ def pack_data(
         index = pack(spec, out, samples_per_shard=samples_per_shard, progress=screen.progress)
     for reason, found in index["left_out"].items():
         examples = "\n  ".join(found["examples"])
-        print_note(f"left out {found['count']:,}: {reason}\n  {examples}")
+        print_note(f"{found['count']:,} not packed: {reason}; for example:\n  {examples}")
     if "passed_over" in index:
         print_note(describe_passed_over(index["passed_over"]))
     size = f"{index['samples']:,} samples in {len(index['shards']):,} shard(s), {index['bytes'] / 1e6:,.1f} MB"
@@ -796,8 +802,8 @@ def recipes(context: typer.Context, as_json: JsonOpt = False) -> None:
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A name from `clipkd recipes`.")],
-    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    name: Annotated[str, typer.Argument(help="A name from `clipkd recipes`.", metavar="NAME")],
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
 ) -> None:
     """Copy an included recipe to a new file.
 
@@ -858,6 +864,42 @@ def verify(
     print_result(checked, as_json, *(f"ok {path}" for path in checked))
 
 
+_TYPES = {"<bool>": "", "<int range>": "N", "<float range>": "X", "<path>": "PATH", "<str>": "TEXT"}
+_TYPES["<list[Path]>"] = "PATH"
+
+
+def _name_values(params: list[Any], ctx: Any) -> list[Any]:
+    """Name the value of each option in the help, as in `--out PATH`; a flag has none."""
+    for param in params:
+        if param.param_type_name == "option" and param.metavar is None:
+            param.metavar = _TYPES.get(param.display_type(ctx))
+    return params
+
+
+class _Command(TyperCommand):
+    """A command whose usage is `clipkd report [OPTIONS] RUN...`, without typer's braces around RUN."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _name_values(super().get_params(ctx), ctx)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [param for param in self.params if param.param_type_name == "argument"]
+        return ["[OPTIONS]", *(param.metavar or str(param.name).upper() for param in arguments)]
+
+
+class _Group(TyperGroup):
+    """A group of commands, with the same names for values."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _name_values(super().get_params(ctx), ctx)
+
+
+for group in (app, data_app, devices_app, recipes_app):
+    group.info.cls = _Group
+    for registered in group.registered_commands:
+        registered.cls = _Command
+
+
 @contextmanager
 def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Iterator[tuple[Recipe, TerminalScreen]]":
     """Lock a run directory, and write the resolved recipe into it.
@@ -885,7 +927,7 @@ def _recipe(name: str, overrides: list[str] | None) -> "Recipe":
 
 def _refuse_torchrun() -> None:
     if torchrun.world_size() > 1:
-        raise UsageError("only clipkd distill runs under torchrun; start this command by itself")
+        raise UsageError("under torchrun only `clipkd distill` and `clipkd cache` work; start this command without it")
 
 
 def _print_stages(stages: "dict[str, Stage]", as_json: bool) -> None:
@@ -908,7 +950,7 @@ def main() -> NoReturn:
     try:
         if problem := _foreign_package():
             raise UsageError(problem)
-        app()
+        app(prog_name="clipkd")
     except ClipkdError as error:
         _exit(error)
     except ModuleNotFoundError as error:
@@ -923,7 +965,8 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _exit(ClipkdError(f"the disk is full ({error}). Nothing finished is lost; free space and repeat the command"))
+        kept = "Finished stages and the last training checkpoint are kept"
+        _exit(ClipkdError(f"the disk is full ({error}). {kept}: free some space and repeat the command to resume"))
     sys.exit(0)
 
 

@@ -1,17 +1,17 @@
-"""Every objective of CLIP-KD, alone and in the published combination, on glyphs: what each adds to the task loss.
+"""Measure what each objective of CLIP-KD, and the published combination, adds to the task loss on glyphs.
 
     python benchmarks/ablation_glyphs.py [--out runs/ablation] [--seeds 0 1 2] [--only fd gd] [--write]
 
-The quickstart's convolutional student is trained from each seed with the task loss alone, with each objective beside
-it, and with CLIP-KD's combination, from the same initialisation and batches; the teacher is the one that ships.
-MFD needs a student that can leave patches out: a small vision transformer has a baseline, FD and MFD of its own.
-Zero-shot top-1 is over the images of the three glyph sets together (each classified among its own set's names).
-Weights are the paper's, converted (docs/method.md), but for GD's, which the paper tuned for an inverted temperature and
-which was tuned here, on seed 100 (--tune-gd).
+The script trains the quickstart's convolutional student from each seed: with the task loss alone, with one added
+objective, and with CLIP-KD's combination.  Initialisation and batches are the same, and the teacher is the included
+one.  MFD needs a student that can leave out patches, so a small vision transformer is trained as well: alone, with FD
+and with MFD.  Zero-shot top-1 is over the images of the three glyph sets together; each image is classified among the
+names of its own set.  The weights are the paper's, converted (docs/method.md).  The exception is GD: the paper tuned
+its weight for an inverted temperature, so it was tuned here, on seed 100 (--tune-gd).
 
-Two runs go side by side, one thread each.  Interrupted, the same command continues; a finished run is not repeated.
-`--write` puts the table into docs/method.md and benchmarks/results/.  The last line of stdout is one JSON document;
-exit code 5 when a claim does not hold.
+Two students are trained at the same time, with one thread each.  After an interruption the same command continues, and
+it does not repeat a finished student.  `--write` puts the table into docs/method.md and benchmarks/results/.  The last
+line of stdout is one JSON document; the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from claims import claim, finish
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- ablation: written by benchmarks/ablation_glyphs.py -->", "<!-- end of ablation -->"
 BATCH, WARMUP, VIEWS = 128, 60, 4
-WIDTH = 128  # of the teacher's embedding
-GD_WEIGHT = 1e-5  # on seed 100: 1e-6 6.3 %, 1e-5 6.4, 3e-5 5.2, 1e-4 6.0, 1e-3 2.4, 1e-2 0.1; none 5.7 (at 1,000 steps)
+WIDTH = 128  # the teacher's embedding width
+# Top-1 % by weight, seed 100, 1,000 steps: none 5.7, 1e-6 6.3, 1e-5 6.4, 3e-5 5.2, 1e-4 6.0, 1e-3 2.4, 1e-2 0.1.
+GD_WEIGHT = 1e-5
 STUDENT = "glyphs_student"
 TOWER = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 4}
-TOWERS: dict[str, dict[str, Any]] = {  # the image tower, how long it trains, and how fast
+TOWERS: dict[str, dict[str, Any]] = {  # image tower, number of training steps, learning rate
     "convolutional": {"model_cfg": {}, "steps": 1600, "lr": 3e-3},
     "transformer": {"model_cfg": {"vision_cfg": TOWER}, "steps": 800, "lr": 2e-3},
 }
@@ -43,11 +44,11 @@ VARIANTS = {
     "convolutional": ("baseline", "crd", "fd", "gd", "icl", "afd", "cross_kd", COMBINATION),
     "transformer": ("baseline", "fd", "mfd"),
 }
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}  # two-sided quantiles of Student's t, by freedom
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}  # degrees of freedom: two-sided quantile of t
 SETS = ("stix", "serif", "novel")
 PAPER_BASELINE, PAPER_TEACHER = 30.55, 36.99  # ViT-T/16 alone, ViT-B/16: README of the released code
 PAPER_GAP_CLOSED = round((34.90 - PAPER_BASELINE) / (PAPER_TEACHER - PAPER_BASELINE), 2)
-PAPER = {  # zero-shot ImageNet top-1 in per cent, the same table
+PAPER = {  # zero-shot ImageNet top-1 in per cent, from the same table
     "baseline": PAPER_BASELINE,
     "crd": 31.94,
     "fd": 34.23,
@@ -61,7 +62,7 @@ PAPER = {  # zero-shot ImageNet top-1 in per cent, the same table
 
 
 def pick_weights(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]:
-    """The task at 1, and what the variant adds at its own weight."""
+    """Return the loss weights of a variant: the task loss at 1, and each added objective at its own weight."""
     from toolchain.distillation.objectives import OBJECTIVES, paper_weight
 
     alone = {name: paper_weight(name, width=WIDTH) for name in OBJECTIVES} | {"gd": gd_weight, "cross_kd": 1.0}
@@ -70,7 +71,7 @@ def pick_weights(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]
 
 
 def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, float]) -> dict[str, Any]:
-    """Train and score one student; what an earlier call finished is read."""
+    """Train and score one student, or read the result that an earlier call wrote."""
     result = folder / "result.json"
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
@@ -83,17 +84,17 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
     from toolchain.recipe.distill import DistillSpec, LossWeights
     from toolchain.recipe.model import ModelSpec
 
-    how = TOWERS[tower]
+    training = TOWERS[tower]
     spec = DistillSpec(
-        steps=how["steps"],
+        steps=training["steps"],
         batch_size=BATCH,
-        lr=how["lr"],
+        lr=training["lr"],
         warmup=WARMUP,
         loss_weights=LossWeights(**weights),
     )
     teacher = None if variant == "baseline" else teacher_cache(seed, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    student = build_model(ModelSpec(model=STUDENT, model_cfg=how["model_cfg"]), seed=seed)
+    student = build_model(ModelSpec(model=STUDENT, model_cfg=training["model_cfg"]), seed=seed)
     trained = distill(Training(spec, student, teacher, open_data(seed), seed=seed), folder, quiet)
     scores = score(student) | {"train_s": trained["train_s"], "tower": tower, "variant": variant, "seed": seed}
     result.write_text(json.dumps(scores), encoding="utf-8")
@@ -108,7 +109,7 @@ def open_data(seed: int) -> Any:
 
 
 def teacher_cache(seed: int, out: Path) -> Any:
-    """What the teacher says of a seed's views: the same for every variant, so computed once."""
+    """Return the teacher's features of a seed's views; every variant reads them, so they are computed once."""
     from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, CachePlan, make_cache
     from toolchain.distillation.teacher import live_teacher
     from toolchain.distillation.teacher_cache import open_cache
@@ -120,7 +121,7 @@ def teacher_cache(seed: int, out: Path) -> Any:
     depends = {"seed": seed, "views": VIEWS, "dtype": "float32", "shard_samples": SHARD_SAMPLES}
     if not (folder / "complete").exists():
         live = live_teacher(load_model(ROOT / "recipes" / "glyphs_teacher"), "fp32", ALONE.device)
-        steps = max(how["steps"] for how in TOWERS.values())
+        steps = max(training["steps"] for training in TOWERS.values())
         plan = CachePlan(depends, "float32", num_views=VIEWS, steps=steps)
         make_cache(live, open_data(seed), folder, plan, quiet)
         (folder / "complete").touch()
@@ -128,7 +129,7 @@ def teacher_cache(seed: int, out: Path) -> Any:
 
 
 def score(model: Any) -> dict[str, Any]:
-    """Top-1 hits and images of each set."""
+    """Return top-1 and number of images of each set, and top-1 over all images."""
     from toolchain.data import glyphs
     from toolchain.distributed import ALONE
     from toolchain.evaluation.open_sets import open_set
@@ -147,7 +148,7 @@ def quiet(what: str, done: int, total: int, note: str = "") -> None:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the 95 % interval of it by Student's t."""
+    """Return the mean and half the width of its 95 % interval, by Student's t."""
     half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), half
 
@@ -156,9 +157,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="these objectives and the baselines")
+    parser.add_argument("--only", nargs="+", help="train only these objectives and the baselines")
     parser.add_argument("--write", action="store_true", help="put the table into docs/method.md")
-    parser.add_argument("--tune-gd", type=float, nargs="+", help="only try these weights of GD")
+    parser.add_argument("--tune-gd", type=float, nargs="+", help="only compare these weights of GD")
     arguments = parser.parse_args()
     started = time.monotonic()
     jobs = [
@@ -202,7 +203,7 @@ def main() -> None:
     print(table)
     if arguments.write:
         write(table, claims)
-    minutes = round((time.monotonic() - started) / 60, 1)  # of this call: runs that were there already took none
+    minutes = round((time.monotonic() - started) / 60, 1)  # of this call alone
     finish("ablation_glyphs", claims, minutes=minutes, batch=BATCH, views=VIEWS, gd_weight=GD_WEIGHT)
 
 
@@ -220,9 +221,9 @@ def teacher_score(out: Path) -> dict[str, Any]:
 def summary(
     found: dict[tuple[str, str], dict[int, dict[str, Any]]], teacher: dict[str, Any], seeds: list[int]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The table, and the claims."""
+    """Return the table in Markdown, and the claims."""
     lines = [
-        "| image tower | beside the task | top-1 %, mean ± sd | gain, points, 95 % interval | gap closed "
+        "| image tower | added objective | top-1 %, mean ± sd | gain, points, 95 % interval | gap closed "
         "| stix / serif / novel % | train s | paper: top-1 % | paper: gain | paper: gap closed |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -240,12 +241,12 @@ def summary(
         if published is not None:
             points = published - PAPER_BASELINE
             paper = f"{published:.2f} | {points:+.2f} | {points / (PAPER_TEACHER - PAPER_BASELINE):.2f}"
-        mine = f"{100 * gain:+.2f} ± {100 * half:.2f} | {gap:.2f} ± {gap_half:.2f}"
+        ours = f"{100 * gain:+.2f} ± {100 * half:.2f} | {gap:.2f} ± {gap_half:.2f}"
         if variant == "baseline":
-            mine, paper = "- | -", f"{PAPER_BASELINE:.2f} | - | -"
-        name = "nothing (baseline)" if variant == "baseline" else variant.upper().replace("_", "-").replace("+", " + ")
+            ours, paper = "- | -", f"{PAPER_BASELINE:.2f} | - | -"
+        name = "none (baseline)" if variant == "baseline" else variant.upper().replace("_", "-").replace("+", " + ")
         lines.append(
-            f"| {tower} | {name} | {100 * statistics.fmean(pooled):.2f} ± {100 * spread:.2f} | {mine} | {sets} "
+            f"| {tower} | {name} | {100 * statistics.fmean(pooled):.2f} ± {100 * spread:.2f} | {ours} | {sets} "
             f"| {statistics.fmean(run['train_s'] for run in runs):.0f} | {paper} |"
         )
         if tower == "convolutional" and variant in ("fd", COMBINATION):
@@ -254,7 +255,7 @@ def summary(
             claims.append(claim(f"{variant}: share of the gap closed", gap, "fraction", ">=", PAPER_GAP_CLOSED))
     top = " / ".join(f"{100 * teacher['sets'][name]['top1']:.1f}" for name in SETS)
     lines.append(f"| teacher | - | {100 * teacher['pooled']:.2f} | - | - | {top} | - | {PAPER_TEACHER:.2f} | - | - |")
-    lines += ["", f"Seeds {', '.join(map(str, seeds))}; intervals are of the mean over seeds, by Student's t."]
+    lines += ["", f"Seeds {', '.join(map(str, seeds))}; each interval is that of the mean over seeds, by Student's t."]
     return "\n".join(lines), claims
 
 
@@ -265,13 +266,13 @@ def order(tower: str, variant: str) -> tuple[int, int]:
 def write(table: str, claims: list[dict[str, Any]]) -> None:
     from toolchain.provenance import machine, revision
 
-    place = machine()
-    where = f"{place['cpu']}, {place['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
-    said = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
-    steps = " and ".join(f"{how['steps']} ({tower})" for tower, how in TOWERS.items())
+    described = machine()
+    where = f"{described['cpu']}, {described['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
+    listed = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
+    steps = " and ".join(f"{training['steps']} ({tower})" for tower, training in TOWERS.items())
     result = f"{table}\n\n{steps} steps of {BATCH}, {VIEWS} views, GD's weight {GD_WEIGHT:g}; {where}."
     (ROOT / "benchmarks" / "results" / "ablation_glyphs.md").write_text(
-        f"# ablation_glyphs\n\n{result}\n\n{said}\n", encoding="utf-8"
+        f"# ablation_glyphs\n\n{result}\n\n{listed}\n", encoding="utf-8"
     )
     document = ROOT / "docs" / "method.md"
     before, rest = document.read_text(encoding="utf-8").split(BEGIN)

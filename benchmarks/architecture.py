@@ -2,8 +2,8 @@
 
     python benchmarks/architecture.py
 
-The order is the one that tests/test_architecture.py enforces; what each entry is for is the first sentence of its
-docstring.  Arrows of the picture are values that flow, named as the code names them, and not imports.
+The order is the one that tests/test_architecture.py enforces.  The purpose of each entry is the first sentence of its
+docstring.  The arrows of the diagram are the values that flow, under their names in the code; they are not imports.
 """
 
 import ast
@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture.png"
+PAGE, DIAGRAM = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture.png"
 BEGIN, END = "<!-- import order: written by benchmarks/architecture.py -->", "<!-- end of import order -->"
 INK, QUIET, ARROW = "#1a1d21", "#5c636b", "#b34700"
 LANES = {  # name: (bottom, top, colour)
     "toolchain/: training and reporting": (2.55, 5.55, "#f3f6fb"),
     "export/: exporting and measuring": (-0.75, 2.25, "#f4f8f2"),
 }
-BOXES = {  # package: the middle of its box
+BOXES = {  # package: centre of its box
     "recipe": (0.0, 4.0),
     "data": (2.6, 4.7),
     "models": (2.6, 3.3),
@@ -39,7 +39,7 @@ BOXES = {  # package: the middle of its box
     "devices": (14.15, -0.1),
     "device_programs": (11.3, -0.1),
 }
-FLOWS = [  # from, to, the value, and where its name stands beside the middle of the arrow
+FLOWS = [  # from, to, name of the value, offset of the name from the middle of the arrow
     ("recipe", "data", "DataSpec", (-0.35, 0.2)),
     ("recipe", "models", "ModelSpec", (-0.35, -0.2)),
     ("data", "distillation", "TrainingData", (0.45, 0.2)),
@@ -64,7 +64,7 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from test_architecture import IMPORT_ORDER
 
-    draw().savefig(PICTURE, dpi=110, metadata={"Software": None})
+    draw().savefig(DIAGRAM, dpi=110, metadata={"Software": None})
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
     rows = [f"| {number} | `{name}` | {purpose(name)} |" for number, name in enumerate(IMPORT_ORDER, 1)]
@@ -102,7 +102,7 @@ def draw() -> Figure:
 
 
 def draw_flow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Draw an arrow from the border of one box to that of another."""
+    """Draw an arrow from the border of one box to the border of another."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     across = (WIDTH / 2 + 0.05) / abs(dx) if dx else 1
     along = (HEIGHT / 2 + 0.05) / abs(dy) if dy else 1

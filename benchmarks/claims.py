@@ -1,4 +1,4 @@
-"""What a benchmark says at the end: its claims, against bounds, as one JSON document and an exit code."""
+"""End a benchmark: compare each claim with its bound, print one JSON document and set the exit code."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from toolchain.provenance import machine
 
 
 def claim(what: str, value: float, unit: str, relation: str, bound: float) -> dict[str, Any]:
-    """One claim; `relation` is >=, <= or >, and NaN holds nothing."""
+    """Return one claim with its outcome; `relation` is >=, <= or >, and a claim whose value is NaN does not hold."""
     holds = {">=": value >= bound, "<=": value <= bound, ">": value > bound}[relation]
     return {"claim": what, "value": round(value, 5), "unit": unit, "bound": f"{relation} {bound:g}", "holds": holds}
 
 
 def finish(benchmark: str, claims: list[dict[str, Any]], **more: Any) -> NoReturn:
-    """Print the document as the last line of stdout, and exit with 5 if a claim does not hold."""
+    """Print the document as the last line of stdout; exit with 5 if a claim does not hold."""
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     document = {
         "benchmark": benchmark,

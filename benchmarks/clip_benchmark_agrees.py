@@ -1,11 +1,11 @@
-"""Our zero-shot and retrieval numbers against CLIP_benchmark's, on the same model and the same archives.
+"""Compare clipkd's zero-shot and retrieval scores with CLIP_benchmark's, for the same model and archives.
 
     python benchmarks/clip_benchmark_agrees.py [--images 400]
 
-Needs the package clip-benchmark, whose own reader and metrics run here as they are, on webdataset archives made for
-the purpose: noisy glyphs to classify, several of each class, and as many to retrieve by five captions each.  The model
-is the glyphs teacher that ships, in float32 on the CPU.  The last line is one JSON document; exit code 5 if a number
-differs by as much as one picture.
+Needs the package clip-benchmark; its reader and metrics run unchanged.  The script makes two webdataset archives of
+noisy glyphs: one to classify, with several images of each class, and one for retrieval, with five captions for each
+image.  The model is the included glyphs teacher, in float32 on the CPU.  The last line of stdout is one JSON document;
+the exit code is 5 if a score differs by one image or more.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 60
-NOISE = 60  # grey levels: accuracy far from 0 and from 1
+NOISE = 60  # grey levels, so that the accuracy is neither near 0 nor near 1
 BATCH = 64
 RECALLS = (1, 5, 10)
-ROUNDING = 1e-6  # of their float32 means; one picture of 400 is 2.5e-3
+ROUNDING = 1e-6  # of their float32 means; one image of 400 is 2.5e-3
 TEMPLATES = ("{c}", "the character {c}", "a drawing of {c}")
 CAPTIONS = ("{}", "the character {}", "a drawing of {}", "{}, drawn", "one {}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=400, help="of each set")
+    parser.add_argument("--images", type=int, default=400, help="images in each set")
     count = parser.parse_args().images
     claims = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -75,9 +75,9 @@ def differences(folder: Path, task: str) -> dict[str, float]:
 
 
 def their_numbers(model: Any, folder: Path, task: str) -> dict[str, float]:
-    """CLIP_benchmark's reader, loader and metrics on its own path from the archives to the numbers."""
-    warnings.simplefilter("ignore")  # of the package's own dependencies
-    # Only captioning needs this, and it needs Java; the metrics compared here do not touch it.
+    """Return CLIP_benchmark's scores, computed with its own reader, loader and metrics."""
+    warnings.simplefilter("ignore")  # the package's dependencies warn
+    # Only captioning uses this package, which needs Java; the metrics compared here do not use it.
     for name in ("pycocoevalcap", "pycocoevalcap.eval"):
         sys.modules.setdefault(name, types.ModuleType(name))
     from clip_benchmark.datasets.builder import build_wds_dataset, image_captions_collate_fn
@@ -92,7 +92,7 @@ def their_numbers(model: Any, folder: Path, task: str) -> dict[str, float]:
         )
         return numbers
     loader.dataset.classes, templates = dataset.classes, dataset.templates
-    # Their accuracy() calls float() on an array of one, which NumPy no longer allows; all else is as installed.
+    # Their accuracy() calls float() on an array of one element, which NumPy no longer allows.  The rest is unchanged.
     zeroshot_classification.float = lambda value: np.asarray(value).item()
     numbers = zeroshot_classification.evaluate(
         model.net, loader, model.tokenize, dataset.classes, templates, "cpu", amp=False
@@ -105,7 +105,7 @@ def _collation(collate: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_archives(folder: Path, task: str, count: int) -> None:
-    """Two archives in CLIP_benchmark's layout, of glyphs in all of training's faces."""
+    """Write two archives in CLIP_benchmark's layout, of glyphs in every typeface of the training data."""
     from toolchain.data import glyphs
 
     random = np.random.default_rng(0)
@@ -115,7 +115,9 @@ def make_archives(folder: Path, task: str, count: int) -> None:
     (folder / "test" / "nshards.txt").write_text("2")
     if task == "retrieval":
         (folder / "dataset_type.txt").write_text("retrieval")
-        first_of_each = np.unique(drawn.character_N, return_index=True)[1]  # equal captions tie, which ours lose
+        first_of_each = np.unique(drawn.character_N, return_index=True)[
+            1
+        ]  # equal captions tie, and clipkd counts a tie as a miss
         samples = random.choice(first_of_each, count, replace=False)
     else:
         (folder / "classnames.txt").write_text("\n".join(drawn.names[character] for character in characters))

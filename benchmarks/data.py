@@ -1,25 +1,27 @@
-"""clipkd's training data against open_clip's own webdataset pipeline: images a second on one core, 224 px for a model.
+"""Compare the speed of clipkd's data loading with open_clip's webdataset pipeline, on one core at 224 px.
 
     python benchmarks/data.py [--samples 96] [--rounds 9]
 
-The side compared against is the installed open_clip's: `get_wds_dataset` of open_clip_train.data around the training
-transform of open_clip.transform, with CLIP-KD's crops (scale 0.9 to 1).  Its loader is read in this process (workers 0,
-one thread), as ours is: ShardBatches.batch.  Both read the same made shards, all samples of them once a round, and
-interleave round by round.  Captions are read by both and tokenized by neither: the tokenizer is the same on both sides.
+One side is the installed open_clip: `get_wds_dataset` of open_clip_train.data with the training transform of
+open_clip.transform and CLIP-KD's crops (scale 0.9 to 1).  The other is clipkd's ShardBatches.batch.  Both run in this
+process, with no workers and one thread.  They read every sample of the same shards once a round, in interleaved rounds.
+Both read the captions and neither tokenizes them: the tokenizer is the same.
 
-The two do not end in the same thing.  open_clip's worker hands over normalised float32 [B, 3, 224, 224]; ours uint8,
-a quarter of the bytes, which the training step normalises on the device it trains on.  That is part of the design that
-is measured, and its price on a CPU is in the table below ("normalising, once a batch").
+The results differ in one respect.  open_clip's worker returns normalized float32 [B, 3, 224, 224].  clipkd returns
+uint8, a quarter of the bytes, and the training step normalizes on the training device.  That is part of the design that
+is measured; the cost on a CPU is in the table ("normalizing, once a batch").
 
-Our pixels are held against the plain path: the whole picture decoded by Pillow, the same crop cut out, Pillow's
-bicubic.  The worst picture counts.
+The pixels are compared with those of the plain path: Pillow decodes the whole image, cuts the same crop and resizes it
+(bicubic).  The claim is about the worst image.
 
-Pictures are made: random fields whose contrast falls with scale as photographs' does, gradients, edges and text, as
-JPEGs of quality 90 (some 70 kB at 512 px; the two photographs that scikit-learn ships have 51 and 92 kB so).
-Then rates of the rest, for the table of docs/data.md (benchmarks/data_table.py): inspecting and packing, and a teacher
-ViT-B/16 in float32 on one picture and one caption, each on one core, samples of 256 px.
+The images are synthetic: random fields whose contrast falls with scale as in photographs, gradients, edges and text,
+saved as JPEGs of quality 90.  They have about 70 kB at 512 px; the two photographs included in scikit-learn have 51 and
+92 kB at the same size and quality.
 
-The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
+For the table of docs/data.md (benchmarks/data_table.py), the script also measures `data inspect`, `data pack` and a
+teacher ViT-B/16 in float32 on one image and one caption, each on one core, with samples of 256 px.
+
+The last line of stdout is one JSON document; the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -47,7 +49,7 @@ from PIL import Image, ImageDraw, ImageFont
 from train_step import make_batch
 from webdataset.tariterators import tar_file_expander
 
-from toolchain.data import images as pictures
+from toolchain.data import images
 from toolchain.data.batch import Geometry
 from toolchain.data.inspection import inspect
 from toolchain.data.packing import pack
@@ -71,14 +73,14 @@ WORDS = "a an the of on in with and near old red small large dog cat street hous
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=96, help="of each size")
+    parser.add_argument("--samples", type=int, default=96, help="images of each size")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     claims: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["XDG_CACHE_HOME"] = scratch  # the index of the shards goes with them
+        os.environ["XDG_CACHE_HOME"] = scratch  # the index of the shards is deleted with them
         for size, bound in MIN_SPEEDUP.items():
             contents = make_shards(Path(scratch) / str(size), arguments.samples, size)
             pattern = str(Path(scratch) / str(size) / f"{{00000..{SHARDS - 1:05d}}}.tar")
@@ -88,24 +90,24 @@ def main() -> None:
                 claim(f"images/s to open_clip's, {size} px, median of paired ratios", measured["ratio"], "ratio", ">=",
                       bound)
             )  # fmt: skip
-            claims.append(claim(f"worst picture to the plain path, {size} px", measured["psnr_db"], "dB", ">=",
-                                MIN_PSNR_DB))  # fmt: skip
+            claims.append(claim(f"worst image compared with the plain path, {size} px", measured["psnr_db"], "dB",
+                                ">=", MIN_PSNR_DB))  # fmt: skip
         rates = {"decoding an epoch": found["256"]["images_per_s"]["clipkd"]}
-        rates |= rates_of_commands(Path(scratch) / "many", contents)
-    rates["teacher"] = rate_of_teacher()
+        rates |= measure_commands(Path(scratch) / "many", contents)
+    rates["teacher"] = measure_teacher()
     print("\n| on one core, 256 px | samples/s |\n|---|---|")
-    for what, rate in rates.items():
-        print(f"| {what} | {rate:.1f} |")
-    rates = {what: round(rate, 3) for what, rate in rates.items()}
+    for work, rate in rates.items():
+        print(f"| {work} | {rate:.1f} |")
+    rates = {work: round(rate, 3) for work, rate in rates.items()}
     finish("data", claims, threads=1, samples=arguments.samples, sizes=found, samples_per_s=rates)
 
 
 def compare(pattern: str, contents: list[bytes], rounds: int) -> dict[str, Any]:
-    """Both sides over the same shards, in turn; and where their time goes."""
+    """Measure both sides on the same shards, interleaved, and how their time divides into parts."""
     spec = WebdatasetSpec(kind="webdataset", shards=(pattern,), crop_scale=CROP_SCALE)
     data = ShardBatches.open(spec, seed=0, batch_size=BATCH)
     sides: dict[str, Callable[[], int]] = {
-        "open_clip": open_clips(pattern, len(contents)),
+        "open_clip": open_clip_epoch(pattern, len(contents)),
         "clipkd": lambda: sum(
             len(data.batch(step, slice(None), [GEOMETRY]).captions_B) for step in range(data.steps_per_epoch)
         ),
@@ -115,13 +117,13 @@ def compare(pattern: str, contents: list[bytes], rounds: int) -> dict[str, Any]:
         for name, side in sides.items():
             started = time.perf_counter()
             number = side()
-            if round_:  # the first warms up
+            if round_:  # the first round is the warm-up
                 taken[name].append((time.perf_counter() - started) / number)
     per_image_ms = {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()}
     ratio = statistics.median(a / b for a, b in zip(taken["open_clip"], taken["clipkd"], strict=True))
     worst_db = min(psnr_db(content, sample) for sample, content in enumerate(contents))
     kilobytes = sum(map(len, contents)) / len(contents) / 1e3
-    parts = {"open_clip": parts_of_open_clip(contents), "clipkd": parts_of_clipkd(contents)}
+    parts = {"open_clip": time_open_clip_parts(contents), "clipkd": time_clipkd_parts(contents)}
     side_px = Image.open(io.BytesIO(contents[0])).width
     print(f"\n{len(contents)} JPEGs of {side_px} px, {kilobytes:.0f} kB each\n")
     print("| side | part | ms an image | share |\n|---|---|---|---|")
@@ -133,25 +135,25 @@ def compare(pattern: str, contents: list[bytes], rounds: int) -> dict[str, Any]:
         rest_ms = whole_ms - sum(inside.values())
         print(f"| | reading, shuffling, stacking: the rest | {rest_ms:.3f} | {100 * rest_ms / whole_ms:.0f} % |")
     print(f"| | {next(part for part in parts['clipkd'] if part.startswith('('))} "
-          f"| {parts['clipkd']['(normalising, once a batch, on the device)']:.3f} | not in it |")  # fmt: skip
-    print(f"\nratio {ratio:.2f}, worst picture {worst_db:.1f} dB", flush=True)
+          f"| {parts['clipkd']['(normalizing, once a batch, on the device)']:.3f} | not included |")  # fmt: skip
+    print(f"\nratio {ratio:.2f}, worst image {worst_db:.1f} dB", flush=True)
     return {
         "ratio": ratio,
         "psnr_db": round(worst_db, 2),
         "images_per_s": {name: round(1e3 / value, 1) for name, value in per_image_ms.items()},
-        "picture_bytes": round(1e3 * kilobytes),
+        "image_bytes": round(1e3 * kilobytes),
         "ms": {name: {part: round(value, 4) for part, value in found.items()} for name, found in parts.items()},
     }
 
 
-def open_clips(pattern: str, num_samples: int) -> Callable[[], int]:
-    """One pass over the shards through open_clip's loader."""
-    # Its csv reader alone wants pandas, at import.
+def open_clip_epoch(pattern: str, num_samples: int) -> Callable[[], int]:
+    """Return a function that reads the shards once through open_clip's loader, and returns the number of images."""
+    # open_clip imports pandas, and uses it only to read csv files.
     with contextlib.suppress(ImportError):
         sys.modules.setdefault("pandas", types.ModuleType("pandas"))
     from open_clip_train import data as theirs
 
-    # webdataset ends a shard with an empty record, on which this version of open_clip's reader trips.
+    # webdataset ends a shard with an empty record, which this version of open_clip's reader cannot read.
     theirs.tar_file_expander = functools.partial(tar_file_expander, eof_value=None)
 
     arguments = argparse.Namespace(
@@ -163,7 +165,7 @@ def open_clips(pattern: str, num_samples: int) -> Callable[[], int]:
     )
 
     def once() -> int:
-        return sum(len(images) for images, _ in info.dataloader)
+        return sum(len(pixels) for pixels, _ in info.dataloader)
 
     return once
 
@@ -174,8 +176,8 @@ def open_clip_transform() -> Any:
     return image_transform((GEOMETRY.size, GEOMETRY.size), is_train=True, aug_cfg={"scale": CROP_SCALE})
 
 
-def parts_of_open_clip(contents: list[bytes]) -> dict[str, float]:
-    crop, convert, to_tensor, normalise = open_clip_transform().transforms
+def time_open_clip_parts(contents: list[bytes]) -> dict[str, float]:
+    crop, convert, to_tensor, normalize = open_clip_transform().transforms
     clock = Clock()
     for content in contents:
         with clock("decoding"):
@@ -184,12 +186,12 @@ def parts_of_open_clip(contents: list[bytes]) -> dict[str, float]:
             image = convert(crop(image))
         with clock("to a float tensor"):
             tensor = to_tensor(image)
-        with clock("normalising"):
-            normalise(tensor)
+        with clock("normalizing"):
+            normalize(tensor)
     return clock.medians_ms()
 
 
-def parts_of_clipkd(contents: list[bytes]) -> dict[str, float]:
+def time_clipkd_parts(contents: list[bytes]) -> dict[str, float]:
     clock = Clock()
     pixels_B3HH = np.empty((BATCH, 3, GEOMETRY.size, GEOMETRY.size), np.uint8)
     mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
@@ -199,35 +201,35 @@ def parts_of_clipkd(contents: list[bytes]) -> dict[str, float]:
             image = Image.open(io.BytesIO(content))
             image.load()
         with clock("crop"):
-            cut_HW4 = pictures.cut_box(image, pictures.crop_box(*image.size, CROP_SCALE, random_R))
+            cut_HW4 = images.cut_box(image, images.crop_box(*image.size, CROP_SCALE, random_R))
         with clock("resizing"):
-            view_HH3 = pictures.resize(cut_HW4, GEOMETRY)
+            view_HH3 = images.resize(cut_HW4, GEOMETRY)
         with clock("into the batch"):
             pixels_B3HH[sample % BATCH] = view_HH3.transpose(2, 0, 1)
     batches = Clock()
     for _ in range(9):
         with batches("once"):
             torch.from_numpy(pixels_B3HH).float().div_(255).sub_(mean).div_(std)
-    return clock.medians_ms() | {"(normalising, once a batch, on the device)": batches.medians_ms()["once"] / BATCH}
+    return clock.medians_ms() | {"(normalizing, once a batch, on the device)": batches.medians_ms()["once"] / BATCH}
 
 
 def psnr_db(content: bytes, sample: int) -> float:
-    """Of our view of a picture to the plain path's."""
+    """Return the PSNR in dB between clipkd's view of an image and the plain path's."""
     random_R = random_numbers(sample)
-    (ours_HH3,) = pictures.crop_image(content, CROP_SCALE, random_R, [GEOMETRY])
-    picture = Image.open(io.BytesIO(content)).convert("RGB")
-    box = pictures.crop_box(*picture.size, CROP_SCALE, random_R)
-    plain = picture.crop(box).resize((GEOMETRY.size, GEOMETRY.size), Image.Resampling.BICUBIC)
+    (ours_HH3,) = images.crop_image(content, CROP_SCALE, random_R, [GEOMETRY])
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    box = images.crop_box(*image.size, CROP_SCALE, random_R)
+    plain = image.crop(box).resize((GEOMETRY.size, GEOMETRY.size), Image.Resampling.BICUBIC)
     error = np.mean((ours_HH3.astype(np.float64) - np.asarray(plain, np.float64)) ** 2)
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
 def random_numbers(sample: int) -> NDArray[np.float64]:
-    return uniforms(0, np.array([sample]), 0, pictures.CROP_NUMBERS)[0]
+    return uniforms(0, np.array([sample]), 0, images.CROP_NUMBERS)[0]
 
 
 class Clock:
-    """Seconds by part, each time it is done."""
+    """Record the seconds that each part takes, each time it runs."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -242,11 +244,14 @@ class Clock:
         return {part: 1e3 * statistics.median(seconds) for part, seconds in self.seconds.items()}
 
 
-# The rest of the line
+# Rates of the commands and of the teacher
 
 
-def rates_of_commands(folder: Path, contents: list[bytes]) -> dict[str, float]:
-    """Samples a second of inspecting and packing, what they need to start left out: by the time of more samples."""
+def measure_commands(folder: Path, contents: list[bytes]) -> dict[str, float]:
+    """Return samples per second of `data inspect` and `data pack`.
+
+    The start of a command is not counted: the rate is that of the samples by which two calls differ.
+    """
     write_shards(folder, [contents[sample % len(contents)] for sample in range(SHARDS * SAMPLES_TO_PACK)])
     paths = [str(folder / f"{shard:05d}.tar") for shard in range(SHARDS)]
     one, all_ = (WebdatasetSpec(kind="webdataset", shards=tuple(some)) for some in (paths[:1], paths))
@@ -268,7 +273,8 @@ def rates_of_commands(folder: Path, contents: list[bytes]) -> dict[str, float]:
     return rates
 
 
-def rate_of_teacher() -> float:
+def measure_teacher() -> float:
+    """Return samples per second of a teacher ViT-B/16 in float32."""
     teacher = live_teacher(build_model(ModelSpec(model="ViT-B-16"), seed=0), "fp32", ALONE.device)
     taken = []
     with torch.no_grad():
@@ -281,11 +287,11 @@ def rate_of_teacher() -> float:
     return 1 / statistics.median(taken[1:])
 
 
-# The pictures
+# The images
 
 
 def make_shards(folder: Path, number: int, size: int) -> list[bytes]:
-    """Shards as img2dataset writes them, and their pictures' bytes."""
+    """Write shards as img2dataset does; return the encoded images."""
     contents = [make_jpeg(size, seed) for seed in range(number)]
     write_shards(folder, contents)
     return contents
@@ -305,20 +311,20 @@ def write_shards(folder: Path, contents: list[bytes]) -> None:
 
 
 def make_jpeg(size: int, seed: int) -> bytes:
-    """A field with the spectrum of photographs, over a gradient, with some shapes and words, coloured."""
+    """Return a coloured JPEG: a random field with the spectrum of photographs, a gradient, shapes and words."""
     random = np.random.default_rng([seed, size])
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
     frequency = np.maximum(np.hypot(fx, fy), 1 / size)
     planes = []
-    for contrast in (1.0, 0.35, 0.35):  # of brightness, and of two differences of colours
+    for contrast in (1.0, 0.35, 0.35):  # of the luminance plane, and of the two chrominance planes
         spectrum = np.fft.rfft2(random.standard_normal((size, size))) / frequency ** random.uniform(1.2, 1.6)
         plane_HW = np.fft.irfft2(spectrum, s=(size, size))
         ramp_HW = np.add.outer(*(random.uniform(-40, 40) * np.linspace(-1, 1, size) for _ in range(2)))
         planes.append(contrast * (plane_HW / plane_HW.std() * random.uniform(25, 45) + ramp_HW))
     y, cb, cr = planes
-    picture_HW3 = np.stack([y + 1.4 * cr, y - 0.34 * cb - 0.71 * cr, y + 1.77 * cb], -1) + 128
-    picture = Image.fromarray(picture_HW3.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    pixels_HW3 = np.stack([y + 1.4 * cr, y - 0.34 * cb - 0.71 * cr, y + 1.77 * cb], -1) + 128
+    image = Image.fromarray(pixels_HW3.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     for _ in range(6):
         x0, y0, w, h = (random.random(4) * size * [0.9, 0.9, 0.25, 0.25]).tolist()
         draw.ellipse([x0, y0, x0 + w, y0 + h], fill=tuple(random.integers(0, 256, 3).tolist()))
@@ -327,7 +333,7 @@ def make_jpeg(size: int, seed: int) -> bytes:
         words = " ".join(random.choice(WORDS.split(), 4))
         draw.text((size * 0.1, size * (0.2 + 0.25 * line)), words, font=font, fill=(250, 250, 240))
     encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=QUALITY)
+    image.save(encoded, "JPEG", quality=QUALITY)
     return encoded.getvalue()
 
 

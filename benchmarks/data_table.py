@@ -1,9 +1,9 @@
-"""Put sizes and times for CC3M and CC12M into docs/data.md, computed from the rates that benchmarks/data.py measured.
+"""Write sizes and times for CC3M and CC12M into docs/data.md, computed from the rates that benchmarks/data.py measured.
 
     python benchmarks/data.py > data.txt; python benchmarks/data_table.py data.txt
 
-Replaces what stands between the two `sizes and times` marks.  Samples are as many as CLIP-KD trains on: what was
-left of both sets after downloading (arXiv:2307.12732).
+Replaces the text between the two `sizes and times` marks.  The numbers of samples are those that CLIP-KD trained on: as
+many of both datasets as could be downloaded (arXiv:2307.12732).
 """
 
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- sizes and times: written by benchmarks/data_table.py -->", "<!-- end of sizes and times -->"
 SAMPLES = {"CC3M": 2.89e6, "CC12M": 9.97e6}
 WIDTH = 512
-BYTES_OF = {"float32": 4, "float16 or bfloat16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "float16 or bfloat16": 2, "int8": 1}
 
 
 def main() -> None:
@@ -24,43 +24,43 @@ def main() -> None:
     page = ROOT / "docs" / "data.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    page.write_text("\n".join([before + BEGIN, "", *table(measured), "", END + after]), encoding="utf-8")
+    page.write_text("\n".join([before + BEGIN, "", *make_table(measured), "", END + after]), encoding="utf-8")
 
 
-def table(measured: dict[str, Any]) -> list[str]:
-    """Lines of Markdown."""
+def make_table(measured: dict[str, Any]) -> list[str]:
+    """Return the table and the sentence below it, as lines of Markdown."""
     samples = [*SAMPLES.values(), sum(SAMPLES.values())]
-    rates, picture_bytes = measured["samples_per_s"], measured["sizes"]["256"]["picture_bytes"]
+    rates, image_bytes = measured["samples_per_s"], measured["sizes"]["256"]["image_bytes"]
     rows = [
         ["samples", *(f"{number / 1e6:.2f} M" for number in samples)],
         [
-            f"pictures of 256 by 256 px, {picture_bytes / 1e3:.0f} kB each",
-            *(size(number * picture_bytes) for number in samples),
+            f"images of 256 by 256 px, {image_bytes / 1e3:.0f} kB each",
+            *(size(number * image_bytes) for number in samples),
         ],
     ]
-    for label, what in (
+    for label, work in (
         ("`clipkd data inspect` of every sample", "clipkd data inspect"),
         ("`clipkd data pack`", "clipkd data pack"),
-        ("pictures of an epoch, read, decoded and cropped", "decoding an epoch"),
-        ("teacher ViT-B/16 once on every picture and caption, float32", "teacher"),
+        ("images of an epoch, read, decoded and cropped", "decoding an epoch"),
+        ("teacher ViT-B/16 once on every image and caption, float32", "teacher"),
     ):
-        rate = rates[what]
+        rate = rates[work]
         rows.append([f"{label}: {rate:,.0f}/s on one core", *(time(number / rate) for number in samples)])
-    for dtype, bytes_ in BYTES_OF.items():
+    for dtype, bytes_ in DTYPE_BYTES.items():
         cells = [size(number * WIDTH * bytes_) for number in samples]
         rows.append([f"cached features, {WIDTH} wide, {dtype}: each view, and each caption", *cells])
     machine = measured["machine"]
-    said = (
-        f"Rates: commit `{measured['commit']}`, {machine['cpu']}, one core; pictures made for the benchmark, of JPEG "
-        "quality 90. On n cores the first three times are an n-th. The teacher belongs on a GPU: `clipkd cache` says "
-        "the rate of yours, and what the cache will take, before it starts."
+    note = (
+        f"Rates: commit `{measured['commit']}`, {machine['cpu']}, one core; synthetic images, JPEG quality 90. On n "
+        "cores the first three times are divided by n. The teacher belongs on a GPU: before it starts, `clipkd cache` "
+        "prints your GPU's rate and the size of the cache."
     )
     return [
         "| | " + " | ".join([*SAMPLES, "both"]) + " |",
         "|---|" + "---|" * len(samples),
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        *textwrap.wrap(said, 120),
+        *textwrap.wrap(note, 120),
     ]
 
 

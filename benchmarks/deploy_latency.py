@@ -1,13 +1,17 @@
-"""ViT-S-16's image tower at batch 1 on this CPU: PyTorch, the stock int8 path, and what clipkd exports.
+"""Measure ViT-S-16's image tower at batch 1 on this CPU: PyTorch, the stock int8 path, and clipkd's exported models.
 
     python benchmarks/deploy_latency.py [--model ViT-S-16] [--rounds 5] [--seconds 2] [--threads N]
 
-Sides: PyTorch eager, torch.compile, ONNX Runtime fp32; stock: NNCF's default post-training quantization of the ONNX
-graph, run by OpenVINO with its default settings; ours: each precision in each runtime, opened as exported_model.py
-does, what `clipkd export --batch 1` makes of the fastest kinds, and the fastest made with `quantize.attention`.  Every
-measurement is a fresh process, the sides take turns in an order that each round draws anew.  A ratio is the median over
-rounds, its interval a bootstrap over them.  The last line of stdout is one JSON document; exit code 5 when a claim does
-not hold.
+The sides are:
+
+    PyTorch   eager and torch.compile
+    stock     NNCF's default post-training quantization of the ONNX graph, run by OpenVINO with its default settings
+    clipkd    each precision in each runtime, opened as exported_model.py opens it; the fastest kinds also as
+              `clipkd export --batch 1` makes them, and the fastest of these with `quantize.attention`
+
+Each measurement is a fresh process.  The sides are interleaved; each round draws their order at random.  A ratio is the
+median over the rounds, and its interval is a bootstrap over them.  The last line of stdout is one JSON document; the
+exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from export.profiling.summary import bootstrap_interval  # noqa: E402
 MIN_SPEEDUP, MIN_OVER_STOCK = 3.3, 1.0
 OURS = ("onnxruntime fp32", "onnxruntime int8", "onnxruntime int8 batch-1", "openvino fp32", "openvino bf16")
 OURS += ("openvino int8", "openvino int8-bf16", "openvino int8-bf16 batch-1", "openvino int8-bf16 attention batch-1")
-GEMM = 1024  # rows, columns and depth of the product that says what the machine can do
+GEMM = 1024  # rows, columns and depth of the matrix product that measures the machine's peak
 
 
 def build_tower(model: str) -> Any:
@@ -49,13 +53,13 @@ def build_tower(model: str) -> Any:
     built = build_model(resolve_model(ModelSpec(model=model, init="random"), Path(), "student"), seed=0)
     draw = torch.Generator().manual_seed(0)
     for parameter in built.net.parameters():
-        if parameter.dim() == 1:  # a bias of 0 or a gain of 1 would be left out of a graph, and no trained one is
+        if parameter.dim() == 1:  # a graph leaves out a bias of 0 and a gain of 1, which no trained model has
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw)
     return built, ImageTower(built.net).eval()
 
 
 def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
-    """Write every graph; returns the input's shape and the tower's floating-point operations for one image."""
+    """Write every graph; return the input's shape and the tower's floating-point operations for one image."""
     import nncf
     import openvino
     import torch
@@ -101,7 +105,7 @@ def prepare(model: str, scratch: Path) -> tuple[list[int], float]:
 
 
 def write_gemms(scratch: Path) -> None:
-    """A product of GEMM x GEMM x GEMM in float32, and the same with 8-bit operands, as graphs."""
+    """Write two graphs: a matrix product of GEMM x GEMM x GEMM in float32, and the same with 8-bit operands."""
     from onnx import TensorProto, helper, numpy_helper, save
 
     draw = np.random.default_rng(0)
@@ -152,7 +156,7 @@ def open_side(side: str, options: argparse.Namespace) -> Callable[[np.ndarray], 
 
 
 def child(options: argparse.Namespace) -> None:
-    """The median time of one query in this process, after as long a warm-up, and the features of the queries."""
+    """Print the queries' features and median time in this process, after a warm-up as long as the measurement."""
     run, draw = open_side(options.side, options), np.random.default_rng(0)
     queries = [draw.standard_normal(options.shape, np.float32) for _ in range(8)]
     features = np.concatenate([np.asarray(run(query)) for query in queries])
@@ -200,8 +204,8 @@ def main() -> None:
                 took_ms, _ = time_side(f"{runtime} gemm-{precision}", [GEMM, GEMM], Path(name), options)
                 peaks[precision] = max(peaks.get(precision, 0.0), 2e-6 * GEMM**3 / took_ms)
         features: dict[str, np.ndarray] = {}
-        for turn in range(options.rounds):
-            for side in random.Random(turn).sample(sides, len(sides)):
+        for round_ in range(options.rounds):
+            for side in random.Random(round_).sample(sides, len(sides)):
                 took_ms, features[side] = time_side(side, shape, Path(name), options)
                 medians[side].append(took_ms)
     print(
@@ -209,7 +213,7 @@ def main() -> None:
     )
     for side in sides:
         middle, (low, high) = statistics.median(medians[side]), bootstrap_interval(medians[side])
-        peak = "int8" if "int8" in side or side == "stock" else "fp32"  # bf16's own is not measured
+        peak = "int8" if "int8" in side or side == "stock" else "fp32"  # the peak in bf16 is not measured
         share = flops / middle / 1e6 / peaks[peak]
         noise = ((features[side] - features["eager"]) ** 2).sum(-1)
         sqnr_db = (10 * np.log10((features["eager"] ** 2).sum(-1) / np.maximum(noise, 1e-14))).min()
@@ -223,10 +227,10 @@ def main() -> None:
         print(f"best in {runtime}: {fastest}")
     ratios, claims = {}, []
     for against, bound in (("eager", MIN_SPEEDUP), ("stock", MIN_OVER_STOCK)):
-        by_round = [theirs / mine for theirs, mine in zip(medians[against], medians[best], strict=True)]
+        by_round = [theirs / ours for theirs, ours in zip(medians[against], medians[best], strict=True)]
         low, high = bootstrap_interval(by_round)
         ratios[against] = {"low": low, "high": high}
-        print(f"{best} against {against}: {statistics.median(by_round):.3f} [{low:.3f}, {high:.3f}]")
+        print(f"{against} / {best}: {statistics.median(by_round):.3f} [{low:.3f}, {high:.3f}]")
         claims.append(claim(f"{against} over {best}, median of rounds", statistics.median(by_round), "x", ">=", bound))
     finish("deploy_latency", claims, model=options.model, medians_ms=medians, intervals=ratios, peaks=peaks)
 

@@ -1,12 +1,12 @@
-"""Real-size towers with random weights, through every precision and runtime: does each export, run and stay true?
+"""Export real-size towers with random weights in every precision and runtime, and check each against PyTorch.
 
     python benchmarks/export_matrix.py [--models vit_t_16,resnet18] [--precisions fp32,fp16,int8] [--samples 256]
                                        [--docs docs/export.md]
 
-Each cell is a whole export of both towers and its proof, in a process of the runtime's own.  fp32 and fp16 must pass
-parity on ONNX Runtime and OpenVINO, on the CPU; int8 (calibrated, not fine-tuned) must export, run and report its SQNR
-to its own frozen towers.  `--docs` replaces the rows of these models between that file's markers.  The last line of
-stdout is one JSON document; exit code 5 when a claim does not hold.
+Each row is a whole export of both towers and its parity check, which runs in a process of its own.  fp32 and fp16 must
+pass the parity check on ONNX Runtime and OpenVINO, on the CPU.  int8 (calibrated, not fine-tuned) must export, run and
+report its SQNR to its own frozen towers.  `--docs` replaces the rows of these models between that file's markers.  The
+last line of stdout is one JSON document; the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import resolve_model
 
 MODELS = ("ViT-S-16", "vit_t_16", "mobilenetv4_s", "MobileCLIP2-S0", "resnet18", "swin_t")
-CONFIGS = {  # open_clip has no CLIP of this image tower
+CONFIGS = {  # open_clip has no CLIP model with this image tower
     "mobilenetv4_s": (
         "vit_t_16",
         {
@@ -40,7 +40,7 @@ CONFIGS = {  # open_clip has no CLIP of this image tower
                 "timm_model_name": "mobilenetv4_conv_small",
                 "timm_model_pretrained": False,
                 "timm_pool": "avg",
-                "timm_proj": "",  # its classifier, after the layer that widens to 1280
+                "timm_proj": "",  # the projection is timm's classifier, after the layer that widens to 1280
                 "image_size": 224,
             }
         },
@@ -53,15 +53,18 @@ ADJECTIVES = ("red", "small", "old", "wet", "broken", "tall", "striped", "paper"
 NOUNS = ("dog", "house", "boat", "tree", "cup", "road", "bird", "chair", "bridge", "lamp", "horse", "window")
 
 
-def pictures(count: int, size: int) -> np.ndarray:
-    """[B, size, size, 3] uint8: fields of colour and grain, no two alike; noise alone would leave towers unmoved."""
+def make_images(count: int, size: int) -> np.ndarray:
+    """Return [B, size, size, 3] uint8: different fields of colour with grain.
+
+    Images of noise alone would all have almost the same features.
+    """
     random = np.random.default_rng(0)
     cells = random.integers(0, 256, (count, 8, 8, 3))
     spread = np.kron(cells, np.ones((1, -(-size // 8), -(-size // 8), 1)))[:, :size, :size]
     return (spread + random.normal(0, 20, spread.shape)).clip(0, 255).astype(np.uint8)
 
 
-def captions(count: int) -> list[str]:
+def make_captions(count: int) -> list[str]:
     pairs = [f"a {adjective} {noun}" for noun in NOUNS for adjective in ADJECTIVES]
     return [pairs[index % len(pairs)] + f" number {index}" for index in range(count)]
 
@@ -73,10 +76,10 @@ def build_variant(name: str) -> ClipModel:
     )
 
 
-def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: Path) -> dict[str, Any]:
-    """`status` ok or the reason, SQNR and top-1 agreement of each tower, and what the runtime made of the graphs."""
+def export_and_check(model: ClipModel, runtime: str, precision: str, samples: int, folder: Path) -> dict[str, Any]:
+    """Return `status` (ok or the reason), each tower's SQNR and top-1 agreement, and counts of the graphs' nodes."""
     size = example_pixels(model.net).shape[-1]
-    shown, spoken = pictures(samples, size), captions(samples)
+    images_BHW3, captions = make_images(samples, size), make_captions(samples)
     frozen = None
     try:
         if precision.startswith("int8"):
@@ -84,23 +87,23 @@ def cell(model: ClipModel, runtime: str, precision: str, samples: int, folder: P
             checkpoint.mkdir()
             few = 8
             pixels = example_pixels(model.net, few).float()
-            quantize(model, checkpoint, Calibration(pixels, model.tokenize(spoken[:few])))
+            quantize(model, checkpoint, Calibration(pixels, model.tokenize(captions[:few])))
             image, text = load_quantized(checkpoint, model)
-            frozen = FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(spoken[:2])))
+            frozen = FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(captions[:2])))
         planned = PlannedExport("student", precision, runtime)
-        export_onnx(model, folder, planned, classes_set("made", shown, spoken, ("{}",)), frozen)
+        export_onnx(model, folder, planned, classes_set("made", images_BHW3, captions, ("{}",)), frozen)
         proof = prove(folder, runtime=runtime, precision=precision)
     except ClipkdError as error:
         return {"status": " ".join(str(error).split())}
-    except Exception as error:  # torch, timm and NNCF raise anything of an architecture they cannot take
+    except Exception as error:  # torch, timm and NNCF raise any exception for an architecture they do not support
         return {"status": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     return {"status": "ok", **proof}
 
 
-def row(name: str, runtime: str, precision: str, result: dict[str, Any]) -> str:
+def table_row(name: str, runtime: str, precision: str, result: dict[str, Any]) -> str:
     if result["status"] != "ok":
-        said = result["status"].replace("|", "/")[:160]
-        return f"| {name} | {runtime} | {precision} | failed: {said} | | | | |"
+        reason = result["status"].replace("|", "/")[:160]
+        return f"| {name} | {runtime} | {precision} | failed: {reason} | | | | |"
     parity, nodes = result["parity"], result["nodes"]
     towers = ("image", "text")
     sqnr = " / ".join(f"{parity[tower]['min_sqnr_db']:.0f}" for tower in towers)
@@ -112,11 +115,11 @@ def row(name: str, runtime: str, precision: str, result: dict[str, Any]) -> str:
 
 
 def write(docs: Path, lines: list[str]) -> None:
-    """Replace the table's rows of the models that were run; those of others stay."""
+    """Replace the table's rows of the models that were exported; keep the rows of other models."""
     before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
-    there, _, after = rest.partition(END)
-    run = {line.split("|")[1] for line in lines[2:]}
-    kept = [line for line in there.strip().splitlines()[2:] if line.split("|")[1] not in run]
+    present, _, after = rest.partition(END)
+    exported = {line.split("|")[1] for line in lines[2:]}
+    kept = [line for line in present.strip().splitlines()[2:] if line.split("|")[1] not in exported]
     table = "\n".join([*lines[:2], *kept, *lines[2:]])
     docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
@@ -141,13 +144,13 @@ def main() -> None:
         for precision in options.precisions.split(","):
             for runtime in options.runtimes.split(","):
                 with tempfile.TemporaryDirectory(prefix="export-matrix-") as folder:
-                    result = cell(model, runtime, precision, options.samples, Path(folder))
-                lines.append(row(name, runtime, precision, result))
+                    result = export_and_check(model, runtime, precision, options.samples, Path(folder))
+                lines.append(table_row(name, runtime, precision, result))
                 print(lines[-1], flush=True)
                 wanted = (
                     "exports, runs and reports its SQNR"
                     if precision.startswith("int8")
-                    else "exports and passes parity"
+                    else "exports and passes the parity check"
                 )
                 holds = float(result["status"] == "ok")
                 claims.append(claim(f"{name} {runtime} {precision} {wanted}", holds, "1 = yes", ">=", 1))

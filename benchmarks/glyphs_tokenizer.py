@@ -1,6 +1,6 @@
-"""The byte-pair tokenizer of the glyphs models: 1,024 tokens learnt from the training captions.
+"""Train the byte-pair tokenizer of the glyphs models: 1,024 tokens, learned from the training captions.
 
-The stock CLIP vocabulary (49,408 tokens) would outweigh towers this small.
+The embedding of CLIP's own vocabulary (49,408 tokens) would have more parameters than towers this small.
 """
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -12,7 +12,10 @@ PAD, START, END = "<pad>", "<start>", "<end>"
 
 
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE whose end token has the largest id: open_clip pools the text at argmax(input_ids)."""
+    """Return a byte-level BPE tokenizer.
+
+    Its end token has the largest id, because open_clip pools the text at argmax(input_ids).
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -1,9 +1,9 @@
-"""`clipkd --help` against the least that such a command line must import.
+"""Compare the time of `clipkd --help` with that of importing typer and rich, which a command line like it must import.
 
     python benchmarks/help_time.py [--rounds 15]
 
-Both sides are whole processes, interleaved.  The last line of stdout is one JSON document; exit code 5 when the claim
-does not hold.
+Both sides are whole processes, interleaved.  The last line of stdout is one JSON document; the exit code is 5 if the
+claim does not hold.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from claims import claim, finish
 MAX_RATIO = 2.5
 
 
-def seconds(command: list[str]) -> float:
+def time_process(command: list[str]) -> float:
+    """Return the wall time of a process, in seconds."""
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
@@ -31,17 +32,17 @@ def main() -> None:
         "clipkd --help": [sys.executable, "-m", "clipkd", "--help"],
         "import typer, rich.table": [sys.executable, "-c", "import typer, rich.table"],
     }
-    for command in sides.values():  # bytecode and the disk cache
-        seconds(command)
+    for command in sides.values():  # once untimed: this fills the disk cache and compiles the bytecode
+        time_process(command)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, command in sides.items():
-            taken[name].append(seconds(command))
+            taken[name].append(time_process(command))
     medians = {name: statistics.median(samples) for name, samples in taken.items()}
     for name, median in medians.items():
         print(f"{name:<28} median {1000 * median:.0f} ms of {rounds}")
     ratio = medians["clipkd --help"] / medians["import typer, rich.table"]
-    finish("help_time", [claim("clipkd --help over the bare imports, median", ratio, "ratio", "<=", MAX_RATIO)])
+    finish("help_time", [claim("clipkd --help over the imports alone, median", ratio, "ratio", "<=", MAX_RATIO)])
 
 
 if __name__ == "__main__":

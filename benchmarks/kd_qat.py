@@ -1,22 +1,23 @@
-"""What 8 bits cost the quickstart's student: calibrated, fine-tuned alone, and fine-tuned with the teacher in the loop.
+"""Measure what int8 costs the quickstart's student in top-1: calibrated, fine-tuned alone, or with the teacher.
 
     python benchmarks/kd_qat.py [--out runs/kd_qat] [--seeds 0 1 2] [--write]
 
-From each seed the quickstart's student is trained once (`clipkd distill glyphs`) and quantized three ways, each time
-with the recipe's calibration, steps, rate, batches and anchor:
+The script trains the quickstart's student once from each seed (`clipkd distill glyphs`) and quantizes it in three ways,
+each with the recipe's calibration, steps, learning rate, batches and anchor:
 
     PTQ                    calibrated only
-    QAT without teacher    fine-tuned; the float student's own features take the place of the teacher's
+    QAT without teacher    fine-tuned with the float student's own features instead of the teacher's
     QAT with teacher       fine-tuned as `clipkd run glyphs` does it, with distillation's objectives
 
-Every model is exported and scored in ONNX Runtime, over the images of the three glyph sets together, each classified
-among its own set's names.  A drop is top-1 of the same student in fp32 minus that of int8.  Its interval is a paired
-bootstrap: images are drawn with replacement, each with its outcomes under both models and all seeds; the upper bound is
-the 97.5 % quantile, the upper end of a 95 % interval.  "No worse than PTQ" is tested on the paired difference of the
-two int8 models: its 95 % interval must not lie below zero; the point estimate is in the document and in the table.
+Every model is exported and scored in ONNX Runtime, over the images of the three glyph sets together; each image is
+classified among the names of its own set.  A drop is the top-1 of a student in fp32 minus its top-1 in int8.  Its
+interval is a paired bootstrap: images are drawn with replacement, each with its outcomes under both models and all
+seeds.  The upper bound is the upper end of the 95 % interval, the 97.5 % quantile.  "No worse than PTQ" is tested on
+the paired difference of the two int8 models: its 95 % interval must not lie entirely below zero.  The mean difference
+is in the document and in the table.
 
-Interrupted, the same command continues.  `--write` puts the table into docs/method.md and benchmarks/results/.  The
-last line of stdout is one JSON document; exit code 5 when a claim does not hold.
+After an interruption the same command continues.  `--write` puts the table into docs/method.md and benchmarks/results/.
+The last line of stdout is one JSON document; the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- kd_qat: written by benchmarks/kd_qat.py -->", "<!-- end of kd_qat -->"
-MAX_MEAN_DROP = 0.003  # of top-1, KD-QAT below fp32
-MAX_UPPER_BOUND = 0.006  # of the same, at 95 %
+MAX_MEAN_DROP = 0.003  # top-1 fraction, KD-QAT below fp32
+MAX_UPPER_BOUND = 0.006  # the same, upper end of the 95 % interval
 RESAMPLES = 10_000
 SETS: tuple[Literal["stix", "serif", "novel"], ...] = ("stix", "serif", "novel")
 VARIANTS = {
@@ -47,7 +48,7 @@ VARIANTS = {
 
 
 def train_or_reuse(run: Path, seed: int, overrides: list[str]) -> None:
-    """The teacher and the student of a seed; a run that exists is continued or reused."""
+    """Make the teacher and the student of a seed; continue or reuse a run that exists."""
     changes = [f"seed={seed}", "baseline=false", *overrides]
     command = [sys.executable, "-m", "clipkd", "distill", "glyphs", "--out", str(run)]
     command += [part for change in changes for part in ("--set", change)]
@@ -55,13 +56,13 @@ def train_or_reuse(run: Path, seed: int, overrides: list[str]) -> None:
 
 
 def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[str, NDArray[np.bool_]]:
-    """Which images of each set the exported model gets right; what an earlier call found is read."""
+    """Return which images of each set the exported model classifies correctly; reuse the result of an earlier call."""
     from toolchain.recipe.load import load_recipe, recipe_path
     from toolchain.stage import folder_fingerprint
 
     spec = load_recipe(recipe_path("glyphs"), overrides).quantize
-    made_of = hashlib.sha256(f"{folder_fingerprint(run / 'student')} {spec}".encode()).hexdigest()
-    folder = run / "kd_qat" / f"{variant}-{made_of[:12]}"
+    digest = hashlib.sha256(f"{folder_fingerprint(run / 'student')} {spec}".encode()).hexdigest()
+    folder = run / "kd_qat" / f"{variant}-{digest[:12]}"
     result = folder / "right.npz"
     if not result.exists():
         from export.runtime.exported_model import open_exported
@@ -79,7 +80,7 @@ def outcomes(run: Path, variant: str, seed: int, overrides: list[str]) -> dict[s
 
 
 def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
-    """Quantize the run's student one way, and export it."""
+    """Quantize the run's student as the variant says, and export it."""
     from export.documents import PlannedExport
     from export.graphs.export_onnx import FrozenTowers, export_onnx
     from export.proof.parity import check_parity
@@ -118,7 +119,7 @@ def quiet(what: str, done: int, total: int, note: str = "") -> None:
 
 
 def mean_and_interval(values_SN: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The mean over seeds and images, and its 95 % interval over draws of images with replacement."""
+    """Return the mean over seeds and images, and its 95 % bootstrap interval over the images."""
     values_N = values_SN.mean(0)
     random = np.random.default_rng(0)
     means = [values_N[random.integers(0, len(values_N), len(values_N))].mean() for _ in range(RESAMPLES)]
@@ -127,7 +128,7 @@ def mean_and_interval(values_SN: NDArray[np.float64]) -> tuple[float, float, flo
 
 
 def summary(right: dict[str, list[dict[str, NDArray[np.bool_]]]], seeds: list[int]) -> tuple[str, list[Any], float]:
-    """The table, the claims, and what KD-QAT is above PTQ."""
+    """Return the table, the claims, and the mean top-1 of KD-QAT minus that of PTQ."""
     pooled = {
         variant: np.array([np.concatenate(list(sets.values())) for sets in of_seed], np.float64)
         for variant, of_seed in right.items()
@@ -169,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/kd_qat"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", action="append", default=[], dest="overrides", help="of the recipe, for a trial")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="change the recipe, for a trial")
     parser.add_argument("--write", action="store_true", help="put the table into docs/method.md")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -192,16 +193,16 @@ def write(table: str, claims: list[dict[str, Any]]) -> None:
     from toolchain.provenance import machine, revision
     from toolchain.recipe.load import load_recipe, recipe_path
 
-    place, spec = machine(), load_recipe(recipe_path("glyphs")).quantize
+    described, spec = machine(), load_recipe(recipe_path("glyphs")).quantize
     assert spec is not None
-    where = f"{place['cpu']}, {place['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
-    how = (
+    where = f"{described['cpu']}, {described['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
+    settings = (
         f"{spec.steps} steps of {spec.batch_size} at {spec.lr:g}, anchor {spec.anchor:g}, {spec.calibration_samples} "
         "samples for calibration; scored in ONNX Runtime"
     )
-    said = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
-    result = f"{table}\n\n{how[0].upper() + how[1:]}; {where}."
-    (ROOT / "benchmarks" / "results" / "kd_qat.md").write_text(f"# kd_qat\n\n{result}\n\n{said}\n", encoding="utf-8")
+    listed = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
+    result = f"{table}\n\n{settings}; {where}."
+    (ROOT / "benchmarks" / "results" / "kd_qat.md").write_text(f"# kd_qat\n\n{result}\n\n{listed}\n", encoding="utf-8")
     document = ROOT / "docs" / "method.md"
     before, rest = document.read_text(encoding="utf-8").split(BEGIN)
     document.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")

@@ -1,16 +1,19 @@
-"""Does the measuring protocol tell models apart when they differ, and only then?
+"""Test the measuring protocol: it must find two models significantly different if they differ, and only then.
 
     python benchmarks/measuring.py [--model runs/quickstart/exported/teacher-onnxruntime-fp32] [--pairs 20]
                                    [--docs docs/measuring.md]
 
-Pairs of measurements of one exported model's image tower, their processes taking turns as in `clipkd profile A B`: once
-both as they are, once with the second slowed by wasting a tenth of its median in every query.  Two are told apart by
-the signed-rank test over their turns (toolchain/significance.py).  Then profiles beside programs that keep every core
-busy, which must lower the grade.  Last, an independent harness, OpenVINO's benchmark_app, on the same graph of a real
-size, with the same threads and precision, in turns with ours.
+The script runs four checks:
+
+    1. pairs of measurements of one exported model's image tower, their processes interleaved as `clipkd profile A B`
+       interleaves them; the signed-rank test over the rounds compares the two (toolchain/significance.py)
+    2. the same with the second slowed: a busy loop makes each query longer by a tenth of the median
+    3. profiles while other programs keep every core busy, which must lower the grade
+    4. OpenVINO's benchmark_app as an independent harness, on a graph of real size, with the same threads and precision,
+       interleaved with clipkd's measurements
 
 `--docs` replaces the table between that file's markers, and benchmarks/results/measuring.md.  The last line of stdout
-is one JSON document; exit code 5 when a claim does not hold.
+is one JSON document; the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from claims import claim, finish
 
@@ -35,12 +39,23 @@ from toolchain.significance import differ_significantly, signed_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measuring: begin -->", "<!-- measuring: end -->"
-MAX_FALSE = 2  # of 20 pairs of the same model, told apart
-MIN_FOUND = 18  # of 20 pairs with one side a tenth slower
-MAX_DISAGREEMENT = 0.05  # of the median, to benchmark_app
+MAX_FALSE = 2  # significantly different pairs, out of 20 of the same model
+MIN_FOUND = 18  # significantly different pairs, out of 20 with one side a tenth slower
+MAX_DISAGREEMENT = 0.05  # of our median with benchmark_app's, as a fraction
 SLOWED_BY = 0.10
-PROCESSES, SECONDS = 24, 6  # of each measurement
-HARNESS_MODEL, HARNESS_ROUNDS, HARNESS_S = "vit_t_16", 5, 2  # what a call of Python's costs is far below 1 % of it
+PROCESSES, SECONDS = 24, 6  # for each measurement
+HARNESS_MODEL, HARNESS_ROUNDS, HARNESS_S = "vit_t_16", 5, 2  # the cost of a Python call is far below 1 % of a query
+
+
+class Seen(NamedTuple):
+    """The results of the four checks."""
+
+    false: int
+    slowed: int
+    pairs: int
+    dropped: int
+    hogs: int
+    disagreement: float
 
 
 def main() -> None:
@@ -50,19 +65,13 @@ def main() -> None:
     parser.add_argument("--hogs", type=int, default=10)
     parser.add_argument("--docs", type=Path, help="a file whose table to replace")
     arguments = parser.parse_args()
-    p50_ms = statistics.median(pair(arguments.model, 0.0)[0])  # also warms up
+    p50_ms = statistics.median(measure_pair(arguments.model, 0.0)[0])  # also the warm-up
     false = count_different(arguments.model, 0.0, arguments.pairs, "the same")
     slowed = count_different(arguments.model, SLOWED_BY * p50_ms, arguments.pairs, "one a tenth slower")
     dropped = count_grade_c_beside_hogs(arguments.model, arguments.hogs)
-    disagreement = against_benchmark_app()
-    lines = [
-        "| check | seen | bound |",
-        "|---|---|---|",
-        f"| pairs of one model significantly different | {false} of {arguments.pairs} | at most {MAX_FALSE} of 20 |",
-        f"| slowed pairs significantly different | {slowed} of {arguments.pairs} | at least {MIN_FOUND} of 20 |",
-        f"| profiles graded C beside programs on every core | {dropped} of {arguments.hogs} | all |",
-        f"| our p50 to benchmark_app's, {HARNESS_MODEL} | {disagreement:+.1%} | within {MAX_DISAGREEMENT:.0%} |",
-    ]
+    disagreement = compare_with_benchmark_app()
+    seen = Seen(false, slowed, arguments.pairs, dropped, arguments.hogs, disagreement)
+    lines = make_table(seen)
     print("\n".join(["", *lines]))
     if arguments.docs:
         write(arguments.docs, "\n".join(lines), arguments.model.name, p50_ms)
@@ -70,20 +79,33 @@ def main() -> None:
     finish(
         "measuring",
         [
-            claim("pairs of one model told apart", false, "pairs", "<=", MAX_FALSE * scale),
-            claim("pairs told apart with one side slowed by 10 %", slowed, "pairs", ">=", MIN_FOUND * scale),
-            claim("profiles whose grade drops beside CPU hogs", dropped, "profiles", ">=", arguments.hogs),
-            claim("distance of our p50 from benchmark_app's", abs(disagreement), "fraction", "<=", MAX_DISAGREEMENT),
+            claim("pairs of one model significantly different", false, "pairs", "<=", MAX_FALSE * scale),
+            claim("slowed pairs significantly different", slowed, "pairs", ">=", MIN_FOUND * scale),
+            claim("profiles graded C beside programs on every core", dropped, "profiles", ">=", arguments.hogs),
+            claim("difference of our p50 from benchmark_app's", abs(disagreement), "fraction", "<=", MAX_DISAGREEMENT),
         ],
         p50_ms=p50_ms,
     )
 
 
+def make_table(seen: Seen) -> list[str]:
+    """Return the table of the four checks, as lines of Markdown."""
+    return [
+        "| check | seen | bound |",
+        "|---|---|---|",
+        f"| pairs of one model significantly different | {seen.false} of {seen.pairs} | at most {MAX_FALSE} of 20 |",
+        f"| slowed pairs significantly different | {seen.slowed} of {seen.pairs} | at least {MIN_FOUND} of 20 |",
+        f"| profiles graded C beside programs on every core | {seen.dropped} of {seen.hogs} | all |",
+        f"| clipkd's p50 compared with benchmark_app's, {HARNESS_MODEL} | {seen.disagreement:+.1%} "
+        f"| within {MAX_DISAGREEMENT:.0%} |",
+    ]
+
+
 def write(docs: Path, table: str, model: str, p50_ms: float) -> None:
-    place = machine()
+    described = machine()
     result = (
         f"{table}\n\n{model}, p50 {p50_ms:.2f} ms, {PROCESSES} processes and {SECONDS:g} s for each measurement; "
-        f"{place['cpu']}, {place['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}."
+        f"{described['cpu']}, {described['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}."
     )
     (ROOT / "benchmarks" / "results" / "measuring.md").write_text(f"# measuring\n\n{result}\n", encoding="utf-8")
     before, rest = docs.read_text(encoding="utf-8").split(BEGIN)
@@ -91,46 +113,47 @@ def write(docs: Path, table: str, model: str, p50_ms: float) -> None:
 
 
 def count_different(model: Path, spin_ms: float, pairs: int, name: str) -> int:
-    """Of so many pairs of measurements of one model, the second side slowed, how many are told apart."""
+    """Measure so many pairs, the second side slowed by `spin_ms`; count the significantly different ones."""
     found = 0
     for number in range(pairs):
-        first, second = pair(model, spin_ms)
-        apart = differ_significantly(first, second, in_turns=True)
-        found += apart
+        first, second = measure_pair(model, spin_ms)
+        different = differ_significantly(first, second, in_turns=True)
+        found += different
         ratio = statistics.median(second) / statistics.median(first)
         print(
-            f"{name}, pair {number}: p50 ratio {ratio:.3f}, p {signed_rank(first, second):.4f}, told apart: {apart}",
+            f"{name}, pair {number}: p50 ratio {ratio:.3f}, p {signed_rank(first, second):.4f}, "
+            f"significantly different: {different}",
             flush=True,
         )
     return found
 
 
 def count_grade_c_beside_hogs(model: Path, profiles: int) -> int:
-    """Of so many profiles beside programs that keep every core busy, how many have grade C."""
+    """Measure so many profiles while other programs keep every core busy; count those graded C."""
     dropped = 0
     for number in range(profiles):
-        beside = beside_hogs(model)
-        dropped += beside["grade"] == "C"
-        print(f"beside hogs, profile {number}: grade {beside['grade']} {beside['flags']}", flush=True)
+        document = profile_beside_hogs(model)
+        dropped += document["grade"] == "C"
+        print(f"beside hogs, profile {number}: grade {document['grade']} {document['flags']}", flush=True)
     return dropped
 
 
-def pair(model: Path, spin_ms: float) -> list[list[float]]:
-    """The medians of the processes of two sides, in milliseconds."""
+def measure_pair(model: Path, spin_ms: float) -> list[list[float]]:
+    """Return the median latency of each process of the two sides, in milliseconds."""
     medians: list[list[float]] = [[], []]
     with tempfile.TemporaryDirectory() as scratch:
         threads = describe_machine()["usable_cores"]
         options = RunnerOptions(SECONDS / PROCESSES, threads)
         staged = write_inputs(model, Path(scratch) / "staged", options)["image"]
         command = staged[: staged.index("--images")]  # the tower alone
-        for turn in range(PROCESSES):
-            for side in (0, 1)[:: -1 if turn % 2 else 1]:
+        for round_ in range(PROCESSES):
+            for side in (0, 1)[:: -1 if round_ % 2 else 1]:
                 spin = ["--spin-ms", f"{spin_ms:g}"] if side and spin_ms else []
                 medians[side].append(statistics.median(runner_here(model, "image", [*command, *spin])["samples_ms"]))
     return medians
 
 
-def beside_hogs(model: Path) -> ProfileDocument:
+def profile_beside_hogs(model: Path) -> ProfileDocument:
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         return profile(model, Effort(3, 0.6)).document
@@ -140,8 +163,11 @@ def beside_hogs(model: Path) -> ProfileDocument:
             hog.wait()
 
 
-def against_benchmark_app() -> float:
-    """How far our median of an image tower in OpenVINO is from benchmark_app's: the median of rounds in turns."""
+def compare_with_benchmark_app() -> float:
+    """Return the relative difference of clipkd's p50 from benchmark_app's, the median over interleaved rounds.
+
+    Both measure an image tower in OpenVINO.
+    """
     import torch
 
     from export.graphs.onnx_graph import write_graph
@@ -183,7 +209,7 @@ def benchmark_app(graph: Path, size: int, threads: int) -> float:
     ended = subprocess.run(command, capture_output=True, text=True)
     median = re.search(r"Median:\s+([\d.]+) (ms|us)", ended.stdout)
     if median is None:
-        raise SystemExit(f"benchmark_app said no median:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
+        raise SystemExit(f"benchmark_app printed no median:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
     return float(median[1]) / (1000 if median[2] == "us" else 1)
 
 

@@ -1,10 +1,10 @@
-"""What distillation buys at the quickstart's budget, over three seeds.
+"""Measure the gain of distillation at the quickstart's budget, over three seeds.
 
     python benchmarks/quickstart_gain.py [--out runs/quickstart_gain] [--seeds 0 1 2]
 
-Each seed is a whole `clipkd run glyphs`: the same student, seed and batches with and without the teacher, accuracy
-measured on the exported models.  A run that exists is continued or reused.  The last line of stdout is one JSON
-document; exit code 5 when a claim does not hold.
+Each seed is a whole `clipkd run glyphs`: the same student, seed and batches with and without the teacher.  The accuracy
+is measured on the exported models.  A run that exists is continued or reused.  The last line of stdout is one JSON
+document; the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from typing import Any
 
 from claims import claim, finish
 
-MIN_GAIN = 0.05  # of top-1 on stix, distilled over baseline
-MAX_INT8_DROP = 0.01  # of top-1 on stix, int8 below the same student's fp32
+MIN_GAIN = 0.05  # top-1 fraction on stix, distilled minus baseline
+MAX_INT8_DROP = 0.01  # top-1 fraction on stix, fp32 minus int8 of the same student
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         baseline, student = rows["baseline", "fp32"], rows["student", "fp32"]
         teacher, int8 = rows["teacher", "fp32"], rows["student", "int8"]
         gain = student["top1"] - baseline["top1"]
-        apart = student["top1_low"] - baseline["top1_high"]
+        margin = student["top1_low"] - baseline["top1_high"]
         drop = student["top1"] - int8["top1"]
         print(
             f"| {seed} | {_interval(baseline)} | {_interval(student)} | {100 * gain:+.1f} "
@@ -57,7 +57,7 @@ def main() -> None:
         )
         claims += [
             claim(f"seed {seed}: distilled beats baseline on stix", gain, "top-1 fraction", ">=", MIN_GAIN),
-            claim(f"seed {seed}: space between the 95 % intervals", apart, "top-1 fraction", ">", 0),
+            claim(f"seed {seed}: distance between the 95 % intervals", margin, "top-1 fraction", ">", 0),
             claim(f"seed {seed}: int8 below fp32", drop, "top-1 fraction", "<=", MAX_INT8_DROP),
         ]
     finish("quickstart_gain", claims)

@@ -1,4 +1,4 @@
-"""Make a trained glyphs teacher the one that ships: its weights in float16, in recipes/glyphs_teacher.
+"""Write a trained glyphs teacher's weights, in float16, into recipes/glyphs_teacher: the teacher that clipkd includes.
 
 python benchmarks/ship_teacher.py runs/glyphs_teacher/student
 """
@@ -14,7 +14,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "recipes" / "glyphs_teacher" 
 
 def main() -> None:
     state = load_file(Path(sys.argv[1]) / WEIGHTS)
-    # scalars stay: the logit scale, and the counters of batch norms, which are integers
+    # Scalars keep their type: the logit scale, and the counters of batch norms, which are integers.
     halved = {key: value.half() if value.is_floating_point() and value.ndim else value for key, value in state.items()}
     save_file(halved, SHIPPED)
     SHIPPED.chmod(0o644)  # safetensors makes files private

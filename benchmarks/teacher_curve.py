@@ -1,8 +1,8 @@
-"""The shipped teacher's training curve, as a picture and a table.
+"""Draw the training curve of the included glyphs teacher, and write it as a table.
 
     python benchmarks/teacher_curve.py runs/glyphs_teacher/student/train.jsonl
 
-Writes docs/glyphs_teacher.png and benchmarks/results/glyphs_teacher.csv (means of 25 steps).
+Writes docs/glyphs_teacher.png and benchmarks/results/glyphs_teacher.csv; each row is the mean of 25 steps.
 """
 
 import csv

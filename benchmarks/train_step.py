@@ -1,16 +1,17 @@
-"""clipkd's training step against a straightforward one: ViT-B/16 or ViT-L/14 teaches ViT-T/16 at 224 px, on a CPU.
+"""Compare clipkd's training step with a straightforward one: ViT-B/16 or ViT-L/14 teaches ViT-T/16 at 224 px, on a CPU.
 
     python benchmarks/train_step.py [--batch 16] [--rounds 7] [--teacher ViT-L-14]
 
-The straightforward step is written here as the equations are: the teacher in float32, all 77 tokens in every text
-tower, the same losses, plain AdamW.  Ours is the training loop's own (distill.py), once with the teacher in float32,
-once in bfloat16, and once with float32 features looked up in a teacher cache (teacher_cache.py), the looking
-up counted in the step.  All see the same batches and interleave, one step each in turn, each with a student of its own
-from the same initialisation.  Weights are random and images noise: neither changes what a step costs.
+The straightforward step follows the equations: the teacher in float32, all 77 tokens in every text tower, the same
+losses, and torch's AdamW.  clipkd's step is that of its training loop (distill.py), measured three times: with the
+teacher in float32, with the teacher in bfloat16, and with float32 features from a teacher cache (teacher_cache.py),
+where the step includes reading them.  All sides use the same batches, interleaved step by step, and each has its own
+student from the same initialisation.  Weights are random and images are noise; neither changes the cost of a step.
 
-Captions have lengths as in CC3M and CC12M (Changpinyo et al., arXiv:2102.08981, table 1: 10.3 +- 4.5 and 20.2 +- 16.3
-words), mixed 2.89 to 9.97 million as CLIP-KD trains on them, log-normal with those moments, 1.3 tokens a word, start
-and end tokens added, cut at 77.  The last line of stdout is one JSON document; exit code 5 when a claim does not hold.
+Caption lengths are those of CC3M and CC12M (Changpinyo et al., arXiv:2102.08981, table 1: 10.3 +- 4.5 and 20.2 +- 16.3
+words), mixed as CLIP-KD trains on them (2.89 and 9.97 million captions).  They are log-normal with those moments, have
+1.3 tokens a word and a start and an end token, and are cut at 77 tokens.  The last line of stdout is one JSON document;
+the exit code is 5 if a claim does not hold.
 """
 
 import argparse
@@ -48,8 +49,8 @@ from toolchain.recipe.model import ModelSpec
 MIN_SPEEDUP = 1.4  # float32, at equal loss values
 MIN_SPEEDUP_BF16 = 2.0  # with the teacher in bfloat16
 MIN_SPEEDUP_CACHED = {"ViT-B-16": 5.0, "ViT-L-14": 15.0}  # float32 features from a teacher cache, by teacher
-MIN_COSINE = 0.9995  # of its features to those in float32, the worst of all samples
-MAX_LOSS_DIFFERENCE = 1e-4  # relative: float32 sums in another order
+MIN_COSINE = 0.9995  # between the bfloat16 teacher's features and those in float32, the worst sample
+MAX_LOSS_DIFFERENCE = 1e-4  # relative; float32 sums differ with the order of their terms
 CONTEXT, END = 77, 49407
 
 
@@ -84,7 +85,7 @@ def main() -> None:
         for name, side in sides.items():
             started = time.perf_counter()
             found = side(step, batch)
-            if step:  # the first warms up
+            if step:  # the first step is the warm-up
                 taken[name].append(time.perf_counter() - started)
                 parts[name].append(found)
             losses[name] = found.pop("loss")
@@ -99,8 +100,8 @@ def main() -> None:
     medians = {name: statistics.median(samples) for name, samples in taken.items()}
     print_parts(medians, parts)
     ratio = statistics.median(a / b for a, b in zip(taken["straightforward"], taken["clipkd fp32"], strict=True))
-    looked_up = zip(taken["straightforward"], taken["clipkd, cached teacher"], strict=True)
-    cached_ratio = statistics.median(a / b for a, b in looked_up)
+    cached = zip(taken["straightforward"], taken["clipkd, cached teacher"], strict=True)
+    cached_ratio = statistics.median(a / b for a, b in cached)
     bf16 = zip(taken["straightforward"], taken["clipkd, teacher in bf16"], strict=True)
     finish(
         "train_step",
@@ -113,7 +114,7 @@ def main() -> None:
             claim("speed-up with a cached teacher", cached_ratio, "ratio", ">=", MIN_SPEEDUP_CACHED[arguments.teacher]),
             claim("largest difference of its loss, cached", max(differences["clipkd, cached teacher"]), "relative",
                   "<=", MAX_LOSS_DIFFERENCE),
-            claim("bf16 teacher's features to float32's, worst", min(cosines), "cosine", ">=", MIN_COSINE),
+            claim("bf16 teacher's features and float32's, worst", min(cosines), "cosine", ">=", MIN_COSINE),
         ],
         threads=torch.get_num_threads(),
         batch=arguments.batch,
@@ -123,7 +124,7 @@ def main() -> None:
 
 
 def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """uint8 pixels [B, 3, 224, 224] and input_ids [B, 77]."""
+    """Return uint8 pixels [B, 3, 224, 224] and input_ids [B, 77]."""
     random = np.random.default_rng(seed)
     from_cc12m_B = random.random(size) < 9.97 / (2.89 + 9.97)
     mean_B, std_B = np.where(from_cc12m_B, 20.2, 10.3), np.where(from_cc12m_B, 16.3, 4.5)
@@ -141,7 +142,7 @@ def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
 def straightforward(
     teacher: ClipModel, student: ClipModel, spec: DistillSpec
 ) -> Callable[[int, Any], dict[str, float]]:
-    """A step as one writes it first; the losses are the same functions."""
+    """Return a step as the equations state it; the losses are the same functions as in clipkd's step."""
     weights = spec.loss_weights
     net: Any = student.net.train()
     guide: Any = teacher.net.eval().requires_grad_(False)
@@ -186,7 +187,7 @@ def straightforward(
 
 
 def cache_features(live: Any, batches: list[tuple[Tensor, Tensor]], folder: Path) -> TeacherCache:
-    """The teacher's features of all batches as `clipkd cache` stores them: a sample each row, in order."""
+    """Store the teacher's features of all batches as `clipkd cache` does: one sample a row, in order."""
     with torch.no_grad():
         images = torch.cat([live.image_features(pixels) for pixels, _ in batches])
         texts = torch.cat([live.text_features(trim_tokens(live.model.net, ids)) for _, ids in batches])
@@ -202,7 +203,7 @@ def cache_features(live: Any, batches: list[tuple[Tensor, Tensor]], folder: Path
 def ours(
     student: ClipModel, guide: Any, spec: DistillSpec, cache: TeacherCache | None = None
 ) -> Callable[[int, Any], dict[str, float]]:
-    """The training loop's step, piece by piece as its loop has them."""
+    """Return the step of clipkd's training loop, with a clock around each part."""
     torch.manual_seed(0)
     trained = TrainingModule(student, cache or guide.model, spec, ALONE)
     optimizer = make_optimizer(trained, spec)
@@ -238,7 +239,7 @@ def ours(
 
 
 class Clock:
-    """Seconds by part."""
+    """Record the seconds that each part takes."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}

@@ -39,6 +39,7 @@ COMMANDS = [
     ["recipes", "copy"],
     ["data", "inspect"],
     ["data", "pack"],
+    *(["devices", name] for name in ("list", "add", "test", "remove")),
 ]
 
 
@@ -90,16 +91,37 @@ def test_every_command_has_an_example_that_names_it(clipkd: Clipkd, path: list[s
     assert ended.err == ""
 
 
-@pytest.mark.parametrize("path", COMMANDS[1:], ids=" ".join)
-def test_the_example_is_a_command_that_parses(clipkd: Clipkd, path: list[str]) -> None:
-    text = " ".join(clipkd(*path, "--help").out.replace("│", " ").split())
-    example = re.search(r"Example: (clipkd .*?)(?= ╭| Usage|$)", text)
-    assert example
-    words = shlex.split(example[1])[1:]
-    group: Any = typer.main.get_command(command.app)
-    while words and hasattr(group, "commands") and words[0] in group.commands:
-        group = group.commands[words.pop(0)]
-    group.make_context("clipkd", words, resilient_parsing=False)
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_fits_80_columns(clipkd: Clipkd, path: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = clipkd(*path, "--help").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for line in lines:
+        if line[:1] in {"│", "╭", "╰"}:
+            assert line[-1] == {"│": "│", "╭": "╮", "╰": "╯"}[line[0]], line
+            assert len(line) == 80
+    usage = next(line for line in lines if "Usage:" in line)
+    assert usage.startswith(f" Usage: {' '.join(['clipkd', *path])} [OPTIONS]")
+    assert not set("{}<>") & set(usage)
+    assert not [line for line in lines if "<bool>" in line], "a flag takes no value"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_each_example_is_a_command_that_parses(
+    clipkd: Clipkd, path: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that a shell runs each example as it stands in a terminal of 80 columns; `\\` continues a line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = "\n".join(line.strip() for line in clipkd(*path, "--help").out.splitlines()).replace("\\\n", "")
+    examples = re.findall(r"^(?!Usage)[A-Z][^:|]*: ((?:torchrun|clipkd) .*)$", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = shlex.split(example)
+        words = words[words.index("clipkd") + 1 :]
+        group: Any = typer.main.get_command(command.app)
+        while words and hasattr(group, "commands") and words[0] in group.commands:
+            group = group.commands[words.pop(0)]
+        group.make_context("clipkd", words, resilient_parsing=False)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -377,8 +399,8 @@ def test_a_full_disk_outside_of_stages(clipkd: Clipkd, run: Path, monkeypatch: p
     ended = clipkd("export", run)
     assert ended.code == 1
     assert ended.err == (
-        "error: the disk is full ([Errno 28] No space left on device: 'report.json'). Nothing finished is lost; "
-        "free space and repeat the command\n"
+        "error: the disk is full ([Errno 28] No space left on device: 'report.json'). Finished stages and the last "
+        "training checkpoint are kept: free some space and repeat the command to resume\n"
     )
 
 

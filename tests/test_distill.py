@@ -1,5 +1,6 @@
 """Training: the loss falls, the same seed gives the same bytes, an interruption changes none, and the log adds up."""
 
+import ast
 import json
 import math
 import os
@@ -1095,5 +1096,13 @@ def test_refused_under_torchrun(
     ):
         ended = clipkd(*arguments)
         assert (ended.code, ended.out) == (2, "")
-        assert ended.err == "error: only clipkd distill runs under torchrun; start this command by itself\n"
+        assert ended.err == (
+            "error: under torchrun only `clipkd distill` and `clipkd cache` work; start this command without it\n"
+        )
     assert not (tmp_path / "other").exists()
+    shared = [
+        node.name
+        for node in ast.parse((REPOSITORY / "clipkd.py").read_text()).body
+        if isinstance(node, ast.FunctionDef) and "shared=True" in ast.unparse(node)
+    ]
+    assert shared == ["distill", "cache"], "the message names every command that torchrun may start"

@@ -196,7 +196,7 @@ def test_the_commands_need_no_torch_and_keep_stdout_for_the_result(tmp_path: Pat
     packed = without_torch("data", "pack", *source, "--out", out)
     assert packed.returncode == 0
     assert packed.stdout == f"{out / 'index.json'}\n"
-    assert "left out 1: not an image" in packed.stderr
+    assert "1 not packed: not an image; for example:\n  " in packed.stderr
     assert "6 samples in 1 shard(s)" in packed.stderr
     again = without_torch("data", "pack", *source, "--out", out, "--json")
     assert json.loads(again.stdout) == {"path": str(out), **json.loads((out / "index.json").read_text())}

@@ -38,7 +38,10 @@ CODE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)\n]*\)|<!--.*?-->", re.DOTALL)
 
 FILES = sorted(
     path.relative_to(REPOSITORY).as_posix()
-    for pattern in ("*.md", "clipkd.py", "docs/*.md", "toolchain/**/*.py", "export/**/*.py", "benchmarks/*.py")
+    for pattern in (
+        *("*.md", "clipkd.py", "docs/*.md", "toolchain/**/*.py", "export/**/*.py", "benchmarks/*.py"),
+        "recipes/**/*.yaml",
+    )
     for path in REPOSITORY.glob(pattern)
 )
 
@@ -82,6 +85,14 @@ def comments(content: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
+def yaml_comments(content: str) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each comment of a recipe, whose values contain no #."""
+    for number, line in enumerate(content.splitlines(), 1):
+        _, mark, comment = line.partition("#")
+        if mark:
+            yield number, comment
+
+
 def function_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield line and name of each function but properties, which are named after their value."""
     for node in ast.walk(tree):
@@ -93,6 +104,8 @@ def problems_in(name: str, content: str) -> list[str]:
     """Return what is not plain in a file's prose, one line each."""
     if name.endswith(".md"):
         return _replaced_words(1, content)
+    if name.endswith(".yaml"):
+        return [problem for line, text in yaml_comments(content) for problem in _replaced_words(line, text)]
     tree = ast.parse(content)
     found = [
         f"line {line}: opens with {match[0]}"
@@ -141,6 +154,7 @@ def test_prose_is_plain(name: str) -> None:
             ["line 4: 'pictures'; write: image; chart"],
         ),
         ("module.py", "x = 1  # mends y", ["line 1: 'mends'; write: fix"]),
+        ("recipe.yaml", "name: mend\nseed: 0  # mends y", ["line 2: 'mends'; write: fix"]),
         ("module.py", "def checked(): ...", ["line 1: function checked: name it with a verb"]),
         ("module.py", "def run_of(model): ...", ["line 1: function run_of: name it with a verb"]),
         ("module.py", "class A:\n    @property\n    def masked(self): ...\n\n    def embed(self): ...", []),
@@ -152,5 +166,5 @@ def test_a_replaced_word_is_found(name: str, content: str, found: list[str]) -> 
 
 def test_files_were_found() -> None:
     assert {"README.md", "CHANGELOG.md", "clipkd.py", "docs/data.md", "toolchain/stage.py"} <= set(FILES)
-    assert "toolchain/distillation/losses.py" in FILES
+    assert {"toolchain/distillation/losses.py", "recipes/glyphs.yaml", "recipes/paper/vit_t_16.yaml"} <= set(FILES)
     assert Path(REPOSITORY / "docs").is_dir()

@@ -1,4 +1,4 @@
-"""Tables on terminals of any width: no word is broken, nothing is cut, and a narrow terminal gets paragraphs."""
+"""Tables and messages on terminals of any width: no word is broken, and nothing is cut."""
 
 import io
 import re
@@ -46,11 +46,12 @@ def test_a_wide_terminal_shows_every_row_on_one_line(monkeypatch: pytest.MonkeyP
 def test_a_terminal_too_narrow_for_the_words_gets_a_paragraph_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert printed(TABLE, LEAST_WIDTH - 1, monkeypatch).splitlines() == [
         "student fp32 onnxruntime",
-        "  p50 ms 0.193 [0.167, 0.213]; grade",
-        "  C (UNSTABLE, UNSTEADY, noisy)",
+        "  p50 ms: 0.193 [0.167, 0.213];",
+        "  grade: C (UNSTABLE, UNSTEADY,",
+        "  noisy)",
         "teacher",
-        "  p50 ms 0.589 [0.572, 0.640];",
-        "  grade B",
+        "  p50 ms: 0.589 [0.572, 0.640];",
+        "  grade: B",
     ]
 
 
@@ -71,3 +72,31 @@ def test_a_result_is_printed_as_json_or_for_people(
     terminal.print_result({"a": 1}, False, "[x] a line", Note("a note"))
     assert out.getvalue().endswith("[x] a line\n")
     assert err.getvalue() == "a note\n"
+
+
+MESSAGE = (
+    "error: /data/mine: 2 of 9 shards do not exist (searched in /work). Make them with: clipkd data pack my.yaml --out "
+    "/data/mine; or list only those you have.\n"
+    "  data.kind: Input should be 'webdataset', 'csv', 'image_folder' or 'mixture' (got 'tar')"
+)
+
+
+def noted(text: str, width: int, monkeypatch: pytest.MonkeyPatch, *, terminal_too: bool = True) -> str:
+    file = io.StringIO()
+    monkeypatch.setattr(terminal, "stderr", Console(file=file, force_terminal=terminal_too, width=width))
+    terminal.print_note(text)
+    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 400])
+def test_a_message_breaks_between_words_and_never_within_a_command(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = noted(MESSAGE, width, monkeypatch)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.split() == MESSAGE.split()
+    assert any("clipkd data pack my.yaml --out /data/mine;" in line for line in text.splitlines())
+    assert width < 400 or text == MESSAGE + "\n"
+
+
+def test_a_message_in_a_file_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert noted(MESSAGE, 60, monkeypatch, terminal_too=False) == MESSAGE + "\n"
+    assert noted("x" * 200, 60, monkeypatch) == "x" * 200 + "\n", "a long path stays whole"

@@ -15,8 +15,8 @@ PrecisionName: TypeAlias = Literal["fp32", "fp16", "bf16", "int8", "int8-fp16", 
 class Precision:
     name: PrecisionName
     safety_rank: int
-    """0 is the safest.  The rank follows the bits that a value keeps: 23, 10 and 7 of mantissa; 8 in all, under one
-    scale for many values; and those where what is not in 8 bits is not in fp32 either."""
+    """0 is the safest.  The rank follows the bits that a value keeps: a mantissa of 23, 10 or 7 bits; then 8 bits, with
+    one scale for many values; last, 8 bits beside 16-bit floats."""
 
     is_quantized: bool
     """The graph is exported from an int8 checkpoint."""
@@ -59,7 +59,7 @@ PRECISIONS: Mapping[str, Precision] = {
             is_quantized=False,
             stored_floats="float32",
             min_opset=18,
-            # Reordered float32 sums leave 110; TF32 or a float16 constant, at 40 to 60, must not pass as fp32.
+            # Reordered float32 sums give 110 dB; TF32 or a float16 constant gives 40 to 60 and must not pass as fp32.
             min_sqnr_db=80.0,
             max_share_below=0.0,
             min_top1_agreement=1.0,  # differences above parity.TIE count as changes
@@ -72,8 +72,8 @@ PRECISIONS: Mapping[str, Precision] = {
             safety_rank=2,
             is_quantized=False,
             stored_floats="bfloat16",
-            min_opset=22,  # the first in which every operator takes bfloat16; it has no QuantizeLinear to go wrong
-            # 8 bits: 18 dB less than fp16, 35 to 47 measured; wrong scales leave 10.
+            min_opset=22,  # the first in which every operator takes bfloat16
+            # 8 bits give 18 dB less than fp16: 35 to 47 dB measured; wrong scales give 10.
             min_sqnr_db=20.0,
             max_share_below=0.0,
             min_top1_agreement=0.95,
@@ -87,10 +87,10 @@ PRECISIONS: Mapping[str, Precision] = {
             is_quantized=False,
             stored_floats="float16",
             min_opset=18,
-            # 11 bits, some twenty layers: 44 measured; bfloat16, at 8 bits, must not pass as fp16.
+            # 11 bits in about twenty layers: 44 dB measured; bfloat16, with 8 bits, must not pass as fp16.
             min_sqnr_db=30.0,
             max_share_below=0.0,
-            min_top1_agreement=0.99,  # noise of 30 dB moves a cosine by 0.03 at worst, and by a tenth of that as a rule
+            min_top1_agreement=0.99,  # noise at 30 dB changes a cosine by at most 0.03, and usually by a tenth of that
             marker="s",
             symbol="square",
             color="#009E73",
@@ -102,11 +102,11 @@ PRECISIONS: Mapping[str, Precision] = {
             is_quantized=True,
             stored_floats="float32",
             min_opset=18,
-            # Both sides round to the same 8 bits, but ties fall apart: 25 measured; wrong scales leave 10.
+            # Both sides round to the same 8 bits, but may round ties differently: 25 dB measured; wrong scales give 10.
             min_sqnr_db=15.0,
             # x86 CPUs without VNNI saturate some 16-bit sums: 29 of 8,745 prompts of the quickstart, at worst 11 dB.
             max_share_below=0.01,
-            min_top1_agreement=0.90,  # of its own frozen tower, not of fp32: ties of rounding fall apart
+            min_top1_agreement=0.90,  # with its own frozen tower, not with fp32: only ties of rounding differ
             marker="D",
             symbol="diamond",
             color="#D55E00",
@@ -117,7 +117,7 @@ PRECISIONS: Mapping[str, Precision] = {
             is_quantized=True,
             stored_floats="float16",
             min_opset=19,  # the first in which QuantizeLinear takes float16
-            # Of the int8 tower in float32: fp16 tips more ties than int8 does, 24 to 41 measured.
+            # Compared with the int8 tower in float32: fp16 rounds more ties differently, 24 to 41 dB measured.
             min_sqnr_db=15.0,
             max_share_below=0.01,
             min_top1_agreement=0.90,  # as int8
@@ -129,9 +129,9 @@ PRECISIONS: Mapping[str, Precision] = {
             "int8-bf16",
             safety_rank=5,
             is_quantized=True,
-            stored_floats="float32",  # the graph of int8, whose floats OpenVINO computes in bfloat16
+            stored_floats="float32",  # the same graph as int8; OpenVINO computes its floats in bfloat16
             min_opset=18,
-            min_sqnr_db=15.0,  # as int8-fp16, with fewer bits
+            min_sqnr_db=15.0,  # as for int8-fp16, which keeps more bits
             max_share_below=0.01,
             min_top1_agreement=0.90,
             marker="p",

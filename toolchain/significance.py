@@ -46,7 +46,9 @@ def rank_sum(first_F: Sequence[float], second_S: Sequence[float]) -> float:
     smaller = min(found, f * s - found)
     orders = [[1] + [0] * (f * s) for _ in range(f + 1)]  # indexed by the number of placed values of the first, and U
     for placed_s in range(1, s + 1):
-        for placed_f in range(1, f + 1):  # the largest so far is the second's, or the first's, above all placed_s
+        for placed_f in range(
+            1, f + 1
+        ):  # the largest value so far is the second's, or it is the first's and above all placed_s
             above = orders[placed_f - 1]
             orders[placed_f] = [
                 orders[placed_f][u] + (above[u - placed_s] if u >= placed_s else 0) for u in range(f * s + 1)
@@ -72,7 +74,7 @@ def signed_rank(first_T: Sequence[float], second_T: Sequence[float]) -> float:
         found += twice_rank * sum(slower)
         twice_ranks += [twice_rank] * len(slower)
         placed += len(slower)
-    ways = [1]  # to reach each sum
+    ways = [1]  # number of ways to reach each sum
     for twice_rank in twice_ranks:
         ways = [a + b for a, b in zip([*ways, *[0] * twice_rank], [*[0] * twice_rank, *ways], strict=True)]
     smaller = min(found, sum(twice_ranks) - found)

@@ -250,8 +250,8 @@ def _explaining_full_disk(partial: Path) -> Iterator[None]:
         if isinstance(error, ClipkdError) or not (disk_full or free < _FULL_BYTES):
             raise
         raise ArtifactError(
-            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Finished work is kept; "
-            "free some space and run the command again to resume"
+            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Finished stages and the last training "
+            "checkpoint are kept: free some space and repeat the command to resume"
         ) from error
 
 

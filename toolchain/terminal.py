@@ -1,6 +1,7 @@
 """Print progress on stderr and tables on stdout.  Only this module and `clipkd.py` use rich."""
 
 import json
+import re
 import textwrap
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ stdout, stderr = Console(), Console(stderr=True)
 
 _LINE_EVERY_S = 30.0
 _LONG_WORD = 24
+_COMMAND = re.compile(r"(?<![\w/])(?:clipkd|pip|python|torchrun|make) [^`;,)]*?(?=[`;,)]|\. |$)")
 
 
 @dataclass
@@ -67,7 +69,7 @@ class TerminalScreen:
     def say(self, text: str) -> None:
         """Print a message that is neither progress nor an error."""
         if not self.silent:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.bar.console.print(_wrap(text, self.bar.console), highlight=False, markup=False, soft_wrap=True)
 
     def result(self, *lines: str) -> None:
         """Print lines of the result on stdout; a bar on the same terminal is removed meanwhile."""
@@ -125,7 +127,24 @@ def print_line(text: object) -> None:
 
 def print_note(text: object) -> None:
     """Print a line that is not part of the result on stderr, without markup."""
-    stderr.print(str(text), soft_wrap=True, highlight=False, markup=False, emoji=False)
+    stderr.print(_wrap(str(text), stderr), soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _wrap(text: str, console: Console) -> str:
+    """Break lines between words on a terminal; keep each command in one piece, so that it can be copied."""
+    if not console.is_terminal:
+        return text
+    return "\n".join(_fill(line, console.width) for line in text.splitlines())
+
+
+def _fill(line: str, width: int, indent: str = "") -> str:
+    """Return a line as lines of at most `width`; those after the first are indented, by default by two more than it."""
+    if len(line) <= width:
+        return line
+    whole = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), line)  # hides its spaces from textwrap
+    indent = indent or " " * (2 + len(line) - len(line.lstrip()))
+    filled = textwrap.fill(whole, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0", " ")
 
 
 def print_table(table: TextTable) -> None:
@@ -167,11 +186,12 @@ def _column_widths(table: TextTable, width: int) -> list[int] | None:
 
 
 def _print_paragraphs(table: TextTable, console: Console) -> None:
-    """Print each row as its first cell and, below it, `header value` for every other cell that is not empty."""
+    """Print each row as its first cell and, below it, `header: value` for every other cell that is not empty."""
     for first, *cells in table.rows:
-        named = [f"{header} {cell}" for header, cell in zip(table.headers[1:], cells, strict=True) if cell.strip()]
+        pairs = zip(table.headers[1:], cells, strict=True)
+        named = [f"{header}: {cell}" for header, cell in pairs if cell.strip() not in {"", "-"}]
         texts = [" ".join(text.split()) for text in named]
         # a short text is kept on one line: its spaces are hidden from textwrap
         kept = "; ".join(text.replace(" ", "\0") if len(text) < console.width // 2 else text for text in texts)
-        lines = textwrap.fill(kept, console.width, initial_indent="  ", subsequent_indent="  ")
+        lines = _fill(f"  {kept}", console.width, indent="  ")
         console.print(f"{first}\n{lines}".replace("\0", " "), highlight=False, markup=False, soft_wrap=True)

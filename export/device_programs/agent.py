@@ -198,7 +198,7 @@ def _run(request: dict[str, Any], root: Path, work: Path, out: _Out) -> None:
             out.send(line=pending.decode("utf-8", "replace"))
         child.wait()
     finally:
-        _kill(child)  # and the processes it started
+        _kill(child)  # also kills the processes that it started
         child.wait()
         reader.join()
         timer.cancel()

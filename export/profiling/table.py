@@ -75,7 +75,7 @@ def _compare_to_first(first: ProfileDocument, row: ProfileDocument) -> str:
     ours, theirs = row["image"], first["image"]
     in_turns = row.get("call") == first.get("call") is not None
     apart = differ_significantly(theirs["p50_by_process_ms"], ours["p50_by_process_ms"], in_turns=in_turns)
-    return f"{ours['p50_ms'] / theirs['p50_ms']:.2f}{'' if apart else ' (may be chance)'}"
+    return f"{ours['p50_ms'] / theirs['p50_ms']:.2f}{'' if apart else ' (not significant)'}"
 
 
 def format_ms(value: float) -> str:

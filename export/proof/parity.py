@@ -27,7 +27,7 @@ TIE = 0.01  # in cosine similarity: candidates within this distance of the best 
 MAX_PIXEL_ERROR = 1e-4  # in normalized pixel values: a hundredth of one grey level
 # Bounds for preprocessing in the graph, compared with Pillow's on images of several sizes.
 MAX_LEVELS = 2.0  # grey levels: one per pass, where float32 sums round differently from Pillow's integers; measured: 1
-MAX_LEVELS_SHARE = 0.05  # of all values. Measured: 1e-4, or 0.04 where a bilinear kernel makes many halves; 1 if wrong
+MAX_LEVELS_SHARE = 0.05  # of all values; measured: 1e-4 (0.04 where a bilinear kernel gives many ties), 1 if wrong
 MIN_UINT8_SQNR_DB = 50.0  # of features, unless the precision's own bound is lower. Measured: 78 in fp32, 35 in int8
 EXACT_DB = 150.0  # SQNR reported for equal vectors: float32 resolves 24 bits, which is 144 dB
 

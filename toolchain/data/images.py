@@ -231,7 +231,7 @@ def _crop(
     decoded: dict[int, Image.Image] = {}
     image, least = open_image(content)
     with image:
-        image_size = image.size  # before a draft
+        image_size = image.size  # before `draft` changes it
         orientation = _read_orientation(image)
         size = image_size[::-1] if orientation in (5, 6, 7, 8) else image_size  # rotated by 90 degrees
         box = crop_box(*size, crop_scale, random_R)

@@ -135,7 +135,7 @@ def _files(sample: Sample, suffix: str) -> list[tuple[str, bytes]]:
     image = [(suffix, sample.image)]
     if not sample.captions:
         return image
-    # A reader would take a byte-order mark at the start of a .txt for the file's own and drop it.
+    # A reader drops a byte-order mark at the start of a .txt, because it looks like the mark of the file.
     if len(sample.captions) == 1 and not sample.captions[0].startswith("\ufeff"):
         return [*image, ("txt", sample.captions[0].encode())]
     return [*image, ("json", json.dumps({"caption": list(sample.captions)}, ensure_ascii=False).encode())]

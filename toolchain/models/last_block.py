@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-_MAX_ERROR = 1e-6  # of unit features in float32: other shapes change the order of sums
+_MAX_ERROR = 1e-6  # between unit features in float32: other shapes change the order of sums
 
 
 def block_at(block: nn.Module, x_BTW: Tensor, position_B: Tensor, mask_TT: Tensor | None) -> Tensor:

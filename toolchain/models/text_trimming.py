@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toolchain.models.last_block import block_at
 
 _TOKENS_OF_A_PASS = 32  # cost of one more group on a CPU, in tokens (benchmarks/train_step.py)
-_MAX_ERROR = 1e-6  # of unit features in float32: other shapes change the order of sums
+_MAX_ERROR = 1e-6  # between unit features in float32: other shapes change the order of sums
 
 
 def is_trimmable(net: nn.Module) -> bool:

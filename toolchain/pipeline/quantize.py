@@ -72,7 +72,7 @@ def _stage_spec(inputs: QuantizeInputs, path: Path) -> StageSpec:
         "data": data_fields(inputs.data),
         "quantize": inputs.spec.model_dump(),
         "loss_weights": inputs.loss_weights.model_dump(),
-        # features computed live differ little from those stored in float32
+        # features computed during training differ little from those stored in float32
         "teacher_features": inputs.cache.spec.dtype if inputs.cache else "float32",
     }
     fingerprints = {"data": fingerprint_data(inputs.data)}

@@ -77,7 +77,7 @@ class ExportFlags:
     """
 
     runtimes: tuple[RuntimeName, ...] = ()
-    """Runtimes that run on this machine replace the recorded ones; TensorRT build kits are added to them."""
+    """Runtimes of this machine replace the recorded ones; TensorRT build kits are added to the recorded ones."""
 
     precisions: tuple[str, ...] | None = None
     """Names of `PRECISIONS`, as the user wrote them."""
@@ -166,5 +166,5 @@ class ProfileSpec(Section):
     """Measured seconds per tower, divided among the processes."""
 
     pytorch: Several[Literal["eager", "compiled"]] = ()
-    """Also measure the shipped checkpoint in PyTorch fp32, as plain open_clip runs it: reference rows of the report,
-    next to its fp32 export; without that export there are none.  `compiled` (torch.compile) needs a C++ compiler."""
+    """Also measure the shipped checkpoint in PyTorch fp32, as plain open_clip runs it, for the report's reference rows.
+    This needs its fp32 export.  `compiled` (torch.compile) needs a C++ compiler."""

@@ -29,12 +29,12 @@ class ModelSpec(Section):
     """Changes to the preprocessing, for example {mean: [0.5, 0.5, 0.5]}; a checkpoint file does not contain its own."""
 
     init: Literal["weights", "random"] | None = None
-    """weights: start from the model's weights; random: from the seed.  Absent: a teacher uses weights, a student only
-    those given by pretrained or checkpoint."""
+    """weights: start from the model's own weights; random: draw weights with the recipe's seed.  Absent: weights for a
+    teacher; for a student, random unless pretrained or checkpoint is given."""
 
     @property
     def is_random(self) -> bool:
-        """Return True if the model starts from the seed and not from weights."""
+        """Return True if the initial weights are drawn at random, with the seed."""
         return self.init == "random" or (self.init is None and self.pretrained is None and self.checkpoint is None)
 
     @model_validator(mode="after")
@@ -54,7 +54,7 @@ class TeacherSpec(ModelSpec):
 
     @property
     def is_random(self) -> bool:
-        """Return True if the teacher's weights are drawn from the seed, which is useful only in tests."""
+        """Return True if the teacher's weights are drawn at random, with the seed; this is useful only in tests."""
         return self.init == "random"
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ _LABEL_DARKNESS = 0.62  # factor on a role's colour; gives each a contrast of at
 
 
 def render_chart(report: Report, form: Literal["png", "svg"]) -> bytes:
-    """Draw p50 (log) against top-1 with both intervals, one panel per device, the front drawn through its points."""
+    """Draw top-1 against p50 (logarithmic) with both intervals, and the front as a line; one panel for each device."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -218,7 +218,7 @@ def _warnings(fit: Sequence[ReportRow], by: str) -> list[str]:
 def rejected_table(choice: Choice) -> TextTable:
     """Return why each of the other models was not chosen."""
     rows = [[str(row["name"]), "; ".join(reasons)] for row, reasons in choice.rejected]
-    return TextTable(["rejected", "why"], rows)
+    return TextTable(["rejected", "why"], rows, no_wrap=["rejected"])
 
 
 def choice_lines(choice: Choice) -> list[str]:

@@ -105,7 +105,7 @@ def comparison_table(compared: Comparison) -> TextTable:
     for change in compared.changes:
         ratio = "-" if change.p50_ratio is None else f"{change.p50_ratio:.3f}"
         if change.p50_ratio is not None and not change.is_significant:
-            ratio += " (may be chance)"
+            ratio += " (not significant)"
         points = "-" if change.top1_change is None else f"{100 * change.top1_change:+.1f} pp"
         rows.append([change.name, ratio, points, "; ".join(change.worse)])
     rows += [[name, "-", "-", "missing"] for name in compared.only_old]

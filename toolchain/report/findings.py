@@ -20,13 +20,13 @@ class Finding:
 
 
 def findings(rows: Sequence[ReportRow]) -> list[Finding]:
-    """Return gains and costs of distillation, the smaller model and quantization, as far as one run's rows show them.
+    """Return the gains and costs of distillation, of the smaller model and of quantization that the rows of a run show.
 
-    With several runs, use the last one that has a student.
+    If there are several runs, the last one that has a student is used.
     """
     for comparable in front_groups(rows).values():
         runs = [row["run"] for row in comparable if row["role"] == "student" and row["run"] is not None]
-        group = [row for row in comparable if row["run"] in runs[-1:]]  # of one run: other runs have other weights
+        group = [row for row in comparable if row["run"] in runs[-1:]]  # one run's rows: other runs have other weights
         by_variant = {(row["runtime"], row["role"], row["precision"]): row for row in group if row["pytorch"] is None}
         eager = next((row for row in group if row["pytorch"] == "eager"), None)
         runtimes = list(dict.fromkeys(runtime for runtime, *_ in by_variant))
