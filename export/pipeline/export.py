@@ -41,7 +41,7 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
         if planned.in_precision.is_quantized and planned.checkpoint not in made:
             continue  # `quantize` reported why
         checkpoint = made[planned.checkpoint]
-        spec = _stage_spec(planned, recipe, out, checkpoint, headline)
+        spec = export_spec(planned, recipe, out, checkpoint, headline)
         screen.starts(planned.name)
         try:
             exported[planned.name] = run_stage(spec, partial(_export_and_prove, planned, recipe, checkpoint, screen))
@@ -60,7 +60,8 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     return exported
 
 
-def _stage_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str) -> StageSpec:
+def export_spec(planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str) -> StageSpec:
+    """Return the stage that exports one model; `headline` is the fingerprint of the headline set."""
     return StageSpec(
         out / "exported" / planned.name,
         kind="export",

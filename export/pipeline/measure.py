@@ -1,11 +1,12 @@
 """Measure every exported model, and the PyTorch references, as stages."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.documents import export_summary
-from export.pipeline.plan import plan_references
+from export.pipeline.plan import PlannedReference, plan_references
 from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.progress import Screen
 from toolchain.recipe.recipe import Recipe
@@ -16,7 +17,7 @@ from toolchain.stage import REFERENCE_KIND, Stage, StageSpec, run_stage
 def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
     """Return parity, accuracy and latency of each exported model, in its own runtime on this machine."""
     measured = {}
-    accuracy, fields, fingerprints = require_evaluation(recipe), _measurement_fields(recipe), _measurement_data(recipe)
+    accuracy, depends = require_evaluation(recipe), read_measurement_inputs(recipe)
     for name, model in exported.items():
         if RUNTIMES[export_summary(model)["runtime"]].is_kit:
             continue  # the engines of a build kit run on their device
@@ -27,17 +28,7 @@ def measure_models(recipe: Recipe, out: Path, exported: dict[str, Stage], screen
             return measure(model.path, folder, accuracy, recipe.profile, screen.progress)
 
         screen.starts(f"measured/{name}")
-        measured[name] = run_stage(
-            StageSpec(
-                out / "measured" / name / "cpu",
-                kind="measure",
-                version=2,
-                fields=fields,
-                fingerprints=fingerprints,
-                inputs={"model": model},
-            ),
-            work,
-        )
+        measured[name] = run_stage(measure_spec(out, name, model, depends), work)
         screen.done(f"measured/{name}", measured[name])
     return measured
 
@@ -66,7 +57,7 @@ def measure_references(
     planned_references = plan_references(recipe)
     if not planned_references:
         return measured
-    accuracy, fields, fingerprints = require_evaluation(recipe), _measurement_fields(recipe), _measurement_data(recipe)
+    accuracy, depends = require_evaluation(recipe), read_measurement_inputs(recipe)
     for planned in planned_references:
         if planned.beside not in exported:
             continue  # its export failed and reported why
@@ -81,32 +72,54 @@ def measure_references(
             return measure_reference(*paths, accuracy, recipe.profile, mode, screen.progress)
 
         screen.starts(f"measured/{planned.name}")
-        measured[planned.name] = run_stage(
-            StageSpec(
-                out / "measured" / planned.name / "cpu",
-                kind=REFERENCE_KIND,
-                version=1,
-                fields={**fields, "pytorch": planned.mode},
-                fingerprints=fingerprints,
-                inputs={"checkpoint": checkpoint, "model": beside},
-            ),
-            work,
-        )
+        measured[planned.name] = run_stage(reference_spec(out, planned, checkpoint, beside, depends), work)
         screen.done(f"measured/{planned.name}", measured[planned.name])
     return measured
 
 
-def _measurement_fields(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe fields that every measurement reads."""
-    return {
-        "evaluate": require_evaluation(recipe).model_dump(mode="json"),
-        "profile": recipe.profile.model_dump(exclude={"pytorch"}),
-    }
+@dataclass(frozen=True)
+class MeasurementInputs:
+    """The recipe fields that every measurement reads, and the fingerprints of its data and machine."""
+
+    fields: dict[str, Any]
+    fingerprints: dict[str, str]
 
 
-def _measurement_data(recipe: Recipe) -> dict[str, str]:
-    """Return fingerprints of the data and the machine that every measurement depends on."""
+def read_measurement_inputs(recipe: Recipe) -> MeasurementInputs:
+    """Return what every measurement depends on but the model; reads names and sizes of the sets' files."""
     from toolchain.evaluation.open_sets import fingerprints
     from toolchain.provenance import machine
 
-    return {"sets": fingerprints(require_evaluation(recipe).sets), "machine": json.dumps(machine(), sort_keys=True)}
+    scoring = require_evaluation(recipe)
+    fields = {
+        "evaluate": scoring.model_dump(mode="json"),
+        "profile": recipe.profile.model_dump(exclude={"pytorch"}),
+    }
+    data = {"sets": fingerprints(scoring.sets), "machine": json.dumps(machine(), sort_keys=True)}
+    return MeasurementInputs(fields, data)
+
+
+def measure_spec(out: Path, name: str, model: Stage, depends: MeasurementInputs) -> StageSpec:
+    """Return the stage that measures an exported model in its own runtime."""
+    return StageSpec(
+        out / "measured" / name / "cpu",
+        kind="measure",
+        version=2,
+        fields=depends.fields,
+        fingerprints=depends.fingerprints,
+        inputs={"model": model},
+    )
+
+
+def reference_spec(
+    out: Path, planned: PlannedReference, checkpoint: Stage, beside: Stage, depends: MeasurementInputs
+) -> StageSpec:
+    """Return the stage that measures a checkpoint in PyTorch, with the samples of its export `beside`."""
+    return StageSpec(
+        out / "measured" / planned.name / "cpu",
+        kind=REFERENCE_KIND,
+        version=1,
+        fields={**depends.fields, "pytorch": planned.mode},
+        fingerprints=depends.fingerprints,
+        inputs={"checkpoint": checkpoint, "model": beside},
+    )
