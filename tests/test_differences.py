@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from toolchain.differences import MADE_AGAIN, abridge, list_differences
+from toolchain.differences import MADE_AGAIN, abridge, describe_duration, list_differences
 
 RECORDED: dict[str, Any] = {
     "kind": "distil",
@@ -48,6 +48,10 @@ RECORDED: dict[str, Any] = {
         ({"inputs": {"teacher": MADE_AGAIN}}, ["its teacher is made again"]),
         ({"inputs": {}}, ["made with a teacher"]),
         ({"version": 4}, ["version 3 -> 4"]),
+        (
+            {"fields": {"seed": 1, "distill": {"steps": f"sha256 {MADE_AGAIN}", "crop": [0.5, 1.0]}}},
+            ["seed 0 -> 1"],
+        ),
     ],
 )
 def test_each_difference_is_named(change: dict[str, Any], differences: list[str]) -> None:
@@ -64,3 +68,7 @@ def test_what_was_not_recorded_is_not_guessed() -> None:
 def test_many_differences_are_counted() -> None:
     assert abridge(("a 1 -> 2", "b 1 -> 2")) == "a 1 -> 2; b 1 -> 2"
     assert abridge(tuple("abcdef")) == "a; b; c; d; and 2 more"
+
+
+def test_a_duration_has_the_unit_that_suits_it() -> None:
+    assert [describe_duration(seconds) for seconds in (42.4, 61, 12600)] == ["42 s", "1.0 min", "3.5 h"]

@@ -324,6 +324,33 @@ def test_a_stage_that_fails_to_be_replaced_is_kept_and_put_back(tmp_path: Path) 
     assert (path / "weights").read_text() == "continued from half"
 
 
+def test_a_kept_stage_is_not_given_up_for_a_third_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student"
+    resume(path, write("old"), steps=3)
+    with pytest.raises(ClipkdError, match="is kept in"):
+        resume(path, attempted, steps=4)
+    monkeypatch.setattr(stages, "COSTLY_S", -1.0)
+    with pytest.raises(ArtifactError, match=r"/\.replaced/student would be replaced\. .*: steps 3 -> 5\n"):
+        resume(path, must_not_run, steps=5)
+    resume(path, continued, steps=4)  # the one that it was given up for
+    assert (path / "weights").read_text() == "continued from half"
+
+
+def test_a_complete_attempt_that_was_not_renamed_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_swap_in", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            resume(path, write("old"), steps=3)
+    monkeypatch.setattr(stages, "COSTLY_S", -1.0)
+    with pytest.raises(ArtifactError, match=r"student \(unfinished\) would be replaced\. .*: steps 3 -> 4\n"):
+        resume(path, must_not_run, steps=4)
+    with pytest.raises(ClipkdError, match=r"^stopped$"):
+        resume(path, attempted, steps=4, replace=True)
+    assert resume(path, must_not_run, steps=3, replace=True).cached
+    assert (path / "weights").read_text() == "old"
+
+
 @pytest.mark.parametrize("step", ["rename", "rmtree", "mkdir"])
 def test_killed_at_any_moment_of_replacing_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str

@@ -1,4 +1,4 @@
-"""List the recipe fields in which the recorded inputs of a stage differ from those that are wanted now."""
+"""Describe a stage of another recipe: the fields in which it differs, with both values, and how long it took."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,6 +34,13 @@ def abridge(differences: tuple[str, ...]) -> str:
     return "; ".join(differences[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
+def describe_duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it: 42 s, 6.2 min or 3.5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
 def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content as a manifest has it, where tuples are lists."""
     converted: dict[str, Any] = json.loads(json.dumps(content))
@@ -43,11 +50,9 @@ def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], above: str = "") -> Iterator[str]:
     for name in dict.fromkeys([*new, *old]):
         before, after = old.get(name, _MISSING), new.get(name, _MISSING)
-        if before == after or MADE_AGAIN in str(after):
-            continue
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _compare(before, after, f"{above}{name}.")
-        else:
+        elif before != after and MADE_AGAIN not in str(after):  # an export records the digest of its checkpoint
             yield f"{above}{name} {_show(before)} -> {_show(after)}"
 
 

@@ -21,7 +21,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from toolchain.differences import abridge, list_differences
+from toolchain.differences import abridge, describe_duration, list_differences
 from toolchain.errors import ArtifactError, ClipkdError
 from toolchain.filesystem import file_sha256, hold_lock, partial_path, replacing, write_json
 from toolchain.provenance import machine, revision, versions
@@ -310,7 +310,7 @@ class Superseded:
     """Finished work, or an unfinished attempt, that a stage with another key would replace."""
 
     path: Path
-    """The directory of the finished stage, also for an attempt."""
+    """The directory of the finished stage, also for an attempt; or the stage in `.replaced`."""
 
     finished: bool
     took_s: float
@@ -340,6 +340,8 @@ def count_seconds(manifest: Mapping[str, Any]) -> float:
 
 def read_attempt(partial: Path) -> Attempt | None:
     """Return the unfinished attempt in a partial directory; None if there is none."""
+    if not (partial / _KEY).exists() and (manifest := read_manifest(partial)):  # killed before it was renamed
+        return Attempt(manifest["key"], manifest, count_seconds(manifest))
     try:
         key, _, content = (partial / _KEY).read_text(encoding="utf-8").partition("\n")
         began, spent_s, recorded = (partial / _KEY).stat().st_mtime, 0.0, None
@@ -359,13 +361,19 @@ def _write_attempt(spec: StageSpec, key: str, spent_s: float) -> None:
 
 
 def find_superseded(spec: StageSpec) -> list[Superseded]:
-    """Return what making the stage would replace: a finished stage, an attempt that could be resumed, or both."""
+    """Return the work that making the stage would replace: finished stages, and an attempt that could be resumed.
+
+    A stage in `.replaced` counts until the attempt that replaces it has begun.
+    """
     found = []
-    manifest, attempt = read_manifest(spec.path), read_attempt(spec.partial) if spec.resumes else None
-    if manifest is not None and manifest["key"] != spec.key:
-        differences = list_differences(manifest if "fields" in manifest else None, spec.recorded)
-        found.append(Superseded(spec.path, True, count_seconds(manifest), differences))
-    if attempt is not None and attempt.key != spec.key:
+    attempt = read_attempt(spec.partial) if spec.resumes else None
+    begun = attempt is not None and attempt.key == spec.key
+    for path in (spec.path, *([] if begun else list_kept(spec.path))):
+        manifest = read_manifest(path)
+        if manifest is not None and manifest["key"] != spec.key:
+            differences = list_differences(manifest if "fields" in manifest else None, spec.recorded)
+            found.append(Superseded(path, True, count_seconds(manifest), differences))
+    if attempt is not None and not begun:
         found.append(Superseded(spec.path, False, attempt.took_s, list_differences(attempt.recorded, spec.recorded)))
     return found
 
@@ -387,13 +395,6 @@ def refuse_replacing(superseded: Iterable[Superseded]) -> None:
             "\n".join(lines) + "\nTo keep it, choose another --out. "
             "To replace it, add --replace to clipkd run, distill, adopt, cache or quantize"
         )
-
-
-def describe_duration(seconds: float) -> str:
-    """Return a duration in the unit that suits it: 42 s, 6.2 min or 3.5 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def find_kept(spec: StageSpec) -> Stage | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from toolchain.differences import MADE_AGAIN, abridge
+from toolchain.differences import MADE_AGAIN, abridge, describe_duration
 from toolchain.errors import ClipkdError
 from toolchain.filesystem import partial_path
 from toolchain.pipeline.quantize import quantize_spec
@@ -19,7 +19,6 @@ from toolchain.stage import (
     Stage,
     StageSpec,
     Superseded,
-    describe_duration,
     find_kept,
     find_superseded,
     list_kept,
