@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 
 def _foreign_package() -> str | None:
@@ -48,6 +47,7 @@ except ImportError:  # a foreign `toolchain`, which `main` would refuse
     sys.exit(2)
 
 if TYPE_CHECKING:
+    from toolchain.pipeline.run_directory import Plan
     from toolchain.recipe.recipe import Recipe
     from toolchain.report.row import Report
     from toolchain.stage import Stage
@@ -72,6 +72,11 @@ SetOpt = Annotated[
 WorkersOpt = Annotated[
     int | None, typer.Option(min=0, help="Data loader processes per rank.", show_default="by the kind of data")
 ]
+CheckpointStepsOpt = Annotated[int | None, typer.Option(min=1, help="Also write a checkpoint every N steps.")]
+CheckpointMinutesOpt = Annotated[float, typer.Option(min=0, help="Minutes between checkpoints, at most.")]
+ReplaceOpt = Annotated[
+    bool, typer.Option("--replace", help="Replace stages of another recipe that took over a minute.")
+]
 DeviceOpt = Annotated[
     str, typer.Option("--device", "-d", help="cpu, cuda:0, gpu, npu, or a name that `clipkd devices list` prints.")
 ]
@@ -81,7 +86,14 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON document o
 
 @app.command()
 def run(
-    recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, workers: WorkersOpt = None, as_json: JsonOpt = False
+    recipe: RecipeArg,
+    out: OutOpt,
+    overrides: SetOpt = None,
+    workers: WorkersOpt = None,
+    checkpoint_steps: CheckpointStepsOpt = None,
+    checkpoint_minutes: CheckpointMinutesOpt = 1.0,
+    replace: ReplaceOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Run every stage of a recipe: distill, quantize, export, check, measure, report.
 
@@ -92,17 +104,19 @@ def run(
     from export.pipeline.choose_precision import choose_precisions, require_choices, without_failed
     from export.pipeline.export import export_models
     from export.pipeline.measure import measure_models, measure_references, require_references
+    from export.pipeline.plan_run import plan_run
     from export.pipeline.quantize_or_reject import quantize_or_reject
     from export.pipeline.report import report_run
     from toolchain.distillation.training_options import TrainingOptions
     from toolchain.pipeline.stage_inputs import require_evaluation
     from toolchain.pipeline.train import train_checkpoints
 
-    with _run_directory(_recipe(recipe, overrides), out) as (loaded, screen):
+    options = TrainingOptions(workers, checkpoint_steps, checkpoint_minutes, replace=replace)
+    with _run_directory(_recipe(recipe, overrides), out, plan_run, replace=replace) as (loaded, screen):
         require_evaluation(loaded)  # fail before hours of training
         require_references(loaded)
-        checkpoints = train_checkpoints(loaded, out, screen, TrainingOptions(workers))  # teacher, baseline, student
-        checkpoints |= quantize_or_reject(loaded, out, checkpoints, screen)  # student-int8
+        checkpoints = train_checkpoints(loaded, out, screen, options)  # teacher, baseline, student
+        checkpoints |= quantize_or_reject(loaded, out, checkpoints, screen, replace=replace)  # student-int8
         exported = export_models(loaded, out, checkpoints, screen)  # graphs that passed parity
         chosen = choose_precisions(loaded, out, exported, {}, screen) if loaded.export.auto else None
         sound = exported if chosen is None else without_failed(exported, chosen)
@@ -121,9 +135,10 @@ def distill(
     out: OutOpt,
     overrides: SetOpt = None,
     workers: WorkersOpt = None,
-    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also write a checkpoint every N steps.")] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Minutes between checkpoints, at most.")] = 1.0,
+    checkpoint_steps: CheckpointStepsOpt = None,
+    checkpoint_minutes: CheckpointMinutesOpt = 1.0,
     keep_checkpoints: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints kept.")] = 2,
+    replace: ReplaceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a recipe's student with its teacher, and its baseline without.
@@ -137,10 +152,12 @@ def distill(
     Example: [bold]clipkd distill glyphs --out runs/quickstart[/]
     """
     from toolchain.distillation.training_options import TrainingOptions
+    from toolchain.pipeline.plan import plan_checkpoints
     from toolchain.pipeline.train import train_checkpoints
 
-    options = TrainingOptions(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints)
-    with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
+    options = TrainingOptions(workers, checkpoint_steps, checkpoint_minutes, keep_checkpoints, replace)
+    planned = _run_directory(_recipe(recipe, overrides), out, plan_checkpoints, replace=replace, shared=True)
+    with planned as (loaded, screen):
         checkpoints = train_checkpoints(loaded, out, screen, options)
     if torchrun.leads():
         _print_stages(checkpoints, as_json)
@@ -158,6 +175,7 @@ def adopt(
         str | None, typer.Option(help="A recipe to copy data, quantize, export, evaluate and profile from.")
     ] = None,
     overrides: SetOpt = None,
+    replace: ReplaceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Create a run from an existing model, to ship it without training.
@@ -166,19 +184,23 @@ def adopt(
 
     Example: [bold]clipkd adopt glyphs_teacher --like glyphs --out runs/adopted[/]
     """
+    from toolchain.distillation.training_options import TrainingOptions
+    from toolchain.pipeline.plan import plan_checkpoints
     from toolchain.pipeline.train import train_checkpoints
     from toolchain.recipe.load import load_recipe, make_adoption_recipe, recipe_path
 
     taken = None if like is None else load_recipe(recipe_path(like))
     weights = {"pretrained": pretrained, "checkpoint": None if checkpoint is None else str(checkpoint)}
     recipe = make_adoption_recipe(model, {key: value for key, value in weights.items() if value}, taken, overrides)
-    with _run_directory(recipe, out) as (loaded, screen):
-        made = train_checkpoints(loaded, out, screen)
+    with _run_directory(recipe, out, plan_checkpoints, replace=replace) as (loaded, screen):
+        made = train_checkpoints(loaded, out, screen, TrainingOptions(replace=replace))
     _print_stages(made, as_json)
 
 
 @app.command()
-def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+def cache(
+    recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, replace: ReplaceOpt = False, as_json: JsonOpt = False
+) -> None:
     """Store the teacher's features of all training data, for distill to read.
 
     Prints the expected saving and disk use before it starts.
@@ -188,29 +210,34 @@ def cache(recipe: RecipeArg, out: OutOpt, overrides: SetOpt = None, as_json: Jso
 
     Example: [bold]clipkd cache glyphs --out runs/quickstart[/]
     """
+    from toolchain.distillation.training_options import TrainingOptions
+    from toolchain.pipeline.plan import plan_caches
     from toolchain.pipeline.train import cache_teachers
 
-    with _run_directory(_recipe(recipe, overrides), out, shared=True) as (loaded, screen):
-        made = cache_teachers(loaded, out, screen)
+    planned = _run_directory(_recipe(recipe, overrides), out, plan_caches, replace=replace, shared=True)
+    with planned as (loaded, screen):
+        made = cache_teachers(loaded, out, screen, TrainingOptions(replace=replace))
     if torchrun.leads():
         _print_stages(made, as_json)
 
 
 @app.command()
-def quantize(run: RunArg, overrides: SetOpt = None, as_json: JsonOpt = False) -> None:
+def quantize(run: RunArg, overrides: SetOpt = None, replace: ReplaceOpt = False, as_json: JsonOpt = False) -> None:
     """Quantize a run's student to int8.
 
     The recipe's quantize section sets the method and the accepted accuracy loss.
 
     Example: [bold]clipkd quantize runs/quickstart --set quantize.steps=100[/]
     """
+    from toolchain.distillation.training_options import TrainingOptions
+    from toolchain.pipeline.plan import plan_quantized
     from toolchain.pipeline.quantize import quantize_checkpoint
     from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.train import train_checkpoints
 
-    with _run_directory(run_recipe(run, overrides), run) as (loaded, screen):
-        checkpoints = train_checkpoints(loaded, run, screen)
-        made = quantize_checkpoint(loaded, run, checkpoints, screen)
+    with _run_directory(run_recipe(run, overrides), run, plan_quantized, replace=replace) as (loaded, screen):
+        checkpoints = train_checkpoints(loaded, run, screen, TrainingOptions(replace=replace))
+        made = quantize_checkpoint(loaded, run, checkpoints, screen, replace=replace)
     if not made:
         method = "" if loaded.quantize else "--set quantize.method=ptq "
         raise UsageError(
@@ -271,6 +298,7 @@ def export(
     from export.pipeline.export import export_models
     from export.pipeline.plan import select_kits
     from export.pipeline.quantize_or_reject import quantize_or_reject
+    from toolchain.pipeline.plan import plan_quantized
     from toolchain.pipeline.run_directory import run_recipe
     from toolchain.pipeline.train import train_checkpoints
     from toolchain.recipe.export import ExportFlags, export_overrides
@@ -294,7 +322,7 @@ def export(
     recipe = load_recipe(run / "recipe.yaml", overrides, changes={"export": changes})
     if trt and "tensorrt" not in recipe.export.runtimes:
         raise UsageError("--trt asks for tensorrt, which --set export.runtimes leaves out; add it there")
-    with _run_directory(recipe, run) as (loaded, screen):
+    with _run_directory(recipe, run, plan_quantized) as (loaded, screen):
         if flags.only_kits:  # the recipe keeps its other runtimes; they are not exported anew
             loaded = select_kits(loaded)
         checkpoints = train_checkpoints(loaded, run, screen)
@@ -827,18 +855,19 @@ def show(
 ) -> None:
     """Print a recipe with every default, and its stages: a dry run.
 
+    With --out, lists for each stage of the run whether it is of this recipe,
+    in which fields it differs, and what `clipkd run` would do with it.
+
     Example: [bold]clipkd show glyphs --out runs/quickstart[/]
     """
     import yaml
 
-    from export.pipeline.plan import stage_paths
-    from toolchain.pipeline.run_directory import stage_state
-    from toolchain.recipe.load import load_recipe, recipe_path
+    from export.pipeline.plan_run import show_stages
 
-    loaded = load_recipe(recipe_path(recipe), overrides)
-    stages = [{"stage": path, "state": stage_state(out / path) if out else "not made"} for path in stage_paths(loaded)]
+    loaded = _recipe(recipe, overrides)
+    stages = show_stages(loaded, out)
     resolved = loaded.model_dump(mode="json")
-    lines = [f"# {stage['stage']}: {stage['state']}" for stage in stages]
+    lines = [f"# {stage['stage']}: {stage['text']}" for stage in stages]
     print_result(
         {"recipe": resolved, "stages": stages}, as_json, yaml.safe_dump(resolved, sort_keys=False).rstrip("\n"), *lines
     )
@@ -853,57 +882,33 @@ def verify(
 
     Example: [bold]clipkd verify runs/quickstart[/]
     """
-    from toolchain.stage import MANIFEST, open_stage
+    from toolchain.stage import MANIFEST, REPLACED, open_stage
 
     checked: dict[str, str] = {}
     for directory in directories:
-        stages = [directory] if (directory / MANIFEST).exists() else sorted(p.parent for p in directory.rglob(MANIFEST))
+        inside = (
+            path.parent for path in directory.rglob(MANIFEST) if REPLACED not in path.relative_to(directory).parts
+        )
+        stages = [directory] if (directory / MANIFEST).exists() else sorted(inside)
         if not stages:
             raise UsageError(f"{directory}: no clipkd stage in it; expected a run, or a directory with {MANIFEST}")
         checked |= {str(path): open_stage(path).digest for path in stages if not path.name.startswith(".")}
     print_result(checked, as_json, *(f"ok {path}" for path in checked))
 
 
-_TYPES = {"<bool>": "", "<int range>": "N", "<float range>": "X", "<path>": "PATH", "<str>": "TEXT"}
-_TYPES["<list[Path]>"] = "PATH"
-
-
-def _name_values(params: list[Any], ctx: Any) -> list[Any]:
-    """Name the value of each option in the help, as in `--out PATH`; a flag has none."""
-    for param in params:
-        if param.param_type_name == "option" and param.metavar is None:
-            param.metavar = _TYPES.get(param.display_type(ctx))
-    return params
-
-
-class _Command(TyperCommand):
-    """A command whose usage is `clipkd report [OPTIONS] RUN...`, without typer's braces around RUN."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _name_values(super().get_params(ctx), ctx)
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        arguments = [param for param in self.params if param.param_type_name == "argument"]
-        return ["[OPTIONS]", *(param.metavar or str(param.name).upper() for param in arguments)]
-
-
-class _Group(TyperGroup):
-    """A group of commands, with the same names for values."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _name_values(super().get_params(ctx), ctx)
-
-
 for group in (app, data_app, devices_app, recipes_app):
-    group.info.cls = _Group
+    group.info.cls = HelpGroup
     for registered in group.registered_commands:
-        registered.cls = _Command
+        registered.cls = HelpCommand
 
 
 @contextmanager
-def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Iterator[tuple[Recipe, TerminalScreen]]":
+def _run_directory(
+    recipe: "Recipe", out: Path, plan: "Plan", *, replace: bool = False, shared: bool = False
+) -> "Iterator[tuple[Recipe, TerminalScreen]]":
     """Lock a run directory, and write the resolved recipe into it.
 
+    `plan` returns the stages that the command makes, to refuse to replace costly ones.
     `shared`: the ranks of torchrun may work in it together; rank 0 holds the lock.
     """
     from rich.progress import Progress
@@ -915,7 +920,8 @@ def _run_directory(recipe: "Recipe", out: Path, *, shared: bool = False) -> "Ite
     if not torchrun.leads():
         yield recipe, TerminalScreen(Progress(disable=True), silent=True)
         return
-    with hold_run(recipe, out, f"clipkd {shlex.join(sys.argv[1:])}"), open_screen() as screen:
+    command = f"clipkd {shlex.join(sys.argv[1:])}"
+    with hold_run(recipe, out, command, plan, replace=replace), open_screen() as screen:
         yield recipe, screen
 
 

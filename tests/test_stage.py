@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from toolchain.errors import ArtifactError, ClipkdError
 from toolchain.provenance import machine
 from toolchain.stage import (
     MANIFEST,
+    REPLACED,
     SCRATCH,
     Stage,
     StageSpec,
+    count_seconds,
     folder_fingerprint,
     is_made,
     open_stage,
@@ -225,12 +228,175 @@ def test_the_old_stage_stays_until_the_new_one_is_complete(tmp_path: Path) -> No
 def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     path = tmp_path / "student"
     make(path, write("old"))
-    path.rename(tmp_path / ".student.old")
-    shutil.copytree(tmp_path / ".student.old", tmp_path / ".student.partial")
+    (tmp_path / REPLACED).mkdir()
+    path.rename(tmp_path / REPLACED / "student")
+    shutil.copytree(tmp_path / REPLACED / "student", tmp_path / ".student.partial")
     assert not make(path, write("new"), fields={"steps": 4}).cached
     assert open_stage(path).manifest["fields"] == {"steps": 4}
     assert (path / "weights").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+def attempted(folder: Path) -> dict[str, Any]:
+    """Work that is interrupted after more than a minute, by the times of its files."""
+    (folder / "checkpoint").write_text("half")
+    later = time.time() + 90
+    os.utime(folder / "checkpoint", (later, later))
+    raise ClipkdError("stopped")
+
+
+def resume(path: Path, work: Callable[[Path], dict[str, Any]], *, steps: int, replace: bool = False) -> Stage:
+    spec = StageSpec(path, **DEPENDS | {"fields": {"steps": steps}}, resumes=True)
+    return run_stage(spec, work, replace=replace)
+
+
+def test_costly_work_is_replaced_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student"
+    resume(path, write("old"), steps=3)
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"took_s": 61}))
+    before = tree(tmp_path)
+    with pytest.raises(ArtifactError) as caught:
+        resume(path, must_not_run, steps=4)
+    assert str(caught.value) == (
+        f"{path} would be replaced. It took 1.0 min and is of another recipe: steps 3 -> 4\n"
+        "To keep it, choose another --out. "
+        "To replace it, add --replace to clipkd run, distill, adopt, cache or quantize"
+    )
+    assert tree(tmp_path) == before
+    resume(path, write("new"), steps=4, replace=True)
+    assert (path / "weights").read_text() == "new"
+    resume(path, write("newer"), steps=5)  # cheap: it took no second
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_training_that_was_resumed_counts_all_its_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    with pytest.raises(ClipkdError, match=r"^stopped$"):
+        resume(path, attempted, steps=3)
+    assert resume(path, continued, steps=3).manifest["took_s"] == pytest.approx(90, abs=5)
+    assert count_seconds({"took_s": 2.0, "summary": {"train_s": 3600.0}}) == 3600  # as earlier versions recorded it
+
+
+def test_a_costly_attempt_is_replaced_only_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    with pytest.raises(ClipkdError, match=r"^stopped$"):
+        resume(path, attempted, steps=2000)
+    before = tree(tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"student \(unfinished\) would be replaced. It took 1\.5 min .*: steps 2000 -> 1999\n"
+    ):
+        resume(path, must_not_run, steps=1999)
+    assert tree(tmp_path) == before
+    with pytest.raises(ClipkdError, match=r"^stopped$"):
+        resume(path, attempted, steps=1999, replace=True)
+    assert (tmp_path / REPLACED / ".student.partial" / "checkpoint").read_text() == "half"
+    resume(path, continued, steps=2000, replace=True)  # the attempts change places
+    assert (path / "weights").read_text() == "continued from half"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+def test_an_attempt_whose_fields_were_not_recorded(tmp_path: Path) -> None:
+    """As earlier versions left it: its key alone."""
+    partial = tmp_path / ".student.partial"
+    partial.mkdir()
+    (partial / "key").write_text(StageSpec(tmp_path / "student", **DEPENDS).key)
+    (partial / "checkpoint").write_text("half")
+    os.utime(partial / "key", (0, 0))
+    with pytest.raises(ArtifactError, match="is of another recipe: made with other fields, which were not recorded\n"):
+        resume(tmp_path / "student", must_not_run, steps=4)
+    assert resume(tmp_path / "student", continued, steps=3).manifest["took_s"] > 1e6
+    assert (tmp_path / "student" / "weights").read_text() == "continued from half"
+
+
+def test_a_stage_that_fails_to_be_replaced_is_kept_and_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    old = resume(path, write("old"), steps=3)
+    with pytest.raises(ClipkdError) as caught:
+        resume(path, attempted, steps=4)
+    kept = tmp_path / REPLACED / "student"
+    assert str(caught.value) == f"stopped. The earlier student is kept in {kept} until the new one is complete"
+    assert open_stage(kept).digest == old.digest
+    assert not path.exists()
+    assert resume(path, must_not_run, steps=3).cached
+    assert not kept.parent.exists()
+    resume(path, continued, steps=4, replace=True)
+    assert (path / "weights").read_text() == "continued from half"
+
+
+def test_a_kept_stage_is_not_given_up_for_a_third_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student"
+    resume(path, write("old"), steps=3)
+    with pytest.raises(ClipkdError, match="is kept in"):
+        resume(path, attempted, steps=4)
+    monkeypatch.setattr(stages, "COSTLY_S", -1.0)
+    with pytest.raises(ArtifactError, match=r"/\.replaced/student would be replaced\. .*: steps 3 -> 5\n"):
+        resume(path, must_not_run, steps=5)
+    resume(path, continued, steps=4)  # the one that it was given up for
+    assert (path / "weights").read_text() == "continued from half"
+
+
+def test_a_complete_attempt_that_was_not_renamed_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_swap_in", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            resume(path, write("old"), steps=3)
+    monkeypatch.setattr(stages, "COSTLY_S", -1.0)
+    with pytest.raises(ArtifactError, match=r"student \(unfinished\) would be replaced\. .*: steps 3 -> 4\n"):
+        resume(path, must_not_run, steps=4)
+    with pytest.raises(ClipkdError, match=r"^stopped$"):
+        resume(path, attempted, steps=4, replace=True)
+    assert resume(path, must_not_run, steps=3, replace=True).cached
+    assert (path / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree", "mkdir"])
+def test_killed_at_any_moment_of_replacing_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    owner = shutil if step == "rmtree" else Path
+    real = getattr(owner, step)
+    for number in range(20):
+        run = tmp_path / str(number)
+        resume(run / "student", write("old"), steps=3)
+        left = number
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        killed = False
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, counted)
+            try:
+                resume(run / "student", write("new"), steps=4, replace=True)
+            except KeyboardInterrupt:
+                killed = True
+        places = [run / "student", run / REPLACED / "student"]
+        found = [(place / "weights").read_text() for place in places if (place / MANIFEST).exists()]
+        assert "old" in found or "new" in found, number
+        for steps, content in ((3, "old"), (4, "new")):
+            assert (resume(run / "student", write(content), steps=steps).path / "weights").read_text() == content
+        assert [entry.name for entry in run.iterdir()] == ["student"]
+        if not killed:
+            assert number > 0
+            return
+    pytest.fail("never complete")
+
+
+def test_what_a_run_replaces_lies_in_the_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# clipkd run glyphs\n# resolved by clipkd:\nname: glyphs\n")
+    path = tmp_path / "teacher-cache" / "teacher"
+    resume(path, write("old"), steps=3)
+    with pytest.raises(ClipkdError, match="is kept in"):
+        resume(path, attempted, steps=4)
+    assert open_stage(tmp_path / REPLACED / "teacher-cache" / "teacher").manifest["fields"] == {"steps": 3}
+    resume(path, continued, steps=4)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["recipe.yaml", "teacher-cache"]
 
 
 # Interrupted.

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from conftest import Ended, make_shards
 from killable import start
 from training import BATCH_SIZE, STUDENT, cache_of, configured, files, spec
 
+from toolchain import stage as stages
 from toolchain.data.bad_samples import Damage
 from toolchain.data.batch import Batch, TrainingData
 from toolchain.data.glyph_batches import GlyphBatches
@@ -209,8 +211,27 @@ def test_a_disk_too_small_is_refused_before_the_teacher_runs(
 # The command.
 
 
+def test_progress_counts_the_samples_and_not_full_shards(
+    tmp_path: Path, glyphs: GlyphBatches, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "SHARD_SAMPLES", 16)
+    shown: list[tuple[int, int]] = []
+    cache_of(
+        load_model(teacher_folder),
+        glyphs,
+        tmp_path / "cache",
+        lambda what, done, total, note: shown.append((done, total)),
+    )
+    assert glyphs.num_samples % 16
+    assert glyphs.num_views
+    everything = glyphs.num_samples * glyphs.num_views
+    assert shown[-1] == (everything, everything)
+    assert {total for _, total in shown} == {everything}
+    assert all(done < everything for done, _ in shown[:-1])
+
+
 def test_distill_reuses_what_cache_made(
-    clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path
+    clipkd: Callable[..., Ended], tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distill = {"steps": 3, "batch_size": BATCH_SIZE, "lr": 1e-3, "warmup": 0, "teacher_cache": {"dtype": "float16"}}
     recipe = tiny_recipe(distill=distill)
@@ -229,9 +250,13 @@ def test_distill_reuses_what_cache_made(
     assert not (tmp_path / "other" / "teacher-cache").exists()
     students = [files(tmp_path / run / "student") for run in ("run", "other")]
     assert students[0] == students[1]
+    monkeypatch.setattr(stages, "COSTLY_S", 0.0)
     ended = clipkd("distill", recipe, "--out", tmp_path / "run", "--set", "seed=5")
     assert ended.code == 1
-    assert "seed: expected 5, got 0" in ended.err
+    for stage in ("student", "teacher-cache/teacher"):
+        assert re.search(
+            f"/{stage} would be replaced. It took [0-9]+ s and is of another recipe: seed 0 -> 5", ended.err
+        )
     path = shard_path(tmp_path / "run" / "teacher-cache" / "teacher", 0)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     ended = clipkd("verify", tmp_path / "run")

@@ -4,6 +4,7 @@ A stage is a function of some recipe fields and some input directories.  It work
 then renames that to `NAME/`, which is never written again: a directory that exists is complete.  Its key hashes all its
 inputs, so a stage with an unchanged key is reused.  `manifest.json` records its inputs.  Later stages depend on the
 content digest, which covers the other files only: a repeated stage with the same bytes leaves later stages valid.
+A stage with another key replaces the earlier one, which stays in `RUN/.replaced/` until the new one is complete.
 Importing this needs neither torch nor numpy.
 """
 
@@ -12,15 +13,17 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from toolchain.differences import abridge, describe_duration, list_differences
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.filesystem import file_sha256, hold_lock, partial_path, write_json
+from toolchain.filesystem import file_sha256, hold_lock, partial_path, replacing, write_json
 from toolchain.provenance import machine, revision, versions
 
 MANIFEST = "manifest.json"
@@ -35,6 +38,12 @@ _LOGS = frozenset({MANIFEST, "train.jsonl", "tensorboard"})
 _KEY, _LOCK = "key", "lock"
 _TORN = ("*.partial", ".tmp??????")
 """Incomplete files of a killed attempt: names used by clipkd, and by safetensors."""
+
+REPLACED = ".replaced"
+"""A folder of a run: stages and attempts that are being replaced, until the new stage is complete."""
+
+COSTLY_S = 60.0
+"""Work that took longer is replaced only on request."""
 
 _FULL_BYTES = 1 << 20
 
@@ -72,6 +81,12 @@ class StageSpec:
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     """The stages whose files the work reads."""
 
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """Descriptions of what the fingerprints hash, by name: recorded for messages, and no part of the key."""
+
+    resumes: bool = False
+    """True if the work continues from the files of an interrupted attempt."""
+
     @property
     def depends(self) -> dict[str, Any]:
         """Return everything that the stage depends on, as recorded in its manifest."""
@@ -82,6 +97,11 @@ class StageSpec:
             "fingerprints": dict(self.fingerprints),
             "inputs": {name: stage.digest for name, stage in self.inputs.items()},
         }
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Return what is recorded of the stage's inputs."""
+        return {**self.depends, "described": dict(self.described)}
 
     @property
     def key(self) -> str:
@@ -98,20 +118,30 @@ Work = Callable[[Path], dict[str, Any]]
 """Writes a stage's files into the directory it is given and returns the manifest's summary."""
 
 
-def run_stage(spec: StageSpec, work: Work, *, again: bool = False) -> Stage:
+def run_stage(spec: StageSpec, work: Work, *, again: bool = False, replace: bool = True) -> Stage:
     """Make a stage's directory, resume an interrupted attempt, or reuse the finished stage.
 
-    `again`: make it anew even if it is finished; the earlier one stays in place until the new one is complete.
+    A stage with another key is kept in `.replaced` until the new one is complete, and is put back if it is wanted again
+    before.  `replace=False` refuses to replace costly work.  `again`: make it anew even if it is finished; the earlier
+    one stays in place until the new one is complete.
 
     Raises:
-        ArtifactError: a finished stage is corrupt or foreign, another process is making it, or the disk is full.
+        ArtifactError: a finished stage is corrupt or foreign, another process is making it, or the disk is full; or it
+            has another key, took long, and `replace` is False.
     """
     key = spec.key
     if spec.path.exists():
         finished = open_stage(spec.path)
         if finished.manifest["key"] == key and not again:
             return finished
+    elif kept := find_kept(spec):
+        kept.path.rename(spec.path)
+        _remove_empty(kept.path.parent)
+        return Stage(spec.path, kept.manifest, cached=True)
     spec.path.parent.mkdir(parents=True, exist_ok=True)
+    if not replace:
+        refuse_replacing(find_superseded(spec))
+    _exchange_attempts(spec)
     with _lock(spec.partial), _explaining_full_disk(spec.partial):
         manifest = _read_finished(spec.partial, key)
         cached = manifest is not None  # the last attempt was killed while the directory was renamed
@@ -127,11 +157,17 @@ def run_stage(spec: StageSpec, work: Work, *, again: bool = False) -> Stage:
 def _make(spec: StageSpec, key: str, work: Work) -> dict[str, Any]:
     """Do a stage's work in its partial directory; write and return its manifest."""
     partial = spec.partial
-    if not (partial / _KEY).exists() or (partial / _KEY).read_text() != key:
+    attempt = read_attempt(partial)
+    if attempt is None or attempt.key != key:
         _empty(partial)  # an interrupted attempt with another key, whose checkpoints do not apply
-        (partial / _KEY).write_text(key)
+        attempt = None
+    earlier_s = attempt.took_s if attempt and spec.resumes else 0.0
+    if spec.resumes:
+        _set_aside(spec.path)
+    _write_attempt(spec, key, earlier_s)
     started, started_at = time.monotonic(), datetime.now(timezone.utc)
-    summary = work(partial)
+    with _naming_kept(spec.path):
+        summary = work(partial)
     for pattern in _TORN:
         for torn in partial.rglob(pattern):
             torn.unlink()
@@ -139,12 +175,12 @@ def _make(spec: StageSpec, key: str, work: Work) -> dict[str, Any]:
     manifest = {
         "format": _FORMAT,
         "key": key,
-        **spec.depends,
+        **spec.recorded,
         "digest": _digest(files),
         "files": files,
         "summary": summary,
         "started_at": started_at.isoformat(timespec="seconds"),
-        "took_s": round(time.monotonic() - started, 2),
+        "took_s": round(earlier_s + time.monotonic() - started, 2),
         "machine": machine(),
         "versions": versions(),
         "revision": revision(),
@@ -255,14 +291,189 @@ def _explaining_full_disk(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def _swap_in(partial: Path, path: Path) -> None:
-    """Rename the finished directory into place; an older stage is moved away first, then removed."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+# Replaced work --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An unfinished stage in its partial directory."""
+
+    key: str
+    recorded: Mapping[str, Any] | None
+    """As `StageSpec.recorded`; None if an earlier version of clipkd wrote only the key."""
+
+    took_s: float
+    """Seconds from its begin to the last file that it wrote, over all its interruptions."""
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """Finished work, or an unfinished attempt, that a stage with another key would replace."""
+
+    path: Path
+    """The directory of the finished stage, also for an attempt; or the stage in `.replaced`."""
+
+    finished: bool
+    took_s: float
+    differences: tuple[str, ...]
+    """The inputs in which it differs."""
+
+    @property
+    def is_costly(self) -> bool:
+        return self.took_s > COSTLY_S
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished stage without checking its files; None if there is none."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if "key" in manifest else None
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def count_seconds(manifest: Mapping[str, Any]) -> float:
+    """Return the seconds that a finished stage took; earlier versions did not add those before an interruption."""
+    summary = manifest.get("summary")
+    trained_s = summary.get("train_s") if isinstance(summary, Mapping) else None
+    return float(max(manifest.get("took_s") or 0.0, trained_s or 0.0))
+
+
+def read_attempt(partial: Path) -> Attempt | None:
+    """Return the unfinished attempt in a partial directory; None if there is none."""
+    if not (partial / _KEY).exists() and (manifest := read_manifest(partial)):  # killed before it was renamed
+        return Attempt(manifest["key"], manifest, count_seconds(manifest))
+    try:
+        key, _, content = (partial / _KEY).read_text(encoding="utf-8").partition("\n")
+        began, spent_s, recorded = (partial / _KEY).stat().st_mtime, 0.0, None
+        if content:
+            entries = json.loads(content)
+            began, spent_s, recorded = entries["began"], entries["spent_s"], entries["recorded"]
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+    written = [path.stat().st_mtime for path in partial.rglob("*") if path.is_file() and path.name not in (_KEY, _LOCK)]
+    return Attempt(key, recorded, spent_s + max(0.0, max(written, default=began) - began)) if key else None
+
+
+def _write_attempt(spec: StageSpec, key: str, spent_s: float) -> None:
+    content = {"began": time.time(), "spent_s": spent_s, "recorded": spec.recorded}
+    with replacing(spec.partial / _KEY) as file:
+        file.write_text(f"{key}\n{json.dumps(content)}", encoding="utf-8")
+
+
+def find_superseded(spec: StageSpec) -> list[Superseded]:
+    """Return the work that making the stage would replace: finished stages, and an attempt that could be resumed.
+
+    A stage in `.replaced` counts until the attempt that replaces it has begun.
+    """
+    found = []
+    attempt = read_attempt(spec.partial) if spec.resumes else None
+    begun = attempt is not None and attempt.key == spec.key
+    for path in (spec.path, *([] if begun else list_kept(spec.path))):
+        manifest = read_manifest(path)
+        if manifest is not None and manifest["key"] != spec.key:
+            differences = list_differences(manifest if "fields" in manifest else None, spec.recorded)
+            found.append(Superseded(path, True, count_seconds(manifest), differences))
+    if attempt is not None and not begun:
+        found.append(Superseded(spec.path, False, attempt.took_s, list_differences(attempt.recorded, spec.recorded)))
+    return found
+
+
+def refuse_replacing(superseded: Iterable[Superseded]) -> None:
+    """Refuse to replace work that took longer than a minute.
+
+    Raises:
+        ArtifactError: there is such work; the message names it, its differences and what to do.
+    """
+    costly = [each for each in superseded if each.is_costly]
+    if costly:
+        lines = [
+            f"{each.path}{'' if each.finished else ' (unfinished)'} would be replaced. It took "
+            f"{describe_duration(each.took_s)} and is of another recipe: {abridge(each.differences)}"
+            for each in costly
+        ]
+        raise ArtifactError(
+            "\n".join(lines) + "\nTo keep it, choose another --out. "
+            "To replace it, add --replace to clipkd run, distill, adopt, cache or quantize"
+        )
+
+
+def find_kept(spec: StageSpec) -> Stage | None:
+    """Return the finished stage with this key that is being replaced, if its files are complete."""
+    for path in list_kept(spec.path):
+        manifest = read_manifest(path)
+        if manifest is not None and manifest["key"] == spec.key:
+            try:
+                return open_stage(path)
+            except ArtifactError:  # killed while it was deleted
+                continue
+    return None
+
+
+def list_kept(path: Path) -> list[Path]:
+    """Return what `.replaced` has of a stage's directory or of its partial directory."""
+    kept = _kept_path(path)
+    return [each for each in (kept, *sorted(kept.parent.glob(f"{kept.name}.[0-9]*"))) if each.exists()]
+
+
+def _kept_path(path: Path) -> Path:
+    """Return the path in `.replaced` of the run, which is the nearest folder above with a run's recipe."""
+    run = next((folder for folder in list(path.parents)[:3] if _is_resolved_recipe(folder)), path.parent)
+    return run / REPLACED / path.relative_to(run)
+
+
+def _set_aside(path: Path) -> None:
+    """Move a directory that is being replaced into `.replaced`."""
     if path.exists():
-        path.rename(old)
+        kept = _kept_path(path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        numbered = (kept.with_name(f"{kept.name}.{number}") for number in count(2))
+        path.rename(next(each for each in chain([kept], numbered) if not each.exists()))
+
+
+def _exchange_attempts(spec: StageSpec) -> None:
+    """Set a costly attempt with another key aside, and put one with this key back."""
+    attempt, key = read_attempt(spec.partial), spec.key
+    if not spec.resumes or (attempt is not None and attempt.key == key):
+        return
+    kept = next((path for path in list_kept(spec.partial) if (at := read_attempt(path)) and at.key == key), None)
+    is_costly = attempt is not None and attempt.took_s > COSTLY_S
+    if is_costly or (kept is not None and spec.partial.exists()):
+        with _lock(spec.partial):
+            if is_costly:
+                _set_aside(spec.partial)
+            else:
+                shutil.rmtree(spec.partial)
+    if kept is not None:
+        kept.rename(spec.partial)
+        _remove_empty(kept.parent)
+
+
+@contextmanager
+def _naming_kept(path: Path) -> Iterator[None]:
+    """Add to an error where the stage lies that was to be replaced."""
+    try:
+        yield
+    except ClipkdError as error:
+        if kept := list_kept(path):
+            error.args = (f"{error}. The earlier {path.name} is kept in {kept[0]} until the new one is complete",)
+        raise
+
+
+def _swap_in(partial: Path, path: Path) -> None:
+    """Rename the finished directory into place; delete the stage that it replaces only after that."""
+    _set_aside(path)
     partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    for kept in (*list_kept(path), *list_kept(partial)):
+        shutil.rmtree(kept, ignore_errors=True)
+        _remove_empty(kept.parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder of `.replaced`, and those above it, as far as they are empty."""
+    while REPLACED in folder.parts and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _empty(folder: Path) -> None:

@@ -73,6 +73,22 @@ class Subject:
         here = {"machine": json.dumps(machine(), sort_keys=True)}
         return StageSpec(self.path, kind, version, {**fields, **about}, {**fingerprints, **here}, inputs)
 
+    def specify_parts(
+        self, scored: Scoring | None, timing: ProfileSpec | None, *, times_anew: bool = False
+    ) -> StageSpec:
+        """Return the stage that has both parts: those asked for, and of the earlier measurement those that still hold.
+
+        An earlier latency that was measured for as long as `timing` asks is kept, unless `times_anew`.
+        """
+        earlier = self.earlier
+        is_timed_now = timing is not None and (times_anew or not earlier.is_longer(timing, or_equal=True))
+        fields = {
+            "evaluate": earlier.evaluate if scored is None else scored.spec.model_dump(mode="json"),
+            "profile": timing.model_dump(exclude={"pytorch"}) if timing and is_timed_now else earlier.profile,
+        }
+        sets = earlier.sets if scored is None else scored.fingerprint
+        return self.specify(fields, {} if sets is None else {"sets": sets})
+
     @cached_property
     def earlier(self) -> "Earlier":
         """Return the stored measurement of the same model on the same machine; one without parts if there is none.

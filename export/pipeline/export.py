@@ -48,7 +48,7 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
             continue  # `quantize` reported why
         checkpoint = made[planned.checkpoint]
         origin = describe_origin(recipe, out, checkpoint, made.get("teacher"))
-        spec = _stage_spec(planned, recipe, out, checkpoint, headline, origin)
+        spec = export_spec(planned, recipe, out, checkpoint, headline, origin)
         source = next((exported[e.name] for e in plan if e.name in exported and is_adaptable(e, planned)), None)
         screen.starts(planned.name)
         try:
@@ -69,9 +69,10 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
     return {planned.name: exported[planned.name] for planned in plan if planned.name in exported}
 
 
-def _stage_spec(
+def export_spec(
     planned: PlannedExport, recipe: Recipe, out: Path, checkpoint: Stage, headline: str, origin: dict[str, Any]
 ) -> StageSpec:
+    """Return the stage that exports one model; `headline` is the fingerprint of the headline set."""
     return StageSpec(
         out / "exported" / planned.name,
         kind="export",

@@ -35,13 +35,12 @@ def measure_on_cpu(
         GateError: the model's features here differ from those in PyTorch.
     """
     earlier = subject.earlier
-    is_timed_now = timing is not None and (time is not None or not earlier.is_longer(timing, or_equal=True))
-    fields = {
-        "evaluate": earlier.evaluate if scored is None else scored.spec.model_dump(mode="json"),
-        "profile": timing.model_dump(exclude={"pytorch"}) if timing and is_timed_now else earlier.profile,
-    }
-    sets = earlier.sets if scored is None else scored.fingerprint
-    is_scored_now = scored is not None and (earlier.evaluate, earlier.sets) != (fields["evaluate"], sets)
+    spec = subject.specify_parts(scored, timing, times_anew=time is not None)
+    is_timed_now = timing is not None and (time is not None or spec.fields["profile"] != earlier.profile)
+    is_scored_now = scored is not None and (earlier.evaluate, earlier.sets) != (
+        spec.fields["evaluate"],
+        scored.fingerprint,
+    )
 
     def work(folder: Path) -> dict[str, Any]:
         from export.pipeline.measure_model import measure, time_alone
@@ -51,7 +50,6 @@ def measure_on_cpu(
 
     name = f"measured/{subject.name}"
     screen.starts(name)
-    spec = subject.specify(fields, {} if sets is None else {"sets": sets})
     stage = run_stage(spec, work, again=time is not None)
     screen.done(name, stage)
     return stage

@@ -10,12 +10,14 @@ from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage
 
 
-def quantize_or_reject(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
+def quantize_or_reject(
+    recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen, *, replace: bool = False
+) -> dict[str, Stage]:
     """Return the int8 student; with `export.auto`, reject it if it cannot be made."""
     try:
         if recipe.quantize is None and recipe.export.is_quantized:
             raise UsageError("the recipe has no quantize section, which int8 needs")
-        return quantize_checkpoint(recipe, out, made, screen)
+        return quantize_checkpoint(recipe, out, made, screen, replace=replace)
     except ClipkdError as error:
         if recipe.export.auto is None or isinstance(error, ArtifactError | Interrupted):
             raise

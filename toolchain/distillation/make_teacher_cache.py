@@ -99,7 +99,8 @@ def make_cache(
         say(break_even(data, plan.num_views, plan.steps))
         _refuse_small_disk(folder, bytes_needed, say)
         _write(folder / ABOUT, json.dumps(about, indent=1, sort_keys=True) + "\n")
-    counter = _Counter(progress, len(todo) * min(SHARD_SAMPLES, data.num_samples) * plan.num_views, processes)
+    sizes = [min(SHARD_SAMPLES, data.num_samples - number * SHARD_SAMPLES) for number in todo]  # the last is smaller
+    counter = _Counter(progress, sum(sizes) * plan.num_views, processes)
     for number in todo:
         _write_shard(live, data, folder, number, plan, counter)
     processes.wait()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of a training run that affect speed and checkpointing, never the result."""
+    """Options of a training run that affect speed, checkpointing and replaced stages, never the result."""
 
     workers: int | None = None
     """Data loader workers per rank.  None: a command chooses by data and device, `distill` starts none."""
@@ -15,3 +15,6 @@ class TrainingOptions:
 
     checkpoint_minutes: float = 1.0
     keep_checkpoints: int = 2
+
+    replace: bool = False
+    """Replace finished or unfinished stages of another recipe that took more than a minute."""

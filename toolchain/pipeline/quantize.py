@@ -36,16 +36,28 @@ class QuantizeInputs:
     """The teacher's stored features, if they exist."""
 
 
-def quantize_checkpoint(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen) -> dict[str, Stage]:
-    """Make the int8 student, calibrated and fine-tuned with the teacher; return {} if the recipe has none."""
+def quantize_checkpoint(
+    recipe: Recipe, out: Path, made: dict[str, Stage], screen: Screen, *, replace: bool = False
+) -> dict[str, Stage]:
+    """Make the int8 student, calibrated and fine-tuned with the teacher; return {} if the recipe has none.
+
+    `replace`: also if that replaces one of another recipe that took more than a minute.
+    """
     inputs = _quantize_inputs(recipe, out, made)
     if inputs is None:
         return {}
     name = f"{inputs.role}-int8"
     screen.starts(name)
-    stage = run_stage(_stage_spec(inputs, out / name), lambda folder: _quantize(inputs, folder, screen))
+    spec = _stage_spec(inputs, out / name)
+    stage = run_stage(spec, lambda folder: _quantize(inputs, folder, screen), replace=replace)
     screen.done(name, stage)
     return {name: stage}
+
+
+def quantize_spec(recipe: Recipe, out: Path, made: dict[str, Stage]) -> StageSpec | None:
+    """Return the stage of the int8 student; None if the recipe has none."""
+    inputs = _quantize_inputs(recipe, out, made)
+    return None if inputs is None else _stage_spec(inputs, out / f"{inputs.role}-int8")
 
 
 def _quantize_inputs(recipe: Recipe, out: Path, made: dict[str, Stage]) -> QuantizeInputs | None:

@@ -1,26 +1,34 @@
 """Check, lock and read a run directory and the recipe that it was made from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from toolchain.errors import UsageError
-from toolchain.filesystem import partial_path, replacing
+from toolchain.filesystem import replacing
+from toolchain.pipeline.plan import PlannedStage
 from toolchain.recipe.load import load_recipe
 from toolchain.recipe.recipe import Recipe
-from toolchain.stage import RESOLVED, open_stage, run_lock
+from toolchain.stage import RESOLVED, refuse_replacing, run_lock
+
+Plan = Callable[[Recipe, Path], Sequence[PlannedStage]]
 
 
 @contextmanager
-def hold_run(recipe: Recipe, run: Path, command: str) -> Iterator[None]:
+def hold_run(recipe: Recipe, run: Path, command: str, plan: Plan, *, replace: bool) -> Iterator[None]:
     """Lock a run directory, creating it if needed, and write its resolved recipe with the command in a comment.
 
+    `plan` returns the stages that the command makes.  Unless `replace` is True, none of them may replace work of
+    another recipe that took more than a minute.
+
     Raises:
-        ArtifactError: the directory is not a run, or another process has locked it.
+        ArtifactError: the directory is not a run, another process has locked it, or it has such work.
     """
     with run_lock(run):
+        if not replace:
+            refuse_replacing(each for stage in plan(recipe, run) for each in stage.superseded)
         header = "".join(f"# {line}\n" for line in [*command.splitlines(), RESOLVED])
         with replacing(run / "recipe.yaml") as partial:
             partial.write_text(header + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), "utf-8")
@@ -46,18 +54,3 @@ def run_recipe(run: Path, overrides: list[str] | None = None) -> Recipe:
     """
     require_run(run)
     return load_recipe(run / "recipe.yaml", overrides)
-
-
-def stage_state(path: Path) -> str:
-    """Return made, failed, interrupted or not made.
-
-    Raises:
-        ArtifactError: the stage was made, but its files have changed.
-    """
-    if path.exists():
-        open_stage(path)
-        return "made"
-    partial = partial_path(path)
-    if (partial / "failed.json").exists():
-        return "failed"
-    return "interrupted" if partial.exists() else "not made"

@@ -80,10 +80,10 @@ def num_workers(spec: DataSpec, options: TrainingOptions, device: str) -> int:
     return 1 if device == "cpu" else max(1, usable // torchrun.world_size() - 1)
 
 
-def run_stage_on_ranks(spec: StageSpec, work: Work) -> Stage:
+def run_stage_on_ranks(spec: StageSpec, work: Work, *, replace: bool) -> Stage:
     """Make a stage on the ranks started by torchrun: rank 0 locks the directory, all ranks do the work."""
     if torchrun.world_size() == 1:
-        return run_stage(spec, work)
+        return run_stage(spec, work, replace=replace)
     from toolchain.distributed import join_processes
 
     processes = join_processes()
@@ -93,7 +93,7 @@ def run_stage_on_ranks(spec: StageSpec, work: Work) -> Stage:
             processes.broadcast(str(folder))
             return work(folder)
 
-        stage = run_stage(spec, work_with_others)
+        stage = run_stage(spec, work_with_others, replace=replace)
         if stage.cached:
             processes.broadcast(None)
         processes.wait()

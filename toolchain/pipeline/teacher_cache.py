@@ -37,16 +37,18 @@ class CacheInputs:
         return self.own_folder if self.spec.path is None else Path(self.spec.path)
 
 
-def make_cache_stage(inputs: CacheInputs, screen: Screen) -> Stage:
-    """Store a teacher's features of every view and caption."""
-    from toolchain.distillation.teacher_cache import refuse_foreign
+def cache_spec(inputs: CacheInputs) -> StageSpec:
+    """Return the stage that stores a teacher's features; it reads the finished teacher's files."""
+    return StageSpec(inputs.own_folder, kind="teacher-cache", version=1, fields=_depends(inputs), resumes=True)
 
-    depends = _depends(inputs)
-    refuse_foreign(inputs.own_folder, depends)
-    name = f"teacher-cache/{inputs.name}"
+
+def make_cache_stage(inputs: CacheInputs, screen: Screen, *, replace: bool) -> Stage:
+    """Store a teacher's features of every view and caption."""
+    name, spec = f"teacher-cache/{inputs.name}", cache_spec(inputs)
     screen.starts(name)
-    spec = StageSpec(inputs.own_folder, kind="teacher-cache", version=1, fields=depends)
-    stage = run_stage_on_ranks(spec, lambda folder: _store_features(inputs, depends, folder, screen))
+    stage = run_stage_on_ranks(
+        spec, lambda folder: _store_features(inputs, dict(spec.fields), folder, screen), replace=replace
+    )
     screen.done(name, stage)
     return stage
 
@@ -73,7 +75,7 @@ def _store_features(inputs: CacheInputs, depends: dict[str, Any], folder: Path, 
     return make_cache(live, data, folder, plan, screen.progress, processes=processes, say=screen.say)
 
 
-def open_or_make_cache(inputs: CacheInputs, screen: Screen) -> tuple[Any, float]:
+def open_or_make_cache(inputs: CacheInputs, screen: Screen, *, replace: bool) -> tuple[Any, float]:
     """Return the cache that a student learns from and the seconds to make it; make it if it belongs to this run."""
     from toolchain.distillation.teacher_cache import open_cache
 
@@ -82,7 +84,7 @@ def open_or_make_cache(inputs: CacheInputs, screen: Screen) -> tuple[Any, float]
         if torchrun.leads():
             open_stage(inputs.folder)
         return cache, 0.0
-    stage = make_cache_stage(inputs, screen)
+    stage = make_cache_stage(inputs, screen, replace=replace)
     return open_cache(stage.path, _depends(inputs)), float(stage.manifest["took_s"])
 
 

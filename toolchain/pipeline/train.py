@@ -36,7 +36,7 @@ def train_checkpoints(
     A recipe without training makes only the adopted model.
     """
     if recipe.distill is None:
-        return {"adopted": _adopt(recipe.student, recipe.seed, out, "adopted", screen)}
+        return {"adopted": _adopt(recipe.student, recipe.seed, out / "adopted", screen, options)}
     inputs = training_inputs(recipe)
     if not (out / "student").exists():
         require_training_data(inputs, screen)
@@ -65,9 +65,28 @@ def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, sc
     check_pair(student, teacher, inputs.distill.loss_weights)
 
 
-def _adopt(spec: ModelSpec, seed: int, out: Path, name: str, screen: Screen) -> Stage:
-    """Save a model from any source as an open_clip local-dir in the run."""
+def adopt_spec(model: ModelSpec, seed: int, path: Path) -> StageSpec:
+    """Return the stage that saves an existing model."""
     from toolchain.recipe.model_names import fingerprint
+
+    return StageSpec(
+        path,
+        kind="adopt",
+        version=2,
+        fields={"seed": seed} if model.is_random else {},
+        fingerprints={"model": fingerprint(model)},
+        described={"model": describe_model(model)},
+    )
+
+
+def describe_model(model: ModelSpec) -> dict[str, Any]:
+    """Return the fields of a model that a recipe sets."""
+    return model.model_dump(mode="json", exclude_defaults=True)
+
+
+def _adopt(spec: ModelSpec, seed: int, path: Path, screen: Screen, options: TrainingOptions) -> Stage:
+    """Save a model from any source as an open_clip local-dir in the run."""
+    name = path.name
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.models.build import build_model, save_model
@@ -77,27 +96,20 @@ def _adopt(spec: ModelSpec, seed: int, out: Path, name: str, screen: Screen) -> 
         return {"role": name, "source": spec.model_dump(exclude_defaults=True), "train_s": None}
 
     screen.starts(name)
-    fields = {"seed": seed} if spec.is_random else {}
-    stage = run_stage_on_ranks(
-        StageSpec(out / name, kind="adopt", version=2, fields=fields, fingerprints={"model": fingerprint(spec)}),
-        work,
-    )
+    stage = run_stage_on_ranks(adopt_spec(spec, seed, path), work, replace=options.replace)
     screen.done(name, stage)
     return stage
 
 
-def _train_one(
-    inputs: TrainingInputs, out: Path, name: str, teacher: Stage | None, screen: Screen, options: TrainingOptions
-) -> Stage:
-    """Train a student, with its teacher or alone."""
+def train_spec(inputs: TrainingInputs, path: Path, teacher: Stage | None) -> StageSpec:
+    """Return the stage that trains a student, with its teacher or alone."""
     from toolchain.recipe.model_names import fingerprint
 
     if teacher is None:  # without a teacher, the weights of teacher losses must not affect the key
         inputs = inputs.without_teacher()
-    screen.starts(name)
     scoring = {"headline": inputs.scoring.headline} if inputs.scoring else {}
-    spec = StageSpec(
-        out / name,
+    return StageSpec(
+        path,
         kind="distil",
         version=3,
         fields={
@@ -108,8 +120,22 @@ def _train_one(
         | scoring,
         fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)},
         inputs={"teacher": teacher} if teacher else {},
+        described={"student": describe_model(inputs.student)},
+        resumes=True,
     )
-    stage = run_stage_on_ranks(spec, lambda folder: _train(inputs, spec, folder, teacher, screen, options))
+
+
+def _train_one(
+    inputs: TrainingInputs, out: Path, name: str, teacher: Stage | None, screen: Screen, options: TrainingOptions
+) -> Stage:
+    """Train a student, with its teacher or alone."""
+    if teacher is None:
+        inputs = inputs.without_teacher()
+    screen.starts(name)
+    spec = train_spec(inputs, out / name, teacher)
+    stage = run_stage_on_ranks(
+        spec, lambda folder: _train(inputs, spec, folder, teacher, screen, options), replace=options.replace
+    )
     screen.done(name, stage)
     return stage
 
@@ -136,7 +162,8 @@ def _train(
     frozen: Any = None
     caching_s = 0.0
     if teacher and spec.teacher_cache:
-        frozen, caching_s = open_or_make_cache(CacheInputs(inputs, spec.teacher_cache, teacher, out), screen)
+        stored = CacheInputs(inputs, spec.teacher_cache, teacher, out)
+        frozen, caching_s = open_or_make_cache(stored, screen, replace=options.replace)
         screen.starts(name)
     elif teacher:
         frozen = load_model(teacher.path)
@@ -186,11 +213,12 @@ def cache_teachers(
     made = {"teacher": _make_teacher(recipe.teacher, recipe.seed, out, screen, options)}
     for number, further in enumerate(spec.teacher_cache.also, 2):
         name = f"teacher-{number}"
-        made[name] = _adopt(further, recipe.seed, out, name, screen)
+        made[name] = _adopt(further, recipe.seed, out / name, screen, options)
     inputs = training_inputs(recipe)
+    caches = {name: CacheInputs(inputs, spec.teacher_cache, stage, out, name) for name, stage in made.items()}
     return {
-        f"teacher-cache/{name}": make_cache_stage(CacheInputs(inputs, spec.teacher_cache, stage, out, name), screen)
-        for name, stage in made.items()
+        f"teacher-cache/{name}": make_cache_stage(cache, screen, replace=options.replace)
+        for name, cache in caches.items()
     }
 
 
@@ -200,4 +228,4 @@ def _make_teacher(spec: TeacherSpec, seed: int, out: Path, screen: Screen, optio
 
     if spec.recipe is not None:
         return _train_one(training_inputs(teacher_recipe(spec)), out, "teacher", None, screen, options)
-    return _adopt(spec, seed, out, "teacher", screen)
+    return _adopt(spec, seed, out / "teacher", screen, options)

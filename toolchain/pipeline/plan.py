@@ -1,0 +1,226 @@
+"""Compare the stages of a recipe with those that a run directory holds, before any of them is made."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from toolchain.differences import MADE_AGAIN, abridge, describe_duration
+from toolchain.errors import ClipkdError
+from toolchain.filesystem import partial_path
+from toolchain.pipeline.quantize import quantize_spec
+from toolchain.pipeline.stage_inputs import TrainingInputs, training_inputs
+from toolchain.pipeline.teacher_cache import CacheInputs, cache_spec
+from toolchain.pipeline.train import adopt_spec, train_spec
+from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.recipe import Recipe
+from toolchain.stage import (
+    SCRATCH,
+    Stage,
+    StageSpec,
+    Superseded,
+    find_kept,
+    find_superseded,
+    list_kept,
+    read_attempt,
+    read_manifest,
+)
+
+State = Literal["made", "failed", "interrupted", "not made"]
+UNKNOWN = "unknown"
+"""Digest of an earlier stage that will be made, probably with the bytes that it had."""
+
+SpecMaker = Callable[[dict[str, Stage]], StageSpec | None]
+"""Makes a stage's specification from its earlier stages, by role."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a recipe and what a run directory holds of it."""
+
+    name: str
+    path: Path
+    found: State
+    """State of the directory, of this or another recipe."""
+
+    manifest: Mapping[str, Any] | None = None
+    """The manifest of the finished stage, if it is reused."""
+
+    superseded: tuple[Superseded, ...] = ()
+    """Work of other recipes that making this stage would replace."""
+
+    unknown: str | None = None
+    """Reason why it is not known whether the finished stage is of this recipe."""
+
+    keeps_bytes: bool = False
+    """True if making it again should give the same files, so that later stages stay valid."""
+
+    kept: tuple[Path, ...] = ()
+    """Stages that this one is replacing, kept until it is complete."""
+
+    @property
+    def is_made(self) -> bool:
+        """Return True if the finished stage is of this recipe, so it is reused."""
+        return self.manifest is not None and self.unknown is None
+
+    @property
+    def state(self) -> str:
+        """Return made, of another recipe, failed, interrupted or not made."""
+        return "of another recipe" if any(each.finished for each in self.superseded) else self.found
+
+    def as_input(self, recorded: str | None) -> Stage:
+        """Return the stage as an input of a later one; `recorded` is the digest in the later one's manifest."""
+        if self.manifest is not None:
+            return Stage(self.path, dict(self.manifest), cached=True)
+        return Stage(self.path, {"digest": (recorded or UNKNOWN) if self.keeps_bytes else MADE_AGAIN}, cached=False)
+
+    def describe(self) -> str:
+        """Return the state in one line: what differs, how long it took, and what would happen to it."""
+        if self.is_made and not self.path.exists():
+            return f"made; kept in {self.kept[0]}, would be put back"
+        step = _find_step(partial_path(self.path))
+        attempt = "interrupted" if step is None else f"interrupted at step {step}"
+        parts = [_describe_superseded(each, "" if each.finished else f"{attempt}, ") for each in self.superseded]
+        if not parts:
+            resumable = self.found == "interrupted" and step is not None
+            parts = [f"{attempt}; would be resumed" if resumable else self.found]
+        parts += [] if self.unknown is None else [f"not known whether it is of this recipe: {self.unknown}"]
+        parts += [f"the earlier one is kept in {path} until this one is complete" for path in self.kept]
+        return "; ".join(parts)
+
+
+def _describe_superseded(superseded: Superseded, attempt: str) -> str:
+    would = "would be replaced only with --replace" if superseded.is_costly else "would be replaced"
+    took = describe_duration(superseded.took_s)
+    return f"{attempt}of another recipe: {abridge(superseded.differences)}; took {took}; {would}"
+
+
+def examine_stage(
+    out: Path, name: str, make_spec: SpecMaker, earlier: Mapping[str, PlannedStage] | None = None
+) -> PlannedStage:
+    """Return a stage's state in a run; reads manifests, and no other file of a stage.
+
+    `earlier` has the stages that this one reads, by role.  If `make_spec` returns None, only these are compared.
+    """
+    path, earlier = out / name, earlier or {}
+    manifest, attempt, kept = read_manifest(path), read_attempt(partial_path(path)), tuple(list_kept(path))
+    state = find_state(path)
+    recorded = manifest or (attempt.recorded if attempt else None) or {}
+    inputs = {role: stage.as_input((recorded.get("inputs") or {}).get(role)) for role, stage in earlier.items()}
+    if state == "not made" and not kept:
+        return PlannedStage(name, path, state)
+    try:
+        spec = make_spec(inputs) or _assume_unchanged(path, recorded, inputs)
+    except (ClipkdError, ImportError) as error:
+        return PlannedStage(name, path, state, manifest, unknown=str(error), kept=kept)
+    if spec is None:
+        return PlannedStage(name, path, state, kept=kept)
+    if manifest is not None and manifest["key"] == spec.key:
+        return PlannedStage(name, path, "made", manifest, kept=kept)
+    if not path.exists() and (restored := find_kept(spec)):
+        return PlannedStage(name, path, "made", restored.manifest, kept=kept)
+    return PlannedStage(name, path, state, superseded=tuple(find_superseded(spec)), kept=kept)
+
+
+def find_state(path: Path) -> State:
+    """Return what a run holds of a stage, of this or another recipe."""
+    partial = partial_path(path)
+    if path.exists():
+        return "made"
+    if (partial / "failed.json").exists():
+        return "failed"
+    return "interrupted" if partial.exists() else "not made"
+
+
+def _assume_unchanged(path: Path, recorded: Mapping[str, Any], inputs: Mapping[str, Stage]) -> StageSpec | None:
+    """Return a stage as recorded, but with its inputs of now; None if its fields were not recorded."""
+    if "fields" not in recorded:
+        return None
+    known = {role: stage for role, stage in inputs.items() if stage.digest != UNKNOWN}
+    fields, fingerprints = recorded["fields"], recorded["fingerprints"]
+    return StageSpec(path, recorded["kind"], recorded["version"], fields, fingerprints, known, resumes=True)
+
+
+def _find_step(partial: Path) -> int | None:
+    """Return the step of the newest checkpoint of an attempt; None if it has none."""
+    steps = [int(path.name.split("-")[1]) for path in partial.glob(f"{SCRATCH}/checkpoints/step-*-*.pt")]
+    return max(steps, default=None)
+
+
+# The stages of a recipe -----------------------------------------------------------------------------------------------
+
+
+def plan_checkpoints(recipe: Recipe, out: Path) -> list[PlannedStage]:
+    """Return the stages up to the student that a recipe makes; the teacher's features only while a student needs them.
+
+    Raises: nothing; a stage whose inputs cannot be read has the reason in `unknown`.
+    """
+    if recipe.distill is None:
+        return [_examine_adopted(recipe.student, recipe.seed, out, "adopted")]
+    inputs = training_inputs(recipe)
+    planned, earlier = [], {}
+    if recipe.teacher is not None:
+        planned = [_examine_teacher(recipe.teacher, recipe.seed, out)]
+        earlier = {"teacher": planned[0]}
+    if recipe.baseline:
+        planned.append(_examine_student(inputs.without_teacher(), out, "baseline", {}))
+    student = _examine_student(inputs, out, "student", earlier)
+    cache = inputs.distill.teacher_cache
+    if cache is not None and cache.path is None and not student.is_made:
+        planned.append(_examine_cache(inputs, out, "teacher", planned[0]))
+    return [*planned, student]
+
+
+def plan_quantized(recipe: Recipe, out: Path) -> list[PlannedStage]:
+    """Return the stages up to the int8 student."""
+    planned = plan_checkpoints(recipe, out)
+    if recipe.quantize is None or recipe.data is None or not recipe.export.is_quantized:
+        return planned
+    shipped = planned[-1]
+    earlier = {"student": shipped} | {stage.name: stage for stage in planned if stage.name == "teacher"}
+
+    def make_spec(made: dict[str, Stage]) -> StageSpec | None:
+        return quantize_spec(recipe, out, {**made, shipped.name: made["student"]})
+
+    return [*planned, examine_stage(out, f"{shipped.name}-int8", make_spec, earlier)]
+
+
+def plan_caches(recipe: Recipe, out: Path) -> list[PlannedStage]:
+    """Return the stages that store features: each teacher and its cache."""
+    if recipe.distill is None or recipe.distill.teacher_cache is None or recipe.teacher is None:
+        return []
+    inputs = training_inputs(recipe)
+    teachers = [_examine_teacher(recipe.teacher, recipe.seed, out)]
+    for number, model in enumerate(recipe.distill.teacher_cache.also, 2):
+        teachers.append(_examine_adopted(model, recipe.seed, out, f"teacher-{number}"))
+    return teachers + [_examine_cache(inputs, out, teacher.name, teacher) for teacher in teachers]
+
+
+def _examine_teacher(spec: TeacherSpec, seed: int, out: Path) -> PlannedStage:
+    from toolchain.recipe.load import teacher_recipe
+
+    if spec.recipe is not None:
+        return _examine_student(training_inputs(teacher_recipe(spec)), out, "teacher", {})
+    return _examine_adopted(spec, seed, out, "teacher")
+
+
+def _examine_adopted(model: ModelSpec, seed: int, out: Path, name: str) -> PlannedStage:
+    """Return the state of an adopted model: the same weights give the same bytes, however often they are saved."""
+    found = examine_stage(out, name, lambda _: adopt_spec(model, seed, out / name))
+    differences = [text for each in found.superseded for text in each.differences]
+    return replace(found, keeps_bytes=all(text.startswith("version ") for text in differences))
+
+
+def _examine_student(inputs: TrainingInputs, out: Path, name: str, earlier: Mapping[str, PlannedStage]) -> PlannedStage:
+    return examine_stage(out, name, lambda made: train_spec(inputs, out / name, made.get("teacher")), earlier)
+
+
+def _examine_cache(inputs: TrainingInputs, out: Path, name: str, teacher: PlannedStage) -> PlannedStage:
+    """Return the state of a teacher's features; their key is made of the finished teacher's files."""
+    spec = inputs.distill.teacher_cache
+    assert spec is not None
+
+    def make_spec(made: dict[str, Stage]) -> StageSpec | None:
+        return cache_spec(CacheInputs(inputs, spec, made["teacher"], out, name)) if teacher.is_made else None
+
+    return examine_stage(out, f"teacher-cache/{name}", make_spec, {"teacher": teacher})
