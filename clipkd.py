@@ -36,6 +36,7 @@ def _foreign_package() -> str | None:
 
 try:
     from toolchain import torchrun
+    from toolchain.command_help import HelpCommand, HelpGroup
     from toolchain.errors import ClipkdError, GateError, Interrupted, MissingDependency, UsageError
     from toolchain.precisions import SAFEST_FIRST
     from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result

@@ -1,4 +1,4 @@
-"""The usage lines of the command line's help, in plainer form than typer's: `clipkd report [OPTIONS] RUN...`."""
+"""Print the usage lines of the help in a plainer form than typer's: `clipkd report [OPTIONS] RUN...`."""
 
 from typing import Any
 

@@ -35,10 +35,10 @@ class Scales(NamedTuple):
 
     logit_scale: Tensor
     cross_logit_scale: Tensor | None = None
-    """Of similarities between the two models."""
+    """The multiplier of similarities between the two models."""
 
     fusion_logit_scale: Tensor | None = None
-    """Of similarities between fused features."""
+    """The multiplier of similarities between fused features."""
 
 
 class BatchFeatures(NamedTuple):
