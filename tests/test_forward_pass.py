@@ -163,13 +163,13 @@ def test_a_batch_that_cannot_be_cut_into_equal_parts_is_refused(tmp_path: Path, 
         train(tmp_path, tiny_samples, None, accumulate=3)
     assert str(caught.value) == (
         "distill.accumulate 3 cannot split 8 samples (distill.batch_size 8 over 1 ranks) into equal parts; "
-        "choose one of 1, 2, 4, 8"
+        "choose one of 1, 2, 4, 8, or auto"
     )
 
 
 def test_batch_norms_in_parts_are_named(tmp_path: Path, tiny_samples: TrainingSet) -> None:
     said: list[str] = []
     train(tmp_path / "parts", tiny_samples, None, say=said.append, accumulate=4)
-    assert said == ["distill.accumulate: batch norms of the student take their statistics over each part of 2 samples"]
+    assert said == ["distill.accumulate: batch norms take their statistics over each part of 2 samples"]
     train(tmp_path / "whole", tiny_samples, None, say=said.append)
     assert len(said) == 1

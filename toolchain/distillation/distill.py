@@ -25,6 +25,7 @@ from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.loader import PreparedBatch, load_batches
+from toolchain.distillation.memory import divisors, fit_parts
 from toolchain.distillation.non_finite import is_finite, non_finite_error
 from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher import open_teacher
@@ -95,7 +96,7 @@ def distill(
         folder / CHECKPOINTS, options.keep_checkpoints, options.checkpoint_steps, 60 * options.checkpoint_minutes
     )
     step, elapsed_s = run.resume(checkpoints)
-    run = run.wrap()
+    run = run.fit_memory(rows).wrap()
     loaded = load_batches(
         training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0
     )
@@ -149,11 +150,12 @@ def _check(training: Training, processes: Processes) -> slice:
     if spec.warmup >= steps:
         raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
     rows = processes.rows(spec.batch_size)
-    if (own := rows.stop - rows.start) % spec.accumulate:
+    own = rows.stop - rows.start
+    if spec.accumulate != "auto" and own % spec.accumulate:
         raise UsageError(
             f"distill.accumulate {spec.accumulate} cannot split {own} samples "
             f"(distill.batch_size {spec.batch_size} over {processes.size} ranks) into equal parts; "
-            f"choose one of {', '.join(str(k) for k in range(1, own + 1) if own % k == 0)}"
+            f"choose one of {', '.join(map(str, divisors(own)))}, or auto"
         )
     if not select(spec.loss_weights.model_dump(), with_teacher=training.teacher is not None):
         raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
@@ -174,9 +176,6 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
     ledger = Ledger(training.data.left_out, training.data.num_samples, training.max_damaged)
     if training.data.left_out:
         ledger.check(training.data.num_samples)
-    if spec.accumulate > 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-        size = spec.batch_size // spec.accumulate // (processes.size if spec.batch_norm == "per_process" else 1)
-        say(f"distill.accumulate: batch norms of the student take their statistics over each part of {size} samples")
     forward = Forward(module, module, spec, processes, training.seed)
     return _Run(training, folder, forward, teacher.features if teacher else None, optimizer, scaler, ledger, say)
 
@@ -201,6 +200,23 @@ class _Run:
     @property
     def processes(self) -> Processes:
         return self.forward.processes
+
+    def fit_memory(self, rows: slice) -> "_Run":
+        """Return the run with the number of parts that fits the memory, and report it if it was not the recipe's.
+
+        Raises:
+            UsageError: a step does not fit.
+        """
+        spec, size, teacher = self.forward.spec, rows.stop - rows.start, self.training.teacher
+        self.trainee.train()
+        parts = fit_parts(self.forward, self.optimizer, size, teacher.embed_dim if teacher else None)
+        if spec.accumulate == "auto":
+            self.say(f"distill.accumulate: auto takes {parts} part(s) of {size // parts} samples")
+        if parts > 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.trainee.modules()):
+            together = size // parts * (1 if spec.batch_norm == "per_process" else self.processes.size)
+            self.say(f"distill.accumulate: batch norms take their statistics over each part of {together} samples")
+        spec = spec.model_copy(update={"accumulate": parts})
+        return replace(self, forward=replace(self.forward, spec=spec))
 
     def wrap(self) -> "_Run":
         """Return the run with gradients averaged over ranks, starting from the parameters of rank 0."""
@@ -236,7 +252,7 @@ class _Run:
         """Return the teacher's features; a teacher that runs takes as many samples at a time as the student."""
         if self.teacher_features is None:
             return None
-        found = [self.teacher_features(part) for part in batch.split(self.training.spec.accumulate)]
+        found = [self.teacher_features(part) for part in batch.split(self.forward.spec.parts)]
         image_bE, text_bE = (torch.cat([x[place] for x in found]) for place in range(2))
         return TeacherFeatures(image_bE, text_bE, found[0].logit_scale)
 

@@ -44,7 +44,7 @@ class ForwardPass(NamedTuple):
     """The rows of all ranks."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The rows of a batch that pass the student together."""
 
     number: int
@@ -73,10 +73,10 @@ class Forward:
         """Return the loss of one rank's rows of a batch, compared with the rows of all ranks (a collective call)."""
         parts = self._split(batch, teacher_features)
         if len(parts) == 1:
-            rows, scales = self._pass_student(self.module, parts[0], step)
+            rows, scales = self.pass_student(self.module, parts[0], step)
         else:
-            with torch.no_grad(), _keep_buffers(self.trainee):
-                passed = [self._pass_student(self.trainee, part, step) for part in parts]
+            with torch.no_grad(), keep_buffers(self.trainee):
+                passed = [self.pass_student(self.trainee, part, step) for part in parts]
             rows, scales = _as_leaves([features for features, _ in passed], passed[0][1])
         own = BatchFeatures(rows, teacher_features)
         everyone = gather_features(own, self.processes.gather)
@@ -106,7 +106,7 @@ class Forward:
         for part in parts:
             is_last = part is parts[-1]
             with nullcontext() if is_last else self._without_averaging():
-                rows, scales = self._pass_student(self.module, part, step)
+                rows, scales = self.pass_student(self.module, part, step)
                 size = len(part.batch.student_ids)
                 place = slice(part.number * size, (part.number + 1) * size)
                 products = _products(rows, done.own.student, place)
@@ -114,17 +114,17 @@ class Forward:
                     products += _products(scales, done.scales, slice(None))
                 torch.stack(products).sum().backward()  # type: ignore[no-untyped-call]
 
-    def _split(self, batch: PreparedBatch, teacher: TeacherFeatures | None) -> list[_Part]:
-        batches = batch.split(self.spec.accumulate)
+    def _split(self, batch: PreparedBatch, teacher: TeacherFeatures | None) -> list[Part]:
+        batches = batch.split(self.spec.parts)
         if teacher is None:
-            return [_Part(number, part, None) for number, part in enumerate(batches)]
+            return [Part(number, part, None) for number, part in enumerate(batches)]
         image_bE, text_bE = teacher.image_BE.chunk(len(batches)), teacher.text_BE.chunk(len(batches))
         return [
-            _Part(number, part, TeacherFeatures(image_bE[number], text_bE[number], teacher.logit_scale))
+            Part(number, part, TeacherFeatures(image_bE[number], text_bE[number], teacher.logit_scale))
             for number, part in enumerate(batches)
         ]
 
-    def _pass_student(self, module: nn.Module, part: _Part, step: int) -> tuple[StudentFeatures, Scales]:
+    def pass_student(self, module: nn.Module, part: Part, step: int) -> tuple[StudentFeatures, Scales]:
         """Return the student's features of a part; the same ones again for the same part and step."""
         spec, device = self.spec, self.processes.device
         torch.manual_seed(_dropout_seed(self.seed, step, self.processes.rank, part.number))
@@ -162,7 +162,7 @@ def _products(values: Any, leaves: Any, place: slice) -> list[Tensor]:
 
 
 @contextmanager
-def _keep_buffers(module: nn.Module) -> Iterator[None]:
+def keep_buffers(module: nn.Module) -> Iterator[None]:
     """Restore the buffers after the block, so that batch norms see each part once."""
     before = [buffer.clone() for buffer in module.buffers()]
     yield

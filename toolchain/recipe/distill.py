@@ -92,9 +92,9 @@ class DistillSpec(Section):
     reference_compat: bool = False
     """Reproduce CLIP-KD's released code where it differs from the paper's equations (docs/method.md)."""
 
-    accumulate: Positive = 1
+    accumulate: Positive | Literal["auto"] = 1
     """Number of parts in which the samples of a rank pass the student: less memory, the gradients of the whole batch.
-    Each part is computed twice."""
+    Each part is computed twice.  auto: the smallest number that fits the free memory."""
 
     loss_memory_mb: Annotated[float, Field(gt=0)] = 256
     """Memory for the similarities of a block of samples with the batch, in MB of 2^20 bytes."""
@@ -119,6 +119,12 @@ class DistillSpec(Section):
 
     evaluate_every: Positive | None = None
     """Number of steps between zero-shot evaluations of the student on the headline set.  Absent: none."""
+
+    @property
+    def parts(self) -> int:
+        """The number of parts, after `auto` has been replaced by a number."""
+        assert self.accumulate != "auto"
+        return self.accumulate
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps."""

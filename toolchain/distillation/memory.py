@@ -1,0 +1,154 @@
+"""Estimate the memory of a training step before the first one, and choose the number of parts that fits.
+
+A step holds what the student keeps for its backward pass, of the samples of one part; the gradients and the optimizer's
+state of the parameters; the features of the batch with their gradients; and the similarities of a block of samples.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from toolchain.distillation.features import TeacherFeatures
+from toolchain.distillation.forward_pass import Forward, Part, keep_buffers
+from toolchain.distillation.loader import PreparedBatch
+from toolchain.errors import UsageError
+from toolchain.models.towers import example_pixels
+
+_PROBED = 2, 4  # samples; batch norms need two
+_TEMPORARY = 3
+"""Arrays as large as the largest kept one that a backward pass has at once: its gradient, and those around it."""
+
+_FEATURES = 4
+"""Arrays of the shape of the features: of the rank, of all ranks, and the gradients of both."""
+
+_MAX_SHARE = 0.9  # of the free memory
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class StepMemory(NamedTuple):
+    """The memory of a step in bytes, beyond what is allocated before it."""
+
+    of_sample: float
+    """For each sample of a part: kept for the backward pass, and temporary."""
+
+    other: float
+    """Gradients, optimizer, images, features and similarities."""
+
+    def of_part(self, samples: int) -> float:
+        return self.of_sample * samples + self.other
+
+
+def fit_parts(forward: Forward, optimizer: torch.optim.Optimizer, num_rows: int, teacher_width: int | None) -> int:
+    """Return the number of parts of a rank's `num_rows` samples: the recipe's if it fits, or for `auto` the smallest.
+
+    Raises:
+        UsageError: a step does not fit the free memory.  The message names the smallest number of parts that does.
+    """
+    spec, processes = forward.spec, forward.processes
+    free = free_bytes(processes.device)
+    if free is None or spec.compile:  # a compiled student would be compiled for the samples of the probe, too
+        return 1 if spec.accumulate == "auto" else spec.accumulate
+    needed = estimate_step(forward, optimizer, num_rows, teacher_width)
+    fitting = [parts for parts in divisors(num_rows) if needed.of_part(num_rows // parts) <= _MAX_SHARE * free]
+    smallest = fitting[0] if fitting else 0
+    # every rank takes as many parts as the one that needs most
+    smallest = 0 if processes.any(smallest == 0) else int(max(processes.gather_objects(smallest)))
+    if smallest and (spec.accumulate == "auto" or spec.accumulate >= smallest):
+        return smallest if spec.accumulate == "auto" else spec.accumulate
+    asked = num_rows if spec.accumulate == "auto" else num_rows // spec.accumulate
+    if smallest:
+        advice = f"Set distill.accumulate: {smallest}, the smallest that fits"
+    else:
+        advice = (
+            f"No distill.accumulate makes it fit: lower distill.batch_size ({spec.batch_size}) or "
+            f"distill.loss_memory_mb ({spec.loss_memory_mb:g})"
+        )
+    total, in_student, other = (x / 1e9 for x in (needed.of_part(asked), needed.of_sample * asked, needed.other))
+    raise UsageError(
+        f"distill: a step needs about {total:.1f} GB ({in_student:.1f} GB for {asked} samples in the student, "
+        f"{other:.1f} GB for all else), and {free / 1e9:.1f} GB are free. {advice}"
+    )
+
+
+def estimate_step(
+    forward: Forward, optimizer: torch.optim.Optimizer, num_rows: int, teacher_width: int | None
+) -> StepMemory:
+    """Estimate the memory of a step from forward passes of a few samples, which change nothing."""
+    spec, student = forward.spec, forward.trainee.student
+    few, more = (_kept_bytes(forward, samples, teacher_width) for samples in _PROBED)
+    kept, largest = ((b - a) / (_PROBED[1] - _PROBED[0]) for a, b in zip(few, more, strict=True))
+    trained = sum(p.numel() * p.element_size() for p in forward.trainee.parameters() if p.requires_grad)
+    of_parameters = trained * (1 if optimizer.state else 3)  # gradients, and AdamW's two moments
+    features = _FEATURES * 2 * spec.batch_size * 4 * (student.embed_dim + (teacher_width or 0))
+    pixels = 2 * num_rows * math.prod(example_pixels(student.net).shape[1:])  # a batch, and the next one
+    similarities = min(spec.loss_memory_mb * 2**20, 48.0 * num_rows * spec.batch_size)
+    return StepMemory(kept + _TEMPORARY * largest, of_parameters + features + pixels + similarities)
+
+
+def _kept_bytes(forward: Forward, samples: int, teacher_width: int | None) -> tuple[int, int]:
+    """Return the bytes that a forward pass keeps for its backward pass, and those of the largest array among them."""
+    trainee, student = forward.trainee, forward.trainee.student
+    device = forward.processes.device
+    pixels = torch.zeros(samples, *example_pixels(student.net).shape[1:], dtype=torch.uint8, device=device)
+    ids = student.tokenize(["a " * 999] * samples).to(device)  # the longest caption
+    batch = PreparedBatch(pixels, ids, None, None, [""] * samples, np.arange(samples), 0)
+    teacher = None
+    if teacher_width is not None:
+        unit_BE = nn.functional.normalize(torch.ones(samples, teacher_width, device=device), dim=-1)
+        teacher = TeacherFeatures(unit_BE, unit_BE, torch.ones((), device=device))
+    own = {x.untyped_storage().data_ptr() for x in (*trainee.parameters(), *trainee.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with keep_buffers(trainee), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = forward.pass_student(trainee, Part(0, batch, teacher), 0)
+    del result  # the arrays live until here, so no two have the same address
+    return sum(kept.values()), max(kept.values(), default=0)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that this process can still allocate on its device; None if the system does not tell.
+
+    On a CPU this is the available memory, or what the control group allows if that is less, shared by the ranks of this
+    machine.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    found = [_read_available(Path("/proc/meminfo")), _read_cgroup(_CGROUP)]
+    known = [value for value in found if value is not None]
+    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if known else None
+
+
+def _read_available(path: Path) -> int | None:
+    """Return the available memory of the machine, from Linux's /proc/meminfo."""
+    try:
+        lines = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _read_cgroup(folder: Path) -> int | None:
+    """Return what a control group (version 2) allows beyond its use; its file cache can be freed."""
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(limit) - int(used) + int(stat["inactive_file"])
+    except (OSError, KeyError, ValueError):  # no such group, or "max": no limit
+        return None
+
+
+def divisors(count: int) -> list[int]:
+    """Return the numbers of equal parts of `count` samples, ascending."""
+    return [parts for parts in range(1, count + 1) if count % parts == 0]
