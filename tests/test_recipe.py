@@ -291,6 +291,18 @@ def test_an_unknown_key_in_an_optional_section(path: Path) -> None:
             "name: Input should be a valid string (got False); "
             "YAML reads no, off and false as a boolean, so write a text in quotes",
         ),
+        (
+            {"distill": MINIMAL["distill"] | {"steps": True}},
+            "distill: steps should be a number (got True); YAML reads yes, on and true as a boolean",
+        ),
+        (
+            {"export": {"batch": True}},
+            "export: batch should be a number (got True); YAML reads yes, on and true as a boolean",
+        ),
+        (
+            {"distill": MINIMAL["distill"] | {"loss_weights": {"fd": False}}},
+            "distill.loss_weights: fd should be a number (got False); YAML reads no, off and false as a boolean",
+        ),
         ({"data": {"kind": "webdataset", "shards": 5}}, "data.shards: Input should be a valid list (got 5)"),
         (
             {"evaluate": {"sets": ["sticks"]}},

@@ -1,8 +1,8 @@
 """The base of every section of a recipe, and the value types that sections share."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Entry = TypeVar("Entry")
 
@@ -28,3 +28,22 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, raw: Any) -> Any:
+        """Refuse yes, on and true for a number: pydantic takes them for 1."""
+        for name, field in cls.model_fields.items() if isinstance(raw, dict) else ():
+            value = raw.get(name)
+            if isinstance(value, bool) and _takes_number(field.annotation):
+                words = "yes, on and true" if value else "no, off and false"
+                raise ValueError(f"{name} should be a number (got {value}); YAML reads {words} as a boolean")
+        return raw
+
+
+def _takes_number(annotation: Any) -> bool:
+    if annotation in (int, float):
+        return True
+    if isinstance(annotation, int):  # a value of Literal
+        return not isinstance(annotation, bool)
+    return any(_takes_number(part) for part in get_args(annotation))
