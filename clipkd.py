@@ -631,7 +631,7 @@ def pack_data(
 
 devices_app = typer.Typer(
     no_args_is_help=True,
-    help="Manage devices to measure on: this machine, and any that ssh reaches.\n\nExample: [bold]clipkd devices list[/]",
+    help="Manage devices to measure on: this machine, and any reached by ssh.\n\nExample: [bold]clipkd devices list[/]",
 )
 app.add_typer(devices_app, name="devices")
 
