@@ -17,7 +17,7 @@ from toolchain.recipe.recipe import Recipe
 
 
 def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
-    """Return the path of a recipe, given an included recipe's name, or a path; in a recipe, it is relative to the recipe.
+    """Return the path of a recipe, given an included recipe's name or a path, relative to the recipe that has it.
 
     Raises:
         UsageError: there is no such recipe.
