@@ -142,7 +142,7 @@ def distill(
     replace: ReplaceOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Train a recipe's student with its teacher, and its baseline without.
+    """Train a recipe's student with the teacher, and its baseline without one.
 
     A recipe without a teacher trains plain CLIP.  An interrupted run, even by
     kill -9, resumes at its last checkpoint when you repeat the command.  On a
@@ -571,7 +571,8 @@ def predict(
 @app.command()
 def students(
     models: Annotated[
-        list[str] | None, typer.Argument(help="open_clip architectures; else a built-in list.", metavar="[MODEL]...")
+        list[str] | None,
+        typer.Argument(help="open_clip architectures; default: a built-in list.", metavar="[MODEL]..."),
     ] = None,
     device: DeviceOpt = "cpu",
     max_ms: Annotated[float | None, typer.Option(min=0, help="Longest latency listed, in ms; default: any.")] = None,
@@ -692,7 +693,7 @@ def pack_data(
 
 devices_app = typer.Typer(
     no_args_is_help=True,
-    help="Manage devices to measure on: this machine, and any ssh reaches.\n\nExample: [bold]clipkd devices list[/]",
+    help="Manage devices to measure on: this machine, and any reached by ssh.\n\nExample: [bold]clipkd devices list[/]",
 )
 app.add_typer(devices_app, name="devices")
 

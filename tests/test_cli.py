@@ -245,7 +245,9 @@ def test_wrong_type(clipkd: Clipkd, tmp_path: Path) -> None:
 def test_unknown_recipe(clipkd: Clipkd, tmp_path: Path) -> None:
     ended = clipkd("run", "glyph", "--out", tmp_path / "run")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "error: glyph: no shipped recipe has this name, and no such file exists; did you mean glyphs?\n"
+    assert (
+        ended.err == "error: glyph: no included recipe has this name, and no such file exists; did you mean glyphs?\n"
+    )
 
 
 @pytest.mark.parametrize("verb", ["quantize", "export", "report"])

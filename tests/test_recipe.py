@@ -210,16 +210,16 @@ def test_a_recipe_is_found_by_name_and_by_path(path: Path) -> None:
         ("paper/vit_t_16_fdd", "did you mean paper/vit_t_16_fd?"),
         ("vit_t_16_fd", "did you mean paper/vit_t_16_fd?"),
         ("vit_t16_fd", "did you mean paper/vit_t_16_fd?"),
-        ("paper", "clipkd recipes lists the shipped recipes"),
+        ("paper", "clipkd recipes lists the included recipes"),
         ("../recipes/glyphs", "did you mean glyphs?"),
-        ("imagenet.yaml", "clipkd recipes lists the shipped recipes"),
+        ("imagenet.yaml", "clipkd recipes lists the included recipes"),
         ("", "clipkd recipes"),
     ],
 )
 def test_an_unknown_recipe_names_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe_path(name)
-    assert str(caught.value).startswith(f"{name}: no shipped recipe has this name, and no such file exists; {hint}")
+    assert str(caught.value).startswith(f"{name}: no included recipe has this name, and no such file exists; {hint}")
 
 
 # What is wrong.
@@ -563,7 +563,7 @@ def test_a_path_that_is_not_beside_the_recipe_is_one_from_here(path: Path, monke
     assert recipe.student.checkpoint == str(here.resolve() / "weights.pt")
     said = problem(path, ["student.model=runs/absent"])
     assert (
-        f"no folder at {path.parent.resolve() / 'runs' / 'absent'}, nor in {here.resolve()}. Expected a shipped model ("
+        f"no folder at {path.parent.resolve() / 'runs' / 'absent'}, nor in {here.resolve()}. Expected an included model"
         in said
     )
 
@@ -605,7 +605,7 @@ def test_a_teacher_of_a_recipe_beside_this_one(path: Path, monkeypatch: pytest.M
 
 def test_a_teacher_of_a_recipe_that_is_wrong_is_said(path: Path) -> None:
     assert problem(path, teacher={"recipe": "glyphs_taecher"}) == (
-        "teacher.recipe glyphs_taecher: no shipped recipe has this name, and no such file exists; "
+        "teacher.recipe glyphs_taecher: no included recipe has this name, and no such file exists; "
         "did you mean glyphs_teacher?"
     )
     taught = "teacher.recipe {}: this recipe has a teacher itself; expected plain contrastive training. "

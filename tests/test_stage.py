@@ -534,7 +534,8 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     free = f"{shutil.disk_usage(tmp_path).free / 1e6:.0f}"
     assert str(caught.value).replace(free, "N").startswith(f"{partial}: the disk is full (")
     assert str(caught.value).endswith(
-        "MB free). Finished work is kept; free some space and run the command again to resume"
+        "MB free). Finished stages and the last training checkpoint are kept: free some space and repeat the command "
+        "to resume"
     )
     assert make(tmp_path / "teacher").digest == finished.digest
     make(tmp_path / "student", continued)

@@ -17,7 +17,7 @@ from toolchain.user_documents import InvalidDocument, decode_document, parse_yam
 
 
 def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
-    """Return the path of a recipe, given a shipped recipe's name or a path; in a recipe, the path is relative to it.
+    """Return the path of a recipe, given an included recipe's name or a path, relative to the recipe that has it.
 
     Raises:
         UsageError: there is no such recipe.
@@ -30,8 +30,8 @@ def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
         return path
     last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
     near = difflib.get_close_matches(name.rpartition("/")[2], last_parts, 1)
-    hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists the shipped recipes"
-    raise UsageError(f"{name}: no shipped recipe has this name, and no such file exists; {hint}")
+    hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists the included recipes"
+    raise UsageError(f"{name}: no included recipe has this name, and no such file exists; {hint}")
 
 
 def shipped_recipes() -> list[str]:
@@ -127,7 +127,7 @@ def teacher_recipe(spec: TeacherSpec) -> Recipe:
 
 
 def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
-    """Check that a recipe can train a teacher; return it by its shipped name or by an absolute path.
+    """Check that a recipe can train a teacher; return it by its included name or by an absolute path.
 
     Raises:
         UsageError: there is no such recipe, it has errors, or it has a teacher itself.

@@ -10,7 +10,7 @@ from toolchain.recipe.section import Section
 class ModelSpec(Section):
     """An open_clip model: `model` gives the architecture, the other fields change it and give its weights.
 
-    `model` is a model that ships with clipkd (glyphs_teacher, vit_t_16, ...), a path (an open_clip local-dir, or a run
+    `model` is a model included in clipkd (glyphs_teacher, vit_t_16, ...), a path (an open_clip local-dir, or a run
     directory, which stands for its student), `hf-hub:ORG/NAME`, or an open_clip architecture (ViT-B-16).
     """
 

@@ -1,6 +1,6 @@
 """Resolve the model names that a recipe may use, and compute the fingerprint of a model for stage keys.
 
-A model is an architecture and optionally weights.  The architecture is a folder that ships with clipkd, the user's own
+A model is an architecture and optionally weights.  The architecture is a folder included in clipkd, the user's own
 folder (an open_clip local-dir or a run directory), a repository of the Hugging Face Hub, or the name of an open_clip
 architecture.  The weights are in that folder or repository, or are given by open_clip's tag or a checkpoint file.
 
@@ -130,7 +130,7 @@ def _anchor_model(model: str, recipe_folder: Path, role: str) -> str:
     hint = f"Did you mean {near}? " if near else ""
     raise UsageError(
         f"{role}.model '{model}': no such model, and no folder at {path}{_other_place(path)}. {hint}"
-        f"Expected a shipped model ({', '.join(shipped_models())}), "
+        f"Expected an included model ({', '.join(shipped_models())}), "
         f"an open_clip architecture (ViT-B-16), {HUB}ORG/NAME, or a folder"
     )
 

@@ -125,9 +125,9 @@ READING = (
     "p50 is the median latency of the image tower at the given batch size, with inputs in memory; square brackets are "
     "95 % intervals. Accuracy is measured on the exported model in its own runtime. A star marks the Pareto front of "
     "the device: no other model is both faster and more accurate. The train time of an int8 row is that of its "
-    "quantization alone. Grade A: clocks were locked; B: the measurement was "
-    "stable; C: it was noisy, for the reasons listed. The front uses rows of grade A and B if there are any. A PyTorch "
-    "row is the checkpoint as open_clip runs it: a reference, never on the front, because it does not ship."
+    "quantization alone. Grade A: clocks were locked; B: the measurement was stable; C: it was noisy, for the reasons "
+    "listed. The front uses rows of grade A and B if there are any. A PyTorch row is the checkpoint as open_clip runs "
+    "it: a reference, never on the front, because it does not ship."
 )
 
 
