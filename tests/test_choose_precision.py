@@ -343,7 +343,7 @@ def test_an_int8_that_cannot_be_made_is_rejected_with_the_reason(
     assert stage_paths(recipe_of())[-1] == "auto/onnxruntime"
 
     def fails(error: ClipkdError) -> Callable[..., Any]:
-        def quantize(*_: object) -> Any:
+        def quantize(*_: object, **options: object) -> Any:
             raise error
 
         return quantize
@@ -380,7 +380,7 @@ def test_recipes_that_cannot_be_weighed(section: dict[str, Any], said: str) -> N
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run with all of its stages but the choice left out."""
     monkeypatch.setattr(training_stages, "train_checkpoints", lambda *_: {})
-    monkeypatch.setattr(rejecting_module, "quantize_or_reject", lambda *_: {})
+    monkeypatch.setattr(rejecting_module, "quantize_or_reject", lambda *_, **options: {})
     monkeypatch.setattr(deployment_stages, "export_models", lambda *_: {})
     folder = tmp_path / "run"
     folder.mkdir()

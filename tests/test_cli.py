@@ -515,7 +515,7 @@ def test_a_run_keeps_its_resolved_recipe_and_its_command(
     first = (run / "recipe.yaml").read_text()
     assert first.startswith("# clipkd distill glyphs --out ")
     assert load_recipe(run / "recipe.yaml").seed == 0, "a line break in an argument must not leave the comment"
-    monkeypatch.setattr(quantize_module, "quantize_or_reject", lambda *_: {})
+    monkeypatch.setattr(quantize_module, "quantize_or_reject", lambda *_, **options: {})
     monkeypatch.setattr(deployment_stages, "export_models", lambda *_: {})
     assert clipkd("export", run, "--set", "seed=5", "--set", "export.opset=18").code == 0
     again = load_recipe(run / "recipe.yaml")
