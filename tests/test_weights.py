@@ -96,6 +96,10 @@ FORMS: dict[str, Callable[[State, Path], object]] = {
     "of my own.pt": lambda state, path: torch.save(prefixed(state, "pl_module.backbone."), path),
     "training.pt": training_checkpoint,
     "lightning.ckpt": lightning_checkpoint,
+    "of distill.pt": lambda state, path: torch.save(
+        {"trained": prefixed(state, "net.") | {"heads.scale": torch.ones(())}, "optimizer": {"state": {}}, "step": 3},
+        path,
+    ),
     "model.pt": lambda state, path: torch.save({"model": state, "epoch": 1}, path),
     "model_state_dict.pt": lambda state, path: torch.save({"model_state_dict": state, "loss": 0.5}, path),
     "nested.pt": lambda state, path: torch.save({"model": {"state_dict": prefixed(state, "module.")}}, path),

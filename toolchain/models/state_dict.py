@@ -30,6 +30,7 @@ _WRAPPERS = frozenset(
 _AVERAGES = frozenset(("ema", "swa"))  # words in the name of a moving average of the weights
 _NO_MODEL = ("optim", "sched", "scaler", "rng")  # parts of names under which trainers store no model
 _IMAGE_TOWER = ("visual.", "image_encoder.", "vision_model.")  # of open_clip, MobileCLIP and transformers
+GIT_LFS = b"version https://git-lfs"  # opens the pointers that a clone without git lfs has in place of large files
 _NO_PREFIX = "names without a prefix"
 _NAMED = 3
 
@@ -91,7 +92,7 @@ def _recognize(head: bytes) -> str | None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "an empty file, not weights. Copy or download it again"
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(GIT_LFS):
         return "a Git LFS pointer, not the weights themselves. Fetch them: git lfs pull"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page (HTML), not weights: an error or a login page was saved in their place. Download them again"

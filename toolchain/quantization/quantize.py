@@ -152,7 +152,7 @@ def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tu
         features = image_tower(pixel_values_BCHW), text_tower(input_ids_BT)
         loss = tuning.loss_fn(*features, batch) if tuning.loss_fn else _cosine_loss(*features, batch, own_towers)
         if not math.isfinite(loss.item()):
-            raise _non_finite_error(step, features)
+            raise _explain_divergence(step, features)
         for group in optimizer.param_groups:
             group["lr"] = tuning.lr * 0.5 * (1 + math.cos(math.pi * step / tuning.steps))
         optimizer.zero_grad()
@@ -161,7 +161,7 @@ def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tu
         tuning.on_step(step, loss.item())
 
 
-def _non_finite_error(step: int, features: tuple[Tensor, Tensor]) -> ClipkdError:
+def _explain_divergence(step: int, features: tuple[Tensor, Tensor]) -> ClipkdError:
     """Return the error for a loss of fine-tuning that is not finite; the learning rate is blamed from step 1 on."""
     what = describe_non_finite(dict(zip(("image features", "text features"), features, strict=True)))
     advice = "Lower quantize.lr" if step else "No step was taken yet: check the float student and its teacher"

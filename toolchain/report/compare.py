@@ -88,8 +88,8 @@ def _change(old: ReportRow, new: ReportRow, max_slower: float, max_top1_loss: fl
 
 def _differs(old: ReportRow, new: ReportRow) -> bool:
     processes = [row.get("p50_by_process_ms") or [] for row in (old, new)]
-    if not all(0 < latency < math.inf for medians in processes for latency in medians):
-        return True  # NaN cannot be tested
+    if not all(latency is not None and 0 < latency < math.inf for medians in processes for latency in medians):
+        return True  # NaN, which other reports have as null, cannot be tested
     if all(len(medians) >= MIN_PROCESSES for medians in processes):  # fewer could never show a difference
         return differ_significantly(*processes)
     old_low, old_high = old["p50_low_ms"], old["p50_high_ms"]

@@ -108,6 +108,8 @@ def _trtexec_times(path: Path, where: str) -> dict[str, float]:
         ) from None
     if not len(times_ms):
         raise UsageError(f"{where}: trtexec: {path}: it has no times")
+    if not ((times_ms > 0) & (times_ms < np.inf)).all():  # False for NaN
+        raise UsageError(f"{where}: trtexec: {path}: a computeMs is not a positive number")
     percentiles = {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99}
     return {
         key: float(np.percentile(times_ms, percentile))
