@@ -145,6 +145,15 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatc
             open_it()
 
 
+def test_a_message_about_a_long_line_stays_short(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "root", "cat/a.jpg")
+    (tmp_path / "names.tsv").write_text("x" * 1_000_000)
+    message = r"names\.tsv: line 1: expected FOLDER<tab>NAME; got 'x{80}'\.\.\. \(1,000,000 characters\)"
+    with pytest.raises(UsageError, match=message) as raised:
+        opened(kind="image_folder", path=str(root), names=str(tmp_path / "names.tsv"))
+    assert len(str(raised.value)) < 400
+
+
 # Suffixes
 
 

@@ -707,6 +707,14 @@ def test_a_table_that_is_none_is_named_for_what_it_is(tmp_path: Path, content: b
         assert named in str(raised.value)
 
 
+def test_a_zero_byte_in_a_row_costs_that_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(SOUND[0])
+    path = tmp_path / "l.csv"
+    path.write_bytes(b"file,title\na.jpg,x\nb\0.jpg,y\n")
+    data = opened(batch_size=1, kind="csv", paths=[str(path)], **COLUMNS)
+    assert len(data.read_view(np.arange(data.num_samples), 0, [SMALL]).sample_B) == 1
+
+
 def test_a_message_about_many_columns_stays_short(tmp_path: Path) -> None:
     path = tmp_path / "l.csv"
     path.write_text(",".join(f"column{number}" for number in range(5000)) + "\n")

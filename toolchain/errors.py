@@ -10,12 +10,13 @@
 
 Any other exception is a bug in clipkd and is shown with its traceback.
 A message gives, in this order: the problem, where it is, expected and got, and the next command.
-A message that lists what was found shortens the list with `name_some`, so it never grows with the data.
+A message shortens what it found with `name_some` (lists) or `quote_start` (text), so it never grows with the data.
 """
 
 from collections.abc import Iterable
 
 _NAMED = 5
+_QUOTED_CHARACTERS = 80
 
 
 class ClipkdError(Exception):
@@ -52,3 +53,10 @@ def name_some(names: Iterable[object], number: int = _NAMED) -> str:
     if len(listed) <= number:
         return ", ".join(listed)
     return f"{', '.join(listed[:number])}, ... ({len(listed):,} in all)"
+
+
+def quote_start(text: str) -> str:
+    """Return the start of a text in quotes for a message, and the text's length if that is not all of it."""
+    if len(text) <= _QUOTED_CHARACTERS:
+        return repr(text)
+    return f"{text[:_QUOTED_CHARACTERS]!r}... ({len(text):,} characters)"

@@ -67,4 +67,5 @@ def is_unread_suffix(suffix: str) -> bool:
 def name_bad_text(head: bytes) -> str:
     """Return a phrase for content that cannot be UTF-8 text, such as UTF-16; "" for text."""
     found = name_content(head)
-    return found or (_UTF_16_WITHOUT_MARK if b"\0" in head[:HEAD_BYTES] else "")
+    is_utf_16 = 0 < len(head) <= 4 * head.count(b"\0")  # half of the bytes of UTF-16; a stray one costs its row
+    return found or (_UTF_16_WITHOUT_MARK if is_utf_16 else "")

@@ -12,7 +12,7 @@ from pathlib import Path
 from toolchain.data.bad_samples import LeftOut, to_utf8
 from toolchain.data.class_folders import list_class_folders, list_class_images, read_class_name
 from toolchain.data.listing import list_images, read_text, require_file, require_folder
-from toolchain.errors import UsageError, name_some
+from toolchain.errors import UsageError, name_some, quote_start
 from toolchain.recipe.data import ImageFolderSpec, ImagesSpec
 
 _PROMPTS_PER_IMAGE = 8
@@ -104,6 +104,6 @@ def _read_names(path: Path) -> dict[str, list[str]]:
         folder, tab, name = line.partition("\t")
         if line.strip():
             if not tab or not name.strip():
-                raise UsageError(f"{path}: line {number}: expected FOLDER<tab>NAME; got {line!r}")
+                raise UsageError(f"{path}: line {number}: expected FOLDER<tab>NAME; got {quote_start(line)}")
             names.setdefault(folder.strip(), []).append(name.strip())
     return names

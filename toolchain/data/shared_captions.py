@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from toolchain.data.batch import TrainingData
+from toolchain.errors import quote_start
 from toolchain.recipe.distill import NEED_CAPTIONS, LossWeights
 
 _EXAMINED = 64  # samples, spread evenly: a few class folders or shards each have some
@@ -28,7 +29,7 @@ def warn_of_shared_captions(data: TrainingData, loss_weights: LossWeights, batch
     which = "all samples have" if number == data.num_samples else f"{number} samples, spread over the data, all have"
     least = f"ln {batch_size} = {math.log(batch_size):.2f}"
     return [
-        f"{which} the same caption, {texts[0]!r}: objectives that compare images with captions ({', '.join(wrong)}) "
-        f"cannot fall, a contrastive loss not below {least}. Add classes or captions, or set distill.loss_weights to "
-        "objectives that compare images alone (fd, mfd, crd, cross_kd)"
+        f"{which} the same caption, {quote_start(texts[0])}: objectives that compare images with captions "
+        f"({', '.join(wrong)}) cannot fall, a contrastive loss not below {least}. Add classes or captions, or set "
+        "distill.loss_weights to objectives that compare images alone (fd, mfd, crd, cross_kd)"
     ]

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from toolchain.data.bad_samples import UnusableError
 from toolchain.data.images import FORMATS, decoding_image, open_image
-from toolchain.errors import UsageError
+from toolchain.errors import UsageError, quote_start
 
 _CAPTION = ("{}",)  # captions need no template
 
@@ -133,7 +133,7 @@ def classes_set(
         raise UsageError("evaluate: no prompt template; give at least one, with {} in place of the name, such as '{}'")
     for template in templates:
         if "{}" not in template:
-            raise UsageError(f"evaluate: template {template!r} has no {{}} in place of the name")
+            raise UsageError(f"evaluate: template {quote_start(template)} has no {{}} in place of the name")
     if label_N is None and (len(images) != len(names) or not names):
         raise UsageError(
             f"evaluate: set {name!r} has {len(images)} images and {len(names)} names, "
@@ -146,7 +146,9 @@ def classes_set(
         )
     twice, count = Counter(names).most_common(1)[0]
     if count > 1 and not repeats_names:  # their scores would always tie, so none could be right
-        raise UsageError(f"evaluate: set {name!r} has {count} classes named {twice!r}, expected distinct names")
+        raise UsageError(
+            f"evaluate: set {name!r} has {count} classes named {quote_start(twice)}, expected distinct names"
+        )
     wrong_N = (label_N < 0) | (label_N >= len(names))
     if wrong_N.any():
         index = int(np.argmax(wrong_N))

@@ -21,7 +21,7 @@ from toolchain.data.images import IMAGE_SUFFIXES
 from toolchain.data.listing import read_text
 from toolchain.data.pairing import explain_missing_image, find_first, group_files
 from toolchain.data.tar_files import expand, read_members
-from toolchain.errors import ClipkdError, MissingDependency, UsageError, name_some
+from toolchain.errors import ClipkdError, MissingDependency, UsageError, name_some, quote_start
 from toolchain.evaluation.eval_set import EvalSet, ImageFile, captions_set, classes_set
 from toolchain.recipe.evaluate import (
     ClipBenchmarkSet,
@@ -207,12 +207,12 @@ def _open_clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
     shards = root / spec.split
     count = " ".join(_read_lines(shards / "nshards.txt", where)).strip()
     if not count.isdigit() or count == "0":
-        raise UsageError(f"{where}: {shards / 'nshards.txt'}: expected the number of shards, got {count!r}")
+        raise UsageError(f"{where}: {shards / 'nshards.txt'}: expected the number of shards, got {quote_start(count)}")
     type_file = root / "dataset_type.txt"
     kind = " ".join(_read_lines(type_file, where)).strip().lower() if type_file.is_file() else "classification"
     texts_in = {"classification": "cls", "retrieval": "txt"}.get(kind)
     if texts_in is None:
-        raise UsageError(f"{where}: {type_file}: expected classification or retrieval, got {kind!r}")
+        raise UsageError(f"{where}: {type_file}: expected classification or retrieval, got {quote_start(kind)}")
     tars = [shards / f"{number}.tar" for number in range(int(count))]
     found = list(_read_archives(tars, texts_in, where))
     images = [image_file for image_file, _ in found]
@@ -221,7 +221,7 @@ def _open_clip_benchmark(spec: ClipBenchmarkSet) -> EvalSet:
     labels = [text.strip() for _, text in found]
     for image_file, label in zip(images, labels, strict=True):
         if not label.isdigit():
-            raise UsageError(f"{where}: {image_file}: expected a class number in its .cls, got {label!r}")
+            raise UsageError(f"{where}: {image_file}: expected a class number in its .cls, got {quote_start(label)}")
     names_file, templates_file = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
     names = [line.strip() for line in _read_lines(names_file, where)]
     lines = [line.strip() for line in _read_lines(templates_file, where)]
