@@ -127,9 +127,8 @@ def test_an_error_goes_to_stderr_with_its_exit_code(tmp_path: Path) -> None:
     ended = python("-m", "clipkd", "run", "glyphs", "--out", "run", "--set", "distill.setps=3", cwd=tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
     recipe = REPOSITORY / "recipes" / "glyphs.yaml"
-    assert (
-        ended.stderr
-        == f"error: {recipe} with --set distill.setps=3: 1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
+    assert ended.stderr == (
+        f"error: {recipe} with --set distill.setps=3: 1 problem(s)\n  distill.setps: unknown key; did you mean steps?\n"
     )
     assert list(tmp_path.iterdir()) == [], "a recipe that is wrong makes no run directory"
 
