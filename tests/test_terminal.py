@@ -71,3 +71,17 @@ def test_a_result_is_printed_as_json_or_for_people(
     terminal.print_result({"a": 1}, False, "[x] a line", Note("a note"))
     assert out.getvalue().endswith("[x] a line\n")
     assert err.getvalue() == "a note\n"
+
+
+def test_results_and_a_bar_on_one_terminal_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(terminal, name, Console(file=file, force_terminal=True, width=80))
+    with terminal.open_screen() as screen:
+        screen.starts("predict")
+        screen.progress("images", 1, 3)
+        screen.result("a :cat: line", "[b] another")
+        screen.progress("images", 2, 3)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n").split("\n")
+    assert lines.index("[b] another") == lines.index("a :cat: line") + 1
+    assert sum("predict: images" in line for line in lines) >= 2
