@@ -544,7 +544,7 @@ def predict(
     Example: [bold]clipkd predict runs/quickstart/exported/student-onnxruntime-int8 \\
       glyphs.png[/]
     """
-    from export.runtime.predict import answer_lines, count_other_files, find_images, name_width
+    from export.runtime.predict import answer_lines, describe_other_files, find_images, name_width
     from export.runtime.predict import predict as rank_labels
 
     wanted = [label.strip() for label in labels.split(",") if label.strip()] if labels is not None else None
@@ -553,8 +553,8 @@ def predict(
     if as_json and as_jsonl:
         raise UsageError("--json prints one document, --jsonl one object a line; choose one")
     found = find_images(images)
-    if other := count_other_files(images):
-        print_note(f"passed over, not images: {', '.join(f'{n:,} {suffix}' for suffix, n in other.items())}")
+    if other := describe_other_files(images):
+        print_note(other)
     answers, width = [], name_width(found)
     with open_screen() as screen:
         screen.starts("predict")

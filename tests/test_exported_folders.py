@@ -96,6 +96,7 @@ def test_without_tensorrt_the_kit_is_written_and_said(run, clipkd, monkeypatch) 
     assert ended.code == 3
     assert "pip install tensorrt" in ended.err
     assert "adopted-tensorrt-fp32; build on the device with build_on_device.sh" in ended.err
+    assert "onnxruntime" not in ended.err, "kits alone were asked for"
     assert not (run / "engines").exists()
     assert clipkd("export", run, "--no-build").code == 2
 

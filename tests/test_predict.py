@@ -8,7 +8,7 @@ from PIL import Image
 
 from export.runtime import predict as predict_module
 from export.runtime.exported_model import ExportedEncoders
-from export.runtime.predict import Answer, answer_lines, count_other_files, find_images, predict
+from export.runtime.predict import Answer, answer_lines, describe_other_files, find_images, predict
 from toolchain.errors import ArtifactError, UsageError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -159,7 +159,12 @@ def test_folders_and_patterns_stand_for_their_images(pictures: list[Path], tmp_p
         tmp_path / "absent",
         deep / "a.png",
     ]
-    assert count_other_files([tmp_path / "photos", pictures[0]]) == {".txt": 2, "no suffix": 1}
+    other = describe_other_files([tmp_path / "photos", pictures[0]])
+    assert other == "passed over, not images: 2 .txt, 1 without suffix"
+    assert describe_other_files(pictures) == ""
+    for number in range(1000):
+        (deep / f"photo.v{number}").touch()
+    assert len(describe_other_files([deep])) < 150, "a message is not as long as the data"
 
 
 def test_labels_given_twice_are_named(model: Path, pictures: list[Path]) -> None:

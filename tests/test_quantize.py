@@ -337,7 +337,7 @@ def test_int8_fp16_runs_on_a_cpu_and_is_proven_there(half, runtime):
 
 def test_int8_bf16_is_the_graph_of_int8_and_openvino_s_alone(graphs, half, checkpoint, frozen, tmp_path):
     with np.load(half / "parity.npz") as saved:
-        pixels, captions = saved["pixels_BHWC"], list(saved["captions"])
+        pixels, captions = saved["pixels_BHWC"], [caption.decode() for caption in saved["captions"]]
     headline = classes_set("made", pixels, captions, ("{}",))
     planned = PlannedExport("student", "int8-bf16")
     export_onnx(load_model(checkpoint), tmp_path, planned, headline, FrozenTowers(*frozen))

@@ -100,3 +100,17 @@ def test_a_message_breaks_between_words_and_never_within_a_command(width: int, m
 def test_a_message_in_a_file_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noted(MESSAGE, 60, monkeypatch, terminal_too=False) == MESSAGE + "\n"
     assert noted("x" * 200, 60, monkeypatch) == "x" * 200 + "\n", "a long path stays whole"
+
+
+def test_results_and_a_bar_on_one_terminal_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(terminal, name, Console(file=file, force_terminal=True, width=80))
+    with terminal.open_screen() as screen:
+        screen.starts("predict")
+        screen.progress("images", 1, 3)
+        screen.result("a :cat: line", "[b] another")
+        screen.progress("images", 2, 3)
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n").split("\n")
+    assert lines.index("[b] another") == lines.index("a :cat: line") + 1
+    assert sum("predict: images" in line for line in lines) >= 2

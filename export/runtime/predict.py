@@ -22,6 +22,7 @@ from toolchain.errors import ArtifactError, UsageError
 from toolchain.progress import Progress, no_progress
 
 _BATCH = 32  # images: bounds the wait for the next answers; larger batches are no faster on a CPU
+_NAMED = 5  # suffixes that a message names
 _WIDEST_NAME = 60  # characters of an image's name that answers are aligned to
 
 
@@ -65,16 +66,19 @@ def _list_folder(folder: Path) -> list[Path]:
     return [Path(name) for name in list_images(folder).paths]
 
 
-def count_other_files(given: Sequence[Path]) -> dict[str, int]:
-    """Return how many files of the given folders are passed over because their suffix is not an image's, by suffix."""
-    suffixes = Counter(
-        Path(name).suffix.lower() or "no suffix"
-        for path in given
-        for _, _, names in os.walk(path)
-        for name in names
-        if not is_image_name(name)
-    )
-    return dict(suffixes.most_common())
+def describe_other_files(given: Sequence[Path]) -> str:
+    """Return how many files of the given folders are passed over, by suffix; empty if there are none."""
+    suffixes: Counter[str] = Counter()
+    for path in given:
+        for _, subfolders, names in os.walk(path):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            other = [name for name in names if not name.startswith(".") and not is_image_name(name)]
+            suffixes.update(Path(name).suffix.lower() or "without suffix" for name in other)
+    if not suffixes:
+        return ""
+    first = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(_NAMED)]
+    more = [f"{len(suffixes) - _NAMED:,} other suffixes"] if len(suffixes) > _NAMED else []
+    return to_utf8(f"passed over, not images: {', '.join(first + more)}")
 
 
 def predict(
