@@ -26,7 +26,7 @@ from toolchain.models.towers import example_pixels
 
 BEGIN, END = "<!-- export_families: begin -->", "<!-- export_families: end -->"
 HEAD = [
-    "| architectures | image tower | text tower | ONNX Runtime, worst SQNR, dB | OpenVINO |",
+    "| architectures | image tower | text tower | worst SQNR in ONNX Runtime, dB | in OpenVINO, dB |",
     "|---|---|---|---|---|",
 ]
 RUNTIMES = ("onnxruntime", "openvino")
