@@ -15,6 +15,7 @@ from open_clip.factory import get_model_config
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
+from torch import nn
 
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.models.clip_model import ClipModel
@@ -119,6 +120,8 @@ def _assemble(
             torch.manual_seed(seed)
         try:
             net = open_clip.create_model(local_dir, load_weights=False, pretrained_text=False)
+            if isinstance(decoder := getattr(net, "text_decoder", None), nn.Module):  # CoCa's, for captions
+                nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)  # open_clip leaves it uninitialized
             tokenize = open_clip.get_tokenizer(local_dir)
             preprocess_cfg = json.loads(json.dumps(net.visual.preprocess_cfg))
             PreprocessCfg(**config["preprocess_cfg"])  # create_model ignores unknown fields
