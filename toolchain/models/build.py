@@ -120,7 +120,8 @@ def _assemble(
             torch.manual_seed(seed)
         try:
             net = open_clip.create_model(local_dir, load_weights=False, pretrained_text=False)
-            if isinstance(decoder := getattr(net, "text_decoder", None), nn.Module):  # CoCa's, for captions
+            decoder: Any = getattr(net, "text_decoder", None)  # CoCa's, for captions
+            if decoder is not None:
                 nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)  # open_clip leaves it uninitialized
             tokenize = open_clip.get_tokenizer(local_dir)
             preprocess_cfg = json.loads(json.dumps(net.visual.preprocess_cfg))
