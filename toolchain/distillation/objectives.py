@@ -254,7 +254,7 @@ def weighted_loss(
     weights: Mapping[str, float],
     processes: Processes = ALONE,
     *,
-    memory_mb: float = 256,
+    memory_mb: float = 128,
     divides_by_scales: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the objectives, and the unweighted terms without gradient, in their order.

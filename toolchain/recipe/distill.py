@@ -96,7 +96,7 @@ class DistillSpec(Section):
     """Number of parts in which the samples of a rank pass the student: less memory, the gradients of the whole batch.
     Each part is computed twice.  auto: the smallest number that fits the free memory."""
 
-    loss_memory_mb: Annotated[float, Field(gt=0)] = 256
+    loss_memory_mb: Annotated[float, Field(gt=0)] = 128
     """Memory for the similarities of a block of samples with the batch, in MB of 2^20 bytes."""
 
     precision: Precision = "fp32"
