@@ -88,7 +88,7 @@ def empty_folder(folder: Path, *, keep: str) -> None:
             entry.unlink()
 
 
-def newest_change(folder: Path, ignored: Collection[str]) -> float:
+def last_change(folder: Path, ignored: Collection[str]) -> float:
     """Return when the newest file below a folder was changed, in seconds since 1970; 0 if there is none.
 
     Files of the ignored names do not count, nor do those that another process removes meanwhile.

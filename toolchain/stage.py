@@ -24,15 +24,7 @@ from typing import Any
 
 from toolchain.differences import abridge, describe_duration, list_differences
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.filesystem import (
-    empty_folder,
-    file_sha256,
-    hold_lock,
-    newest_change,
-    partial_path,
-    replacing,
-    write_json,
-)
+from toolchain.filesystem import empty_folder, file_sha256, hold_lock, last_change, partial_path, replacing, write_json
 from toolchain.provenance import machine, revision, versions
 
 MANIFEST = "manifest.json"
@@ -363,7 +355,7 @@ def read_attempt(partial: Path) -> Attempt | None:
             began, spent_s, recorded = entries["began"], entries["spent_s"], entries["recorded"]
     except (KeyError, OSError, TypeError, ValueError):
         return None
-    worked_s = max(0.0, newest_change(partial, (_KEY, _LOCK)) - began)
+    worked_s = max(0.0, last_change(partial, (_KEY, _LOCK)) - began)
     return Attempt(key, recorded, spent_s + worked_s) if key else None
 
 
