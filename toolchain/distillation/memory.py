@@ -41,10 +41,10 @@ class StepMemory(NamedTuple):
     """The memory of a step in bytes, in addition to what is allocated before it."""
 
     of_sample: float
-    """What the student needs for each sample of a part: arrays kept for the backward pass, and temporary ones."""
+    """The student's need for each sample of a part: arrays kept for the backward pass, and temporary ones."""
 
     other: float
-    """What does not depend on the part: gradients, optimizer, images, features and similarities."""
+    """The rest, which does not depend on the part: gradients, optimizer, images, features and similarities."""
 
     def of_part(self, samples: int) -> float:
         """Return the memory of a step whose parts have this many samples."""
@@ -108,7 +108,7 @@ def estimate_step(
 
 
 def _kept_bytes(forward: Forward, samples: int, teacher_width: int | None) -> tuple[int, int]:
-    """Return the bytes that a forward pass keeps for its backward pass, and those of the largest array that it keeps."""
+    """Return the bytes that a forward pass keeps for its backward pass, and those of the largest array in them."""
     trainee, student = forward.trainee, forward.trainee.student
     device = forward.processes.device
     pixels = torch.zeros(samples, *example_pixels(student.net).shape[1:], dtype=torch.uint8, device=device)
