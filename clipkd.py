@@ -76,7 +76,7 @@ WorkersOpt = Annotated[
 CheckpointStepsOpt = Annotated[int | None, typer.Option(min=1, help="Also write a checkpoint every N steps.")]
 CheckpointMinutesOpt = Annotated[float, typer.Option(min=0, help="Minutes between checkpoints, at most.")]
 ReplaceOpt = Annotated[
-    bool, typer.Option("--replace", help="Replace stages of another recipe that took over a minute.")
+    bool, typer.Option("--replace", help="Also replace stages of an older recipe that took over a minute.")
 ]
 DeviceOpt = Annotated[
     str, typer.Option("--device", "-d", help="cpu, cuda:0, gpu, npu, or a name that `clipkd devices list` prints.")
@@ -99,6 +99,9 @@ def run(
     """Run every stage of a recipe: distill, quantize, export, check, measure, report.
 
     Repeat the command to resume an interrupted run; complete stages are reused.
+    If the recipe changed, the stages that depend on the change are made again.
+    If one of them took over a minute, the command refuses to start without
+    --replace.  `clipkd show RECIPE --out RUN` lists these stages.
 
     Example: [bold]clipkd run glyphs --out runs/quickstart[/]
     """
@@ -144,9 +147,9 @@ def distill(
 ) -> None:
     """Train a recipe's student with the teacher, and its baseline without one.
 
-    A recipe without a teacher trains plain CLIP.  An interrupted run, even by
-    kill -9, resumes at its last checkpoint when you repeat the command.  On a
-    CPU it writes the same bytes as an uninterrupted run.
+    A recipe without a teacher trains plain CLIP.  Repeat the command to resume an
+    interrupted training at its last checkpoint, even after kill -9.  On a CPU the
+    result then has the same bytes as without the interruption.
 
     On 8 GPUs: [bold]torchrun --nproc-per-node 8 -m clipkd distill RECIPE --out RUN[/]
 
@@ -276,17 +279,21 @@ def export(
 ) -> None:
     """Export a run's models, each checked against PyTorch in its own runtime.
 
-    Without flags, exports what the run's recipe.yaml asks for.  Flags override
-    its choices and are stored in it.  --trt alone writes only the build kits and
-    leaves the recipe's other runtimes as they are.
+    Without flags, exports what the run's recipe.yaml asks for.  A flag changes
+    that choice, also in recipe.yaml.  With --trt as the only runtime, build kits
+    are written, and models exported earlier for other runtimes stay as they are.
+
+    A kit is a folder from which TensorRT engines are built on a GPU.  If they
+    cannot be built here, the kits are written all the same, and the exit code is
+    3 (no TensorRT) or 4 (no GPU).
 
     Exit code 5: a model failed its parity check.  It is kept, marked as failed,
-    and never used.  With --trt, exit code 3 or 4: the build kits are written,
-    but TensorRT (3) or a GPU (4) is missing here.  A kit builds engines on a GPU.
+    and never used.
 
-    With --auto, each precision is scored and timed on this machine.  A precision
-    is chosen if it loses at most --max-drop and is significantly faster than the
-    safer ones.  The run's auto.json lists the reasons against each of the others.
+    With --auto, each precision is scored and timed on this machine.  For each
+    runtime it chooses the fastest that loses at most --max-drop.  Without a
+    significant difference, the safer one wins: fp32, then fp16, bf16, int8.
+    The reasons are in the run's auto.json.
 
     Choose precisions: [bold]clipkd export runs/quickstart --auto --onnx --openvino[/]
 
@@ -385,7 +392,9 @@ def report(
 @app.command()
 def best(
     runs: RunsArg,
-    device: Annotated[str | None, typer.Option("--device", "-d", help="Rows of this device; default: all.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="Only models measured on this device; default: all.")
+    ] = None,
     where: Annotated[str, typer.Option(help="Conditions on fields of report.json, comma-separated.")] = "",
     by: Annotated[str, typer.Option(help="The field of report.json to rank by.")] = "top1",
     include: Annotated[
@@ -396,8 +405,9 @@ def best(
 ) -> None:
     """Choose the model to ship: the best one that meets your conditions.
 
-    Also prints the runner-up and why not the others.  Exit code 5: none fits.
-    Teacher and baseline do not ship, so they are chosen only with --include.
+    Also prints the runner-up, and the reasons against the other models.
+    Exit code 5: no model meets the conditions.  Teacher and baseline are not
+    meant to ship, so they are considered only with --include.
 
     Example: [bold]clipkd best runs/quickstart \\
       --where 'p90_ms<=10, top1_drop_vs_teacher<=0.2'[/]
@@ -527,17 +537,18 @@ def profile(
 def predict(
     model: Annotated[Path, typer.Argument(help="An exported model's directory.", metavar="MODEL")],
     images: Annotated[
-        list[Path], typer.Argument(help="Image files, folders, or patterns as '**/*.jpg'.", metavar="IMAGE...")
+        list[Path], typer.Argument(help="Image files, folders, or patterns like '**/*.jpg'.", metavar="IMAGE...")
     ],
     labels: Annotated[str | None, typer.Option(help="Labels, comma-separated.", show_default="the model's")] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of labels printed for each image.")] = 5,
     as_json: JsonOpt = False,
-    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print one JSON object a line, as results come.")] = False,
+    as_jsonl: Annotated[bool, typer.Option("--jsonl", help="Print one JSON object per image, one a line.")] = False,
 ) -> None:
     """Classify images with an exported model, without torch.
 
-    Results are printed as they come.  An image that cannot be read is a row with
-    its reason, and the exit code is then 1.
+    Each image's labels are printed at once.  For an image that cannot be read,
+    the reason is printed instead; the others are still classified, and the exit
+    code is 1.
 
     Make an image: [bold]clipkd data inspect glyphs --sheet glyphs.png[/]
 
@@ -851,14 +862,14 @@ def copy_recipe(
 @app.command()
 def show(
     recipe: RecipeArg,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Print which stages this run has.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Compare the stages with those of this run.")] = None,
     overrides: SetOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Print a recipe with every default, and its stages: a dry run.
 
-    With --out, lists for each stage of the run whether it is of this recipe,
-    in which fields it differs, and what `clipkd run` would do with it.
+    With --out, the list says for each stage of that run whether it was made with
+    this recipe, which fields differ if not, and what `clipkd run` would do.
 
     Example: [bold]clipkd show glyphs --out runs/quickstart[/]
     """

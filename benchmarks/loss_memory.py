@@ -174,6 +174,7 @@ def write_table(document: dict[str, Any]) -> None:
         lines.append(f"| {batch:,} | {' | '.join(cells)} |")
     where = f"{place['cpu']}, {place['cores']} cores, commit `{document['commit']}`"
     lines += ["", f"Measured on {where}: memory beyond the features, of width {WIDTH}, and time of both passes."]
+    lines += ["", f"![Memory and time against the batch]({CHART.name})"]
     text = PAGE.read_text(encoding="utf-8")
     head, tail = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
     PAGE.write_text(f"{head}{TABLE[0]}\n" + "\n".join(lines) + f"\n{TABLE[1]}{tail}", encoding="utf-8")

@@ -84,6 +84,22 @@ def test_a_step_that_does_not_fit_is_refused_with_the_number_that_does(
         fit_parts(forward, SimpleNamespace(), BATCH, None)  # type: ignore[arg-type]
 
 
+def test_the_error_names_the_memory_of_the_rank_that_needs_most(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0, whose message is printed, has enough memory; another rank of its machine does not."""
+    needed = memory.StepMemory(2000 * MB, 3000 * MB)
+    monkeypatch.setattr(memory, "estimate_step", lambda *_: needed)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 80_000 * MB)
+
+    def gather_objects(own: Any) -> list[Any]:
+        return [own, (needed, 8000 * MB)]
+
+    forward.processes = SimpleNamespace(device=torch.device("cpu"), size=2, gather_objects=gather_objects)
+    with pytest.raises(UsageError, match=r"8.0 GB are free on rank 1. Set distill.accumulate: 4, the smallest that"):
+        fit_parts(forward, SimpleNamespace(), BATCH, None)  # type: ignore[arg-type]
+    forward.spec = forward.spec.model_copy(update={"accumulate": "auto"})
+    assert fit_parts(forward, SimpleNamespace(), BATCH, None) == 4  # type: ignore[arg-type]
+
+
 def test_more_parts_than_needed_are_kept(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     forward.spec = forward.spec.model_copy(update={"accumulate": 4})
     assert fit_parts(forward, make_optimizer(forward.trainee, forward.spec), BATCH, WIDTH + 2) == 4

@@ -51,6 +51,13 @@ def without_code(text: str) -> str:
     return CODE.sub(lambda match: " " * len(match[0]), text)
 
 
+@pytest.mark.parametrize("page", [name for name in FILES if name.endswith(".md")])
+def test_a_link_of_a_page_leads_to_a_file(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (REPOSITORY / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (REPOSITORY / page).parent.joinpath(link).exists()] == []
+
+
 def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield line and text of each docstring, and of each string that documents the name above it."""
     for node in ast.walk(tree):

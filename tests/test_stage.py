@@ -18,6 +18,7 @@ from conftest import REPOSITORY
 
 from toolchain import stage as stages
 from toolchain.errors import ArtifactError, ClipkdError
+from toolchain.filesystem import partial_path
 from toolchain.provenance import machine
 from toolchain.stage import (
     MANIFEST,
@@ -386,6 +387,74 @@ def test_killed_at_any_moment_of_replacing_nothing_is_lost(
             assert number > 0
             return
     pytest.fail("never complete")
+
+
+def test_a_kept_stage_is_put_back_into_a_folder_that_was_removed(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# clipkd run glyphs\n# resolved by clipkd:\nname: glyphs\n")
+    path = tmp_path / "teacher-cache" / "teacher"
+    resume(path, write("old"), steps=3)
+    with pytest.raises(ClipkdError, match="is kept in"):
+        resume(path, attempted, steps=4)
+    shutil.rmtree(path.parent)
+    assert resume(path, must_not_run, steps=3).cached
+
+
+def test_what_a_killed_deletion_left_is_deleted_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "student"
+    resume(path, write("old"), steps=3)
+
+    def killed(folder: Path, **_: Any) -> None:
+        if REPLACED in folder.parts:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(path, write("new"), steps=4)
+    assert (tmp_path / REPLACED / "student").exists()
+    assert resume(path, must_not_run, steps=4).cached
+    assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_stage_that_is_replaced_while_it_is_read_is_not_called_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real, waiting = tmp_path / "student", stages.file_sha256, [True]
+    make(path, write("old"))
+
+    def replaced_meanwhile(file: Path) -> str:
+        if waiting.pop() if waiting else False:
+            monkeypatch.setattr(stages, "file_sha256", real)
+            make(path, write("new"), fields={"steps": 4})
+        return real(file)
+
+    monkeypatch.setattr(stages, "file_sha256", replaced_meanwhile)
+    assert open_stage(path).manifest["fields"] == {"steps": 4}
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+def test_a_file_that_vanishes_while_an_attempt_is_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """As `clipkd show --out RUN` reads a run in which another process replaces the checkpoints."""
+    path, real, left = tmp_path / "student", Path.stat, looks
+    with pytest.raises(ClipkdError, match="stopped"):
+        resume(path, attempted, steps=3)
+
+    def vanishes(file: Path, **options: Any) -> os.stat_result:
+        nonlocal left
+        if file.name == "checkpoint":
+            left -= 1
+            if left < 0:
+                file.unlink(missing_ok=True)
+        return real(file, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishes)
+    attempt = stages.read_attempt(partial_path(path))
+    assert attempt is not None
+    assert attempt.took_s == pytest.approx(90 if looks else 0, abs=5)
 
 
 def test_what_a_run_replaces_lies_in_the_run(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,30 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def empty_folder(folder: Path, *, keep: str) -> None:
+    """Delete everything in a folder except the entry of this name."""
+    for entry in folder.iterdir():
+        if entry.name == keep:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def last_change(folder: Path, ignored: Collection[str]) -> float:
+    """Return when the newest file below a folder was changed, in seconds since 1970; 0 if there is none.
+
+    Files of the ignored names do not count, nor do those that another process removes meanwhile.
+    """
+    newest = 0.0
+    for parent, _, names in os.walk(folder):
+        for name in set(names).difference(ignored):
+            with suppress(FileNotFoundError):
+                newest = max(newest, Path(parent, name).stat().st_mtime)
+    return newest
 
 
 def user_cache_folder() -> Path:

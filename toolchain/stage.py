@@ -4,7 +4,8 @@ A stage is a function of some recipe fields and some input directories.  It work
 then renames that to `NAME/`, which is never written again: a directory that exists is complete.  Its key hashes all its
 inputs, so a stage with an unchanged key is reused.  `manifest.json` records its inputs.  Later stages depend on the
 content digest, which covers the other files only: a repeated stage with the same bytes leaves later stages valid.
-A stage with another key replaces the earlier one, which stays in `RUN/.replaced/` until the new one is complete.
+If the key changed, the stage is made again.  The earlier directory is kept until the new one is complete: in its place,
+or in `RUN/.replaced/` if the new one can be resumed after an interruption.
 Importing this needs neither torch nor numpy.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 
 from toolchain.differences import abridge, describe_duration, list_differences
 from toolchain.errors import ArtifactError, ClipkdError
-from toolchain.filesystem import file_sha256, hold_lock, partial_path, replacing, write_json
+from toolchain.filesystem import empty_folder, file_sha256, hold_lock, last_change, partial_path, replacing, write_json
 from toolchain.provenance import machine, revision, versions
 
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ class StageSpec:
     """The stages whose files the work reads."""
 
     described: Mapping[str, Any] = field(default_factory=dict)
-    """Descriptions of what the fingerprints hash, by name: recorded for messages, and no part of the key."""
+    """Readable descriptions of what the fingerprints hash, by name, for messages.  The key does not depend on them."""
 
     resumes: bool = False
     """True if the work continues from the files of an interrupted attempt."""
@@ -121,30 +122,31 @@ Work = Callable[[Path], dict[str, Any]]
 def run_stage(spec: StageSpec, work: Work, *, again: bool = False, replace: bool = True) -> Stage:
     """Make a stage's directory, resume an interrupted attempt, or reuse the finished stage.
 
-    A stage with another key is kept in `.replaced` until the new one is complete, and is put back if it is wanted again
-    before.  `replace=False` refuses to replace costly work.  `again`: make it anew even if it is finished; the earlier
-    one stays in place until the new one is complete.
+    A finished stage with another key is kept until the new one is complete (see the module).  If a call asks for its
+    key before that, it is put back.  `replace=False` refuses to replace work that took over a minute.  `again` makes
+    the stage even if it is finished.
 
     Raises:
-        ArtifactError: a finished stage is corrupt or foreign, another process is making it, or the disk is full; or it
-            has another key, took long, and `replace` is False.
+        ArtifactError: the finished stage is corrupt or not clipkd's, another process is making it, the disk is full, or
+            `replace` is False and work that took over a minute would be replaced.
     """
     key = spec.key
     if spec.path.exists():
         finished = open_stage(spec.path)
         if finished.manifest["key"] == key and not again:
+            _delete(list_kept(spec.path))  # what a killed `_swap_in` left
             return finished
-    elif kept := find_kept(spec):
+    spec.path.parent.mkdir(parents=True, exist_ok=True)
+    if not spec.path.exists() and (kept := find_kept(spec)):
         kept.path.rename(spec.path)
         _remove_empty(kept.path.parent)
         return Stage(spec.path, kept.manifest, cached=True)
-    spec.path.parent.mkdir(parents=True, exist_ok=True)
     if not replace:
         refuse_replacing(find_superseded(spec))
     _exchange_attempts(spec)
     with _lock(spec.partial), _explaining_full_disk(spec.partial):
         manifest = _read_finished(spec.partial, key)
-        cached = manifest is not None  # the last attempt was killed while the directory was renamed
+        cached = manifest is not None  # the last attempt was killed after its work, before the renaming
         if manifest is None:
             manifest = _make(spec, key, work)
         shutil.rmtree(spec.partial / SCRATCH, ignore_errors=True)  # not earlier: a killed attempt needs it to resume
@@ -159,7 +161,7 @@ def _make(spec: StageSpec, key: str, work: Work) -> dict[str, Any]:
     partial = spec.partial
     attempt = read_attempt(partial)
     if attempt is None or attempt.key != key:
-        _empty(partial)  # an interrupted attempt with another key, whose checkpoints do not apply
+        empty_folder(partial, keep=_LOCK)  # an interrupted attempt with another key, whose checkpoints do not apply
         attempt = None
     earlier_s = attempt.took_s if attempt and spec.resumes else 0.0
     if spec.resumes:
@@ -228,6 +230,8 @@ def open_stage(path: Path) -> Stage:
         file = path / name
         got = file_sha256(file) if file.is_file() else "no such file"
         if got != expected:
+            if (read_manifest(path) or {}).get("files") != recorded:  # another process replaced the stage meanwhile
+                return open_stage(path)
             raise ArtifactError(
                 f"{file}: changed since clipkd wrote it: expected sha256 {expected[:16]}, got {got[:16]}. "
                 f"Remove {path} and run the command again"
@@ -303,7 +307,7 @@ class Attempt:
     """As `StageSpec.recorded`; None if an earlier version of clipkd wrote only the key."""
 
     took_s: float
-    """Seconds from its begin to the last file that it wrote, over all its interruptions."""
+    """Seconds of work: from each start or resumption to the last file written before the next interruption."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +315,7 @@ class Superseded:
     """Finished work, or an unfinished attempt, that a stage with another key would replace."""
 
     path: Path
-    """The directory of the finished stage, also for an attempt; or the stage in `.replaced`."""
+    """The finished directory, in its place or in `.replaced`; for an attempt, the directory that it would become."""
 
     finished: bool
     took_s: float
@@ -351,8 +355,8 @@ def read_attempt(partial: Path) -> Attempt | None:
             began, spent_s, recorded = entries["began"], entries["spent_s"], entries["recorded"]
     except (KeyError, OSError, TypeError, ValueError):
         return None
-    written = [path.stat().st_mtime for path in partial.rglob("*") if path.is_file() and path.name not in (_KEY, _LOCK)]
-    return Attempt(key, recorded, spent_s + max(0.0, max(written, default=began) - began)) if key else None
+    worked_s = max(0.0, last_change(partial, (_KEY, _LOCK)) - began)
+    return Attempt(key, recorded, spent_s + worked_s) if key else None
 
 
 def _write_attempt(spec: StageSpec, key: str, spent_s: float) -> None:
@@ -364,7 +368,7 @@ def _write_attempt(spec: StageSpec, key: str, spent_s: float) -> None:
 def find_superseded(spec: StageSpec) -> list[Superseded]:
     """Return the work that making the stage would replace: finished stages, and an attempt that could be resumed.
 
-    A stage in `.replaced` counts until the attempt that replaces it has begun.
+    A stage in `.replaced` no longer counts once an attempt with this key has begun: replacing it was accepted then.
     """
     found = []
     attempt = read_attempt(spec.partial) if spec.resumes else None
@@ -411,13 +415,13 @@ def find_kept(spec: StageSpec) -> Stage | None:
 
 
 def list_kept(path: Path) -> list[Path]:
-    """Return what `.replaced` has of a stage's directory or of its partial directory."""
+    """Return the directories in `.replaced` that were once at `path`, a stage's finished or partial directory."""
     kept = _kept_path(path)
     return [each for each in (kept, *sorted(kept.parent.glob(f"{kept.name}.[0-9]*"))) if each.exists()]
 
 
 def _kept_path(path: Path) -> Path:
-    """Return the path in `.replaced` of the run, which is the nearest folder above with a run's recipe."""
+    """Return where `path` is kept: in `.replaced` of its run, the nearest folder above that has a run's recipe.yaml."""
     run = next((folder for folder in list(path.parents)[:3] if _is_resolved_recipe(folder)), path.parent)
     return run / REPLACED / path.relative_to(run)
 
@@ -432,11 +436,11 @@ def _set_aside(path: Path) -> None:
 
 
 def _exchange_attempts(spec: StageSpec) -> None:
-    """Set a costly attempt with another key aside, and put one with this key back."""
+    """Keep a costly attempt with another key in `.replaced`, and put back an attempt with this key from there."""
     attempt, key = read_attempt(spec.partial), spec.key
     if not spec.resumes or (attempt is not None and attempt.key == key):
         return
-    kept = next((path for path in list_kept(spec.partial) if (at := read_attempt(path)) and at.key == key), None)
+    kept = next((path for path in list_kept(spec.partial) if (old := read_attempt(path)) and old.key == key), None)
     is_costly = attempt is not None and attempt.took_s > COSTLY_S
     if is_costly or (kept is not None and spec.partial.exists()):
         with _lock(spec.partial):
@@ -451,7 +455,7 @@ def _exchange_attempts(spec: StageSpec) -> None:
 
 @contextmanager
 def _naming_kept(path: Path) -> Iterator[None]:
-    """Add to an error where the stage lies that was to be replaced."""
+    """Add to an error's message where the earlier stage, which this one replaces, is kept."""
     try:
         yield
     except ClipkdError as error:
@@ -464,26 +468,21 @@ def _swap_in(partial: Path, path: Path) -> None:
     """Rename the finished directory into place; delete the stage that it replaces only after that."""
     _set_aside(path)
     partial.rename(path)
-    for kept in (*list_kept(path), *list_kept(partial)):
-        shutil.rmtree(kept, ignore_errors=True)
-        _remove_empty(kept.parent)
+    _delete([*list_kept(path), *list_kept(partial)])
+
+
+def _delete(kept: Iterable[Path]) -> None:
+    """Delete directories in `.replaced`."""
+    for path in kept:
+        shutil.rmtree(path, ignore_errors=True)
+        _remove_empty(path.parent)
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a folder of `.replaced`, and those above it, as far as they are empty."""
+    """Remove a folder in `.replaced` and the folders above it, up to `.replaced` itself, as long as they are empty."""
     while REPLACED in folder.parts and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.name == _LOCK:
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -1,15 +1,16 @@
 """Compute the batch norms of a student over the rows of all ranks.
 
-N ranks then train the student that one rank trains with the whole batch.  A batch norm remains the same module with the
-same names in its state_dict: only its call of `F.batch_norm` is replaced, which timm's batch norms with activations
-make as well.  With x_i in channel c, over the n values of all ranks,
+W ranks then train the student that one rank trains with the whole batch.  A batch norm remains the same module with the
+same names in its state_dict: only its call of `F.batch_norm` is replaced.  timm's BatchNormAct2d makes the same call.
+For the n values x_i of one channel, over all ranks,
 
     y_i = w (x_i - mean) / sqrt(var + eps) + b
 
     dL/dx_i = w / sqrt(var + eps) (g_i - sum(g) / n - z_i sum(g z) / n)    g = dL/dy, z = (x - mean) / sqrt(var + eps)
 
-On GPUs this is the function of torch's SyncBatchNorm, which has no CPU kernels.  Weight and bias receive the gradient
-of a rank's own rows, as all parameters do (distributed.py).
+where L is the sum of the losses of all ranks.  On GPUs, torch's SyncBatchNorm computes this; it has no CPU kernels.
+Weight and bias receive the gradient of a rank's own rows, as all parameters do (distributed.py).
+Here W is the number of ranks, and C are channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from toolchain.distributed import Processes
 
 
 def synchronize_batch_norms(net: nn.Module, processes: Processes) -> None:
-    """Let every batch norm in training mode use the rows of all ranks (a collective call in each forward pass)."""
+    """Let every batch norm in training mode use the rows of all ranks, by collective calls in both passes."""
     if processes.size == 1:
         return
     for module in net.modules():
@@ -35,6 +36,8 @@ def synchronize_batch_norms(net: nn.Module, processes: Processes) -> None:
 
 
 def _over_all_ranks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of a batch norm with its call of `F.batch_norm` replaced."""
+
     def forward_over_all_ranks(x: Tensor) -> Tensor:
         with _OverAllRanks():
             return forward(x)
@@ -45,6 +48,8 @@ def _over_all_ranks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 
 
 class _OverAllRanks(TorchFunctionMode):
+    """Call `_batch_norm` instead of `F.batch_norm`."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -61,9 +66,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Return what F.batch_norm returns, in training mode for the rows [b, C, ...] of all ranks.
+    """Return x [b, C, ...] normalized as by F.batch_norm, but in training mode with the statistics of all ranks' rows.
 
-    The parameters have the names that F.batch_norm gives them.
+    The names of the parameters are those of F.batch_norm, which may be passed by name.
     """
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -86,7 +91,7 @@ def _batch_norm(
 
 
 class _Normalize(torch.autograd.Function):
-    """Return (x - mean) / sqrt(var + eps) in float32 or wider, the mean and the unbiased variance over all ranks."""
+    """Return (x - mean) / sqrt(var + eps) in float32 or wider; and mean and unbiased variance, [C], over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

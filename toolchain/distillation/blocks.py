@@ -1,8 +1,8 @@
-"""Sum functions of rows in blocks, forming the gradient of their weighted sum in the same sweep.
+"""Sum losses over blocks of rows, and compute the gradient of their weighted sum in the same pass.
 
-A contrastive loss compares each of b rows with B candidates.  The [b, B] similarities are needed only while the rows
-that they belong to are summed, so a sweep holds them for one block of rows at a time.  What remains is one gradient of
-the shape of each input: memory is linear in B.
+A contrastive loss compares each of b rows with B candidates.  A sweep, which is one pass over the b rows, has the
+similarities of only one block of c rows at a time, [c, B] instead of [b, B].  It adds the block's gradients to those of
+the inputs, which have the inputs' shapes.  Memory is therefore linear in B.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,47 +13,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BUFFERS = 12
-"""Number of [rows, columns] arrays that a block has at once: the logits and log softmax of two models, their gradients,
-and the temporary arrays of autograd."""
+"""Number of [c, columns] arrays that exist at once: the logits and log softmax of two models, their gradients, and the
+temporary arrays of autograd."""
 
 
 class Sweep(NamedTuple):
-    """One pass over rows in blocks, which adds to n terms."""
+    """One pass over rows in blocks.  Each block adds a value to each of n terms of the loss."""
 
     terms: tuple[str, ...]
-    """Names of the n terms."""
+    """Names of the n terms; several sweeps may add to the same term."""
 
     sum_block: Callable[[slice, Sequence[Tensor], Sequence[Tensor]], Tensor]
-    """Return what a block adds to each term [n], from its place, the block of each tensor of rows, and the shared ones.
-    It must not read any other tensor that wants a gradient."""
+    """Return what a block adds to each term, [n].  Its arguments: the block's slice of the rows, that slice of each
+    tensor in `rows`, and the tensors in `shared`.  Any other tensor that it reads gets no gradient."""
 
     rows: Sequence[Tensor]
-    """Tensors of b rows each, which are cut into blocks."""
+    """Tensors of b rows each, which are split into blocks."""
 
     shared: Sequence[Tensor]
-    """Tensors that every block reads whole: candidates [B, D] and scales."""
+    """Tensors that every block reads completely: candidates [B, D] and scales."""
 
     num_columns: int
-    """Size of the arrays that a block makes, for each of its rows."""
+    """Number of columns of a block's arrays: B for similarities.  It determines the rows of a block."""
 
 
 def sum_in_blocks(
     sweeps: Sequence[Sweep], weights: Mapping[str, float], memory_mb: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of all terms, and the terms without gradient.
+    """Return the weighted sum of all terms, and the terms without gradient, all scalar.
 
         total = sum over terms of weight * term,   term = sum over sweeps and their blocks
 
-    A tensor that several sweeps read has one gradient.  The total is differentiable once.  The arrays of a block take
-    at most about `memory_mb`, unless one row takes more.
+    A tensor that several sweeps read has one gradient, the sum over the sweeps.  The total can be differentiated once,
+    not twice.  The arrays of a block take at most about `memory_mb`, unless one row takes more.
     """
     distinct = {id(x): x for sweep in sweeps for x in (*sweep.rows, *sweep.shared)}
-    place = {key: i for i, key in enumerate(distinct)}
-    places = [([place[id(x)] for x in sweep.rows], [place[id(x)] for x in sweep.shared]) for sweep in sweeps]
+    index = {key: i for i, key in enumerate(distinct)}
+    indices = [([index[id(x)] for x in sweep.rows], [index[id(x)] for x in sweep.shared]) for sweep in sweeps]
     names = list(dict.fromkeys(name for sweep in sweeps for name in sweep.terms))
-    plan = _Plan(sweeps, places, {name: weights[name] for name in names}, memory_mb)
-    total, found = _SumInBlocks.apply(plan, *distinct.values())
-    return total, dict(zip(names, found.unbind(), strict=True))
+    plan = _Plan(sweeps, indices, {name: weights[name] for name in names}, memory_mb)
+    total, terms = _SumInBlocks.apply(plan, *distinct.values())
+    return total, dict(zip(names, terms.unbind(), strict=True))
 
 
 def choose_block_rows(num_columns: int, memory_mb: float, dtype: torch.dtype) -> int:
@@ -62,9 +62,11 @@ def choose_block_rows(num_columns: int, memory_mb: float, dtype: torch.dtype) ->
 
 
 class _Plan(NamedTuple):
+    """The arguments of `_SumInBlocks` that are not tensors."""
+
     sweeps: Sequence[Sweep]
-    places: Sequence[tuple[Sequence[int], Sequence[int]]]
-    """Numbers of each sweep's rows and shared tensors among the distinct ones."""
+    indices: Sequence[tuple[Sequence[int], Sequence[int]]]
+    """For each sweep, the indices of its `rows` and of its `shared` among the distinct tensors."""
 
     weights: Mapping[str, float]
     """Weights of the terms, in the order of the terms that are returned."""
@@ -73,28 +75,30 @@ class _Plan(NamedTuple):
 
 
 class _SumInBlocks(torch.autograd.Function):
+    """Compute the total with its gradient in the forward pass; the backward pass only multiplies the gradient."""
+
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[1:]
-        gradients = [_zeros(x) if is_wanted else None for x, is_wanted in zip(tensors, wanted, strict=True)]
-        leaves = [x.detach().requires_grad_(is_wanted) for x, is_wanted in zip(tensors, wanted, strict=True)]
-        found = {name: tensors[0].new_zeros((), dtype=torch.float64) for name in plan.weights}
-        for sweep, (rows, shared) in zip(plan.sweeps, plan.places, strict=True):
+        needed = ctx.needs_input_grad[1:]
+        gradients = [_zeros(x) if is_needed else None for x, is_needed in zip(tensors, needed, strict=True)]
+        leaves = [x.detach().requires_grad_(is_needed) for x, is_needed in zip(tensors, needed, strict=True)]
+        sums = {name: tensors[0].new_zeros((), dtype=torch.float64) for name in plan.weights}
+        for sweep, (rows, shared) in zip(plan.sweeps, plan.indices, strict=True):
             num_rows = len(tensors[rows[0]])
             size = choose_block_rows(sweep.num_columns, plan.memory_mb, tensors[rows[0]].dtype)
             for start in range(0, num_rows, size):
                 place = slice(start, start + size)
-                block = [leaves[i].detach()[place].requires_grad_(wanted[i]) for i in rows]
-                whole = [leaves[i] for i in shared]
-                with torch.set_grad_enabled(any(wanted)):
-                    added = dict(zip(sweep.terms, sweep.sum_block(place, block, whole), strict=True))
+                block = [leaves[i].detach()[place].requires_grad_(needed[i]) for i in rows]
+                complete = [leaves[i] for i in shared]
+                with torch.set_grad_enabled(any(needed)):
+                    added = dict(zip(sweep.terms, sweep.sum_block(place, block, complete), strict=True))
                     total = torch.stack([plan.weights[name] * value for name, value in added.items()]).sum()
                 for name, value in added.items():
-                    found[name] += value.detach()
-                targets = [_cut(gradients[i], place) for i in rows] + [gradients[i] for i in shared]
-                _add_gradients(total, [*block, *whole], targets)
+                    sums[name] += value.detach()
+                targets = [_slice_rows(gradients[i], place) for i in rows] + [gradients[i] for i in shared]
+                _add_gradients(total, [*block, *complete], targets)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)))
-        terms = torch.stack(list(found.values())).to(tensors[0].dtype)
+        terms = torch.stack(list(sums.values())).to(tensors[0].dtype)
         ctx.mark_non_differentiable(terms)
         total = torch.stack([weight * term for weight, term in zip(plan.weights.values(), terms, strict=True)]).sum()
         return total, terms
@@ -106,19 +110,20 @@ class _SumInBlocks(torch.autograd.Function):
 
 
 def _zeros(x: Tensor) -> Tensor:
-    """Return zeros for the gradient; a scale's is a sum over the square of the batch, which float32 would round."""
+    """Return zeros to add gradients to; in float64 for a scale, whose gradient is a sum over all b B similarities."""
     return torch.zeros_like(x, dtype=torch.float64 if x.ndim == 0 else x.dtype)
 
 
-def _cut(gradient: Tensor | None, place: slice) -> Tensor | None:
+def _slice_rows(gradient: Tensor | None, place: slice) -> Tensor | None:
+    """Return a view of some rows of a gradient, if there is one."""
     return None if gradient is None else gradient[place]
 
 
 def _add_gradients(total: Tensor, inputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> None:
-    """Add the gradients of a block's total to the gradients of the whole."""
-    wanted = [(x, target) for x, target in zip(inputs, targets, strict=True) if target is not None]
-    if wanted:
-        gradients = torch.autograd.grad(total, [x for x, _ in wanted], allow_unused=True)
-        for gradient, (_, target) in zip(gradients, wanted, strict=True):
+    """Add the gradients of a block's total in its inputs to the targets, in place; None: needs no gradient."""
+    needed = [(x, target) for x, target in zip(inputs, targets, strict=True) if target is not None]
+    if needed:
+        gradients = torch.autograd.grad(total, [x for x, _ in needed], allow_unused=True)
+        for gradient, (_, target) in zip(gradients, needed, strict=True):
             if gradient is not None and target is not None:
                 target.add_(gradient)

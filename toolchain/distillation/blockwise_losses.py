@@ -1,13 +1,14 @@
-"""The losses of losses.py over the rows of one rank, in blocks: memory is linear in the batch, gradients are exact.
+"""Compute the losses of losses.py over the rows of one rank, in blocks: memory is linear in the batch.
 
-losses.py defines each loss for a whole batch.  This module computes the same numbers as training needs them:
+losses.py defines each loss for a whole batch.  This module has the same values and gradients, computed differently:
 
-- A sweep holds the similarities of one block of rows only (blocks.py).  Losses of the same similarities share it.
-- A rank sums over its own b rows as anchors, with the B rows of all ranks as candidates.  The ranks share the work.
-- Each loss is the mean over the rank's own rows.  The mean over ranks is the loss of the batch, and the mean
-  over ranks of the gradients, which data-parallel training takes, is the gradient of that loss.
+- Sweeps (blocks.py) have the similarities of only one block of rows at a time.  Losses of the same similarities share a
+  sweep.
+- A rank's anchors are its own b rows, and its candidates the B rows of all ranks.  So the ranks share the work.
+- A rank's loss is the mean over its own rows.  The mean of these over ranks is the loss of the batch.  Data-parallel
+  training takes the mean over ranks of the gradients, which is therefore the gradient of the batch's loss.
 
-Arithmetic is that of losses.py: float32 or wider, also under autocast.
+Arithmetic is in float32 or wider, as in losses.py.  The caller disables autocast.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from toolchain.distillation.losses import fd_loss, scaled_similarities, widen
 
 
 class Similarities(NamedTuple):
-    """Logits [b, B] of a rank's anchors and all candidates, still as features: s a k^T."""
+    """The factors of the logits s a k^T, [b, B], of a rank's anchors and all candidates."""
 
     anchor_bD: Tensor
     candidate_BD: Tensor
@@ -30,10 +31,10 @@ class Similarities(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a batch that a rank sums over, and the memory that it may use."""
+    """The rows of a batch that are a rank's own, and the memory for its blocks."""
 
     first: int
-    """Number of the rank's first row in the batch: its match among the candidates."""
+    """Index in the batch of the rank's first row.  Anchor i of the rank belongs to candidate `first` + i."""
 
     memory_mb: float
 
@@ -41,12 +42,13 @@ class Rows(NamedTuple):
 def contrast(
     student: Similarities, teacher: Similarities | None, names: tuple[str | None, str | None], rows: Rows
 ) -> Sweep:
-    """Return the sweep that adds one direction of two losses to the terms of these names; None: not computed.
+    """Return the sweep of one direction, image to text or text to image, of up to two losses of the same similarities.
 
         CE / 2,   CE = mean_i -log softmax(s a k^T)_i,i       (`clip_loss`, `icl_loss`, `afd_loss`)
         KL / 2,   KL = mean_i KL(softmax(r V T^T)_i || softmax(s a k^T)_i)      (`crd_loss`, `cross_kd_loss`)
 
-    The mean is over the rank's rows i.  KL needs `teacher`.
+    a, k, s: `student`; V, T, r: `teacher`, which only KL needs.  The mean is over the rank's rows i, and i,i is the
+    logit of its match.  `names` are the terms that CE and KL are added to; a loss with the name None is not computed.
     """
     count = len(student.anchor_bD)
     anchors, shared = [widen(student.anchor_bD)], [widen(student.candidate_BD), student.logit_scale]
@@ -70,7 +72,7 @@ def contrast(
 
 
 def match_features(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], name: str) -> Sweep:
-    """Return the sweep that adds `fd_loss`, of image and text features in the teacher's width, to a term."""
+    """Return the sweep that adds `fd_loss` to a term: images and texts [b, E] of the student, and of the teacher."""
     count, width = student[0].shape
 
     def sum_block(_: slice, block: Sequence[Tensor], __: Sequence[Tensor]) -> Tensor:
@@ -86,34 +88,37 @@ def match_gradients(
     rows: Rows,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> tuple[list[Sweep], Tensor]:
-    """Return sweeps with the gradient of `gd_loss`, and its value; both directions of the student and of the teacher.
+    """Return sweeps that have the gradient of `gd_loss` but not its value, and the value.
 
-    The loss is a mean of squares |g - G|^2 of gradients that are themselves sums over the batch.  A first sweep, here,
-    forms g and G without their own derivatives.  The sweeps that are returned sum <R, g - G> with R = d loss / d g,
-    whose gradient is that of the loss.
+    `student` and `teacher` have both directions.  The loss is a mean of squares |g - G|^2, where g and G are gradients
+    of the task loss, and thus sums over the batch.  This function computes g and G in blocks, without autograd.  The
+    returned sweeps sum <R, g - G> with the constant R = d loss / d g.  By the chain rule, its gradient is the loss's.
     """
     value = torch.zeros((), dtype=torch.float64, device=student[0].anchor_bD.device)
     sweeps = []
     for ours, theirs in zip(student, teacher, strict=True):
         count = len(ours.anchor_bD)
         with torch.no_grad():
-            of_student = _closed_form_gradients(ours, rows, sum_over_ranks)
-            of_teacher = _closed_form_gradients(theirs, rows, sum_over_ranks)
-            anchors_bD, candidates_BD = (g - G for g, G in zip(of_student, of_teacher, strict=True))
-            for part_bD in (anchors_bD, candidates_BD[rows.first : rows.first + count]):
-                value += part_bD.double().square().sum() / count
-        for x, sign in ((ours, 2 / count), (theirs, -2 / count)):
-            if any(part.requires_grad for part in x):
-                sweeps.append(_inner_product(x, sign * anchors_bD, sign * candidates_BD, name, rows))
-    return sweeps, value.to(anchors_bD.dtype)
+            student_gradients = _closed_form_gradients(ours, rows, sum_over_ranks)
+            teacher_gradients = _closed_form_gradients(theirs, rows, sum_over_ranks)
+            on_anchors_bD, on_candidates_BD = (g - G for g, G in zip(student_gradients, teacher_gradients, strict=True))
+            for difference_bD in (on_anchors_bD, on_candidates_BD[rows.first : rows.first + count]):
+                value += difference_bD.double().square().sum() / count
+        for x, factor in ((ours, 2 / count), (theirs, -2 / count)):
+            if any(tensor.requires_grad for tensor in x):
+                sweeps.append(_inner_product(x, factor * on_anchors_bD, factor * on_candidates_BD, name, rows))
+    return sweeps, value.to(on_anchors_bD.dtype)
 
 
 def _closed_form_gradients(
     x: Similarities, rows: Rows, sum_over_ranks: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return B times the gradients of CE(s a k^T): of the rank's anchors [b, D], and of all candidates [B, D].
+    """Return B times the gradients of the batch's CE(s a k^T): in the rank's anchors [b, D], in all candidates [B, D].
 
-    of anchors: s (A k - k),   of candidates: s (A^T a - a),   A = softmax(s a k^T) over a row
+        in anchors: s (A k - k'),   in candidates: s (A^T a - a),   A = softmax(s a k^T) over a row
+
+    k' are the candidates that match the rank's anchors.  The second sum is over the anchors of all ranks (a collective
+    call).
     """
     anchor_bD, candidate_BD = widen(x.anchor_bD), widen(x.candidate_BD)
     of_anchors_bD, of_candidates_BD = torch.empty_like(anchor_bD), torch.zeros_like(candidate_BD)
@@ -130,9 +135,10 @@ def _closed_form_gradients(
 
 
 def _inner_product(x: Similarities, on_anchors_bD: Tensor, on_candidates_BD: Tensor, name: str, rows: Rows) -> Sweep:
-    """Return the sweep that adds <R, g> to a term; R is constant.
+    """Return the sweep that adds <R, g> + <R', g'> to a term, for the gradients g in anchors and g' in candidates.
 
-    Row i adds  s < R_i, (A k)_i - k_i >  and, of the gradient of the candidates,  s < (A R')_i - R'_i, a_i >.
+    R [b, D] and R' [B, D] are constant.  Row i adds  s < R_i, (A k)_i - k_i >  to the first product, and
+    s < (A R')_i - R'_i, a_i >  to the second.
     """
 
     def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:

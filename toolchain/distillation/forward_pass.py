@@ -1,10 +1,13 @@
 """Compute a step's gradients: batch -> features of student and teacher -> objectives -> one weighted sum -> gradients.
 
 With `distill.accumulate: k`, a rank's rows pass the student in k parts, and the memory for activations is that of one
-part.  The loss compares all rows with each other, so it cannot be added up part by part.  As in GradCache
-(arXiv:2101.06983), all parts pass the student without gradients first.  The loss and its gradient in the features are
-computed from all of them.  Then each part passes again, with the same dropout, and propagates its rows of that
-gradient.  The result is the gradient of the whole batch, except with batch norms, whose statistics are those of a part.
+part.  The loss compares all rows with each other, so it is not a sum over parts.  As in GradCache (arXiv:2101.06983),
+
+1. all parts pass the student without gradients, which gives the features of all rows;
+2. the loss of these features, and its gradient in them, are computed;
+3. each part passes the student again, with the same dropout, and backpropagates its rows of that gradient.
+
+The result is the gradient of the whole batch.  Batch norms are the exception: their statistics are those of a part.
 """
 
 from collections.abc import Iterator
@@ -38,23 +41,26 @@ class ForwardPass(NamedTuple):
 
     scales: Scales
     own: BatchFeatures
-    """The rank's rows; with `accumulate`, the student's and the scales are leaves of the graph of the loss."""
+    """The rank's rows.  With several parts, the student's features here and `scales` are leaves: the graph of the loss
+    ends at them, and `Forward.backward` continues from their gradients."""
 
     everyone: BatchFeatures
     """The rows of all ranks."""
 
 
 class Part(NamedTuple):
-    """The rows of a batch that pass the student together."""
+    """Rows of a rank that pass the student together."""
 
     number: int
+    """Index of the part, from 0."""
+
     batch: PreparedBatch
     teacher: TeacherFeatures | None
 
 
 @dataclass(frozen=True)
 class Forward:
-    """The constants of a run's forward passes."""
+    """The forward and backward pass of a training, with everything that stays the same from step to step."""
 
     trainee: TrainingModule
     module: nn.Module
@@ -65,12 +71,12 @@ class Forward:
     seed: int
 
     def only(self, objective: str) -> "Forward":
-        """Return the same passes with one objective, of weight 1, and without averaging gradients."""
+        """Return these passes for one objective alone, with weight 1, and without averaging gradients over ranks."""
         weights = LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | {objective: 1.0})
         return replace(self, module=self.trainee, spec=self.spec.model_copy(update={"loss_weights": weights}))
 
     def run(self, batch: PreparedBatch, teacher_features: TeacherFeatures | None, step: int) -> ForwardPass:
-        """Return the loss of one rank's rows of a batch, compared with the rows of all ranks (a collective call)."""
+        """Return the losses of a batch, given one rank's rows of it (a collective call)."""
         parts = self._split(batch, teacher_features)
         if len(parts) == 1:
             rows, scales = self.pass_student(self.module, parts[0], step)
@@ -92,15 +98,15 @@ class Forward:
         return ForwardPass(loss, terms, scales, own, everyone)
 
     def backward(
-        self, done: ForwardPass, batch: PreparedBatch, step: int, scaler: torch.amp.GradScaler | None = None
+        self, forward_pass: ForwardPass, batch: PreparedBatch, step: int, scaler: torch.amp.GradScaler | None = None
     ) -> None:
-        """Add the gradients of the loss to those of the parameters, multiplied by the scaler's factor if there is one.
+        """Add the gradients of the loss, times the scale of `scaler` if given, to those of the parameters.
 
-        `done` is what `run` returned for the same batch and step (a collective call).
+        `forward_pass` is the result of `run` for the same batch and step (a collective call).
         """
-        loss = done.loss if scaler is None else scaler.scale(done.loss)
+        loss = forward_pass.loss if scaler is None else scaler.scale(forward_pass.loss)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-        parts = self._split(batch, done.own.teacher)
+        parts = self._split(batch, forward_pass.own.teacher)
         if len(parts) == 1:
             return
         for part in parts:
@@ -109,12 +115,13 @@ class Forward:
                 rows, scales = self.pass_student(self.module, part, step)
                 size = len(part.batch.student_ids)
                 place = slice(part.number * size, (part.number + 1) * size)
-                products = _products(rows, done.own.student, place)
-                if is_last:  # scales do not depend on the part
-                    products += _products(scales, done.scales, slice(None))
+                products = _products(rows, forward_pass.own.student, place)
+                if is_last:  # once: the scales are the same in every part
+                    products += _products(scales, forward_pass.scales, slice(None))
                 torch.stack(products).sum().backward()  # type: ignore[no-untyped-call]
 
     def _split(self, batch: PreparedBatch, teacher: TeacherFeatures | None) -> list[Part]:
+        """Return the parts of the rank's rows, with their rows of the teacher's features."""
         batches = batch.split(self.spec.parts)
         if teacher is None:
             return [Part(number, part, None) for number, part in enumerate(batches)]
@@ -125,7 +132,7 @@ class Forward:
         ]
 
     def pass_student(self, module: nn.Module, part: Part, step: int) -> tuple[StudentFeatures, Scales]:
-        """Return the student's features of a part; the same ones again for the same part and step."""
+        """Return the student's features of a part, and the scales.  A second call has the same dropout and masks."""
         spec, device = self.spec, self.processes.device
         torch.manual_seed(_dropout_seed(self.seed, step, self.processes.rank, part.number))
         masks = self.trainee.masks(self.seed, part.batch.sample_b, step)
@@ -135,14 +142,17 @@ class Forward:
         return found
 
     def _without_averaging(self) -> AbstractContextManager[Any]:
-        """Return the context in which gradients are added up on the rank; the last part averages the sums."""
+        """Return a context that adds gradients on the rank only; the last part, outside it, averages them."""
         no_sync: Any = getattr(self.module, "no_sync", nullcontext)
         context: AbstractContextManager[Any] = no_sync()
         return context
 
 
 def _as_leaves(parts: list[StudentFeatures], scales: Scales) -> tuple[StudentFeatures, Scales]:
-    """Return the features of all parts and the scales as leaves; tensors that are the same stay the same."""
+    """Return the concatenated features of all parts, and the scales, as leaves.
+
+    Fields that share a tensor, such as `image_BD` and `image_BE` of equal widths, share a leaf.
+    """
     found: dict[int, Tensor] = {}
     for column in zip(*parts, strict=True):
         if column[0] is not None and id(column[0]) not in found:
@@ -152,7 +162,10 @@ def _as_leaves(parts: list[StudentFeatures], scales: Scales) -> tuple[StudentFea
 
 
 def _products(values: Any, leaves: Any, place: slice) -> list[Tensor]:
-    """Return the inner product of each tensor with its rows of the gradient of its leaf."""
+    """Return for each tensor the sum of tensor * gradient of its leaf, whose gradient in the tensor is the leaf's.
+
+    `place` are the rows of the leaves that `values` has.
+    """
     distinct = {id(leaf): (value, leaf) for value, leaf in zip(values, leaves, strict=True) if leaf is not None}
     return [
         (value * (leaf.grad if leaf.ndim == 0 else leaf.grad[place])).sum()
@@ -176,5 +189,6 @@ def _autocast(precision: Precision, device: torch.device) -> AbstractContextMana
 
 
 def _dropout_seed(seed: int, step: int, rank: int, part: int) -> int:
+    """Return the seed of a part's dropout; part 0 has the seed of a batch that is not split."""
     numbers = [seed, step, rank, *([part] if part else [])]
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

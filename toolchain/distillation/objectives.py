@@ -23,24 +23,28 @@ from toolchain.distributed import ALONE, Processes
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Everything a loss may read of one batch.  Reading features that the heads did not make raises AssertionError."""
+    """The features of one batch, the scales and the settings that a loss may read.
+
+    Reading features that the heads did not make raises AssertionError.
+    """
 
     own: BatchFeatures
-    """The rank's own rows [b, D], the anchors of its losses."""
+    """The features of the rank's own b rows: the anchors of its losses."""
 
     everyone: BatchFeatures
-    """The rows of all ranks [B, D], the candidates."""
+    """The features of the B rows of all ranks: the candidates."""
 
     scales: Scales
     processes: Processes
     memory_mb: float
-    """Memory for the similarities of a block of rows."""
+    """Memory for a block of rows (blocks.py)."""
 
     divides_by_scales: bool
-    """True if gradient distillation divides by the scales, as the released code does."""
+    """True if gradient distillation divides by the scales instead of multiplying, as the released code does."""
 
     @property
     def rows(self) -> Rows:
+        """Return the place of the rank's rows in the batch."""
         return Rows(self.processes.rank * len(self.own.student.image_BD), self.memory_mb)
 
     @property
@@ -53,7 +57,7 @@ class LossInputs:
 
     @property
     def cross(self) -> tuple[Similarities, Similarities]:
-        """The student's images to the teacher's texts and its texts to the teacher's images, in the teacher's width."""
+        """The student's images to the teacher's texts, and texts to the teacher's images, in the teacher's width."""
         return _both_directions(self.projected, _teacher_pair(self.everyone), _require(self.scales.cross_logit_scale))
 
     @property
@@ -76,7 +80,7 @@ class LossInputs:
 
     @property
     def masked(self) -> tuple[Tensor, Tensor]:
-        """Like `projected`, with the image masked."""
+        """Like `projected`, but the student saw only some patches of the image."""
         return _require(self.own.student.masked_image_BE), _require(self.own.student.text_BE)
 
     @property
@@ -93,7 +97,7 @@ class LossInputs:
 def _both_directions(
     own: tuple[Tensor, Tensor], everyone: tuple[Tensor, Tensor], logit_scale: Tensor
 ) -> tuple[Similarities, Similarities]:
-    """Return own images with everyone's texts, and own texts with everyone's images."""
+    """Return the similarities of (image, text) features: own images to everyone's texts, own texts to their images."""
     return Similarities(own[0], everyone[1], logit_scale), Similarities(own[1], everyone[0], logit_scale)
 
 
@@ -103,7 +107,7 @@ def _teacher_pair(features: BatchFeatures) -> tuple[Tensor, Tensor]:
 
 
 def _match_gradients(x: LossInputs, name: str) -> tuple[list[Sweep], Tensor]:
-    """Return gradient distillation."""
+    """Return the sweeps and the value of gradient distillation."""
     everyone = x.everyone.student
     scales = x.scales.logit_scale, x.teacher_logit_scale
     if x.divides_by_scales:
@@ -125,7 +129,7 @@ class Contrast:
     """The property of `LossInputs` with both directions."""
 
     target: Literal["pair", "teacher"]
-    """Find the own pair among the candidates (cross entropy), or match the teacher's distribution over them (KL)."""
+    """Target of the softmax over candidates: the anchor's own pair (cross entropy), or the teacher's softmax (KL)."""
 
 
 @dataclass(frozen=True)
@@ -133,21 +137,21 @@ class Objective:
     """One objective: its loss, and the inputs that the loss reads."""
 
     loss: Contrast | Callable[[LossInputs, str], Sweep | tuple[list[Sweep], Tensor]]
-    """The sweeps that compute the loss over the rank's rows, given its name; losses.py defines the loss.  A function
-    may return the value apart, if its sweeps have only the right gradient."""
+    """The way to compute the loss over the rank's rows; losses.py defines it.  A function is given the objective's name
+    and returns a sweep, or sweeps that have only the loss's gradient together with its value."""
 
     paper_weight: float
-    """The weight in CLIP-KD's recipes, in their units; 0 if they do not use the objective."""
+    """The weight in CLIP-KD's recipes, 0 if they do not use the objective; `paper_weight` converts it to our units."""
 
     is_mean_over_width: bool = False
-    """True if the paper's term is a mean over the width and ours a sum: divide the weight by the width."""
+    """True if the paper's term is a mean over the width where ours is a sum, so its weight is divided by the width."""
 
     needs_teacher: bool = True
     in_teacher_width: bool = False
     """True if it reads features in the teacher's width; a projection computes them if the widths differ."""
 
     reads_logit_scale: bool = False
-    """True if it trains the student's own scale."""
+    """True if it reads, and so trains, the student's own scale."""
 
     reads_cross_scale: bool = False
     """True if it needs the learnt scale of similarities between the two models."""
@@ -156,7 +160,7 @@ class Objective:
     """True if it needs learnt fusions of both models' features, and a scale for them."""
 
     on_whole_image: str | None = None
-    """Set if it shows the student only some patches: the objective with the same loss on the whole image."""
+    """For an objective on masked images: the name of the objective that has the same loss on whole images."""
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -186,7 +190,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "gd": Objective(
         _match_gradients,
-        paper_weight=1e8 / 1024**2,  # a mean over a batch of 1024, squared
+        paper_weight=1e8 / 1024**2,  # the paper's term is ours divided by the square of its batch, 1024, and the width
         is_mean_over_width=True,
         in_teacher_width=True,
         reads_logit_scale=True,
@@ -209,11 +213,11 @@ OBJECTIVES: dict[str, Objective] = {
         reads_cross_scale=True,
     ),
 }
-"""The objectives, in the order in which they are computed, summed and logged."""
+"""The objectives, in the order in which they are summed and logged."""
 
 
 def select(weights: Mapping[str, float], *, with_teacher: bool = True) -> dict[str, Objective]:
-    """Return the weighted objectives in the order of `OBJECTIVES`; without a teacher, those that need none."""
+    """Return the objectives of nonzero weight in the order of `OBJECTIVES`; without a teacher, those that need none."""
     return {
         name: objective
         for name, objective in OBJECTIVES.items()
@@ -225,9 +229,10 @@ def paper_weight(objective: str, *, width: int = 512) -> float:
     """Return the weight that makes an objective count as in CLIP-KD's recipes, for a teacher of this `width`.
 
     The recipes use 1 for `task`, `crd`, `icl` and `afd`, 2000 for `fd` and `mfd`, 1e8 for `gd` at a batch of 1024, and
-    no `cross_kd`.  Their FD and GD are means over the width, and GD also falls with the square of the batch size.  Here
-    both are sums (see `fd_loss` and `gd_loss`), so 3.9 and 0.186 at D = 512 are right at any batch size.  GD's weight
-    belongs to their inverted temperature (`reference_compat`): with the equation's, the term is far larger.
+    no `cross_kd`.  Their FD, MFD and GD are means over the width, and GD is also divided by the squared batch size.
+    Ours are sums over the width (see `fd_loss` and `gd_loss`), so at D = 512 the weights are 3.9 and 0.186 at any batch
+    size.  GD's weight is meant for `reference_compat`, which divides by the scales.  Without it, the scales multiply,
+    and the term is far larger.
     """
     row = OBJECTIVES[objective]
     return row.paper_weight / width if row.is_mean_over_width else float(row.paper_weight)
@@ -236,9 +241,10 @@ def paper_weight(objective: str, *, width: int = 512) -> float:
 def weights_on_unit_features(weights: Mapping[str, float], *, same_width: bool) -> dict[str, float]:
     """Return the weights for fine-tuning a student that provides only unit features of whole images.
 
-    Objectives that fuse are dropped: newly initialized fusions would teach nothing.  A masked objective continues with
-    the whole image.  If the widths differ, objectives in the teacher's width are dropped too, because the learnt
-    projections start from raw features.  If no objective remains, the task loss is used.
+    Objectives that fuse are dropped, because their fusions would be newly initialized.  The weight of a masked
+    objective goes to its objective on whole images.  If the widths differ, objectives in the teacher's width are
+    dropped too, because the learnt projections need features that are not normalized.  If no objective remains, `task`
+    has weight 1.
     """
     kept = dict.fromkeys(OBJECTIVES, 0.0)
     for name, objective in select(weights).items():
@@ -259,13 +265,13 @@ def weighted_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the objectives, and the unweighted terms without gradient, in their order.
 
-    `own` and `everyone` are the rank's features and those of all ranks (`gather_features`).  Features and scales are
-    those of heads that were made for at least these objectives.  `divides_by_scales` selects `reference_compat`'s form
-    of gradient distillation.  Without a teacher, the objectives that need none are computed.  `memory_mb` bounds the
-    similarities that exist at once.
+    `own` and `everyone` are the features of the rank's rows and of all ranks' rows (`gather_features`), made with
+    `scales` by heads for at least these objectives.  Without a teacher, only objectives that need none are computed.
+    `memory_mb` bounds the memory of a block (blocks.py).  `divides_by_scales` selects `reference_compat`'s form of
+    gradient distillation.
 
-    Sum and terms have the value of the whole batch on every rank (a collective call).  The gradient is that of the
-    rank's rows as anchors: the mean over ranks is the gradient of the batch.
+    On every rank, the sum and the terms have the values of the whole batch (a collective call).  The sum's gradient
+    differs: it is that of the loss of the rank's anchors, and the mean over ranks is the gradient of the batch's loss.
     """
     inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales)
     selected = select(weights, with_teacher=own.teacher is not None)
@@ -291,7 +297,7 @@ def weighted_loss(
 
 
 def _contrasts(inputs: LossInputs, selected: Mapping[str, Objective]) -> list[Sweep]:
-    """Return both directions of each kind of similarities; the objectives of one kind share its sweeps."""
+    """Return the sweeps of all contrastive objectives: two directions for each kind of similarities."""
     sweeps = []
     for similarities in ("student", "cross", "fused"):
         named: dict[str, str] = {

@@ -28,35 +28,35 @@ from toolchain.stage import (
 
 State = Literal["made", "failed", "interrupted", "not made"]
 UNKNOWN = "unknown"
-"""Digest of an earlier stage that will be made, probably with the bytes that it had."""
+"""Placeholder for the digest of an input stage that does not exist now; it will probably get the bytes that it had."""
 
 SpecMaker = Callable[[dict[str, Stage]], StageSpec | None]
-"""Makes a stage's specification from its earlier stages, by role."""
+"""Makes a stage's specification from its input stages, by role; None if they do not suffice."""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of a recipe and what a run directory holds of it."""
+    """A stage of a recipe, and what a run directory has of it: finished, interrupted, or of another recipe."""
 
     name: str
     path: Path
     found: State
-    """State of the directory, of this or another recipe."""
+    """State of its directory, whichever recipe it is of."""
 
     manifest: Mapping[str, Any] | None = None
-    """The manifest of the finished stage, if it is reused."""
+    """The manifest of a finished stage that is of this recipe, or may be (see `unknown`)."""
 
     superseded: tuple[Superseded, ...] = ()
     """Work of other recipes that making this stage would replace."""
 
     unknown: str | None = None
-    """Reason why it is not known whether the finished stage is of this recipe."""
+    """Reason why the finished stage cannot be compared with the recipe; None if it was compared."""
 
     keeps_bytes: bool = False
     """True if making it again should give the same files, so that later stages stay valid."""
 
     kept: tuple[Path, ...] = ()
-    """Stages that this one is replacing, kept until it is complete."""
+    """Earlier stages in `.replaced`: kept until this one is complete."""
 
     @property
     def is_made(self) -> bool:
@@ -69,13 +69,13 @@ class PlannedStage:
         return "of another recipe" if any(each.finished for each in self.superseded) else self.found
 
     def as_input(self, recorded: str | None) -> Stage:
-        """Return the stage as an input of a later one; `recorded` is the digest in the later one's manifest."""
+        """Return the stage as an input of a later one, whose manifest has recorded this digest of it."""
         if self.manifest is not None:
             return Stage(self.path, dict(self.manifest), cached=True)
         return Stage(self.path, {"digest": (recorded or UNKNOWN) if self.keeps_bytes else MADE_AGAIN}, cached=False)
 
     def describe(self) -> str:
-        """Return the state in one line: what differs, how long it took, and what would happen to it."""
+        """Return the state in one line: what differs, how long it took, and what `clipkd run` would do with it."""
         if self.is_made and not self.path.exists():
             return f"made; kept in {self.kept[0]}, would be put back"
         step = _find_step(partial_path(self.path))
@@ -90,17 +90,18 @@ class PlannedStage:
 
 
 def _describe_superseded(superseded: Superseded, attempt: str) -> str:
-    would = "would be replaced only with --replace" if superseded.is_costly else "would be replaced"
+    consequence = "would be replaced only with --replace" if superseded.is_costly else "would be replaced"
     took = describe_duration(superseded.took_s)
-    return f"{attempt}of another recipe: {abridge(superseded.differences)}; took {took}; {would}"
+    return f"{attempt}of another recipe: {abridge(superseded.differences)}; took {took}; {consequence}"
 
 
 def examine_stage(
     out: Path, name: str, make_spec: SpecMaker, earlier: Mapping[str, PlannedStage] | None = None
 ) -> PlannedStage:
-    """Return a stage's state in a run; reads manifests, and no other file of a stage.
+    """Return a stage's state in a run.
 
-    `earlier` has the stages that this one reads, by role.  If `make_spec` returns None, only these are compared.
+    Files are not checked against their hashes, except those of a kept stage that would be put back.  `earlier` has the
+    stages that this one reads, by role.  If `make_spec` returns None, only these are compared with what was recorded.
     """
     path, earlier = out / name, earlier or {}
     manifest, attempt, kept = read_manifest(path), read_attempt(partial_path(path)), tuple(list_kept(path))
@@ -123,7 +124,7 @@ def examine_stage(
 
 
 def find_state(path: Path) -> State:
-    """Return what a run holds of a stage, of this or another recipe."""
+    """Return the state of a stage's directory, whichever recipe it is of."""
     partial = partial_path(path)
     if path.exists():
         return "made"
@@ -133,7 +134,7 @@ def find_state(path: Path) -> State:
 
 
 def _assume_unchanged(path: Path, recorded: Mapping[str, Any], inputs: Mapping[str, Stage]) -> StageSpec | None:
-    """Return a stage as recorded, but with its inputs of now; None if its fields were not recorded."""
+    """Return a stage with the fields that were recorded and the current inputs; None if no fields were recorded."""
     if "fields" not in recorded:
         return None
     known = {role: stage for role, stage in inputs.items() if stage.digest != UNKNOWN}
@@ -151,9 +152,9 @@ def _find_step(partial: Path) -> int | None:
 
 
 def plan_checkpoints(recipe: Recipe, out: Path) -> list[PlannedStage]:
-    """Return the stages up to the student that a recipe makes; the teacher's features only while a student needs them.
+    """Return a recipe's stages up to the student; the teacher cache is one of them only if the student is not made.
 
-    Raises: nothing; a stage whose inputs cannot be read has the reason in `unknown`.
+    A stage whose inputs cannot be read raises no ClipkdError: it has the reason in `unknown`.
     """
     if recipe.distill is None:
         return [_examine_adopted(recipe.student, recipe.seed, out, "adopted")]
@@ -186,7 +187,7 @@ def plan_quantized(recipe: Recipe, out: Path) -> list[PlannedStage]:
 
 
 def plan_caches(recipe: Recipe, out: Path) -> list[PlannedStage]:
-    """Return the stages that store features: each teacher and its cache."""
+    """Return the stages of `clipkd cache`: the teachers, then the cache of each."""
     if recipe.distill is None or recipe.distill.teacher_cache is None or recipe.teacher is None:
         return []
     inputs = training_inputs(recipe)
@@ -205,7 +206,10 @@ def _examine_teacher(spec: TeacherSpec, seed: int, out: Path) -> PlannedStage:
 
 
 def _examine_adopted(model: ModelSpec, seed: int, out: Path, name: str) -> PlannedStage:
-    """Return the state of an adopted model: the same weights give the same bytes, however often they are saved."""
+    """Return the state of an adopted model.
+
+    Saving the same weights again gives the same bytes, so a stage that differs at most in its version keeps them.
+    """
     found = examine_stage(out, name, lambda _: adopt_spec(model, seed, out / name))
     differences = [text for each in found.superseded for text in each.differences]
     return replace(found, keeps_bytes=all(text.startswith("version ") for text in differences))
@@ -216,7 +220,7 @@ def _examine_student(inputs: TrainingInputs, out: Path, name: str, earlier: Mapp
 
 
 def _examine_cache(inputs: TrainingInputs, out: Path, name: str, teacher: PlannedStage) -> PlannedStage:
-    """Return the state of a teacher's features; their key is made of the finished teacher's files."""
+    """Return the state of a teacher cache; its key depends on the finished teacher's files."""
     spec = inputs.distill.teacher_cache
     assert spec is not None
 
