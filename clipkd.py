@@ -4,7 +4,6 @@
 Functions import heavy packages themselves, which lets help and cached runs start at once.
 """
 
-import errno
 import importlib.util
 import json
 import shlex
@@ -37,9 +36,10 @@ def _foreign_package() -> str | None:
 try:
     from toolchain import torchrun
     from toolchain.command_help import HelpCommand, HelpGroup
-    from toolchain.errors import ClipkdError, GateError, Interrupted, MissingDependency, UsageError
+    from toolchain.errors import ArtifactError, ClipkdError, GateError, Interrupted, MissingDependency, UsageError
+    from toolchain.filesystem import describe_os_error
     from toolchain.precisions import SAFEST_FIRST
-    from toolchain.terminal import TerminalScreen, open_screen, print_line, print_note, print_result
+    from toolchain.terminal import TerminalScreen, open_screen, print_any_text, print_line, print_note, print_result
     from toolchain.text_table import Note, TextTable
 except ImportError:  # a foreign `toolchain`, which `main` would refuse
     if (problem := _foreign_package()) is None:
@@ -449,13 +449,14 @@ def evaluate(
 
     Example: [bold]clipkd evaluate runs/quickstart/exported/student-onnxruntime-int8[/]
     """
-    from export.model_folder import find_run
+    from export.model_folder import find_run, model_kind
     from export.pipeline.evaluate_models import evaluate_models
     from toolchain.evaluation.table import evaluation_table, unreadable_images
     from toolchain.pipeline.stage_inputs import require_evaluation
 
     _refuse_torchrun()
     run = find_run(models[0])
+    model_kind(models[0])
     if recipe is None and run is None:
         raise UsageError(f"{models[0]} is in no run, so no recipe lists the evaluation sets; add: --recipe RECIPE")
     loaded = _recipe(recipe if recipe is not None else str(run / "recipe.yaml" if run else ""), overrides)
@@ -895,18 +896,12 @@ def verify(
 
     Example: [bold]clipkd verify runs/quickstart[/]
     """
-    from toolchain.stage import MANIFEST, REPLACED, open_stage
+    from toolchain.pipeline.run_directory import verify_stages
 
-    checked: dict[str, str] = {}
-    for directory in directories:
-        inside = (
-            path.parent for path in directory.rglob(MANIFEST) if REPLACED not in path.relative_to(directory).parts
-        )
-        stages = [directory] if (directory / MANIFEST).exists() else sorted(inside)
-        if not stages:
-            raise UsageError(f"{directory}: no clipkd stage in it; expected a run, or a directory with {MANIFEST}")
-        checked |= {str(path): open_stage(path).digest for path in stages if not path.name.startswith(".")}
+    checked, problems = verify_stages(directories)
     print_result(checked, as_json, *(f"ok {path}" for path in checked))
+    if problems:
+        raise ArtifactError("\n".join(problems))
 
 
 for group in (app, data_app, devices_app, recipes_app):
@@ -966,6 +961,7 @@ def main() -> NoReturn:
     """Run the `clipkd` command, and turn errors into messages and exit codes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(130))
+    print_any_text()
     try:
         if problem := _foreign_package():
             raise UsageError(problem)
@@ -982,10 +978,9 @@ def main() -> NoReturn:
             )
         )
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if (problem := describe_os_error(error)) is None:
             raise
-        kept = "Finished stages and the last training checkpoint are kept"
-        _exit(ClipkdError(f"the disk is full ({error}). {kept}: free some space and repeat the command to resume"))
+        _exit(ClipkdError(problem))
     sys.exit(0)
 
 

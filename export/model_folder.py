@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from toolchain.errors import UsageError
+from toolchain.errors import UsageError, name_some
 from toolchain.filesystem import read_json
 from toolchain.recipe.model_names import CONFIG, WEIGHTS
 
@@ -74,5 +74,23 @@ def model_kind(model: Path) -> str:
         return "checkpoint"
     raise UsageError(
         f"{model}: neither an exported model (image.onnx) nor a checkpoint (open_clip_config.json); "
-        "name a directory such as RUN/exported/NAME or RUN/student"
+        f"{name_models(model)}"
     )
+
+
+def name_models(path: Path) -> str:
+    """Return what to name instead of a path that is no exported model: those inside it, or how to make one."""
+    if not path.is_dir():
+        return (
+            "it is a file; name a directory such as RUN/exported/NAME"
+            if path.exists()
+            else "no such directory; make one with: clipkd export RUN"
+        )
+    inside = sorted(
+        found.parent for found in path.rglob(IMAGE_GRAPH) if not any(part.startswith(".") for part in found.parts)
+    )
+    if inside:
+        return f"it contains: {name_some(inside)}"
+    if (path / "recipe.yaml").is_file():
+        return f"it is a run without exported models; make them with: clipkd export {path}"
+    return "name a directory such as RUN/exported/NAME, or RUN/student; make one with: clipkd export RUN"

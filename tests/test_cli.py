@@ -1,6 +1,8 @@
 """The command line: exit codes, full messages, the content of stdout, and the few modules that help imports."""
 
+import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -265,6 +267,70 @@ def test_missing_run(clipkd: Clipkd, tmp_path: Path, verb: str) -> None:
     )
 
 
+def test_what_is_no_run_is_named_for_what_it_is(clipkd: Clipkd, tmp_path: Path) -> None:
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("name: my\n")
+    assert clipkd("quantize", recipe).err == (
+        f"error: {recipe}: is a file; expected a run directory; make a run from this recipe with: "
+        f"clipkd run {recipe} --out RUN\n"
+    )
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    (student / "manifest.json").write_text("{}")
+    said = clipkd("export", student.parent).err
+    assert said.startswith(f"error: {student.parent}: it has stages, but no recipe.yaml. Restore that file, or repeat")
+    assert "glyphs" not in said, "another recipe in this run would replace its stages"
+    (student.parent / "recipe.yaml").write_text("name: my\n")
+    said = clipkd("report", student).err
+    assert (
+        said == f"error: {student}: expected a run directory; this is a part of the run {student.parent}. Name that\n"
+    )
+    for verb in ("show", "doctor"):
+        said = clipkd(verb, student.parent).err
+        assert "is a directory; expected a recipe; name this one's recipe: " in said
+        assert str(student.parent / "recipe.yaml") in said
+
+
+def test_verify_checks_all_stages_though_one_is_damaged(clipkd: Clipkd, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        run_stage(StageSpec(tmp_path / name, "test", 1), lambda folder: {"n": (folder / "file").write_text("content")})
+    (tmp_path / "a" / "file").unlink()
+    (tmp_path / "b" / "file").write_text("other")
+    ended = clipkd("verify", tmp_path)
+    assert (ended.code, ended.out) == (1, f"ok {tmp_path / 'c'}\n")
+    assert re.sub("[0-9a-f]{16}", "HASH", ended.err).count("changed since clipkd wrote it: expected sha256 HASH") == 2
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_escape(tmp_path: Path) -> None:
+    command = [sys.executable, REPOSITORY / "clipkd.py", "show", tmp_path / "n\u00fc\udcff\u2605.yaml"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 2
+    assert "n\\xfc\\udcff\\u2605.yaml: no included recipe has this name" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EACCES, "error: runs/x: Permission denied. Change its permissions, or choose another place\n"),
+        (errno.EROFS, "error: runs/x: Read-only file system. Choose a place that can be written, as with --out\n"),
+        (errno.EDQUOT, "Finished stages and the last training checkpoint are kept"),
+    ],
+)
+def test_errors_of_the_system_that_a_user_can_mend_are_messages(
+    clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    monkeypatch.setattr("toolchain.recipe.load.load_recipe", fail)
+    ended = clipkd("show", "glyphs")
+    assert ended.code == 1
+    assert said in ended.err
+    assert "Traceback" not in ended.err
+
+
 @pytest.mark.parametrize("verb", ["run", "distill"])
 @pytest.mark.parametrize("name", ["thesis.tex", "recipe.yaml"])
 def test_foreign_directory(clipkd: Clipkd, tmp_path: Path, verb: str, name: str) -> None:
@@ -307,7 +373,7 @@ def test_corrupted_weights(clipkd: Clipkd, recipe: Path, tmp_path: Path, monkeyp
         assert (ended.code, ended.out) == (1, ""), arguments
         assert re.sub("[0-9a-f]{16}", "HASH", ended.err) == (
             f"error: {weights}: changed since clipkd wrote it: expected sha256 HASH, got HASH. "
-            f"Remove {run / 'teacher'} and run the command again\n"
+            f"Restore it from a copy, or remove {run / 'teacher'} and run the command again\n"
         )
 
 
@@ -317,6 +383,9 @@ class Grey:
 
     def encode_pixels(self, pixel_values_BCHW: np.ndarray) -> np.ndarray:
         return np.ones((len(pixel_values_BCHW), 2), np.float32)
+
+    def compute_probabilities(self, image_BE: np.ndarray, features_KD: np.ndarray) -> np.ndarray:
+        return np.full((len(image_BE), len(features_KD)), 1 / len(features_KD), np.float32)
 
 
 def test_one_unreadable_image_among_many(clipkd: Clipkd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +421,10 @@ def test_one_unreadable_image_among_many(clipkd: Clipkd, tmp_path: Path, monkeyp
 def test_predict_without_a_model(clipkd: Clipkd, tmp_path: Path) -> None:
     ended = clipkd("predict", tmp_path, tmp_path / "letter.png")
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err == (f"error: {tmp_path}: no image.onnx; not an exported model; make one with: clipkd export RUN\n")
+    assert ended.err == (
+        f"error: {tmp_path}: no image.onnx; not an exported model; name a directory such as RUN/exported/NAME, "
+        "or RUN/student; make one with: clipkd export RUN\n"
+    )
     ended = clipkd("predict", tmp_path, tmp_path / "letter.png", "--labels", " , ")
     assert ended.code == 2
     assert ended.err == "error: --labels ' , ': contains no label; write, for example, --labels 'a cat,a dog'\n"

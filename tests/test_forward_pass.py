@@ -162,7 +162,7 @@ def test_a_batch_that_cannot_be_cut_into_equal_parts_is_refused(tmp_path: Path, 
     with pytest.raises(UsageError) as caught:
         train(tmp_path, tiny_samples, None, accumulate=3)
     assert str(caught.value) == (
-        "distill.accumulate 3 cannot split 8 samples (distill.batch_size 8 over 1 ranks) into equal parts; "
+        "distill.accumulate 3 cannot split 8 samples (distill.batch_size 8 over 1 rank) into equal parts; "
         "choose one of 1, 2, 4, 8, or auto"
     )
 

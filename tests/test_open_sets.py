@@ -844,11 +844,12 @@ def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> No
 
 
 def test_evaluate_refuses_what_is_no_model_and_what_no_recipe_names(tmp_path: Path, clipkd: Clipkd) -> None:
-    ended = clipkd("evaluate", tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "image.onnx").write_bytes(b"")
+    ended = clipkd("evaluate", model)
     assert (ended.code, ended.out) == (2, "")
-    assert (
-        ended.err == f"error: {tmp_path} is in no run, so no recipe lists the evaluation sets; add: --recipe RECIPE\n"
-    )
+    assert ended.err == f"error: {model} is in no run, so no recipe lists the evaluation sets; add: --recipe RECIPE\n"
     ended = clipkd("evaluate", tmp_path, "--recipe", "glyphs")
     assert ended.code == 2
     assert f"{tmp_path}: neither an exported model (image.onnx) nor a checkpoint (open_clip_config.json)" in ended.err

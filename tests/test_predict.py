@@ -192,7 +192,8 @@ def test_a_run_is_not_a_model_but_says_which_it_has(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         predict(tmp_path / "absent", [], None, top=1)
     assert str(caught.value) == (
-        f"{tmp_path / 'absent'}: no image.onnx; not an exported model; make one with: clipkd export RUN"
+        f"{tmp_path / 'absent'}: no image.onnx; not an exported model; no such directory; "
+        "make one with: clipkd export RUN"
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -294,6 +295,18 @@ def test_a_graph_that_does_not_load_is_an_error_with_the_reason(folder):
         ClipkdError, match=r"(?s)image\.onnx: the process that timed it exited with status 1\..*Protobuf"
     ):
         profile(folder, Effort(seconds=0.01))
+
+
+@pytest.mark.usefixtures("quiet_machine")
+def test_a_run_is_not_profiled_but_its_models_are_named(folder, tmp_path):
+    run = tmp_path / "run"
+    exported = shutil.copytree(folder, run / "exported" / "student-onnxruntime-fp32")
+    with pytest.raises(ArtifactError, match=re.escape(f"{run}: it contains: {exported}")):
+        profile(run)
+    shutil.rmtree(exported)
+    (run / "recipe.yaml").write_text("name: mine\n")
+    with pytest.raises(ArtifactError, match=f"a run without exported models; make them with: clipkd export {run}"):
+        profile(run)
 
 
 @pytest.mark.usefixtures("quiet_machine")

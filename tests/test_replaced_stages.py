@@ -273,3 +273,23 @@ def test_run_passes_its_checkpoint_options_on(
     options = ["--checkpoint-steps", "7", "--checkpoint-minutes", "0.5", "--replace"]
     assert clipkd("run", path, "--out", tmp_path / "run", *options).code == 1
     assert (got[0].checkpoint_steps, got[0].checkpoint_minutes, got[0].replace) == (7, 0.5, True)
+
+
+def test_a_run_that_trains_does_not_become_one_that_adopts_nor_the_other_way_round(
+    clipkd: Clipkd, tiny_recipe: Recipes, tmp_path: Path, teacher_folder: Path
+) -> None:
+    """Its recipe.yaml would be lost, and the next export would be of the other model."""
+    trained, adopted, path = tmp_path / "trained", tmp_path / "adopted", tiny_recipe()
+    write_run(path, trained)
+    before = files(trained)
+    ended = clipkd("adopt", teacher_folder, "--out", trained)
+    assert ended.code == 1
+    assert f"{trained}: is the run of recipe mine, which trains a student; its recipe.yaml would be" in ended.err
+    assert "choose another --out" in ended.err
+    assert {name: content for name, content in files(trained).items() if name in before} == before
+    assert clipkd("adopt", teacher_folder, "--out", adopted).code == 0
+    ended = clipkd("distill", path, "--out", adopted)
+    assert ended.code == 1
+    assert "which adopts a model; its recipe.yaml would be replaced" in ended.err
+    assert clipkd("adopt", teacher_folder, "--out", trained, "--replace").code == 0
+    assert (trained / "student").exists()

@@ -23,7 +23,7 @@ from toolchain.report.collect import collect
 from toolchain.report.findings import findings
 from toolchain.report.measured import machine_name
 from toolchain.report.pareto import pareto_front
-from toolchain.report.row import FIELDS, Number, ReportRow, Word, complete_row
+from toolchain.report.row import FIELDS, Number, ReportRow, Word, complete_row, read_report
 from toolchain.report.tables import render_csv, render_markdown, terminal_rows
 from toolchain.report.units import duration
 from toolchain.report.write import write_report
@@ -423,6 +423,18 @@ def test_nothing_exported_is_an_error_with_the_next_command(tmp_path):
     assert str(raised.value) == (
         f"{tmp_path}: no exported/*/manifest.json, so there is nothing to report. Export a model first:\n"
         f"  clipkd export {tmp_path} --onnx --precision fp32"
+    )
+
+
+def test_what_is_no_report_is_not_to_be_deleted(tmp_path):
+    """A user's own file may lie in a folder of his work: only a stage's folder can be made again."""
+    own = tmp_path / "my.yaml"
+    own.write_text("name: my\n")
+    with pytest.raises(ArtifactError) as raised:
+        read_report(own)
+    assert str(raised.value) == (
+        f"{own}: not JSON: Expecting value: line 1 column 1 (char 0). "
+        "Expected the report.json that clipkd report writes"
     )
 
 

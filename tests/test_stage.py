@@ -669,7 +669,7 @@ def test_damage_is_found_and_both_hashes_are_said(tmp_path: Path) -> None:
         make(path)
     assert str(caught.value) == (
         f"{path / 'weights'}: changed since clipkd wrote it: expected sha256 {recorded[:16]}, got {got[:16]}. "
-        f"Remove {path} and run the command again"
+        f"Restore it from a copy, or remove {path} and run the command again"
     )
     with pytest.raises(ArtifactError):  # also where another stage is asked for: damage is never silently replaced
         make(path, write(), fields={"steps": 4})

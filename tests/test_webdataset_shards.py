@@ -932,11 +932,11 @@ def test_too_little_data(tmp_path: Path) -> None:
     assert raises(UsageError, lambda: opened(path, batch_size=2)) == (
         "data.shards: 1 sample(s) in 1 shard(s) are fewer than a batch of 2; "
         f"skipped, missing caption: 1, first: {path}: b (only jpg). "
-        "Add more shards, or lower distill.batch_size"
+        "Add more shards, or lower the batch size"
     )
     assert raises(UsageError, lambda: imagined(2, 600, 4096)) == (
         "data.shards: 1,200 sample(s) in 2 shard(s) are fewer than a batch of 4,096; nothing was skipped. "
-        "Add more shards, or lower distill.batch_size"
+        "Add more shards, or lower the batch size"
     )
     assert raises(UsageError, lambda: opened(write_tar(tmp_path / "b.tar", []))).startswith("data.shards: 0 sample(s)")
 

@@ -290,9 +290,9 @@ def test_a_truncated_file(trained: State, tmp_path: Path) -> None:
     [
         ({"epoch": 1, "model": {"w": 1.0}}, "a dictionary of epoch, model"),
         ({"optimizer": {"state": {"w": {"step": torch.zeros(1)}}}}, "a dictionary of optimizer"),
-        ({}, "a dictionary of "),
-        ([torch.zeros(1)], "<class 'list'>"),
-        (torch.zeros(1), "<class 'torch.Tensor'>"),
+        ({}, "an empty dictionary"),
+        ([torch.zeros(1)], "list"),
+        (torch.zeros(1), "Tensor"),
         ({"state_dict": {}}, "a dictionary of state_dict"),
     ],
     ids=str,
@@ -406,6 +406,16 @@ def test_weights_that_are_not_finite_are_refused(trained: State, tmp_path: Path,
     save_file(state, path) if kind == "safetensors" else torch.save(state, path)
     said = problem(path)
     assert said.startswith("FILE: NaN or infinity in 1 of 62 tensors: text_projection (1 of 1,024 values). ")
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_weights_quantized_to_whole_numbers_are_refused(trained: State, tmp_path: Path, kind: str) -> None:
+    """As floats they would be -1, 0 and 1, and the model would compute nothing."""
+    path = tmp_path / f"weights.{kind}"
+    state = trained | {"text_projection": trained["text_projection"].to(torch.int8)}
+    save_file(state, path) if kind == "safetensors" else torch.save(state, path)
+    said = problem(path)
+    assert said.startswith("FILE: 1 of 62 tensors have whole numbers (int8) instead of floats: text_projection. ")
 
 
 def test_a_folders_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files: atomic writes, hashes, lock files, and the user's cache folder."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ArtifactError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OS_ADVICE = {
+    errno.EACCES: "Change its permissions, or choose another place",
+    errno.EPERM: "Change its permissions, or choose another place",
+    errno.EROFS: "Choose a place that can be written, as with --out",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EMFILE: "Raise the limit with ulimit -n, or use fewer --workers",
+    errno.ENOLCK: "This file system has no locks; choose another place",
+}
+"""What to do about the errors of the operating system that a user can mend; others are bugs."""
+
+
+def describe_os_error(error: OSError) -> str | None:
+    """Return a message for an error of the operating system that a user can mend, else None."""
+    if error.errno in _FULL:
+        return (
+            f"the disk is full ({error}). Finished stages and the last training checkpoint are kept: "
+            "free some space and repeat the command to resume"
+        )
+    if error.errno not in _OS_ADVICE or error.filename is None:
+        return None
+    return f"{os.fsdecode(error.filename)}: {error.strerror}. {_OS_ADVICE[error.errno]}"
 
 
 def partial_path(path: Path) -> Path:
@@ -48,8 +72,17 @@ def write_json(path: Path, document: Any, *, allow_nan: bool = True) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that clipkd wrote."""
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Return the JSON object in a file that clipkd wrote.
+
+    Raises:
+        ArtifactError: it is not there, or it was changed into something else.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; clipkd wrote it. Restore the folder {path.parent}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not JSON: {error}. Restore the folder {path.parent}, as from a copy") from None
     return document
 
 

@@ -225,7 +225,9 @@ def open_stage(path: Path) -> Stage:
             f"{path}: no {MANIFEST}, so clipkd did not make this directory and does not change it"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path / MANIFEST}: not a clipkd manifest ({error!r})") from None
+        raise ArtifactError(
+            f"{path / MANIFEST}: not a clipkd manifest ({error!r}). Restore it from a copy, or remove {path}"
+        ) from None
     for name, expected in recorded.items():
         file = path / name
         got = file_sha256(file) if file.is_file() else "no such file"
@@ -234,7 +236,7 @@ def open_stage(path: Path) -> Stage:
                 return open_stage(path)
             raise ArtifactError(
                 f"{file}: changed since clipkd wrote it: expected sha256 {expected[:16]}, got {got[:16]}. "
-                f"Remove {path} and run the command again"
+                f"Restore it from a copy, or remove {path} and run the command again"
             )
     if digest != _digest(recorded):
         raise ArtifactError(f"{path / MANIFEST}: its digest does not match its list of files; remove {path}")

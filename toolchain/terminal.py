@@ -1,7 +1,9 @@
 """Print progress on stderr and tables on stdout.  Only this module and `clipkd.py` use rich."""
 
+import io
 import json
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -22,6 +24,17 @@ if TYPE_CHECKING:
     from toolchain.stage import Stage
 
 stdout, stderr = Console(), Console(stderr=True)
+
+
+def print_any_text() -> None:
+    """Let the terminal's encoding fail on no character: one that it lacks is printed as an escape, such as \\u2605.
+
+    A terminal's encoding may be ASCII or Latin-1, and a file name may be no text at all.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
 
 _LINE_EVERY_S = 30.0
 _LONG_WORD = 24

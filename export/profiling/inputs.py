@@ -14,7 +14,7 @@ from PIL import Image
 
 from export.device_programs.runner import preprocess_image
 from export.devices.run_runner import require_compiler
-from export.model_folder import find_exported, is_checkpoint, runtime_words, tower_files
+from export.model_folder import find_exported, is_checkpoint, name_models, runtime_words, tower_files
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import read_json
 
@@ -94,11 +94,12 @@ def _source_of_inputs(folder: Path, options: RunnerOptions) -> Path:
     if is_reference and options.compiled:
         require_compiler()
     exported = find_exported(folder) if is_reference else folder
-    for name in ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz"):
-        if not (exported / name).is_file():
-            raise ArtifactError(
-                f"{exported / name}: missing; profiling needs it. Export again: clipkd export RUN --onnx"
-            )
+    needed = ("image.onnx", "text.onnx", "preprocess.json", "classes.npz", "parity.npz")
+    missing = [name for name in needed if not (exported / name).is_file()]
+    if missing:
+        is_export = len(missing) < len(needed)
+        advice = "Export again: clipkd export RUN --onnx" if is_export else f"{exported}: {name_models(exported)}"
+        raise ArtifactError(f"{exported / missing[0]}: missing; profiling needs it. {advice}")
     return exported
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from export.model_folder import name_models
 from export.runtime.exported_model import ExportedEncoders, open_exported
 from toolchain.data.bad_samples import NO_FILE, UnusableError, to_utf8
 from toolchain.data.class_folders import read_class_name
@@ -94,9 +95,7 @@ def predict(
         ArtifactError: `model` is not an exported model.
     """
     if not (model / "image.onnx").is_file():
-        inside = sorted(path.parent for path in model.rglob("image.onnx")) if model.is_dir() else []
-        hint = f"it contains: {', '.join(map(str, inside))}" if inside else "make one with: clipkd export RUN"
-        raise ArtifactError(f"{model}: no image.onnx; not an exported model; {hint}")
+        raise ArtifactError(f"{model}: no image.onnx; not an exported model; {name_models(model)}")
     labels = None if labels is None else [read_class_name(label) for label in labels]
     repeated = [label for label, count in Counter(labels or []).items() if count > 1]
     if repeated:

@@ -63,19 +63,23 @@ def assemble_view(
 _CROP, _CAPTION = 1, 1 + CROP_NUMBERS  # columns of `uniforms`; 0 orders samples
 
 
+class TooFewSamples(UsageError):
+    """Data with fewer samples than a batch; `training_data` adds which field of the recipe sets the batch size."""
+
+
 def require_full_batch(
     field: str, num_samples: int, batch_size: int, left_out: Sequence[LeftOut], *, held: str = "", more: str = "data"
 ) -> None:
     """Refuse data with fewer samples than a batch; `field` is the recipe's, `held` names where the samples are.
 
     Raises:
-        UsageError: there are fewer samples than `batch_size`.
+        TooFewSamples: there are fewer samples than `batch_size`.
     """
     if num_samples < batch_size:
-        raise UsageError(
+        raise TooFewSamples(
             f"{field}: {num_samples:,} sample(s){held} are fewer than a batch of {batch_size:,}; "
             f"{'; '.join(describe_left_out(left_out)) or 'nothing was skipped'}. Add more {more}, or lower "
-            "distill.batch_size"
+            "the batch size"
         )
 
 

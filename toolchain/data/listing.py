@@ -78,12 +78,16 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def require_file(name: str) -> Path:
+    if Path(name).is_dir():
+        raise UsageError(f"data: {name}: is a folder; expected a file")
     if not Path(name).is_file():
         raise UsageError(f"data: {name}: no such file (searched in {Path.cwd()})")
     return Path(name)
 
 
 def require_folder(name: str) -> Path:
+    if Path(name).is_file():
+        raise UsageError(f"data.path: {name}: is a file; expected a folder; data.kind is csv or webdataset for files")
     if not Path(name).is_dir():
         raise UsageError(f"data.path: {name}: no such folder (searched in {Path.cwd()})")
     return Path(name)

@@ -50,37 +50,47 @@ def training_data(
     *,
     seed: int,
     batch_size: int,
+    batch_size_field: str = "distill.batch_size",
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda _: None,
 ) -> "TrainingData":
     """Open the data a recipe names.
 
     `progress` reports sample listing and shard indexing (slow the first time); `say` reports skipped samples.
+    `batch_size_field` is the recipe field that sets `batch_size`, for messages.
 
     Raises:
         UsageError: files are missing, or contain fewer samples than one batch.
         ClipkdError: a file cannot be read.
     """
+    from toolchain.data.assemble import TooFewSamples
+
+    try:
+        data = _open_data(spec, seed=seed, batch_size=batch_size, progress=progress)
+    except TooFewSamples as error:
+        raise UsageError(f"{error}, {batch_size_field}") from None
+    for sentence in describe_left_out(data.left_out):
+        say(sentence)
+    return data
+
+
+def _open_data(spec: DataSpec, *, seed: int, batch_size: int, progress: Progress) -> "TrainingData":
     from toolchain.data.glyph_batches import GlyphBatches
     from toolchain.data.mixture import MixtureBatches, source_seed
 
-    data: TrainingData
     match spec:
         case GlyphsSpec():
-            data = GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
+            return GlyphBatches(glyphs.training_set(), seed, batch_size, spec.views)
         case MixtureSpec():
             sources = [
                 _open_source(source, seed=source_seed(seed, number), batch_size=1, progress=progress)
                 for number, source in enumerate(spec.sources)
             ]
-            data = MixtureBatches.from_sources(
+            return MixtureBatches.from_sources(
                 sources, spec.repeat, seed=seed, batch_size=batch_size, num_views=spec.views
             )
         case _:
-            data = _open_source(spec, seed=seed, batch_size=batch_size, progress=progress)
-    for sentence in describe_left_out(data.left_out):
-        say(sentence)
-    return data
+            return _open_source(spec, seed=seed, batch_size=batch_size, progress=progress)
 
 
 def _open_source(spec: WebdatasetSpec | FileSpec, *, seed: int, batch_size: int, progress: Progress) -> "OrderedData":

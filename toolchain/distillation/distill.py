@@ -140,23 +140,43 @@ def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
     return spec.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def check_warmup(spec: DistillSpec, steps: int) -> None:
+    """Raise an error if a training of `steps` steps ends before its warm-up.
+
+    Raises:
+        UsageError: it does.
+    """
+    if spec.warmup >= steps:
+        raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
+
+
+def split_batch(spec: DistillSpec, processes: Processes) -> slice:
+    """Return this rank's rows of every batch.
+
+    Raises:
+        UsageError: the ranks, or the parts of `accumulate`, cannot have equal shares of the batch.
+    """
+    rows = processes.rows(spec.batch_size)
+    own = rows.stop - rows.start
+    if spec.accumulate != "auto" and own % spec.accumulate:
+        ranks = f"{processes.size} rank{'s' if processes.size > 1 else ''}"
+        raise UsageError(
+            f"distill.accumulate {spec.accumulate} cannot split {own} samples "
+            f"(distill.batch_size {spec.batch_size} over {ranks}) into equal parts; "
+            f"choose one of {', '.join(map(str, divisors(own)))}, or auto"
+        )
+    return rows
+
+
 def _check(training: Training, processes: Processes) -> slice:
     """Return this rank's rows of every batch.
 
     Raises:
         UsageError: the run cannot be trained as asked.
     """
-    spec, steps = training.spec, training.steps
-    if spec.warmup >= steps:
-        raise UsageError(f"distill.warmup ({spec.warmup}) must be less than the {steps} steps of {spec.epochs} epochs")
-    rows = processes.rows(spec.batch_size)
-    own = rows.stop - rows.start
-    if spec.accumulate != "auto" and own % spec.accumulate:
-        raise UsageError(
-            f"distill.accumulate {spec.accumulate} cannot split {own} samples "
-            f"(distill.batch_size {spec.batch_size} over {processes.size} ranks) into equal parts; "
-            f"choose one of {', '.join(map(str, divisors(own)))}, or auto"
-        )
+    spec = training.spec
+    check_warmup(spec, training.steps)
+    rows = split_batch(spec, processes)
     if not select(spec.loss_weights.model_dump(), with_teacher=training.teacher is not None):
         raise UsageError("distill.loss_weights.task is 0 and there is no teacher; nothing to train")
     return rows

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toolchain.errors import ArtifactError
+from toolchain.errors import ArtifactError, name_some
 from toolchain.models.hub import one_line
 
 State = dict[str, Tensor]
@@ -47,9 +47,9 @@ def read_weights(path: Path, say: Callable[[str], None] = lambda _: None) -> Sta
     content = _read_content(path)
     candidates = _find_states(content)
     if not candidates:
-        held = (
-            f"a dictionary of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else type(content)
-        )
+        held = type(content).__name__
+        if isinstance(content, dict):
+            held = f"a dictionary of {name_some(content)}" if content else "an empty dictionary"
         raise ArtifactError(f"{path}: expected a state_dict of tensors, or a checkpoint that contains one; got {held}")
     alone = "torch.save(torch.load(FILE, weights_only=True)[NAME], OTHER)"
     chosen = _choose(path, list(candidates), alone, say)
@@ -84,7 +84,9 @@ def _read_content(path: Path) -> Any:
                 f"{path}: a TorchScript archive, as OpenAI publishes its models; clipkd reads state_dicts. "
                 "For OpenAI's weights write pretrained: openai instead of checkpoint"
             ) from error
-        raise ArtifactError(f"{path}: not a weights file, or corrupt: {one_line(error)}") from error
+        raise ArtifactError(
+            f"{path}: not a weights file, or corrupt: it starts with {head[:16]!r} ({one_line(error)[:100]})"
+        ) from error
 
 
 def _recognize(head: bytes) -> str | None:

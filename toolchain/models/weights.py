@@ -10,7 +10,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from torch import Tensor, nn
 
-from toolchain.errors import ArtifactError, UsageError
+from toolchain.errors import ArtifactError, UsageError, name_some
 from toolchain.models.finite import describe_non_finite
 from toolchain.models.hub import download_tag, from_hub
 from toolchain.models.state_dict import common_prefix, read_weights
@@ -112,6 +112,14 @@ def load_weights(
         raise ArtifactError(
             f"{path}: {wrong}. A model with these weights computes nothing; use an earlier checkpoint, or the file "
             "before it was converted"
+        )
+    whole = [key for key in own if own[key].is_floating_point() and not state[key].is_floating_point()]
+    if whole:
+        kinds = name_some(sorted({str(state[key].dtype).removeprefix("torch.") for key in whole}))
+        raise ArtifactError(
+            f"{path}: {len(whole)} of {len(own)} tensors have whole numbers ({kinds}) instead of floats: "
+            f"{name_some(whole, _NAMED_KEYS)}. These are quantized weights without their scales; use the file before "
+            "it was quantized"
         )
     net.load_state_dict(state)
 

@@ -103,7 +103,8 @@ def _quantize(inputs: QuantizeInputs, folder: Path, screen: Screen) -> dict[str,
     from toolchain.models.build import load_model
     from toolchain.quantization.quantize_student import Quantization, quantize_student
 
-    data = training_data(inputs.data, seed=inputs.seed, batch_size=inputs.spec.batch_size)
+    size = inputs.spec.batch_size
+    data = training_data(inputs.data, seed=inputs.seed, batch_size=size, batch_size_field="quantize.batch_size")
     frozen: Any = None
     if inputs.cache:
         frozen = open_found_cache(inputs.cache)

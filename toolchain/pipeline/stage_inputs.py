@@ -13,6 +13,7 @@ from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
 
@@ -49,20 +50,30 @@ def data_fields(spec: DataSpec) -> dict[str, Any]:
     return spec.model_dump(exclude={"max_damaged": True, "sources": {"__all__": {"max_damaged"}}})
 
 
-def require_training_data(inputs: TrainingInputs, screen: Screen) -> None:
+def require_training_data(inputs: TrainingInputs, screen: Screen, quantize: QuantizeSpec | None = None) -> None:
     """Open the data once before any model is loaded, downloaded or trained, so a mistake in it costs no wait.
 
-    Shards are indexed here for the first time; the stages that train find the index.
+    Shards are indexed here for the first time; the stages that train find the index.  `quantize`: check its batch size
+    too, because it reads the same data after the training.
 
     Raises:
-        UsageError: files are missing, or contain fewer samples than one batch.
+        UsageError: files are missing, or contain fewer samples than one batch; or a batch cannot be split over the
+            ranks and parts, or all steps are warm-up.
     """
     from toolchain.data.open import training_data
+    from toolchain.distillation.distill import check_warmup, split_batch
     from toolchain.distributed import join_processes
 
-    if inputs.data.is_stored:
-        with join_processes().first_alone():
-            training_data(inputs.data, seed=inputs.seed, batch_size=inputs.distill.batch_size, progress=screen.progress)
+    processes, distill = join_processes(), inputs.distill
+    split_batch(distill, processes)
+    if not inputs.data.is_stored:
+        return
+    with processes.first_alone():
+        data = training_data(inputs.data, seed=inputs.seed, batch_size=distill.batch_size, progress=screen.progress)
+        check_warmup(distill, distill.num_steps(data.steps_per_epoch))
+        if quantize is not None and quantize.batch_size > distill.batch_size:
+            size = quantize.batch_size
+            training_data(inputs.data, seed=inputs.seed, batch_size=size, batch_size_field="quantize.batch_size")
 
 
 def num_workers(spec: DataSpec, options: TrainingOptions, device: str) -> int:
@@ -115,8 +126,9 @@ def require_evaluation(recipe: Recipe) -> EvaluateSpec:
 
     if recipe.evaluate is None:
         raise UsageError(
-            f"recipe {recipe.name} has no evaluate section, so there is nothing to report; "
-            "add one, or train only with: clipkd distill"
+            f"recipe {recipe.name} has no evaluate section, which run, export and evaluate need "
+            "(clipkd distill does not). Add one, as with "
+            "--set 'evaluate={headline: mine, sets: [{kind: folder, name: mine, path: data/mine}]}'"
         )
     for spec in recipe.evaluate.sets:
         if not isinstance(spec, str):  # glyph sets always exist

@@ -39,7 +39,7 @@ def train_checkpoints(
         return {"adopted": _adopt(recipe.student, recipe.seed, out / "adopted", screen, options)}
     inputs = training_inputs(recipe)
     if not (out / "student").exists():
-        require_training_data(inputs, screen)
+        require_training_data(inputs, screen, recipe.quantize if recipe.export.is_quantized else None)
         _refuse_misfits(inputs, recipe.teacher, screen)
     if recipe.teacher is None:
         return {"student": _train_one(inputs, out, "student", None, screen, options)}

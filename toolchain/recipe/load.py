@@ -28,6 +28,10 @@ def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
     path = Path(name) if recipe_folder is None else resolve_path(name, recipe_folder)
     if path.is_file():
         return path
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        advice = f"name this one's recipe: {inside}" if inside.is_file() else "name a file"
+        raise UsageError(f"{name}: is a directory; expected a recipe; {advice}")
     last_parts = {shipped.rpartition("/")[2]: shipped for shipped in names}
     near = difflib.get_close_matches(name.rpartition("/")[2], last_parts, 1)
     hint = f"did you mean {last_parts[near[0]]}?" if near else "clipkd recipes lists the included recipes"

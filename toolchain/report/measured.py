@@ -101,7 +101,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON: {error}. Delete its folder and run the same command again") from error
+        is_made = path.with_name(MANIFEST).is_file()
+        advice = f". Remove {path.parent} and run the command that made it again" if is_made else ""
+        raise ArtifactError(f"{path}: not JSON: {error}{advice}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -250,7 +250,10 @@ def read_report(path: Path) -> Report:
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"{file}: no such report. Write one with: clipkd report RUN")
-    report = read_json(file)
+    try:
+        report = read_json(file)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}. Expected the report.json that clipkd report writes") from None
     if report.get("schema") != SCHEMA or not isinstance(report.get("rows"), list):
         raise ArtifactError(f"{file}: expected a report of schema {SCHEMA}, got schema {report.get('schema')!r}")
     return cast(Report, report)
