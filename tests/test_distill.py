@@ -795,8 +795,8 @@ def test_towers_run_in_16_bits_and_losses_in_32(
     with watched(student.net.visual, seen):  # type: ignore[arg-type]
         done = Forward(trained, trained, asked, ALONE, 0).run(batch, taught, 0)
     assert [output.dtype for _, output in seen] == [dtype]
-    numbers = {"loss": done.loss, **done.terms, **done.scales}
-    numbers |= {name: value for name, value in done.student._asdict().items() if value is not None}
+    numbers = {"loss": done.loss, **done.terms, **done.scales._asdict(), **done.everyone.student._asdict()}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
     assert {name: value.dtype for name, value in numbers.items()} == dict.fromkeys(numbers, torch.float32)
     done.loss.backward()  # type: ignore[no-untyped-call]
     assert {p.grad.dtype for p in trained.parameters() if p.grad is not None} == {torch.float32}

@@ -231,7 +231,9 @@ def test_labels_are_named_as_classes_are(model, picture, tmp_path) -> None:
     stage = bake(model, labels, None, tmp_path / "baked")
     with np.load(stage.path / "classes.npz", allow_pickle=False) as classes:
         assert classes["names"].tolist() == ["plus sign", "neuro sign"]
-    underscores, spaces = (predict(model, [picture], [label, "neuro sign"], 2) for label in ("plus_sign", "plus sign"))
+    underscores, spaces = (
+        list(predict(model, [picture], [label, "neuro sign"], 2)) for label in ("plus_sign", "plus sign")
+    )
     assert underscores == spaces
     labels.write_text("plus_sign\nplus sign\n", encoding="utf-8")
     with pytest.raises(UsageError, match="2 labels are 'plus sign', with underscores read as spaces"):

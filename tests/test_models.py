@@ -693,7 +693,10 @@ def edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[
             lambda folder: (folder / CONFIG).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n"),
             "FOLDER/open_clip_config.json: a Git LFS pointer, ",
         ),
-        (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), "FOLDER/open_clip_config.json: not JSON: "),
+        (
+            lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"),
+            "FOLDER/open_clip_config.json: this is UTF-16 text",
+        ),
         (
             lambda folder: (folder / CONFIG).write_text("{}"),
             "FOLDER/open_clip_config.json: no model_cfg and no preprocess_cfg; expected an open_clip local-dir's conf",

@@ -530,13 +530,20 @@ def test_the_size_of_chunks_changes_nothing_and_bounds_what_is_held(monkeypatch:
     assert max(largest) == 7 * len(data.texts), "the scores of a chunk, and never of the set"
 
 
-@pytest.mark.parametrize("broken", [0.0, np.nan, np.inf, -np.inf])
-def test_a_broken_tower_retrieves_nothing(broken: float) -> None:
+def test_a_silent_tower_retrieves_nothing() -> None:
     data, table, _ = made_captions(40)
-    table.image_features_ND = np.full_like(table.image_features_ND, broken)
+    table.image_features_ND = np.zeros_like(table.image_features_ND)
     found = evaluate(table, [data], headline="made")[0]["sets"]["made"]
     assert found["top1"] == 0
     assert set(found["retrieval"].values()) == {0.0}
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_broken_tower_is_not_scored(broken: float) -> None:
+    data, table, _ = made_captions(40)
+    table.image_features_ND = np.full_like(table.image_features_ND, broken)
+    with pytest.raises(ClipkdError, match="are NaN or infinite for 40 of 40 inputs, the first: made, image 0"):
+        evaluate(table, [data], headline="made")
 
 
 def test_a_constant_model_retrieves_nothing() -> None:

@@ -25,6 +25,7 @@ from two_processes import spawn
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.distillation import objectives
+from toolchain.distillation.blocks import Sweep
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.distill import Training, distill
 from toolchain.distributed import ALONE, Processes
@@ -202,16 +203,21 @@ def evaluated(processes: Processes, folder: str) -> dict[str, Any]:
 
 def poisoned(processes: Processes, folder: str, teacher: str, factor: float) -> str:
     """Train where the second process's share of one objective's gradient is not finite."""
-    real = objectives.fd_loss
+    real = objectives.match_features
+
+    def poison(*arguments: Any) -> Sweep:
+        sweep = real(*arguments)
+        return sweep._replace(sum_block=lambda *block: _Poisoned.apply(sweep.sum_block(*block), factor))
+
     if not processes.leads:
-        objectives.fd_loss = lambda *features: _Poisoned.apply(real(*features), factor)
+        objectives.match_features = poison
     student, frozen = load_model(STUDENT, random_seed=0), load_model(Path(teacher))
     try:
         distill(Training(spec(), student, frozen, tiny_data()), Path(folder), silent, processes=processes)
     except ClipkdError as error:
         return str(error)
     finally:
-        objectives.fd_loss = real
+        objectives.match_features = real
     return "nothing"
 
 

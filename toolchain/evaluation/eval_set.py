@@ -84,7 +84,10 @@ class EvalSet:
 
     def label(self, index: int) -> str:
         """Return an image's name for messages."""
-        return self.texts[index] if self.one_image_per_class else str(self.images[index])
+        if self.one_image_per_class:
+            return self.texts[index]
+        image = self.images[index]
+        return str(image) if isinstance(image, ImageFile) else f"image {index}"  # an array has no name
 
     def image(self, index: int) -> Image.Image | None:
         """Return an image in RGB; None if it cannot be read."""

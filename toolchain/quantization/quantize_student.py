@@ -149,7 +149,8 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
     student, same_width = task.student, task.student.embed_dim == teacher.embed_dim
     weights = weights_on_unit_features(task.loss_weights.model_dump(), same_width=same_width)
     heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
-    scales = heads.scales(student.logit_scale.detach())
+    with torch.no_grad():  # fine-tuning trains the towers alone
+        scales = heads.scales(student.logit_scale)
 
     def loss_fn(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
         assert batch.image_target_BD is not None
