@@ -14,7 +14,7 @@ from toolchain.data.glyphs import TrainingSet
 from toolchain.distillation import memory
 from toolchain.distillation.memory import divisors, estimate_step, fit_parts, free_bytes
 from toolchain.distillation.training_module import make_optimizer
-from toolchain.errors import UsageError
+from toolchain.errors import ClipkdError, UsageError
 from toolchain.recipe.distill import DistillSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,6 +122,17 @@ def test_free_memory_is_what_the_control_group_allows(tmp_path: Path, monkeypatc
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     found = free_bytes(torch.device("cpu"))
     assert found is None or found > 5_000_000
+
+
+def test_a_gpu_without_room_for_the_models_is_explained(
+    tmp_path: Path, tiny_samples: TrainingSet, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(*_: Any) -> int:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr("toolchain.distillation.distill.fit_parts", probe)
+    with pytest.raises(ClipkdError, match=r"^the GPU is out of memory: tried to allocate 2 GiB\. Lower distill"):
+        train(tmp_path / "a", tiny_samples, teacher_folder)
 
 
 def test_divisors() -> None:

@@ -88,15 +88,15 @@ def distill(
         ClipkdError: a loss, a gradient or a weight became NaN or infinite, or the GPU is out of memory.
         Interrupted: SIGTERM or SIGINT arrived; a checkpoint of the last completed step is saved.
     """
-    spec, steps = training.spec, training.steps
-    rows = _check(training, processes)
+    spec, steps, rows = training.spec, training.steps, _check(training, processes)
     say = say if processes.leads else lambda _: None
-    run = _start(training, folder, processes, say)
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, options.keep_checkpoints, options.checkpoint_steps, 60 * options.checkpoint_minutes
     )
-    step, elapsed_s = run.resume(checkpoints)
-    run = run.fit_memory(rows).wrap()
+    with _explain_full_memory(spec):  # other programs may use the GPU, so that not even the models fit
+        run = _start(training, folder, processes, say)
+        step, elapsed_s = run.resume(checkpoints)
+        run = run.fit_memory(rows).wrap()
     loaded = load_batches(
         training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0
     )
@@ -127,9 +127,9 @@ def distill(
             if stopping and step < steps:
                 processes.wait()  # for the checkpoint: torchrun ends all ranks once one has ended
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; run the same command to resume")
-    train_s = time.monotonic() - started
+    summary = run.summary(time.monotonic() - started)
     run.save()
-    return run.summary(train_s)
+    return summary
 
 
 def learning_rate(spec: DistillSpec, steps: int, step: int) -> float:
