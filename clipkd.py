@@ -373,6 +373,8 @@ def report(
     _refuse_torchrun()
     for run in runs:
         require_run(run)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UsageError(f"report: a run is named twice: {', '.join(map(str, runs))}; name each once")
     if len(runs) > 1 and out is None:
         raise UsageError(f"--out: {len(runs)} runs have one joint report; say where to write it: --out DIR")
     folder = runs[0] if out is None else out

@@ -242,3 +242,15 @@ def test_paired_drops_come_from_the_answers_that_were_kept(tmp_path: Path) -> No
     assert int8["top1_drop_vs_teacher_p"] < 1e-60
     assert int8["top1_drop_vs_fp32_p"] is None, "the float student's answers were not kept"
     assert rows["teacher fp32"]["top1_drop_vs_teacher"] == 0
+
+
+def test_accuracies_on_different_sets_are_warned_of() -> None:
+    rows = [
+        row("a", p50_ms=1.0, top1=0.6, headline="mine", num_eval_images=20),
+        row("b", p50_ms=1.0, top1=0.9, headline="other", num_eval_images=1000),
+    ]
+    (warning,) = choose_model(rows, [], "top1", None).warnings
+    assert "top1 is of different evaluation sets, which cannot be compared: mine (20 images), other (1,000" in warning
+    same = [each | {"headline": "mine", "num_eval_images": 20} for each in rows]
+    assert not choose_model(same, [], "top1", None).warnings  # type: ignore[arg-type]
+    assert not choose_model(rows, [], "p50_ms", None).warnings

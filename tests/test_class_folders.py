@@ -16,12 +16,14 @@ from toolchain.data.class_folders import read_class_name
 from toolchain.data.images import SUFFIXES_OF_FORMAT
 from toolchain.data.inspection import inspect
 from toolchain.data.inspection_tables import inspection_tables
+from toolchain.data.listing import require_file, require_folder
 from toolchain.data.open import fingerprint, training_data
 from toolchain.data.packing import pack
 from toolchain.distillation.distill import Training, distill
-from toolchain.errors import ClipkdError, UsageError
+from toolchain.errors import ArtifactError, ClipkdError, UsageError
 from toolchain.evaluation.open_sets import fingerprint as evaluation_fingerprint
 from toolchain.evaluation.open_sets import open_set
+from toolchain.filesystem import read_json
 from toolchain.models.build import load_model
 from toolchain.recipe.data import DataSpec
 from toolchain.recipe.evaluate import FolderSet
@@ -284,3 +286,23 @@ def test_a_fingerprint_changes_when_other_files_count_as_samples(
     monkeypatch.setattr("toolchain.data.listing.is_image_name", lambda name: name.endswith(".jpg"))
     assert fingerprint(shards) != before[0]
     assert fingerprint(folder) != before[1]
+
+
+def test_files_and_folders_that_are_taken_for_each_other_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.csv"
+    file.write_text("filepath,title\n")
+    with pytest.raises(UsageError, match=r"pairs.csv: is a file; expected a folder; data.kind is csv"):
+        require_folder(str(file))
+    with pytest.raises(UsageError, match="is a folder; expected a file"):
+        require_file(str(tmp_path))
+    with pytest.raises(UsageError, match=r"no such folder .a recipe does not expand ~; write the whole path"):
+        require_folder("~/images of nobody")
+
+
+def test_a_document_of_a_run_that_was_changed_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "preprocess.json"
+    with pytest.raises(ArtifactError, match="no such file; clipkd wrote it"):
+        read_json(path)
+    path.write_text("{")
+    with pytest.raises(ArtifactError, match=r"preprocess.json: not JSON: .* Restore the folder"):
+        read_json(path)

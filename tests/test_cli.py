@@ -310,6 +310,24 @@ def test_a_terminal_that_lacks_a_character_shows_its_escape(tmp_path: Path) -> N
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("arguments", [["recipes", "copy", "glyphs"], ["run", "glyphs", "--out"]])
+def test_a_file_where_a_folder_is_needed_is_named(clipkd: Clipkd, tmp_path: Path, arguments: list[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    ended = clipkd(*arguments, file / "deep" / "x.yaml")
+    assert ended.code == 1
+    assert str(file) in ended.err
+    assert "Traceback" not in ended.err
+    assert file.read_text() == "mine"
+
+
+def test_a_run_is_reported_once(clipkd: Clipkd, run: Path, tmp_path: Path) -> None:
+    ended = clipkd("report", run, run / ".." / run.name, "--out", tmp_path / "joint")
+    assert ended.code == 2
+    assert ended.err.startswith("error: report: a run is named twice: ")
+    assert not (tmp_path / "joint").exists()
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -318,7 +336,7 @@ def test_a_terminal_that_lacks_a_character_shows_its_escape(tmp_path: Path) -> N
         (errno.EDQUOT, "Finished stages and the last training checkpoint are kept"),
     ],
 )
-def test_errors_of_the_system_that_a_user_can_mend_are_messages(
+def test_errors_of_the_system_that_a_user_can_fix_are_messages(
     clipkd: Clipkd, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:

@@ -926,6 +926,13 @@ def test_the_caption_of_another_key(tmp_path: Path) -> None:
     assert (inspect(named)["captions"], inspect(plain)["captions"]) == (3, 1)
 
 
+def test_a_folder_of_shards_is_named_for_what_it_is(tmp_path: Path) -> None:
+    assert raises(UsageError, lambda: opened(tmp_path)) == (
+        f"data.shards: {tmp_path} is a folder; expected tar files. Write the files in it, "
+        f"for example {tmp_path}/{{00000..00331}}.tar"
+    )
+
+
 def test_too_little_data(tmp_path: Path) -> None:
     members = [("a.jpg", b"x"), ("a.txt", b"x"), ("b.jpg", b"x")]
     path = write_tar(tmp_path / "a.tar", members)

@@ -18,15 +18,18 @@ _OS_ADVICE = {
     errno.EACCES: "Change its permissions, or choose another place",
     errno.EPERM: "Change its permissions, or choose another place",
     errno.EROFS: "Choose a place that can be written, as with --out",
+    errno.EEXIST: "It is a file where a folder is needed; choose another place",
+    errno.ENOTDIR: "A part of this path is a file where a folder is needed; choose another place",
+    errno.EISDIR: "It is a folder where a file is needed; choose another place",
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.EMFILE: "Raise the limit with ulimit -n, or use fewer --workers",
     errno.ENOLCK: "This file system has no locks; choose another place",
 }
-"""What to do about the errors of the operating system that a user can mend; others are bugs."""
+"""Advice for errors of the operating system that a user can fix; others are bugs."""
 
 
 def describe_os_error(error: OSError) -> str | None:
-    """Return a message for an error of the operating system that a user can mend, else None."""
+    """Return a message for an error of the operating system that a user can fix, else None."""
     if error.errno in _FULL:
         return (
             f"the disk is full ({error}). Finished stages and the last training checkpoint are kept: "

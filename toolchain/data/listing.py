@@ -77,11 +77,15 @@ def decode_text(content: bytes, name: str) -> str:
         raise UsageError(f"{name}: line {line}: is not UTF-8: {error.reason}; save the file as UTF-8") from None
 
 
+def _describe_search(name: str) -> str:
+    return "a recipe does not expand ~; write the whole path" if name.startswith("~") else f"searched in {Path.cwd()}"
+
+
 def require_file(name: str) -> Path:
     if Path(name).is_dir():
         raise UsageError(f"data: {name}: is a folder; expected a file")
     if not Path(name).is_file():
-        raise UsageError(f"data: {name}: no such file (searched in {Path.cwd()})")
+        raise UsageError(f"data: {name}: no such file ({_describe_search(name)})")
     return Path(name)
 
 
@@ -89,7 +93,7 @@ def require_folder(name: str) -> Path:
     if Path(name).is_file():
         raise UsageError(f"data.path: {name}: is a file; expected a folder; data.kind is csv or webdataset for files")
     if not Path(name).is_dir():
-        raise UsageError(f"data.path: {name}: no such folder (searched in {Path.cwd()})")
+        raise UsageError(f"data.path: {name}: no such folder ({_describe_search(name)})")
     return Path(name)
 
 

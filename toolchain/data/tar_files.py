@@ -43,6 +43,11 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     if times > 1:
         raise UsageError(f"data.shards: {path} is listed {times} times; an epoch shows a sample once. List it once")
     missing = [path for path in paths if not path.is_file()]
+    if folders := [path for path in missing if path.is_dir()]:
+        raise UsageError(
+            f"data.shards: {folders[0]} is a folder; expected tar files. Write the files in it, "
+            f"for example {folders[0] / '{00000..00331}.tar'}"
+        )
     if missing:
         raise UsageError(
             f"data.shards: {len(missing)} of {len(paths)} shards do not exist: {name_some(missing)} "

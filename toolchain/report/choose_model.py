@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolchain.errors import UsageError
+from toolchain.errors import UsageError, name_some
 from toolchain.report.missing import measure_commands
 from toolchain.report.row import FIELDS, Number, ReportRow
 from toolchain.text_table import TextTable
@@ -207,6 +207,12 @@ def _warnings(fit: Sequence[ReportRow], by: str) -> list[str]:
         flags = ", ".join(best["flags"])
         warnings.append(
             f"{best['name']} was measured with grade C ({flags}): measure again on an idle machine before you ship it"
+        )
+    sets = {f"{row['headline']} ({row['num_eval_images']:,} images)" for row in fit if row["num_eval_images"]}
+    if len(sets) > 1 and "top1" in by:
+        warnings.append(
+            f"{by} is of different evaluation sets, which cannot be compared: {name_some(sorted(sets))}. Give all runs "
+            "the same evaluate section, then: clipkd evaluate"
         )
     if len(fit) > 1 and by == "top1":
         low, high = best["top1_low"], fit[1]["top1_high"]
