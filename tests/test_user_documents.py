@@ -91,3 +91,11 @@ def test_every_file_that_users_write_is_read_strictly(tmp_path: Path, monkeypatc
     (folder / CONFIG).write_text('{"model_cfg": {},\n ' + json.dumps(config)[1:])
     with pytest.raises(ArtifactError, match=f"{CONFIG}: model_cfg {twice}"):
         load_model(folder)
+
+
+def test_many_keys_that_are_written_twice_are_named_in_part() -> None:
+    text = "".join(f"key{number}: 1\n" for number in range(300)) * 2
+    with pytest.raises(InvalidDocument) as caught:
+        parse_yaml(text)
+    assert str(caught.value).count("is written twice") == 5
+    assert "and 295 more keys. Only one of the two would count" in str(caught.value)

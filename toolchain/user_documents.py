@@ -12,6 +12,7 @@ import yaml
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _MERGE = "tag:yaml.org,2002:merge"
+_NAMED = 5  # keys that a message lists
 
 
 class InvalidDocument(ValueError):
@@ -82,7 +83,8 @@ def _refuse_twice(twice: list[tuple[str, int, int]]) -> None:
             f"{key} is written twice, in " + (f"line {first}" if first == second else f"lines {first} and {second}")
             for key, first, second in twice
         ]
-        raise InvalidDocument(f"{'; '.join(lines)}. Only one of the two would count; remove the other")
+        more = f"; and {len(lines) - _NAMED:,} more keys" if len(lines) > _NAMED else ""
+        raise InvalidDocument(f"{'; '.join(lines[:_NAMED])}{more}. Only one of the two would count; remove the other")
 
 
 def _yaml_twice(loader: Any, root: yaml.Node) -> Iterator[tuple[yaml.ScalarNode, tuple[int, int]]]:

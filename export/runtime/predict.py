@@ -19,7 +19,7 @@ from toolchain.data.bad_samples import NO_FILE, UnusableError, to_utf8
 from toolchain.data.class_folders import read_class_name
 from toolchain.data.images import decoding_image, is_image_name
 from toolchain.data.listing import list_images, read_image
-from toolchain.errors import ArtifactError, UsageError
+from toolchain.errors import ArtifactError, UsageError, name_some
 from toolchain.progress import Progress, no_progress
 
 _BATCH = 32  # images: bounds the wait for the next answers; larger batches are no faster on a CPU
@@ -99,7 +99,7 @@ def predict(
     labels = None if labels is None else [read_class_name(label) for label in labels]
     repeated = [label for label, count in Counter(labels or []).items() if count > 1]
     if repeated:
-        raise UsageError(f"--labels: given twice: {', '.join(repeated)}; name each label once")
+        raise UsageError(f"--labels: given twice: {name_some(repeated)}; name each label once")
     own_labels, own_features_KD = read_classes(model)
     if labels is None and not own_labels:
         raise UsageError(f"{model}: the model was exported without labels; pass some: --labels 'a cat,a dog'")

@@ -60,7 +60,7 @@ def _folder_weights(folder: Path) -> Path:
             "Name a weights file with checkpoint, or train from scratch with init: random"
         )
     if len(found) > 1 and found[0].name not in _WEIGHT_FILES:
-        names = ", ".join(path.name for path in found)
+        names = name_some(path.name for path in found)
         raise ArtifactError(f"{folder}: several possible weights files: {names}. Name one with checkpoint")
     return found[0]
 
