@@ -172,12 +172,11 @@ def test_all_prompts_are_compared_and_the_worst_of_them_is_named(many_prompts, m
 @pytest.mark.parametrize(
     ("indices", "damage", "said"),
     [
-        ([3], np.negative, r"sample 3 of 4 \('adcd'\) differs"),
         ([5, 6, 7, 8, 9], np.negative, "sample 5 of 400 .* 5 are below, at most 1% may be"),
         ([399], lambda features_BD: features_BD * np.nan, r"sample 399 of 400 \('ttcd'\) .* SQNR nan"),
         ([399], lambda features_BD: features_BD * np.inf, r"sample 399 of 400 \('ttcd'\) differs"),
     ],
-    ids=["a spread one", "too many", "NaN", "infinity"],
+    ids=["too many", "NaN", "infinity"],
 )
 def test_prompts_that_fail_although_a_share_may_differ(many_prompts, monkeypatch, indices, damage, said):
     damage_prompts(monkeypatch, indices, damage)

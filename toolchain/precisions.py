@@ -31,7 +31,7 @@ class Precision:
     """Least signal-to-noise ratio of the worst sample's features: 20 dB are cos = 0.995, 40 dB cos = 0.99995."""
 
     max_share_below: float
-    """Largest share of all prompts whose SQNR may be below `min_sqnr_db`; of the up to 256 spread ones, none may be."""
+    """Largest share of a tower's samples whose SQNR may be below `min_sqnr_db`.  Wrong scales lower that of all."""
 
     min_top1_agreement: float
     """Least share of samples whose nearest caption (or image) among all samples stays the same."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from zipfile import BadZipFile
 
 import numpy as np
@@ -66,32 +66,12 @@ def check_parity(folder: Path, *, precision: str, encoders: ParityEncoders | Non
     image = _compare_tower(
         f"{folder}: image tower", precision, image_names, expected_image_BD, image_BD, expected_text_BD[:num_spread]
     )
-    text = _compare_prompts(
-        f"{folder}: text tower", precision, captions, expected_text_BD, text_BD, expected_image_BD, num_spread
-    )
-    return {"image": image, "text": {**text, "num_prompts": int(saved.get("num_prompts", len(captions)))}}
-
-
-def _compare_prompts(
-    tower: str,
-    precision: str,
-    captions: Sequence[str],
-    expected_BD: NDArray[np.float32],
-    actual_BD: NDArray[np.float32],
-    candidates_KD: NDArray[np.float32],
-    num_spread: int,
-) -> TextParity:
-    """Compare the features of all prompts; the first `num_spread` must pass as images must, without exception.
-
-    Raises:
-        GateError: as `_compare_tower`; of all prompts, the precision allows a small share to have a lower SQNR.
-    """
-    first, bounds = slice(num_spread), PRECISIONS[precision]
-    _compare_tower(tower, precision, captions[first], expected_BD[first], actual_BD[first], candidates_KD)
-    compared = _compare_tower(
-        tower, precision, captions, expected_BD, actual_BD, candidates_KD, max_share_below=bounds.max_share_below
-    )
-    return {**compared, "worst_prompt": captions[compared["worst_sample"]], "num_prompts": len(captions)}
+    text = _compare_tower(f"{folder}: text tower", precision, captions, expected_text_BD, text_BD, expected_image_BD)
+    about = {
+        "worst_prompt": captions[text["worst_sample"]],
+        "num_prompts": int(saved.get("num_prompts", len(captions))),
+    }
+    return {"image": image, "text": cast(TextParity, {**text, **about})}
 
 
 def _compare_tower(
@@ -101,8 +81,6 @@ def _compare_tower(
     expected_BD: NDArray[np.float32],
     actual_BD: NDArray[np.float32],
     candidates_KD: NDArray[np.float32],
-    *,
-    max_share_below: float = 0.0,
 ) -> TowerParity:
     """Compare a tower's features with PyTorch's, and their nearest neighbours among the other tower's features.
 
@@ -116,7 +94,7 @@ def _compare_tower(
         min_sqnr_db=bounds.min_sqnr_db,
         names=names,
         what=what,
-        max_share_below=max_share_below,
+        max_share_below=bounds.max_share_below,
     )
     agreement = _top1_agreement(expected_BD.astype(np.float64), actual_BD.astype(np.float64), candidates_KD)
     if not agreement >= bounds.min_top1_agreement:
