@@ -37,6 +37,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from toolchain.data import images as pictures
 from toolchain.data import webdataset_shards as module
+from toolchain.data.assemble import TooFewSamples
 from toolchain.data.bad_samples import LeftOut, describe_left_out
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.images import crop_box
@@ -173,7 +174,6 @@ def test_missing_shards_are_named_in_one_message(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     for number in (0, 3):
         Path(f"{number}.tar").touch()
-    Path("1.tar").mkdir()  # no shard either
     assert raises(UsageError, lambda: expand(["{0..8}.tar"])) == (
         "data.shards: 7 of 9 shards do not exist: 1.tar, 2.tar, 4.tar, 5.tar, 6.tar, ... (7 in "
         f"all) (2 exist; searched in {tmp_path}). Download them, or list only those you have"
@@ -300,7 +300,7 @@ def test_a_file_in_place_of_a_shard_is_named(tmp_path: Path, content: bytes, nam
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     assert read_members(path) == ([], f"is not a tar archive but {named}")
-    message = raises(UsageError, lambda: opened(path, batch_size=2))
+    message = raises(TooFewSamples, lambda: opened(path, batch_size=2))
     assert f"skipped, broken tar: 1, first: {path}: is not a tar archive but {named}" in message
 
 
@@ -936,16 +936,18 @@ def test_a_folder_of_shards_is_named_for_what_it_is(tmp_path: Path) -> None:
 def test_too_little_data(tmp_path: Path) -> None:
     members = [("a.jpg", b"x"), ("a.txt", b"x"), ("b.jpg", b"x")]
     path = write_tar(tmp_path / "a.tar", members)
-    assert raises(UsageError, lambda: opened(path, batch_size=2)) == (
+    assert raises(TooFewSamples, lambda: opened(path, batch_size=2)) == (
         "data.shards: 1 sample(s) in 1 shard(s) are fewer than a batch of 2; "
         f"skipped, missing caption: 1, first: {path}: b (only jpg). "
         "Add more shards, or lower the batch size"
     )
-    assert raises(UsageError, lambda: imagined(2, 600, 4096)) == (
+    assert raises(TooFewSamples, lambda: imagined(2, 600, 4096)) == (
         "data.shards: 1,200 sample(s) in 2 shard(s) are fewer than a batch of 4,096; nothing was skipped. "
         "Add more shards, or lower the batch size"
     )
-    assert raises(UsageError, lambda: opened(write_tar(tmp_path / "b.tar", []))).startswith("data.shards: 0 sample(s)")
+    assert raises(TooFewSamples, lambda: opened(write_tar(tmp_path / "b.tar", []))).startswith(
+        "data.shards: 0 sample(s)"
+    )
 
 
 def test_a_shard_is_indexed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def recipe_path(name: str, recipe_folder: Path | None = None) -> Path:
     path = Path(name) if recipe_folder is None else resolve_path(name, recipe_folder)
     if path.is_file():
         return path
-    if path.is_dir():
+    if name and path.is_dir():
         inside = path / "recipe.yaml"
         advice = f"name this one's recipe: {inside}" if inside.is_file() else "name a file"
         raise UsageError(f"{name}: is a directory; expected a recipe; {advice}")
