@@ -99,3 +99,8 @@ def test_many_keys_that_are_written_twice_are_named_in_part() -> None:
         parse_yaml(text)
     assert str(caught.value).count("is written twice") == 5
     assert "and 295 more keys. Only one of the two would count" in str(caught.value)
+
+
+def test_a_git_lfs_pointer_in_place_of_a_document_is_named() -> None:
+    with pytest.raises(InvalidDocument, match="a Git LFS pointer, not the file itself"):
+        decode_document(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")

@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+GIT_LFS = b"version https://git-lfs"
+"""Begins the pointers that a clone without Git LFS has in place of large files."""
+
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _MERGE = "tag:yaml.org,2002:merge"
 _NAMED = 5  # keys that a message lists
@@ -23,8 +26,10 @@ def decode_document(content: bytes) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        InvalidDocument: the text has another encoding.
+        InvalidDocument: the text has another encoding, or is not the document but a Git LFS pointer.
     """
+    if content.startswith(GIT_LFS):
+        raise InvalidDocument("a Git LFS pointer, not the file itself. Fetch it: git lfs pull")
     if content.startswith(_UTF16) or b"\0" in content[:4]:
         raise InvalidDocument("this is UTF-16 text; expected UTF-8. Save it again with the encoding UTF-8")
     try:

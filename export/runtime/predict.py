@@ -2,7 +2,6 @@
 
 import glob
 import io
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,14 @@ from PIL import Image
 
 from export.model_folder import name_models
 from export.runtime.exported_model import ExportedEncoders, open_exported
-from toolchain.data.bad_samples import NO_FILE, UnusableError, to_utf8
+from toolchain.data.bad_samples import NO_FILE, UnusableError, count_passed_over, merge_left_out, to_utf8
 from toolchain.data.class_folders import read_class_name
-from toolchain.data.images import decoding_image, is_image_name
+from toolchain.data.images import decoding_image
 from toolchain.data.listing import list_images, read_image
 from toolchain.errors import ArtifactError, UsageError, name_some
 from toolchain.progress import Progress, no_progress
 
 _BATCH = 32  # images: bounds the wait for the next answers; larger batches are no faster on a CPU
-_NAMED = 5  # suffixes that a message names
 _WIDEST_NAME = 60  # characters of an image's name that answers are aligned to
 
 
@@ -69,17 +67,10 @@ def _list_folder(folder: Path) -> list[Path]:
 
 def describe_other_files(given: Sequence[Path]) -> str:
     """Return how many files of the given folders are passed over, by suffix; empty if there are none."""
-    suffixes: Counter[str] = Counter()
-    for path in given:
-        for _, subfolders, names in os.walk(path):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            other = [name for name in names if not name.startswith(".") and not is_image_name(name)]
-            suffixes.update(Path(name).suffix.lower() or "without suffix" for name in other)
-    if not suffixes:
-        return ""
-    first = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(_NAMED)]
-    more = [f"{len(suffixes) - _NAMED:,} other suffixes"] if len(suffixes) > _NAMED else []
-    return to_utf8(f"passed over, not images: {', '.join(first + more)}")
+    left_out = (left for path in given if path.is_dir() for left in list_images(path).left_out)
+    counts = count_passed_over(merge_left_out(left_out))
+    named = name_some(f"{number:,} {suffix}" for suffix, number in counts.items())
+    return f"passed over, not images: {named}" if counts else ""
 
 
 def predict(

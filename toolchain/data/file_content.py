@@ -3,6 +3,8 @@
 Importing this module needs neither torch nor numpy.
 """
 
+from toolchain.user_documents import GIT_LFS
+
 HEAD_BYTES = 1024
 """Number of bytes that `name_content` needs at most."""
 
@@ -13,7 +15,7 @@ UNREAD_SUFFIXES = (
 """Suffixes of images in formats that are not read; messages name these files as images."""
 
 _STARTS = (
-    (b"version https://git-lfs", "a Git LFS pointer in place of the file; fetch the file with: git lfs pull"),
+    (GIT_LFS, "a Git LFS pointer in place of the file; fetch the file with: git lfs pull"),
     (b"\x1f\x8b", "compressed with gzip; decompress it with: gunzip"),
     (b"BZh", "compressed with bzip2; decompress it with: bunzip2"),
     (b"\xfd7zXZ\0", "compressed with xz; decompress it with: unxz"),

@@ -272,6 +272,8 @@ class _Run:
         """Return the teacher's features; a teacher that runs takes as many samples at a time as the student."""
         if self.teacher_features is None:
             return None
+        if self.forward.spec.parts == 1:
+            return self.teacher_features(batch)
         found = [self.teacher_features(part) for part in batch.split(self.forward.spec.parts)]
         image_bE, text_bE = (torch.cat([x[place] for x in found]) for place in range(2))
         return TeacherFeatures(image_bE, text_bE, found[0].logit_scale)

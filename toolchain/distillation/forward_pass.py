@@ -106,9 +106,9 @@ class Forward:
         """
         loss = forward_pass.loss if scaler is None else scaler.scale(forward_pass.loss)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped
-        parts = self._split(batch, forward_pass.own.teacher)
-        if len(parts) == 1:
+        if self.spec.parts == 1:
             return
+        parts = self._split(batch, forward_pass.own.teacher)
         for part in parts:
             is_last = part is parts[-1]
             with nullcontext() if is_last else self._without_averaging():

@@ -20,7 +20,6 @@ from torch import nn
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.hub import from_hub, not_downloaded, offline_reason, one_line
-from toolchain.models.state_dict import GIT_LFS
 from toolchain.models.towers import is_convolutional
 from toolchain.models.weights import load_weights, weights_file
 from toolchain.recipe.model import ModelSpec
@@ -249,8 +248,6 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         config: dict[str, Any] = parse_json(decode_document(path.read_bytes()))
     except InvalidDocument as error:
-        if path.read_bytes().startswith(GIT_LFS):
-            raise ArtifactError(f"{path}: a Git LFS pointer, not the file itself. Fetch it: git lfs pull") from None
         raise ArtifactError(f"{path}: {error}") from None
     missing = [key for key in keys if key not in config]
     if missing:

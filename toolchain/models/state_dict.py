@@ -19,6 +19,7 @@ from torch import Tensor
 
 from toolchain.errors import ArtifactError, name_some
 from toolchain.models.hub import one_line
+from toolchain.user_documents import GIT_LFS
 
 State = dict[str, Tensor]
 
@@ -30,7 +31,6 @@ _WRAPPERS = frozenset(
 _AVERAGES = frozenset(("ema", "swa"))  # words in the name of a moving average of the weights
 _NO_MODEL = ("optim", "sched", "scaler", "rng")  # parts of names under which trainers store no model
 _IMAGE_TOWER = ("visual.", "image_encoder.", "vision_model.")  # of open_clip, MobileCLIP and transformers
-GIT_LFS = b"version https://git-lfs"  # opens the pointers that a clone without git lfs has in place of large files
 _NO_PREFIX = "names without a prefix"
 _NAMED = 3
 
