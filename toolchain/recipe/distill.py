@@ -68,6 +68,11 @@ class TeacherCacheSpec(Section):
         return self
 
 
+# Fields and weights that came after the first release: `DistillSpec.key_fields` leaves their defaults out.
+_ADDED_FIELDS: tuple[str, ...] = ("batch_norm",)
+_ADDED_WEIGHTS: tuple[str, ...] = ()
+
+
 class DistillSpec(Section):
     steps: Positive | None = None
     """Number of optimizer steps; give either `steps` or `epochs`."""
@@ -133,12 +138,16 @@ class DistillSpec(Section):
     def key_fields(self) -> dict[str, Any]:
         """Return the fields that decide the trained weights, for a stage's key.
 
-        A default that came after the first release is left out, so that the keys of earlier runs stay valid.
+        A field that came after the first release is left out at its default: keys of earlier runs stay valid.
         """
         without_effect: Any = {"teacher_cache": {"path", "also"}, "accumulate": True, "loss_memory_mb": True}
         fields = self.model_dump(exclude=without_effect)
-        if self.batch_norm == "all_processes":
-            del fields["batch_norm"]
+        for name in _ADDED_FIELDS:
+            if fields[name] == type(self).model_fields[name].default:
+                del fields[name]
+        for name in _ADDED_WEIGHTS:
+            if fields["loss_weights"][name] == 0:
+                del fields["loss_weights"][name]
         return fields
 
     def without_teacher(self) -> "DistillSpec":
