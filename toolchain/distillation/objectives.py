@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from toolchain.distillation.blocks import Sweep, sum_in_blocks
-from toolchain.distillation.blockwise_losses import Rows, Similarities, contrast, match_features, match_gradients
+from toolchain.distillation.blockwise_losses import (
+    Rows,
+    Similarities,
+    Target,
+    contrast,
+    match_features,
+    match_gradients,
+)
 from toolchain.distillation.features import BatchFeatures, Scales
 from toolchain.distributed import ALONE, Processes
 
@@ -45,7 +52,7 @@ class LossInputs:
     @property
     def rows(self) -> Rows:
         """Return the place of the rank's rows in the batch."""
-        return Rows(self.processes.rank * len(self.own.student.image_BD), self.memory_mb)
+        return Rows(self.processes.rank * len(self.own.student.image_BD), self.processes, self.memory_mb)
 
     @property
     def student(self) -> tuple[Similarities, Similarities]:
@@ -117,7 +124,6 @@ def _match_gradients(x: LossInputs, name: str) -> tuple[list[Sweep], Tensor]:
         _both_directions(x.targets, _teacher_pair(x.everyone), scales[1]),
         name,
         x.rows,
-        x.processes.sum,
     )
 
 
@@ -128,8 +134,7 @@ class Contrast:
     similarities: Literal["student", "cross", "fused"]
     """The property of `LossInputs` with both directions."""
 
-    target: Literal["pair", "teacher"]
-    """Target of the softmax over candidates: the anchor's own pair (cross entropy), or the teacher's softmax (KL)."""
+    target: Target
 
 
 @dataclass(frozen=True)
@@ -297,21 +302,24 @@ def weighted_loss(
 
 
 def _contrasts(inputs: LossInputs, selected: Mapping[str, Objective]) -> list[Sweep]:
-    """Return the sweeps of all contrastive objectives: two directions for each kind of similarities."""
+    """Return the sweeps of all contrastive objectives, one for each kind of similarities that some of them compare."""
     sweeps = []
     for similarities in ("student", "cross", "fused"):
-        named: dict[str, str] = {
+        names: dict[Target, str] = {
             objective.loss.target: name
             for name, objective in selected.items()
             if isinstance(objective.loss, Contrast) and objective.loss.similarities == similarities
         }
-        if named:
-            teacher = inputs.teacher if "teacher" in named else (None, None)
-            names = named.get("pair"), named.get("teacher")
+        if not names:
+            continue
+        student, teacher = getattr(inputs, similarities), inputs.teacher if "teacher" in names else (None, None)
+        if similarities == "cross":
             sweeps += [
-                contrast(ours, theirs, names, inputs.rows)
-                for ours, theirs in zip(getattr(inputs, similarities), teacher, strict=True)
+                contrast(ours, theirs, names, inputs.rows, both_directions=False)
+                for ours, theirs in zip(student, teacher, strict=True)
             ]
+        else:  # the logits of text to image are those of image to text, transposed
+            sweeps.append(contrast(student[0], teacher[0], names, inputs.rows, both_directions=True))
     return sweeps
 
 
