@@ -45,6 +45,7 @@ from gpu_results import (  # noqa: E402
     PAGE,
     Step,
     disappointments,
+    failed_checks,
     read_lines,
     rows_of,
     write_page,
@@ -110,7 +111,7 @@ def run_all(chosen: tuple[Planned, ...], out: Path, scratch: Path, ends_at: floa
         ending = run_one(planned.name, out, scratch, limit_s, dry=dry)
         took = f"{time.monotonic() - began:.0f} s of {limit_s:.0f} s"
         Step(planned.name, dry, out, scratch, ends_at).note(f"{ending}, {took}")
-        write_page(out, make_heading(out, dry=dry))
+        write_page(out, make_heading(out, dry=dry), failed_checks if dry else disappointments)
 
 
 def run_one(name: str, out: Path, scratch: Path, limit_s: float, *, dry: bool) -> str:

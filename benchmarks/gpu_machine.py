@@ -1,5 +1,6 @@
 """Step 1 of benchmarks/gpu.py: the GPU, its clocks and rates, package versions, and what `clipkd doctor` finds."""
 
+import shutil
 import subprocess
 
 import torch
@@ -22,6 +23,9 @@ def main(step: Step) -> None:
     found = versions() | {"cuda of torch": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     for package, version in (found | {key: str(value) for key, value in machine().items()}).items():
         step.record("versions", package=package, version=version)
+    for folder in ("/dev/shm", step.scratch):  # loader processes hand over batches through the first
+        usage = shutil.disk_usage(folder)
+        step.record("folders", folder=str(folder), total_gb=usage.total / 1e9, free_gb=usage.free / 1e9)
     measure_rates(step)
     document = call_clipkd("doctor", *(["--quick"] if step.dry else []), "--json", accept=(0, 3, 4))
     for row in document["rows"]:

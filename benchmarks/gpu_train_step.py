@@ -118,9 +118,9 @@ def main(step: Step) -> None:
     measure(step, models, device, small, [(name, False) for name in SIDES], flops, peak)
     for name in SEARCHED:
         find_largest(step, models, device, name, range_of_batches(2 * usual, largest), flops, peak)
-    compared = [(REFERENCE, False), *((name, True) for name in COMPILE_FIRST)]
     for batch in (usual,) if step.dry else (usual, small):
-        measure(step, models, device, batch, compared, flops, peak)
+        for name in COMPILE_FIRST:  # one at a time: compiling takes long, and what is measured is kept
+            measure(step, models, device, batch, [(REFERENCE, False), (name, True)], flops, peak)
     counted = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     step.note(f"compiled graphs: {counted}")
 
@@ -260,8 +260,11 @@ def measure(
             sides.append(side)
     turn_in_order(step, sides, batches, device)
     reference = next((side for side in sides if (side.name, side.compiled) == (REFERENCE, False)), None)
-    for row in [make_row(each, reference, batch, flops, peak) for each in sides if each.seconds]:
-        step.record("training step", **row)
+    measured = [each for each in sides if each.seconds]
+    if any(compiled for _, compiled in wanted):  # the reference has a row already
+        measured = [each for each in measured if each.compiled]
+    for each in measured:
+        step.record("training step", **make_row(each, reference, batch, flops, peak))
 
 
 def prepare(
