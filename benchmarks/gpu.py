@@ -46,8 +46,8 @@ from gpu_results import (  # noqa: E402
     Step,
     disappointments,
     failed_checks,
+    list_rows,
     read_lines,
-    rows_of,
     write_page,
 )
 
@@ -164,7 +164,7 @@ def describe_commit() -> str | None:
 
 def find_gpu(out: Path) -> str | None:
     """Return the name of the GPU, from the rows of the first step."""
-    rows = rows_of(read_lines(out))
+    rows = list_rows(read_lines(out))
     return next((row["value"] for row in rows if row.get("query") == "name"), None)
 
 
@@ -192,7 +192,7 @@ def name_row(row: dict[str, Any]) -> str:
 def conclude(out: Path, *, dry: bool) -> NoReturn:
     """Print the document; in a dry run, only that all steps ran and all checks held is claimed."""
     lines = read_lines(out)
-    rows = rows_of(lines)
+    rows = list_rows(lines)
     endings = {line["step"]: line["note"] for line in lines if "note" in line}  # the last note of a step
     broken = [step for step, ending in endings.items() if not ending.startswith("done")]
     wrong = [row for row in rows if row.get("holds") is False]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_results import Step, one_line, run_step
-from gpu_resume import SAID, START, STEPS, Running, start, weights_of
+from gpu_resume import SAID, START, STEPS, Running, read_weights, start
 from torch import Tensor
 
 from toolchain.data.glyph_batches import GlyphBatches
@@ -38,12 +38,12 @@ sys.path.append(str(TESTS))  # golden values, small models
 
 BATCH, TEACHER_WIDTH = 16, 48
 MAX_GRADIENT_ERROR = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
-"""Of all gradients as one vector, relative: float32 sums differ by their order, 2e-6 on a CPU; bf16 has 8 bits of
+"""Relative error of all gradients as one vector: float32 sums differ by their order, 2e-6 on a CPU; bf16 has 8 bits of
 mantissa and fp16 11, whose errors through two blocks and back add up to about 10 roundings."""
 
 MAX_LOSS_ERROR = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
 MAX_WEIGHT_DIFFERENCE = 0.05
-"""Between two runs whose sums differ in order, of the way the weights went, relative: AdamW divides by the gradient's
+"""Relative to the change of the weights, between two runs whose sums differ in order: AdamW divides by the gradient's
 size, so a rounding decides the direction of a weight whose gradient is near 0."""
 
 
@@ -146,7 +146,7 @@ def differentiate(device: torch.device, precision: str, parts: int) -> tuple[flo
     trainee = TrainingModule(student, teacher, spec, processes).train()
     random = torch.Generator().manual_seed(4)
     pixels = torch.randint(256, (BATCH, 3, 32, 32), generator=random, dtype=torch.uint8)
-    ids = student.tokenize_trimmed([f"a picture of the number {number} " * (1 + number % 3) for number in range(BATCH)])
+    ids = student.tokenize_trimmed([f"an image of the number {number} " * (1 + number % 3) for number in range(BATCH)])
     images, texts = (torch.randn(BATCH, TEACHER_WIDTH, generator=random) for _ in range(2))
     features = [torch.nn.functional.normalize(x, dim=-1).to(device) for x in (images, texts)]
     batch = PreparedBatch(pixels, ids, None, None, [""] * BATCH, np.arange(BATCH), 0).to(device)
@@ -192,27 +192,29 @@ def start_trainings(step: Step) -> dict[tuple[str, str], Running]:
     modes = ["deterministic"] if step.dry else ["deterministic", "usual"]
     kinds = ("whole", "killed")
     return {
-        (mode, kind): start(folder_of(step, mode, kind), mode, step.device_type) for mode in modes for kind in kinds
+        (mode, kind): start(training_folder(step, mode, kind), mode, step.device_type)
+        for mode in modes
+        for kind in kinds
     }
 
 
-def folder_of(step: Step, mode: str, kind: str) -> Path:
+def training_folder(step: Step, mode: str, kind: str) -> Path:
     return step.scratch / f"resume-{mode}-{kind}"
 
 
 def finish_trainings(step: Step, running: dict[tuple[str, str], Running]) -> None:
     """Kill a training of each mode in the middle, continue it, and compare its weights with the whole one's."""
     killed_at = {mode: kill_in_the_middle(each) for (mode, kind), each in running.items() if kind == "killed"}
-    continued = {mode: start(folder_of(step, mode, "killed"), mode, step.device_type) for mode in killed_at}
+    continued = {mode: start(training_folder(step, mode, "killed"), mode, step.device_type) for mode in killed_at}
     for mode, resumed in continued.items():
         whole_s, parts_s = steps_until_the_end(running[mode, "whole"]), steps_until_the_end(resumed)
-        whole, parts = (folder_of(step, mode, kind) for kind in ("whole", "killed"))
+        whole, parts = (training_folder(step, mode, kind) for kind in ("whole", "killed"))
         failed = [folder for folder, steps in ((whole, whole_s), (parts, parts_s)) if STEPS not in steps]
         if failed:
             said = (failed[0] / SAID).read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
             step.record("resume", algorithms=mode, holds=False, why=said[-1][:300])
             continue
-        start_w, whole_w, parts_w = (weights_of(folder) for folder in (whole / START, whole, parts))
+        start_w, whole_w, parts_w = (read_weights(folder) for folder in (whole / START, whole, parts))
         difference = float((parts_w - whole_w).norm() / (whole_w - start_w).norm())
         bound = 0.0 if mode == "deterministic" else MAX_WEIGHT_DIFFERENCE
         step.record(

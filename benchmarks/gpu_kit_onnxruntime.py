@@ -90,7 +90,7 @@ def fat_binaries(library: bytes) -> Iterator[list[Entry]]:
         if version == 1 and header == 16 and end <= len(library):
             yield list(_entries(library, at + header, end))
             at = library.find(_MAGIC, end)
-        else:  # the same four bytes by chance
+        else:  # other data with the same four bytes
             at = library.find(_MAGIC, at + 4)
 
 

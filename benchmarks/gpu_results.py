@@ -96,7 +96,7 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def rows_of(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
+def list_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
     return [line["row"] for line in lines if "row" in line]
 
 
@@ -123,7 +123,7 @@ def write_page(out: Path, heading: Iterable[str], find_flags: Callable[[Row], li
         own = [line for line in lines if line["step"] == name]
         page += [f"## {name}", ""]
         for table in dict.fromkeys(line["table"] for line in own if "table" in line):
-            page += [f"**{table}**", "", *_table(rows_of(x for x in own if x.get("table") == table), find_flags), ""]
+            page += [f"**{table}**", "", *_table(list_rows(x for x in own if x.get("table") == table), find_flags), ""]
         notes = [f"- {line['note']}" for line in own if "note" in line]
         page += [*notes, ""] if notes else []
     (out / PAGE).write_text("\n".join(page), encoding="utf-8")

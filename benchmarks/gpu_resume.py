@@ -57,7 +57,7 @@ def start(folder: Path, mode: str, device_type: str) -> Running:
 
 
 def train(folder: Path, mode: str, device_type: str, connection: Connection) -> None:
-    """Distil the glyphs student, with a checkpoint after each step; send each finished step."""
+    """Train the glyphs student with its teacher, with a checkpoint after each step; send each finished step."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic algorithms need it, before cuBLAS starts
     with (folder / SAID).open("a") as said:
         os.dup2(said.fileno(), 2)
@@ -83,7 +83,7 @@ def train(folder: Path, mode: str, device_type: str, connection: Connection) -> 
     )
 
 
-def weights_of(folder: Path) -> Tensor:
+def read_weights(folder: Path) -> Tensor:
     """Return all weights of a model as one vector, in float64."""
     state = load_file(folder / WEIGHTS)
     return torch.cat([value.double().flatten() for _, value in sorted(state.items())])

@@ -27,12 +27,12 @@ def main(step: Step) -> None:
     started = time.monotonic()
     probe = train(step, "probe", few, min(2, few - 1))
     whole_s = time.monotonic() - started
-    rates = sorted(json.loads(line)["images_per_s"] for line in log_of(probe).read_text().splitlines()[few // 2 :])
-    step_s = batch_of(step, batch) / rates[len(rates) // 2]
+    rates = sorted(json.loads(line)["images_per_s"] for line in find_log(probe).read_text().splitlines()[few // 2 :])
+    step_s = choose_batch(step, batch) / rates[len(rates) // 2]
     start_s = max(0.0, whole_s - few * step_s)
     affordable = int(_SHARE * (step.left_s() - _RESERVE_S - start_s) / step_s)
     steps = 3 if step.dry else min(TIMES * recipe_steps, affordable)
-    step.record("rate", batch=batch_of(step, batch), images_per_s=rates[len(rates) // 2], steps_that_fit=affordable)
+    step.record("rate", batch=choose_batch(step, batch), images_per_s=rates[len(rates) // 2], steps_that_fit=affordable)
     if steps < recipe_steps and not step.dry:
         step.note(f"not trained: {affordable:,} steps fit, fewer than the recipe's {recipe_steps:,}")
         return
@@ -40,9 +40,9 @@ def main(step: Step) -> None:
     student = run / "student"
     file = step.out / "glyphs_teacher.safetensors"
     save_file(halve(load_file(student / WEIGHTS)), file)
-    shutil.copyfile(log_of(run), step.out / "glyphs_teacher.jsonl")
+    shutil.copyfile(find_log(run), step.out / "glyphs_teacher.jsonl")
     size, holds = file.stat().st_size, file.stat().st_size <= MAX_BYTES
-    last = json.loads(log_of(run).read_text(encoding="utf-8").splitlines()[-1])
+    last = json.loads(find_log(run).read_text(encoding="utf-8").splitlines()[-1])
     step.record("candidate", steps=steps, recipe_steps=recipe_steps, loss=last["loss"], size_mb=size / 1e6,
                 holds=holds)  # fmt: skip
     tiny = ("--set", "evaluate.headline=novel", "--set", "evaluate.sets=[novel]") if step.dry else ()
@@ -64,7 +64,7 @@ def read_recipe() -> tuple[int, int]:
     return spec.steps, spec.batch_size
 
 
-def batch_of(step: Step, batch: int) -> int:
+def choose_batch(step: Step, batch: int) -> int:
     return 16 if step.dry else batch
 
 
@@ -78,7 +78,7 @@ def train(step: Step, name: str, steps: int, warmup: int) -> Path:
     return run
 
 
-def log_of(run: Path) -> Path:
+def find_log(run: Path) -> Path:
     return run / "student" / "train.jsonl"
 
 

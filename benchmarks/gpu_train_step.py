@@ -5,7 +5,7 @@ step; the teacher and the student in float32, with TF32 off and on, or under aut
 clipkd's training loop in bf16, with the teacher live and with float32 features from a cache.  Each is measured as it is
 ("eager") and with the blocks of its towers compiled; the time to compile is not in the step.
 
-All sides use the same batches, from pinned memory, and take turns of a few steps; a turn is timed by events.  A
+All sides use the same batches, from pinned memory, and are interleaved a few steps at a time, which events time.  A
 speed-up is the median over turns of the ratio to the straightforward step in bf16.  The MFU counts the operations of
 matrix products, convolutions and attention that a side does in a step, and divides by the measured rate of a bf16
 product.
@@ -258,7 +258,7 @@ def measure(
             step.record("training step", batch=batch, side=name, compiled=compiled, problem=problem)
         else:
             sides.append(side)
-    turn_in_order(step, sides, batches, device)
+    interleave(step, sides, batches, device)
     reference = next((side for side in sides if (side.name, side.compiled) == (REFERENCE, False)), None)
     measured = [each for each in sides if each.seconds]
     if any(compiled for _, compiled in wanted):  # the reference has a row already
@@ -272,7 +272,7 @@ def prepare(
 ) -> tuple[Side | None, str]:
     """Return a side after its first steps, which compile, choose kernels and make the optimizer's state."""
     free_memory(device)
-    before, started = allocated(device), time.monotonic()
+    before, started = count_bytes(device), time.monotonic()
     side = None
     try:
         side = make_side(name, compiled, models, device, len(batches[0].pixels))
@@ -284,12 +284,12 @@ def prepare(
     if side is None:
         free_memory(device)
         return None, problem
-    side.model_bytes, side.warmup_s = allocated(device) - before, time.monotonic() - started
+    side.model_bytes, side.warmup_s = count_bytes(device) - before, time.monotonic() - started
     side.seconds, side.parts, side.peak_bytes = [], [], 0
     return side, ""
 
 
-def turn_in_order(step: Step, sides: list[Side], batches: list[HostBatch], device: torch.device) -> None:
+def interleave(step: Step, sides: list[Side], batches: list[HostBatch], device: torch.device) -> None:
     rounds, steps_of_turn = (1, 1) if step.dry else (5, 4 if len(batches[0].pixels) <= 256 else 2)
     for number in range(rounds):
         for side in sides[number % max(1, len(sides)) :] + sides[: number % max(1, len(sides))]:
@@ -299,7 +299,7 @@ def turn_in_order(step: Step, sides: list[Side], batches: list[HostBatch], devic
 
 def take_turn(side: Side, batches: list[HostBatch], device: torch.device) -> None:
     """Take steps one after the other; record the seconds of a step, its parts, and the memory at the peak."""
-    before = allocated(device)
+    before = count_bytes(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -385,7 +385,7 @@ def count_flops(step: Step, models: Models, device: torch.device) -> dict[str, f
     return found
 
 
-def allocated(device: torch.device) -> int:
+def count_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
