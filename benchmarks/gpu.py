@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out runs/gpu [--minutes 9.5] [--only train_step,losses]
     python benchmarks/gpu.py --dry          all steps on a CPU with tiny sizes, in two minutes: what CI runs
 
-The steps, in the order of their worth (each is a program of its own, benchmarks/gpu_NAME.py, and says what it does):
+The steps, in the order of their worth (each runs in a process of its own; benchmarks/gpu_NAME.py says what it does):
 
     machine      the GPU, its clocks and rates, versions, `clipkd doctor`
     correctness  golden values in float64, gradients, batches, kill -9 and resume, the tests marked gpu
@@ -116,8 +116,8 @@ def run_all(chosen: tuple[Planned, ...], out: Path, scratch: Path, ends_at: floa
 
 def run_one(name: str, out: Path, scratch: Path, limit_s: float, *, dry: bool) -> str:
     """Run a step in a process of its own, which is ended at its limit with all that it started; say how it ended."""
-    command = [sys.executable, str(Path(__file__).with_name(f"gpu_{name}.py")), "--out", str(out), "--scratch",
-               str(scratch), "--seconds", f"{limit_s:.1f}", *(["--dry"] if dry else [])]  # fmt: skip
+    command = [sys.executable, "-m", "gpu_step", name, "--out", str(out), "--scratch", str(scratch)]
+    command += ["--seconds", f"{limit_s:.1f}", *(["--dry"] if dry else [])]
     with (out / LOG).open("a", encoding="utf-8") as log:
         running = subprocess.Popen(
             command, stdout=log, stderr=log, env=make_environment(scratch, dry=dry), start_new_session=True

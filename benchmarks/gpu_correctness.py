@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_results import Step, one_line, run_step
+from gpu_results import Step, one_line
 from gpu_resume import SAID, START, STEPS, Running, read_weights, start
 from torch import Tensor
 
@@ -274,7 +274,3 @@ def run_gpu_tests(step: Step) -> None:
     options += ["--basetemp", str(step.scratch / "pytest"), *(["--collect-only"] if step.dry else [])]
     code = pytest.main([*options, *marked], plugins=[Outcomes(step)])
     step.note(f"pytest -m gpu on {len(marked)} file(s): exit code {int(code)}")
-
-
-if __name__ == "__main__":
-    run_step("correctness", main)

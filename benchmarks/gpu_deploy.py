@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_clipkd import call_clipkd
-from gpu_results import Step, run_step
+from gpu_results import Step
 
 
 def main(step: Step) -> None:
@@ -84,7 +84,3 @@ def build(step: Step, kit: Path) -> None:
     last = (ended.stdout + ended.stderr).strip().splitlines()[-1:]
     step.record("TensorRT kits", kit=kit.name, exit_code=ended.returncode, said=" ".join(last),
                 holds=ended.returncode == 0, python=sys.version.split()[0])  # fmt: skip
-
-
-if __name__ == "__main__":
-    run_step("deploy", main)

@@ -7,7 +7,7 @@ CRD alone).  Memory is what a forward and backward pass allocates beyond its fea
 import gc
 
 import torch
-from gpu_results import Step, one_line, run_step
+from gpu_results import Step, one_line
 from gpu_timing import DeviceClock
 from loss_memory import SIDES, WIDTH, dense, differentiate, make_features, open_clip_loss, ours
 
@@ -79,7 +79,3 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    run_step("losses", main)

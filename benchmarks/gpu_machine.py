@@ -5,7 +5,7 @@ import subprocess
 
 import torch
 from gpu_clipkd import call_clipkd
-from gpu_results import Step, run_step
+from gpu_results import Step
 from gpu_timing import copy_gb_s, gemm_tflops, to_device_gb_s
 
 from toolchain.provenance import machine, versions
@@ -65,7 +65,3 @@ def measure_rates(step: Step) -> None:
         step.record("rates", what=f"matrix product {size} x {size}, {name}", rate=rate, unit="TFLOP/s")
     step.record("rates", what="copy within memory", rate=copy_gb_s(device, megabytes), unit="GB/s")
     step.record("rates", what="copy from pinned memory", rate=to_device_gb_s(device, megabytes // 4), unit="GB/s")
-
-
-if __name__ == "__main__":
-    run_step("machine", main)

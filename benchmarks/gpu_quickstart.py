@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gpu_clipkd import call_clipkd
-from gpu_results import Step, run_step
+from gpu_results import Step
 
 from toolchain.stage import count_seconds
 
@@ -69,7 +69,3 @@ def record_training_rate(step: Step, log: Path) -> None:
             images_per_s=rates[len(rates) // 2],
             waiting=sum(waits) / len(waits) if waits else None,
         )
-
-
-if __name__ == "__main__":
-    run_step("quickstart", main)

@@ -1,18 +1,15 @@
 """Results of the steps of benchmarks/gpu.py: rows written as they come, the page made of them, figures that disappoint.
 
-A step is a program, `benchmarks/gpu_NAME.py`, that runs in a process of its own and may be ended at any moment.  It
-appends each row to gpu.jsonl as soon as it is measured; gpu.py makes gpu.md of all rows after every step.
+A step runs in a process of its own (gpu_step.py), which may be ended at any moment.  It appends each row to gpu.jsonl
+as soon as it is measured; gpu.py makes gpu.md of all rows after every step.
 """
 
-import argparse
 import json
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROWS, PAGE = "gpu.jsonl", "gpu.md"
 
@@ -56,26 +53,6 @@ class Step:
     def _write(self, line: Mapping[str, Any]) -> None:
         with (self.out / ROWS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def run_step(name: str, work: Callable[[Step], None]) -> NoReturn:
-    """Run a step's program: parse its arguments, and turn what it cannot do into one line of the results."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scratch", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--dry", action="store_true")
-    given = parser.parse_args()
-    step = Step(name, given.dry, given.out, given.scratch, time.monotonic() + given.seconds)
-    try:
-        work(step)
-    except ModuleNotFoundError as error:
-        step.note(f"skipped: {error.name} is not installed")
-    except Exception as error:
-        traceback.print_exc()
-        step.note(f"failed: {type(error).__name__}: {one_line(error)}")
-        sys.exit(1)
-    sys.exit(0)
 
 
 def one_line(error: object) -> str:

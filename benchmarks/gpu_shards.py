@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from data import make_jpeg, write_shards
 from gpu_clipkd import call_clipkd
-from gpu_results import Step, run_step
+from gpu_results import Step
 
 from toolchain.data.webdataset_shards import ShardBatches
 from toolchain.distillation.loader import load_batches
@@ -118,7 +118,3 @@ def record_training(step: Step, name: str, folder: Path, batch: int, steps: int)
         training_s=summary["train_s"] - summary.get("teacher_s", 0.0),
         caching_s=summary.get("teacher_s"),
     )
-
-
-if __name__ == "__main__":
-    run_step("shards", main)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from gpu_clipkd import call_clipkd
-from gpu_results import Step, run_step
+from gpu_results import Step
 from safetensors.torch import load_file, save_file
 from ship_teacher import WEIGHTS, halve
 
@@ -80,7 +80,3 @@ def train(step: Step, name: str, steps: int, warmup: int) -> Path:
 
 def find_log(run: Path) -> Path:
     return run / "student" / "train.jsonl"
-
-
-if __name__ == "__main__":
-    run_step("teacher", main)

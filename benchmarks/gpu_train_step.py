@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_results import Step, one_line, run_step
+from gpu_results import Step, one_line
 from gpu_timing import DeviceClock, gemm_tflops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,11 +114,12 @@ def main(step: Step) -> None:
     flops = count_flops(step, models, device)
     usual, small = (4, 2) if step.dry else (1024, 256)
     largest = 8 if step.dry else 65536
-    measure(step, models, device, usual, [(name, False) for name in SIDES], flops, peak)
-    measure(step, models, device, small, [(name, False) for name in SIDES], flops, peak)
+    batches = (usual,) if step.dry else (usual, small)
+    for batch in batches:
+        measure(step, models, device, batch, [(name, False) for name in SIDES], flops, peak)
     for name in SEARCHED:
         find_largest(step, models, device, name, range_of_batches(2 * usual, largest), flops, peak)
-    for batch in (usual,) if step.dry else (usual, small):
+    for batch in batches:
         for name in COMPILE_FIRST:  # one at a time: compiling takes long, and what is measured is kept
             measure(step, models, device, batch, [(REFERENCE, False), (name, True)], flops, peak)
     counted = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
@@ -393,7 +394,3 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    run_step("train_step", main)

@@ -45,19 +45,22 @@ def test_a_figure_that_disappoints_is_flagged(row: dict[str, Any], flagged: bool
     assert header.endswith("| flag |") == flagged
 
 
-def write_step(folder: Path, name: str, body: str) -> None:
+def write_step(folder: Path, name: str, body: str, *imports: str) -> None:
     lines = [f"    {line}" for line in body.splitlines()]
-    source = ["import subprocess, sys, time", "from gpu_results import run_step", "def main(step):", *lines]
-    (folder / f"gpu_{name}.py").write_text("\n".join([*source, f"run_step({name!r}, main)"]))
+    source = ["import subprocess, sys, time", *imports, "def main(step):", *lines]
+    (folder / f"gpu_{name}.py").write_text("\n".join(source))
 
 
 def run_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bodies: dict[str, str], seconds: float) -> list[Any]:
-    """Run steps made for a test, with equal shares of the time; return the lines of the results."""
+    """Run steps made for a test, with equal shares of the time; return the lines of the results.
+
+    What stands before a line of three dashes is done when the step is imported.
+    """
     import gpu
 
     for name, body in bodies.items():
-        write_step(tmp_path, name, body)
-    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
+        write_step(tmp_path, name, *reversed(body.split("\n---\n")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     planned = tuple(gpu.Planned(name, 1.0) for name in bodies)
     gpu.run_all(planned, tmp_path, tmp_path, time.monotonic() + seconds, dry=True)
     lines: list[Any] = gpu.read_lines(tmp_path)
@@ -87,13 +90,18 @@ def test_what_a_step_leaves_of_its_time_goes_to_later_ones(tmp_path: Path, monke
 
 
 def test_a_missing_package_costs_a_step_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bodies = {"needy": 'step.record("rows", number=1)\nimport no_such_package', "wrong": "raise ValueError('no')"}
-    lines = run_steps(tmp_path, monkeypatch, bodies, 4 * LIMIT_S)
-    notes = [line["note"] for line in lines if "note" in line]
-    assert notes[0] == "skipped: no_such_package is not installed"
-    assert notes[1].startswith("done")
-    assert notes[2] == "failed: ValueError: no"
-    assert notes[3].startswith("failed, exit code 1")
+    bodies = {
+        "needy": 'step.record("rows", number=1)\nimport no_such_package',
+        "at_once": "import no_such_package\n---\nstep.note('never')",
+        "wrong": "raise ValueError('no')",
+    }
+    lines = run_steps(tmp_path, monkeypatch, bodies, 6 * LIMIT_S)
+    notes = {name: [line["note"] for line in lines if line["step"] == name and "note" in line] for name in bodies}
+    for name in ("needy", "at_once"):
+        assert notes[name][0] == "skipped: no_such_package is not installed"
+        assert notes[name][1].startswith("done")
+    assert notes["wrong"][0] == "failed: ValueError: no"
+    assert notes["wrong"][1].startswith("failed, exit code 1")
 
 
 def test_a_dry_run_hides_the_gpu_and_finds_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
