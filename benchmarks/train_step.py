@@ -140,23 +140,28 @@ def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def straightforward(
-    teacher: ClipModel, student: ClipModel, spec: DistillSpec
+    teacher: ClipModel, student: ClipModel, spec: DistillSpec, make_clock: Callable[[], Any] | None = None
 ) -> Callable[[int, Any], dict[str, float]]:
-    """Return a step as the equations state it; the losses are the same functions as in clipkd's step."""
+    """Return a step as the equations state it; the losses are the same functions as in clipkd's step.
+
+    The step runs where the models are, and its batch must be there.  `make_clock` returns another clock than `Clock`.
+    """
     weights = spec.loss_weights
     net: Any = student.net.train()
     guide: Any = teacher.net.eval().requires_grad_(False)
-    cross = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    device = net.logit_scale.device
+    cross = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07), device=device))
     widths = student.embed_dim, teacher.embed_dim
     torch.manual_seed(0)
     projections = torch.nn.ModuleList([torch.nn.Linear(*widths) for _ in range(2)] if widths[0] != widths[1] else [])
+    projections.to(device)
     optimizer = torch.optim.AdamW(
         [*net.parameters(), *projections.parameters(), cross], lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
     )
 
     def step(index: int, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         pixels, ids_BT = batch
-        clock = Clock()
+        clock = make_clock() if make_clock else Clock()
         pixel_values = student.normalise(pixels)
         with torch.no_grad():
             with clock("teacher image"):

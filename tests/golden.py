@@ -14,6 +14,7 @@ RAW_SCALE = float(np.log(1 / 0.07))
 
 INTENDED_SCALE = 1 / 0.07
 
+CPU = torch.device("cpu")
 _FILE = Path(__file__).parent / "data" / "clip_kd.npz"
 
 
@@ -26,15 +27,15 @@ def golden_values(prefix: str) -> dict[str, np.ndarray]:
 
 
 class Golden:
-    """One case: float64 inputs, of which `leaves` want gradients, and the recorded results."""
+    """One case: float64 inputs on a device, of which `leaves` want gradients, and the recorded results."""
 
-    def __init__(self, case: str) -> None:
+    def __init__(self, case: str, device: torch.device = CPU) -> None:
         self.values = golden_values(case)
         inputs = {name.removeprefix("in."): x for name, x in self.values.items() if name.startswith("in.")}
         self.teacher_image, self.teacher_text, self.teacher_scale = (
-            torch.from_numpy(inputs.pop(name)) for name in ("t_img", "t_txt", "t_scale")
+            torch.from_numpy(inputs.pop(name)).to(device) for name in ("t_img", "t_txt", "t_scale")
         )
-        self.leaves = {name: torch.from_numpy(x.copy()).requires_grad_() for name, x in inputs.items()}
+        self.leaves = {name: torch.from_numpy(x.copy()).to(device).requires_grad_() for name, x in inputs.items()}
         self.batch, self.teacher_width = self.teacher_image.shape
         self.objectives = [name.removeprefix("loss.") for name in self.values if name.startswith("loss.")]
 
@@ -53,7 +54,9 @@ class Golden:
         prefix = f"{gradient_kind}.{name}."
         expected = {key.removeprefix(prefix): x for key, x in self.values.items() if key.startswith(prefix)}
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=True)
-        found = {key: gradient.numpy() for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        found = {
+            key: gradient.cpu().numpy() for key, gradient in zip(leaves, gradients, strict=True) if gradient is not None
+        }
         if intended:  # recorded for the features alone
             assert expected.keys() == {"s_img_raw", "s_txt_raw"}
         else:  # the fusion layers' biases were not recorded

@@ -48,7 +48,8 @@ def golden_heads(
     """Heads with a golden case's weights, and everything whose gradient the reference recorded."""
     student_width = golden.leaves["s_img_raw"].shape[1]
     weights = dict.fromkeys(names, 1.0)
-    heads = DistillationHeads(student_width, golden.teacher_width, weights, reference_compat=reference_compat).double()
+    heads = DistillationHeads(student_width, golden.teacher_width, weights, reference_compat=reference_compat)
+    heads = heads.double().to(golden.teacher_image.device)
     leaves = {name: golden.leaves[name] for name in ("s_img_raw", "s_txt_raw", "s_scale")}
     for theirs, ours in PARAMETERS_OF_THE_GOLDEN_FILE.items():
         linear = getattr(heads, ours)
