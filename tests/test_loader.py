@@ -240,6 +240,8 @@ def test_batches_are_pinned_for_the_gpu(student: ClipModel, data: GlyphBatches) 
 class Failing:
     """Data of which one step cannot be read."""
 
+    batch_size = BATCH_SIZE
+
     def __init__(self, data: TrainingData, at: int) -> None:
         self.data, self.at = data, at
 
@@ -262,6 +264,8 @@ def test_an_error_is_raised_at_its_step_and_as_it_was(student: ClipModel, data: 
 
 class Asking:
     """Data whose captions say what a loader's process computes with."""
+
+    batch_size = BATCH_SIZE
 
     def __init__(self, data: TrainingData) -> None:
         self.data = data
