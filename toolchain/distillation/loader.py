@@ -30,7 +30,7 @@ from toolchain.data.batch import Geometry, TrainingData
 from toolchain.distillation.free_memory import free_bytes
 from toolchain.distillation.loader_workers import SLOTS, Made, Workers, round_up
 from toolchain.distillation.teacher_cache import TeacherCache
-from toolchain.errors import ClipkdError, UsageError
+from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
 
 PART_ROWS = 64
@@ -129,13 +129,14 @@ class _Reader:
         """True if the teacher's tokenizer differs from the student's."""
         return self.teacher is not None and self.teacher.tokenize != self.student.tokenize
 
-    def read(self, part: _Part) -> Made[_Labels | ClipkdError]:
-        """Return the arrays and labels of a part, or the error that prevents it."""
-        try:
-            batch = self.data.batch(part.step, part.rows, self.geometries)
-            features = self.cache.features(batch.sample_B, batch.pick_B, batch.view) if self.cache else ()
-        except ClipkdError as error:
-            return {}, error
+    def read(self, part: _Part) -> Made[_Labels]:
+        """Return the arrays and labels of a part.
+
+        Raises:
+            ClipkdError: a sample cannot be read.
+        """
+        batch = self.data.batch(part.step, part.rows, self.geometries)
+        features = self.cache.features(batch.sample_B, batch.pick_B, batch.view) if self.cache else ()
         arrays = {_name_pixels(geometry): pixels for geometry, pixels in batch.pixels.items()}
         arrays[_STUDENT_IDS] = self.student.tokenize(batch.captions_B)
         if self.teacher and self.has_other_ids:
@@ -206,7 +207,7 @@ def load_batches(
     prepare = partial(_prepare, reader, student, teacher if isinstance(teacher, ClipModel) else None)
     if not workers:
         for step in steps:
-            yield prepare(*_require_made(reader.read(_Part(step, rows))))
+            yield prepare(*reader.read(_Part(step, rows)))
         return
     if not steps:
         return
@@ -229,20 +230,12 @@ def _reader(data: TrainingData, student: ClipModel, teacher: ClipModel | Teacher
     return _Reader(data, _Inputs(student.geometry, student.tokenize), taught, cache)
 
 
-def _require_made(made: Made[_Labels | ClipkdError]) -> Made[_Labels]:
-    """Return what was made; raise the error of a part that cannot be.  Workers return it, to keep its traceback out."""
-    arrays, labels = made
-    if isinstance(labels, ClipkdError):
-        raise labels
-    return arrays, labels
-
-
-def _join_parts(parts: Iterable[Made[_Labels | ClipkdError]], rows: int, *, pinned: bool) -> Made[_Labels]:
+def _join_parts(parts: Iterable[Made[_Labels]], rows: int, *, pinned: bool) -> Made[_Labels]:
     """Return the batch of `rows` rows that the parts are, copied: their memory is used again for the next parts."""
     joined: dict[str, Tensor] = {}
     found: list[_Labels] = []
     start = 0
-    for arrays, labels in map(_require_made, parts):
+    for arrays, labels in parts:
         stop = start + len(labels.captions_b)
         for name, array in arrays.items():
             if name not in joined:

@@ -90,8 +90,8 @@ class Workers(Generic[Task, Rest]):
         The arrays are views of shared memory that holds something else once the next item is requested.
 
         Raises:
-            ClipkdError: a worker was killed.
-            RuntimeError: `make` failed; the message is its traceback.
+            ClipkdError: `make` raised it, or a worker was killed.
+            RuntimeError: `make` raised another error; the message is its traceback.
         """
         tasks = iter(tasks)
         turns: deque[tuple[_Worker, int]] = deque()
@@ -126,6 +126,8 @@ class Workers(Generic[Task, Rest]):
             described, rest = worker.connection.recv()
         except (EOFError, OSError):
             raise self._explain_end(worker) from None
+        if isinstance(described, ClipkdError):
+            raise described
         if isinstance(described, str):
             raise RuntimeError(f"in a worker of the data loader:\n{described}")
         return {name: _view(worker.slots[slot], *place) for name, place in described.items()}, rest
@@ -183,7 +185,10 @@ def _serve(
 
 
 def _fill(slot: Tensor, make: Callable[[Task], Made[Rest]], task: Task) -> tuple[Any, Any]:
-    """Write the arrays of a task into a slot; return their places and the rest, or a traceback and None."""
+    """Write the arrays of a task into a slot; return their places and the rest, or an error and None.
+
+    A user's error passes as it is, any other as its traceback.
+    """
     try:
         arrays, rest = make(task)
         places, begin = {}, 0
@@ -191,6 +196,8 @@ def _fill(slot: Tensor, make: Callable[[Task], Made[Rest]], task: Task) -> tuple
             places[name] = begin, array.dtype, tuple(array.shape)
             _view(slot, *places[name]).copy_(array)
             begin += round_up(array.nbytes)
+    except ClipkdError as error:
+        return error, None
     except Exception:
         return traceback.format_exc(), None
     return places, rest
