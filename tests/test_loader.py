@@ -3,6 +3,7 @@
 Its memory is bounded, and what goes wrong in a loader process is one clear message.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from training import BATCH_SIZE, cache_of, configured
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
+from toolchain.data.listing import PackedStrings
 from toolchain.data.open import training_data
 from toolchain.data.webdataset_shards import ShardBatches
 from toolchain.distillation import loader
@@ -492,6 +494,51 @@ def test_memory_is_bounded_at_a_batch_of_4096(student: ClipModel) -> None:
     bound = loader_bytes(4096, row_bytes, workers)
     assert bound < 2.2 * 4096 * row_bytes, "two batches and a few parts"
     assert 2 * 4096 * row_bytes < peak < bound + OF_A_PROCESS * workers
+
+
+def test_packed_strings_are_a_list() -> None:
+    names = ["a/é.jpg", "", os.fsdecode(b"b/\xff.png"), "c" * 300]
+    packed = PackedStrings(names)
+    assert list(packed) == names == packed[:]
+    assert (len(packed), packed[-1], packed[1:3]) == (4, names[-1], names[1:3])
+    with pytest.raises(IndexError):
+        packed[4]
+    assert list(PackedStrings([])) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_reads_a_listing_does_not_copy_it() -> None:
+    """A list of the same paths is copied page by page, as each read writes a reference count."""
+    paths = [f"/data/images/class {number % 997}/{number:09d}.jpg" for number in range(200_000)]
+    packed = PackedStrings(paths)
+    text_bytes = sum(map(len, paths))
+    assert measure_copied_bytes(paths) > text_bytes
+    assert measure_copied_bytes(packed) < 0.2 * text_bytes
+
+
+def measure_copied_bytes(strings: Sequence[str]) -> int:
+    """Return by how much a forked process grows that reads all strings."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def read() -> None:
+        gc.disable()
+        before = memory_bytes_of_own()
+        for number in range(len(strings)):
+            strings[number]
+        theirs.send(memory_bytes_of_own() - before)
+
+    process = context.Process(target=read)
+    process.start()
+    grown: int = ours.recv()
+    process.join()
+    return grown
+
+
+def memory_bytes_of_own() -> int:
+    """Bytes that only this process has in memory, and has written."""
+    content = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * next(int(line.split()[1]) for line in content.splitlines() if line.startswith("Private_Dirty:"))
 
 
 def test_the_stated_memory_of_a_batch_of_4096_at_224_px() -> None:
