@@ -1,8 +1,13 @@
-"""The feed: the right rows of the right steps, each thing made once, whatever the number of loader processes."""
+"""The feed: the right rows of the right steps, each thing made once, whatever the number of loader processes.
 
+Its memory is bounded, and what goes wrong in a loader process is one clear message.
+"""
+
+import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,18 +20,22 @@ import pytest
 import torch
 from conftest import STUDENT, make_shards
 from PIL import Image
+from test_corrupt_samples import KINDS, make_kinds, opened
 from torch import Tensor
-from training import BATCH_SIZE, configured
+from training import BATCH_SIZE, cache_of, configured
 
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
+from toolchain.data.listing import PackedStrings
 from toolchain.data.open import training_data
 from toolchain.data.webdataset_shards import ShardBatches
-from toolchain.distillation.loader import PreparedBatch, load_batches
+from toolchain.distillation import loader
+from toolchain.distillation.loader import PreparedBatch, load_batches, loader_bytes, split_rows
+from toolchain.distillation.loader_workers import SLOTS, Workers
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.training_options import TrainingOptions
-from toolchain.errors import ClipkdError
+from toolchain.errors import ClipkdError, UsageError
 from toolchain.models import clip_model as models_module
 from toolchain.models.build import TOKENIZER_FILES, load_model
 from toolchain.models.clip_model import ClipModel
@@ -93,7 +102,10 @@ def assert_same(first: PreparedBatch, second: PreparedBatch) -> None:
         assert ours is None or torch.equal(ours, theirs), name
     assert first.captions_b == second.captions_b
     assert first.sample_b.tolist() == second.sample_b.tolist()
-    assert first.view == second.view
+    assert (first.view, first.damaged) == (second.view, second.damaged)
+    assert (first.teacher_features is None) == (second.teacher_features is None)
+    for features in zip(first.teacher_features or (), second.teacher_features or (), strict=True):
+        assert torch.equal(*features)
 
 
 # Each thing once.
@@ -206,6 +218,53 @@ def test_shards_are_fed_alike(
             assert torch.equal(batch.student_ids, student.tokenize_trimmed(wanted.captions_B))
 
 
+def feed(data: TrainingData, student: ClipModel, teacher: Any, workers: int, rows: slice) -> list[PreparedBatch]:
+    with closing(load_batches(data, range(1, 4), rows, student, teacher, workers)) as fed:
+        return list(fed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_any_size_are_the_batch(
+    kind: str, tmp_path: Path, student: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever makes them: pixels, ids of one length, and the corrupt samples that were replaced."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = opened(**make_kinds(tmp_path)[kind])
+    teacher = other_teacher(tmp_path / "teacher", geometry=True, tokenizer=True)
+    for rows, workers, part_rows in ((slice(0, 8), 2, 3), (slice(2, 7), 1, 1), (slice(0, 8), 1, 64)):
+        monkeypatch.setattr(loader, "PART_ROWS", part_rows)
+        expected = feed(data, student, teacher, 0, rows)
+        assert any(batch.damaged for batch in expected)
+        for batch, wanted in zip(feed(data, student, teacher, workers, rows), expected, strict=True):
+            assert_same(batch, wanted)
+
+
+def test_parts_of_glyphs_and_stored_features_are_the_batch(
+    tmp_path: Path, student: ClipModel, data: GlyphBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(load_model(STUDENT, random_seed=5), data, tmp_path / "cache")
+    expected = feed(data, student, cache, 0, slice(None))
+    for part_rows in (1, 3, 8):
+        monkeypatch.setattr(loader, "PART_ROWS", part_rows)
+        for batch, wanted in zip(feed(data, student, cache, 2, slice(None)), expected, strict=True):
+            assert_same(batch, wanted)
+            lengths = [student.tokenize_trimmed([caption]).shape[1] for caption in batch.captions_b]
+            assert batch.student_ids.shape[1] == max(lengths) > min(lengths), "the longest caption decides"
+
+
+@pytest.mark.parametrize("part_rows", [1, 3, 64])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(5, 69), slice(0, 127), slice(4096, 8192)])
+def test_parts_are_all_rows_once_and_no_needless_ones(
+    rows: slice, part_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PART_ROWS", part_rows)
+    parts, count = split_rows(rows), rows.stop - rows.start
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows.start, rows.stop))
+    sizes = {part.stop - part.start for part in parts}
+    assert max(sizes) < 2 * part_rows or count < part_rows
+    assert min(sizes) >= min(part_rows, count)
+
+
 def test_glyphs_are_glyphs(tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolchain.data.glyphs.training_set", lambda: tiny_samples)
     data = training_data(GlyphsSpec(kind="glyphs", views=5), seed=3, batch_size=4)
@@ -240,6 +299,8 @@ def test_batches_are_pinned_for_the_gpu(student: ClipModel, data: GlyphBatches) 
 class Failing:
     """Data of which one step cannot be read."""
 
+    batch_size = BATCH_SIZE
+
     def __init__(self, data: TrainingData, at: int) -> None:
         self.data, self.at = data, at
 
@@ -262,6 +323,8 @@ def test_an_error_is_raised_at_its_step_and_as_it_was(student: ClipModel, data: 
 
 class Asking:
     """Data whose captions say what a loader's process computes with."""
+
+    batch_size = BATCH_SIZE
 
     def __init__(self, data: TrainingData) -> None:
         self.data = data
@@ -364,3 +427,175 @@ def test_no_loader_asks_a_net_whether_its_text_is_trimmed(
     with closing(load_batches(data, range(4), slice(None), student, teacher, 2)) as fed:
         assert len(list(fed)) == 4
     assert list(asked) == [os.getpid()] * 2, "once of each model"
+
+
+# Memory.
+
+
+class Flat:
+    """Batches of 4,096 images that cost no time: row r of step s has the colour r + s; it counts the rows made."""
+
+    batch_size = 4096
+
+    def __init__(self) -> None:
+        self.rows_made = multiprocessing.Value("q", 0)
+
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        row_b = np.arange(self.batch_size)[rows]
+        with self.rows_made:
+            self.rows_made.value += len(row_b)
+        colour_b = torch.from_numpy((row_b + step) % 251).to(torch.uint8)
+        pixels = {g: colour_b[:, None, None, None].expand(-1, 3, g.size, g.size).contiguous() for g in geometries}
+        return Batch(pixels, ["a"] * len(row_b), row_b, np.zeros_like(row_b), 0)
+
+
+def memory_bytes(processes: Sequence[int]) -> int:
+    """What processes have in memory together; a page that n of them share counts n times one nth."""
+    total = 0
+    for process in processes:
+        content = Path(f"/proc/{process}/smaps_rollup").read_text()
+        total += 1024 * next(int(line.split()[1]) for line in content.splitlines() if line.startswith("Pss:"))
+    return total
+
+
+def count_shm_files(process: int) -> int:
+    """Of those that a process has mapped, deleted ones too."""
+    return Path(f"/proc/{process}/maps").read_text().count("/dev/shm/")
+
+
+SIDE_PX = 96
+"""Of the images whose memory is measured: a batch has 113 MB."""
+
+OF_A_PROCESS = 25e6  # what a forked interpreter writes to, besides arrays
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_at_a_batch_of_4096(student: ClipModel) -> None:
+    """The peak of all processes is within the stated bound, nothing is in /dev/shm, and no batch is made too early."""
+    data, workers, row_bytes = Flat(), 2, 3 * SIDE_PX**2 + 8 * student.context_length
+    config = {**student.config, "preprocess_cfg": {**student.config["preprocess_cfg"], "size": [SIDE_PX, SIDE_PX]}}
+    student = replace(student, config=config)
+    student.probe_fast_paths()
+    before, shm_files = memory_bytes([os.getpid()]), count_shm_files(os.getpid())
+    children = set(multiprocessing.active_children())
+    peak = 0
+    with closing(load_batches(data, range(4), slice(0, 4096), student, None, workers)) as fed:  # type: ignore[arg-type]
+        for step, batch in enumerate(fed):
+            assert batch.student_pixels[:, 0, 0, 0].tolist() == [(row + step) % 251 for row in range(4096)]
+            processes = [os.getpid(), *(c.pid for c in multiprocessing.active_children() if c not in children if c.pid)]
+            settled = -1
+            while settled != data.rows_made.value:  # until the workers wait
+                settled = data.rows_made.value
+                time.sleep(0.2)
+                peak = max(peak, memory_bytes(processes) - before)
+            ahead = settled - 4096 * (step + 1)
+            assert ahead <= 4096 + workers * SLOTS * loader.PART_ROWS
+            assert {count_shm_files(process) for process in processes} == {shm_files}
+    bound = loader_bytes(4096, row_bytes, workers)
+    assert bound < 2.2 * 4096 * row_bytes, "two batches and a few parts"
+    assert 2 * 4096 * row_bytes < peak < bound + OF_A_PROCESS * workers
+
+
+def test_packed_strings_are_a_list() -> None:
+    names = ["a/é.jpg", "", os.fsdecode(b"b/\xff.png"), "c" * 300]
+    packed = PackedStrings(names)
+    assert list(packed) == names == packed[:]
+    assert (len(packed), packed[-1], packed[1:3]) == (4, names[-1], names[1:3])
+    with pytest.raises(IndexError):
+        packed[4]
+    assert list(PackedStrings([])) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_reads_a_listing_does_not_copy_it() -> None:
+    """A list of the same paths is copied page by page, as each read writes a reference count."""
+    paths = [f"/data/images/class {number % 997}/{number:09d}.jpg" for number in range(200_000)]
+    packed = PackedStrings(paths)
+    text_bytes = sum(map(len, paths))
+    assert measure_copied_bytes(paths) > text_bytes
+    assert measure_copied_bytes(packed) < 0.2 * text_bytes
+
+
+def measure_copied_bytes(strings: Sequence[str]) -> int:
+    """Return by how much a forked process grows that reads all strings."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def read() -> None:
+        gc.disable()
+        before = memory_bytes_of_own()
+        for number in range(len(strings)):
+            strings[number]
+        theirs.send(memory_bytes_of_own() - before)
+
+    process = context.Process(target=read)
+    process.start()
+    grown: int = ours.recv()
+    process.join()
+    return grown
+
+
+def memory_bytes_of_own() -> int:
+    """Bytes that only this process has in memory, and has written."""
+    content = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * next(int(line.split()[1]) for line in content.splitlines() if line.startswith("Private_Dirty:"))
+
+
+def test_the_stated_memory_of_a_batch_of_4096_at_224_px() -> None:
+    row_bytes = 3 * 224**2
+    assert loader_bytes(4096, row_bytes, 15) < 2e9
+    assert loader_bytes(4096, row_bytes, 15) - loader_bytes(4096, row_bytes, 14) == 5 * 64 * row_bytes
+    assert loader_bytes(4096, row_bytes, 15, pinned=True) < 4.5e9
+
+
+def test_too_little_memory_is_said_before_anything_is_read(
+    student: ClipModel, data: GlyphBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row_bytes = loader._reader(data, student, None).count_bytes(1)
+    free = loader_bytes(BATCH_SIZE, row_bytes, 5)
+    monkeypatch.setattr(loader, "free_bytes", lambda device: free)
+    before = multiprocessing.active_children()
+    with pytest.raises(
+        UsageError, match=r"6 worker\(s\) and batches of 8 samples .* Use at most --workers 5, or lower"
+    ):
+        next(load_batches(data, range(3), slice(0, 8), student, None, 6))
+    assert multiprocessing.active_children() == before
+    monkeypatch.setattr(loader, "free_bytes", lambda device: 1000)
+    with pytest.raises(UsageError, match=r"Lower distill\.batch_size"):
+        next(load_batches(data, range(3), slice(0, 8), student, None, 6))
+
+
+# What goes wrong in a loader process.
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_killed_loader_is_one_message(student: ClipModel, data: GlyphBatches, number: signal.Signals) -> None:
+    before = multiprocessing.active_children()
+    with closing(load_batches(data, range(1000), slice(None), student, None, 2)) as fed:
+        next(fed)
+        loaders = [child for child in multiprocessing.active_children() if child not in before]
+        killed = loaders[1].pid
+        assert killed is not None
+        os.kill(killed, number)
+        with pytest.raises(ClipkdError) as caught:
+            list(fed)
+    assert f"worker process {killed} was ended by {number.name}" in str(caught.value)
+    assert "memory is full: 2 worker(s) share" in str(caught.value)
+    assert "--workers" in str(caught.value)
+    assert ended(loaders)
+
+
+class Wrong(Failing):
+    def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
+        raise KeyError("a mistake of ours")
+
+
+def test_a_mistake_of_ours_has_its_traceback(student: ClipModel, data: GlyphBatches) -> None:
+    wrong: Any = Wrong(data, 0)
+    with pytest.raises(RuntimeError, match=r"(?s)worker of the data loader.*in batch.*a mistake of ours"):
+        list(load_batches(wrong, range(3), slice(None), student, None, 1))
+
+
+def test_more_memory_than_there_is_is_one_message() -> None:
+    with pytest.raises(ClipkdError, match=r"2 worker\(s\) with .* MB of shared memory cannot start: "):
+        Workers(str, 2, 1 << 56)  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ from torch import nn
 from training import assert_same_run, train
 
 from toolchain.data.glyphs import TrainingSet
-from toolchain.distillation import memory
-from toolchain.distillation.memory import divisors, estimate_step, fit_parts, free_bytes
+from toolchain.distillation import free_memory, memory
+from toolchain.distillation.free_memory import free_bytes
+from toolchain.distillation.memory import divisors, estimate_step, fit_parts
 from toolchain.distillation.training_module import make_optimizer
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.recipe.distill import DistillSpec
@@ -114,7 +115,7 @@ def test_free_memory_is_what_the_control_group_allows(tmp_path: Path, monkeypatc
     (tmp_path / "memory.max").write_text("5000000\n")
     (tmp_path / "memory.current").write_text("2000000\n")
     (tmp_path / "memory.stat").write_text("anon 1500000\ninactive_file 500000\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "_CGROUP", tmp_path)
     assert free_bytes(torch.device("cpu")) == 3_500_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_bytes(torch.device("cpu")) == 1_750_000

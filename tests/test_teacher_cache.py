@@ -1,6 +1,7 @@
 """The teacher cache: the features of the very views that training shows, whole shards or none, and nobody else's."""
 
 import json
+import multiprocessing
 import random
 import re
 import shutil
@@ -166,6 +167,40 @@ def test_damaged_samples_are_counted_and_lose_no_other(
     for sample in sorted(damaged):
         with pytest.raises(ClipkdError, match=f"sample {sample} has no features for view 1"):
             holed.features(np.array([sample]), np.array([1]), 1)
+
+
+def test_workers_change_no_byte_and_end(
+    tmp_path: Path, glyphs: GlyphBatches, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of corrupt samples alone, and of fewer samples at a shard's end, are the same from other processes."""
+    monkeypatch.setattr(caching, "CHUNK", 12)
+    data: Any = Damaged(glyphs, {0, 7, *range(12, 32), glyphs.num_samples - 1})
+    live = live_teacher(load_model(teacher_folder), "fp32", CPU)
+    depends = {"views": 2, "dtype": "float16", "shard_samples": SHARD}
+    before = multiprocessing.active_children()
+    for workers in (0, 1, 2):
+        (tmp_path / str(workers)).mkdir()
+        plan = CachePlan(depends, "float16", num_views=2, steps=9, workers=workers)
+        made = make_cache(live, data, tmp_path / str(workers), plan, lambda *_: None)
+        assert made["damaged"] == {"truncated picture": len(data.damaged)}
+        assert multiprocessing.active_children() == before
+    first, *others = ({p.name: p.read_bytes() for p in (tmp_path / str(w)).iterdir()} for w in (0, 1, 2))
+    assert len(first) > 2
+    assert all(other == first for other in others)
+
+
+def test_an_error_in_a_worker_ends_all(
+    tmp_path: Path, glyphs: GlyphBatches, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Batch:
+        raise ClipkdError("00000.tar: has changed")
+
+    monkeypatch.setattr(GlyphBatches, "read_view", fail)
+    live, before = live_teacher(load_model(teacher_folder), "fp32", CPU), multiprocessing.active_children()
+    plan = CachePlan({"views": 2, "dtype": "float32", "shard_samples": SHARD}, "float32", 2, steps=9, workers=2)
+    with pytest.raises(ClipkdError, match=r"^00000\.tar: has changed$"):
+        make_cache(live, glyphs, tmp_path, plan, lambda *_: None)
+    assert multiprocessing.active_children() == before
 
 
 def test_a_cache_of_something_else_is_refused_with_what_differs(tmp_path: Path) -> None:

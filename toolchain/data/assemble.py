@@ -38,7 +38,8 @@ def assemble_view(
 ) -> Batch:
     """Return one view of chosen samples without the corrupt ones; every geometry shows the same crop."""
     random_BR = uniforms(seed, sample_B, view, _CAPTION + 1)
-    shown: dict[int, tuple[list[NDArray[np.uint8]], str, int]] = {}
+    pixels = {geometry: np.empty((len(sample_B), 3, geometry.size, geometry.size), np.uint8) for geometry in geometries}
+    picked: dict[int, tuple[str, int]] = {}
     damaged: list[Damage] = []
     for b, read_captions, read_image, name in samples:
         try:
@@ -47,17 +48,21 @@ def assemble_view(
         except UnusableError as error:
             damaged.append(Damage(int(sample_B[b]), error.reason, describe(name(), error)))
             continue
+        for geometry, crop_HH3 in zip(geometries, crops, strict=True):
+            pixels[geometry][b] = crop_HH3.transpose(2, 0, 1)
         pick = int(random_BR[b, _CAPTION] * len(captions))
-        shown[b] = crops, captions[pick], pick
-    rows = [shown[b] for b in sorted(shown)]
-    pixels = {}
-    for index, geometry in enumerate(geometries):
-        pixels_B3HH = np.empty((len(rows), 3, geometry.size, geometry.size), np.uint8)
-        for b, (crops, _, _) in enumerate(rows):
-            pixels_B3HH[b] = crops[index].transpose(2, 0, 1)
-        pixels[geometry] = torch.from_numpy(pixels_B3HH)
-    pick_B = np.array([pick for _, _, pick in rows], np.int64)
-    return Batch(pixels, [caption for _, caption, _ in rows], sample_B[sorted(shown)], pick_B, view, tuple(damaged))
+        picked[b] = captions[pick], pick
+    rows = sorted(picked)
+    if damaged:
+        pixels = {geometry: pixels_B3HH[rows] for geometry, pixels_B3HH in pixels.items()}
+    return Batch(
+        {geometry: torch.from_numpy(pixels_B3HH) for geometry, pixels_B3HH in pixels.items()},
+        [picked[b][0] for b in rows],
+        sample_B[rows],
+        np.array([picked[b][1] for b in rows], np.int64),
+        view,
+        tuple(damaged),
+    )
 
 
 _CROP, _CAPTION = 1, 1 + CROP_NUMBERS  # columns of `uniforms`; 0 orders samples

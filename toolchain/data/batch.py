@@ -51,6 +51,9 @@ class TrainingData(Protocol):
     def num_samples(self) -> int: ...
 
     @property
+    def batch_size(self) -> int: ...
+
+    @property
     def steps_per_epoch(self) -> int: ...
 
     @property
@@ -82,9 +85,6 @@ class TrainingData(Protocol):
 
 class OrderedData(TrainingData, Protocol):
     """Training data with an order of samples in each epoch, as needed to replace corrupt samples and to mix sources."""
-
-    @property
-    def batch_size(self) -> int: ...
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the samples at positions `start` to `stop` of an epoch's order."""

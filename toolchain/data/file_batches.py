@@ -51,7 +51,7 @@ class FileBatches:
 
     def in_order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the samples at positions `start` to `stop` of an epoch's order."""
-        return _shuffle(self.seed, self.num_samples, epoch)[start:stop]
+        return _shuffle(self.seed, self.num_samples, epoch)[start:stop].astype(np.int64)
 
     def batch(self, step: int, rows: slice, geometries: Sequence[Geometry]) -> Batch:
         """Return rows of an optimizer step's batch, with corrupt samples replaced.
@@ -104,6 +104,8 @@ class FileBatches:
         return replace(self, crop_scale=(1.0, 1.0)).read_view(sample_B, 0, [geometry]).pixels[geometry]
 
 
-@lru_cache(maxsize=4)
-def _shuffle(seed: int, num_samples: int, epoch: int) -> NDArray[np.int64]:
-    return np.argsort(uniforms(seed, np.arange(num_samples), epoch, 1)[:, _ORDER], kind="stable")
+@lru_cache(maxsize=2)
+def _shuffle(seed: int, num_samples: int, epoch: int) -> NDArray[np.uint32 | np.int64]:
+    """Return [N] the samples of an epoch in order; every worker keeps two epochs, so their numbers are kept small."""
+    order_N = np.argsort(uniforms(seed, np.arange(num_samples), epoch, 1)[:, _ORDER], kind="stable")
+    return order_N.astype(np.uint32) if num_samples <= 1 << 32 else order_N

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolchain.data.bad_samples import LeftOut, to_utf8
 from toolchain.data.class_folders import list_class_folders, list_class_images, read_class_name
-from toolchain.data.listing import list_images, read_text, require_file, require_folder
+from toolchain.data.listing import PackedStrings, list_images, read_text, require_file, require_folder
 from toolchain.errors import UsageError, name_some, quote_start
 from toolchain.recipe.data import ImageFolderSpec, ImagesSpec
 
@@ -22,7 +22,7 @@ _PROMPTS_PER_IMAGE = 8
 class ClassFolders:
     """Images in FOLDER/CLASS/IMAGE; their captions are all templates filled with all names of the class."""
 
-    paths_N: list[str]
+    paths_N: Sequence[str]
     class_N: "array[int]"
     captions_K: list[tuple[str, ...]]
     left_out: tuple[LeftOut, ...] = ()
@@ -47,7 +47,7 @@ class ClassFolders:
             captions.append(_make_prompts(spec.templates, [read_class_name(name) for name in called]))
             images += paths
             classes.extend([k] * len(paths))
-        return cls(images, classes, captions, found.left_out)
+        return cls(PackedStrings(images), classes, captions, found.left_out)
 
     def __len__(self) -> int:
         return len(self.paths_N)
@@ -66,7 +66,7 @@ class ClassFolders:
 class UnlabelledImages:
     """Images without captions; each is shown with a few randomly drawn prompts of the classes."""
 
-    paths_N: list[str]
+    paths_N: Sequence[str]
     prompts: tuple[str, ...]
     left_out: tuple[LeftOut, ...] = ()
 
@@ -77,7 +77,7 @@ class UnlabelledImages:
         if len(classes) < 2:
             raise UsageError(f"{spec.classes}: expected at least two classes, one per line; got {len(classes)}")
         found = list_images(require_folder(spec.path))
-        return cls(found.paths, _make_prompts(spec.templates, classes), found.left_out)
+        return cls(PackedStrings(found.paths), _make_prompts(spec.templates, classes), found.left_out)
 
     def __len__(self) -> int:
         return len(self.paths_N)

@@ -5,8 +5,10 @@ Importing this module needs no torch.
 
 import os
 import stat
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol, overload
 
 from toolchain.data.bad_samples import NO_FILE, TOO_LARGE, LeftOut, UnusableError, merge_left_out, to_utf8
 from toolchain.data.file_content import HEAD_BYTES, name_bad_text
@@ -42,6 +44,35 @@ class Listing(Protocol):
     def describe(self, sample: int) -> str:
         """Return a sample's name for messages."""
         ...
+
+
+class PackedStrings(Sequence[str]):
+    """Strings in one block of memory, about 8 bytes more than their text.
+
+    Reading a list of strings writes their reference counts, so each forked worker would copy the whole list in time.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        content, self._ends_N = bytearray(), array("q", [0])
+        for string in strings:
+            content += os.fsencode(string)
+            self._ends_N.append(len(content))
+        self._content = bytes(content)
+
+    def __len__(self) -> int:
+        return len(self._ends_N) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return os.fsdecode(self._content[self._ends_N[index] : self._ends_N[index + 1]])
 
 
 def read_file(path: Path) -> bytes:

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -115,9 +115,14 @@ class ShardBatches:
                 pool.shutdown(cancel_futures=True)  # after an error or an interrupt, do not start the rest
         return cls(tuple(shards), seed, batch_size, spec.crop_scale, spec.views)
 
+    @cached_property
+    def end_S(self) -> NDArray[np.int64]:
+        """[S] the number of the first sample after each shard; every part of a batch needs them."""
+        return np.cumsum([shard.num_samples for shard in self.shards])
+
     @property
     def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
+        return int(self.end_S[-1])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,7 +159,7 @@ class ShardBatches:
                 partial(_read_part, file, pair, "image"),
                 partial(_describe, shard, pair),
             )
-            for b, shard, file, pair in _walk_in_disk_order(self.shards, sample_B)
+            for b, shard, file, pair in _walk_in_disk_order(self, sample_B)
         )
         return assemble_view(samples, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
@@ -165,7 +170,7 @@ class ShardBatches:
             ClipkdError: a shard has changed or is missing.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
-        for b, shard, file, pair in _walk_in_disk_order(self.shards, sample_B):
+        for b, shard, file, pair in _walk_in_disk_order(self, sample_B):
             with contextlib.suppress(UnusableError):
                 captions_B[b] = _read_captions(shard, file, pair)
         return captions_B
@@ -209,7 +214,7 @@ def _window_starts(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
 @lru_cache(maxsize=4)
 def _shuffle_window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
     """Return the shuffled samples of one window of an epoch."""
-    end_S = np.cumsum([shard.num_samples for shard in data.shards])
+    end_S = data.end_S
     chosen = _shuffle_shards(data, epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
     sample_N = np.concatenate([np.arange(end_S[s] - data.shards[s].num_samples, end_S[s]) for s in chosen])
     return sample_N[np.argsort(uniforms(data.seed, sample_N, epoch, 1)[:, _ORDER], kind="stable")]
@@ -306,10 +311,10 @@ def _open_shard(shard: Shard) -> Iterator[BinaryIO]:
 
 
 def _walk_in_disk_order(
-    shards: Sequence[Shard], sample_B: NDArray[np.int64]
+    data: ShardBatches, sample_B: NDArray[np.int64]
 ) -> Iterator[tuple[int, Shard, BinaryIO, np.void]]:
     """Yield, in disk order, each chosen sample's index b, its shard, the opened file and the position of its pair."""
-    end_S = np.cumsum([shard.num_samples for shard in shards])
+    shards, end_S = data.shards, data.end_S
     shard_B = np.searchsorted(end_S, sample_B, side="right")
     for s in np.unique(shard_B).tolist():
         pair_N = _load_pairs(shards[s])

@@ -1,26 +1,42 @@
 """Data loader for training: prepare each batch once for every distinct preprocessing and tokenizer.
 
-A batch is a function of its step, so a loader is a list of steps.  It has no state to save, and the
-result does not depend on which worker makes which batch.
+A batch is a function of its step, and so are its rows.  A loader is therefore a list of steps, has no state to save,
+and its result does not depend on which worker makes which rows.
+
+Workers make parts of about `PART_ROWS` rows, in the order of the steps.  A thread puts the parts of the next batch
+together while the current one is used, so the first batch takes all workers, and memory is bounded (`loader_bytes`):
+per worker two parts in shared memory and at most three more while it makes one, and two whole batches in this process
+(three in pinned memory, for a GPU).  Nothing is kept in /dev/shm.
+
+Example: batches of 4,096 images of 224 px have 617 MB, parts of them 10 MB.  With 15 workers that is at most
+15 * 5 * 10 MB + 2 * 617 MB = 2.0 GB.
 """
 
-import signal
-import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from toolchain.data.bad_samples import Damage
 from toolchain.data.batch import Geometry, TrainingData
+from toolchain.distillation.free_memory import free_bytes
+from toolchain.distillation.loader_workers import SLOTS, Made, Workers, round_up
 from toolchain.distillation.teacher_cache import TeacherCache
-from toolchain.errors import ClipkdError
+from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
+
+PART_ROWS = 64
+"""Rows that a worker makes at a time.  Fewer cost more: each part opens its shards once more."""
+
+_COPIES_IN_MAKING = 3  # of the part that a worker makes: crops and resized views; a mixture also sorts its rows
 
 
 @dataclass(frozen=True)
@@ -44,10 +60,6 @@ class PreparedBatch:
 
     def to(self, device: torch.device) -> "PreparedBatch":
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "PreparedBatch":
-        """Return the batch in pinned memory: copying it to a GPU then overlaps with computing."""
-        return self._each(Tensor.pin_memory)
 
     def split(self, parts: int) -> list["PreparedBatch"]:
         """Return the rows in equal parts, in order."""
@@ -74,43 +86,102 @@ class PreparedBatch:
         )
 
 
-@dataclass(frozen=True)
-class _Batches(Dataset[PreparedBatch | ClipkdError]):
-    """Batches by step, or the error that prevents a batch.
+class _Labels(NamedTuple):
+    """All of a part of a batch but its arrays."""
 
-    An error is returned, because torch would wrap one raised in a worker in a traceback of its own.
-    """
+    captions_b: list[str]
+    sample_b: NDArray[np.int64]
+    view: int
+    damaged: tuple[Damage, ...]
+
+
+class _Inputs(NamedTuple):
+    """The preprocessing and tokenizer that prepare a model's inputs."""
+
+    geometry: Geometry
+    tokenize: Callable[[list[str]], Tensor]
+
+
+class _Part(NamedTuple):
+    """Rows of a step's batch."""
+
+    step: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Make parts of batches, each distinct array once."""
 
     data: TrainingData
-    rows: slice
-    student: tuple[Geometry, Callable[[list[str]], Tensor]]
-    teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
+    student: _Inputs
+    teacher: _Inputs | None
+    """A live teacher, None if there is none."""
+
     cache: TeacherCache | None
 
-    def __getitem__(self, step: int) -> PreparedBatch | ClipkdError:
-        geometry, tokenize = self.student
-        wanted = {geometry} | ({self.teacher[0]} if self.teacher else set())
-        try:
-            batch = self.data.batch(step, self.rows, sorted(wanted))
-            features = self.cache.features(batch.sample_B, batch.pick_B, batch.view) if self.cache else None
-        except ClipkdError as error:
-            return error
-        ids_bT = tokenize(batch.captions_B)
-        teacher_pixels = teacher_ids_bT = None
-        if self.teacher:
-            teacher_pixels = batch.pixels[self.teacher[0]]
-            teacher_ids_bT = ids_bT if self.teacher[1] == tokenize else self.teacher[1](batch.captions_B)
-        return PreparedBatch(
-            student_pixels=batch.pixels[geometry],
-            student_ids=ids_bT,
-            teacher_pixels=teacher_pixels,
-            teacher_ids=teacher_ids_bT,
-            captions_b=batch.captions_B,
-            sample_b=batch.sample_B,
-            view=batch.view,
-            damaged=batch.damaged,
-            teacher_features=features,
-        )
+    @property
+    def geometries(self) -> list[Geometry]:
+        return sorted({self.student.geometry} | ({self.teacher.geometry} if self.teacher else set()))
+
+    @property
+    def has_other_ids(self) -> bool:
+        """True if the teacher's tokenizer differs from the student's."""
+        return self.teacher is not None and self.teacher.tokenize != self.student.tokenize
+
+    def read(self, part: _Part) -> Made[_Labels]:
+        """Return the arrays and labels of a part.
+
+        Raises:
+            ClipkdError: a sample cannot be read.
+        """
+        batch = self.data.batch(part.step, part.rows, self.geometries)
+        features = self.cache.features(batch.sample_B, batch.pick_B, batch.view) if self.cache else ()
+        arrays = {_name_pixels(geometry): pixels for geometry, pixels in batch.pixels.items()}
+        arrays[_STUDENT_IDS] = self.student.tokenize(batch.captions_B)
+        if self.teacher and self.has_other_ids:
+            arrays[_TEACHER_IDS] = self.teacher.tokenize(batch.captions_B)
+        arrays |= dict(zip(_FEATURES, features, strict=False))
+        return arrays, _Labels(batch.captions_B, batch.sample_B, batch.view, batch.damaged)
+
+    def count_bytes(self, rows: int) -> int:
+        """Return the bytes of the arrays of so many rows."""
+        arrays = [3 * geometry.size**2 * rows for geometry in self.geometries]
+        for inputs in (self.student, self.teacher if self.has_other_ids else None):
+            if inputs is not None:
+                arrays.append(inputs.tokenize([""]).nbytes * rows)
+        if self.cache is not None:
+            arrays += [self.cache.embed_dim * 4 * rows] * len(_FEATURES)
+        return sum(map(round_up, arrays))
+
+
+_STUDENT_IDS, _TEACHER_IDS, _FEATURES = "student ids", "teacher ids", ("image features", "text features")
+
+
+def _name_pixels(geometry: Geometry) -> str:
+    return f"pixels {geometry.size} {geometry.interpolation}"
+
+
+def loader_bytes(rows: int, row_bytes: int, workers: int, *, pinned: bool = False) -> int:
+    """Return the most memory that a loader of batches of `rows` rows takes, in all its processes together.
+
+    It counts the arrays of batches and parts, not the interpreters, the index of the data or an image while it is
+    decoded.  `row_bytes` are those of all arrays of a row: 3 * H * W for pixels, and those of ids and cached features.
+    Without workers, a batch is made in this process while the one before it is used.
+    """
+    if not workers:
+        return (1 + _COPIES_IN_MAKING) * rows * row_bytes
+    part: int = max(part.stop - part.start for part in split_rows(slice(0, rows)))
+    batches = 3 * 2 if pinned else 2  # one more is copied to the GPU, and torch pins powers of two
+    return (batches * rows + workers * (SLOTS + _COPIES_IN_MAKING) * part) * row_bytes
+
+
+def split_rows(rows: slice) -> list[slice]:
+    """Return consecutive parts of at least `PART_ROWS` rows, or one part if there are fewer."""
+    count = rows.stop - rows.start
+    parts = max(1, count // PART_ROWS)
+    ends = [rows.start + count * part // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def load_batches(
@@ -126,52 +197,132 @@ def load_batches(
     Close the generator to end the workers: they ignore signals.
 
     Raises:
-        ClipkdError: a sample cannot be read.
+        UsageError: the batches need more memory than is free.
+        ClipkdError: a sample cannot be read, or a worker was killed.
     """
-    prepare_for_teacher, cache = None, teacher if isinstance(teacher, TeacherCache) else None
-    if isinstance(teacher, ClipModel):
-        tokenize = student.tokenize_trimmed if teacher.tokenizes_like(student) else teacher.tokenize_trimmed
-        prepare_for_teacher = teacher.geometry, tokenize
     for model in (student, teacher):
         if isinstance(model, ClipModel):
             model.probe_fast_paths()
-    dataset = _Batches(data, rows, (student.geometry, student.tokenize_trimmed), prepare_for_teacher, cache)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=torch.cuda.is_available() and workers > 0,
-        worker_init_fn=_ignore_signals,
-        # Python 3.14 defaults to a fork server: its workers would get copies of the nets and outlive the run.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    reader = _reader(data, student, teacher)
+    prepare = partial(_prepare, reader, student, teacher if isinstance(teacher, ClipModel) else None)
+    if not workers:
+        for step in steps:
+            yield prepare(*reader.read(_Part(step, rows)))
+        return
+    if not steps:
+        return
+    rows = slice(*rows.indices(data.batch_size)[:2])
+    count, parts, pinned = rows.stop - rows.start, split_rows(rows), torch.cuda.is_available()
+    _require_memory(count, reader.count_bytes(1), workers, pinned=pinned)
+    tasks = (_Part(step, part) for step in steps for part in parts)
+    largest = max(part.stop - part.start for part in parts)
+    pool = Workers(reader.read, min(workers, len(steps) * len(parts)), reader.count_bytes(largest))
+    made = pool.make(tasks)
+    batches = (prepare(*_join_parts(islice(made, len(parts)), count, pinned=pinned)) for _ in steps)
+    yield from _run_ahead(batches, pool.end)
+
+
+def _reader(data: TrainingData, student: ClipModel, teacher: ClipModel | TeacherCache | None) -> _Reader:
+    taught = None
+    if isinstance(teacher, ClipModel):
+        taught = _Inputs(teacher.geometry, (student if teacher.tokenizes_like(student) else teacher).tokenize)
+    cache = teacher if isinstance(teacher, TeacherCache) else None
+    return _Reader(data, _Inputs(student.geometry, student.tokenize), taught, cache)
+
+
+def _join_parts(parts: Iterable[Made[_Labels]], rows: int, *, pinned: bool) -> Made[_Labels]:
+    """Return the batch of `rows` rows that the parts are, copied: their memory is used again for the next parts."""
+    joined: dict[str, Tensor] = {}
+    found: list[_Labels] = []
+    start = 0
+    for arrays, labels in parts:
+        stop = start + len(labels.captions_b)
+        for name, array in arrays.items():
+            if name not in joined:
+                joined[name] = torch.empty(rows, *array.shape[1:], dtype=array.dtype, pin_memory=pinned)
+            joined[name][start:stop] = array
+        found.append(labels)
+        start = stop
+    captions = [caption for labels in found for caption in labels.captions_b]
+    damaged = tuple(damage for labels in found for damage in labels.damaged)
+    return joined, _Labels(captions, np.concatenate([labels.sample_b for labels in found]), found[0].view, damaged)
+
+
+def _prepare(
+    reader: _Reader, student: ClipModel, teacher: ClipModel | None, arrays: Mapping[str, Tensor], labels: _Labels
+) -> PreparedBatch:
+    """Return a batch from its arrays; the lengths of the texts are decided here, for all rows together."""
+    pinned = arrays[_STUDENT_IDS].is_pinned()
+    teacher_pixels = teacher_ids = None
+    student_ids = _pin(student.trim(arrays[_STUDENT_IDS]), pinned=pinned)
+    if teacher is not None:
+        teacher_pixels = arrays[_name_pixels(teacher.geometry)]
+        teacher_ids = student_ids
+        if reader.has_other_ids:
+            teacher_ids = _pin(teacher.trim(arrays[_TEACHER_IDS]), pinned=pinned)
+    image_name, text_name = _FEATURES
+    return PreparedBatch(
+        student_pixels=arrays[_name_pixels(student.geometry)],
+        student_ids=student_ids,
+        teacher_pixels=teacher_pixels,
+        teacher_ids=teacher_ids,
+        captions_b=labels.captions_b,
+        sample_b=labels.sample_b,
+        view=labels.view,
+        damaged=tuple(sorted(labels.damaged)),
+        teacher_features=(arrays[image_name], arrays[text_name]) if reader.cache else None,
     )
-    with _hold_signals():
-        loaded = iter(loader)  # starts the workers, which inherit the blocked signals
+
+
+def _pin(ids_bL: Tensor, *, pinned: bool) -> Tensor:
+    """Return trimmed ids, without gaps if they are pinned: only then is a copy to a GPU asynchronous."""
+    return ids_bL.contiguous().pin_memory() if pinned else ids_bL
+
+
+def _run_ahead(batches: Iterator[PreparedBatch], end_workers: Callable[[], None]) -> Generator[PreparedBatch]:
+    """Yield batches; a thread puts the next one together, and no more, while one is used."""
+    ready: queue.SimpleQueue[PreparedBatch | Exception | None] = queue.SimpleQueue()
+    wanted, ended = threading.Semaphore(), threading.Event()
+
+    def assemble() -> None:
+        try:
+            while wanted.acquire() and not ended.is_set():
+                batch = next(batches, None)
+                ready.put(batch)
+                if batch is None:
+                    break
+                del batch  # or it would live as long as the next one
+        except Exception as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=assemble, name="data loader", daemon=True)
+    thread.start()
     try:
-        for batch in loaded:
-            if isinstance(batch, ClipkdError):
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, Exception):
                 raise batch
+            wanted.release()
             yield batch
+            del batch
     finally:
-        del loaded  # ends the workers: an error's traceback would keep them, and they would keep the run from ending
+        ended.set()
+        wanted.release()
+        end_workers()  # a thread that waits for one gets an error
+        thread.join()
 
 
-@contextmanager
-def _hold_signals() -> Iterator[None]:
-    """Delay signals while workers start: a signal would kill a worker that does not ignore it yet."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _require_memory(rows: int, row_bytes: int, workers: int, *, pinned: bool) -> None:
+    """Check, before the first batch, that the loader's memory is free.
 
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ignore signals in a worker: Ctrl-C reaches it as well as its rank, and a dead worker would end the run."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    Raises:
+        UsageError: it is not.
+    """
+    needed, free = loader_bytes(rows, row_bytes, workers, pinned=pinned), free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        fitting = [n for n in range(1, workers) if loader_bytes(rows, row_bytes, n, pinned=pinned) <= free]
+        advice = f"Use at most --workers {fitting[-1]}, or lower" if fitting else "Lower"
+        raise UsageError(
+            f"data loader: {workers} worker(s) and batches of {rows:,} samples of {row_bytes:,} bytes take up to "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free for this rank. {advice} "
+            "distill.batch_size"
+        )

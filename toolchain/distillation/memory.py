@@ -9,8 +9,6 @@ With `distill.accumulate`, a rank's samples pass the student in several parts.  
 """
 
 import math
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward, Part, keep_buffers
+from toolchain.distillation.free_memory import free_bytes
 from toolchain.distillation.loader import PreparedBatch
 from toolchain.errors import UsageError
 from toolchain.models.towers import example_pixels
@@ -34,7 +33,6 @@ _FEATURES = 4
 
 _BYTES_OF_SIMILARITY = 48.0  # 12 arrays of a block (blocks.py) of 4 bytes each
 _MAX_SHARE = 0.9  # of the free memory
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class StepMemory(NamedTuple):
@@ -131,39 +129,6 @@ def _kept_bytes(forward: Forward, samples: int, teacher_width: int | None) -> tu
         result = forward.pass_student(trainee, Part(0, batch, teacher), 0)
     del result  # the arrays live until here, so no two have the same address
     return sum(kept.values()), max(kept.values(), default=0)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that this process can still allocate on its device, in bytes; None if it is unknown.
-
-    On a CPU it is the machine's available memory, or what the control group still allows if that is less, divided by
-    the number of ranks on this machine.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    found = [_read_available(Path("/proc/meminfo")), _read_cgroup(_CGROUP)]
-    known = [value for value in found if value is not None]
-    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if known else None
-
-
-def _read_available(path: Path) -> int | None:
-    """Return the available memory of the machine, from Linux's /proc/meminfo."""
-    try:
-        lines = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return None
-
-
-def _read_cgroup(folder: Path) -> int | None:
-    """Return the bytes that a control group (version 2) still allows; its file cache counts as free."""
-    try:
-        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - int(used) + int(stat["inactive_file"])
-    except (OSError, KeyError, ValueError):  # no such group, or "max": no limit
-        return None
 
 
 def divisors(count: int) -> list[int]:

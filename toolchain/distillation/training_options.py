@@ -8,7 +8,7 @@ class TrainingOptions:
     """Options of a training run that affect speed, checkpointing and replaced stages, never the result."""
 
     workers: int | None = None
-    """Data loader workers per rank.  None: a command chooses by data and device, `distill` starts none."""
+    """Data loader workers per rank, also of a teacher cache.  None: a command chooses, `distill` starts none."""
 
     checkpoint_steps: int | None = None
     """Steps between checkpoints, in addition to those by time."""

@@ -98,7 +98,10 @@ class ClipModel:
 
     def tokenize_trimmed(self, captions: list[str]) -> Tensor:
         """Return input_ids [B, L] of captions, without padding if their features do not depend on it."""
-        input_ids_BT = self.tokenize(captions)
+        return self.trim(self.tokenize(captions))
+
+    def trim(self, input_ids_BT: Tensor) -> Tensor:
+        """Return input_ids [B, L] of a whole batch without padding, if the features do not depend on it."""
         return trim_tokens(self.net, input_ids_BT) if self._is_trimmable else input_ids_BT
 
     def encode_text(self, input_ids_BL: Tensor) -> Tensor:

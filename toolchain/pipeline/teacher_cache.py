@@ -6,8 +6,9 @@ from typing import Any
 
 from toolchain import torchrun
 from toolchain.data.open import fingerprint as fingerprint_data
+from toolchain.distillation.training_options import TrainingOptions
 from toolchain.filesystem import read_json
-from toolchain.pipeline.stage_inputs import TrainingInputs, data_fields, run_stage_on_ranks
+from toolchain.pipeline.stage_inputs import TrainingInputs, data_fields, num_workers, run_stage_on_ranks
 from toolchain.progress import Screen
 from toolchain.recipe.distill import TeacherCacheSpec
 from toolchain.recipe.model_names import CONFIG, WEIGHTS
@@ -42,18 +43,22 @@ def cache_spec(inputs: CacheInputs) -> StageSpec:
     return StageSpec(inputs.own_folder, kind="teacher-cache", version=1, fields=_depends(inputs), resumes=True)
 
 
-def make_cache_stage(inputs: CacheInputs, screen: Screen, *, replace: bool) -> Stage:
+def make_cache_stage(inputs: CacheInputs, screen: Screen, options: TrainingOptions) -> Stage:
     """Store a teacher's features of every view and caption."""
     name, spec = f"teacher-cache/{inputs.name}", cache_spec(inputs)
     screen.starts(name)
     stage = run_stage_on_ranks(
-        spec, lambda folder: _store_features(inputs, dict(spec.fields), folder, screen), replace=replace
+        spec,
+        lambda folder: _store_features(inputs, dict(spec.fields), folder, screen, options),
+        replace=options.replace,
     )
     screen.done(name, stage)
     return stage
 
 
-def _store_features(inputs: CacheInputs, depends: dict[str, Any], folder: Path, screen: Screen) -> dict[str, Any]:
+def _store_features(
+    inputs: CacheInputs, depends: dict[str, Any], folder: Path, screen: Screen, options: TrainingOptions
+) -> dict[str, Any]:
     """Run the teacher; return what the manifest records."""
     from toolchain.data.open import training_data
     from toolchain.distillation.make_teacher_cache import CachePlan, make_cache
@@ -71,11 +76,12 @@ def _store_features(inputs: CacheInputs, depends: dict[str, Any], folder: Path, 
             training.data, seed=seed, batch_size=distill.batch_size, progress=screen.progress, say=screen.say
         )
     steps = distill.num_steps(data.steps_per_epoch)
-    plan = CachePlan(depends, inputs.spec.dtype, num_views=depends["views"], steps=steps)
+    workers = num_workers(training.data, options, processes.device.type)
+    plan = CachePlan(depends, inputs.spec.dtype, num_views=depends["views"], steps=steps, workers=workers)
     return make_cache(live, data, folder, plan, screen.progress, processes=processes, say=screen.say)
 
 
-def open_or_make_cache(inputs: CacheInputs, screen: Screen, *, replace: bool) -> tuple[Any, float]:
+def open_or_make_cache(inputs: CacheInputs, screen: Screen, options: TrainingOptions) -> tuple[Any, float]:
     """Return the cache that a student learns from and the seconds to make it; make it if it belongs to this run."""
     from toolchain.distillation.teacher_cache import open_cache
 
@@ -84,7 +90,7 @@ def open_or_make_cache(inputs: CacheInputs, screen: Screen, *, replace: bool) ->
         if torchrun.leads():
             open_stage(inputs.folder)
         return cache, 0.0
-    stage = make_cache_stage(inputs, screen, replace=replace)
+    stage = make_cache_stage(inputs, screen, options)
     return open_cache(stage.path, _depends(inputs)), float(stage.manifest["took_s"])
 
 

@@ -163,7 +163,7 @@ def _train(
     caching_s = 0.0
     if teacher and spec.teacher_cache:
         stored = CacheInputs(inputs, spec.teacher_cache, teacher, out)
-        frozen, caching_s = open_or_make_cache(stored, screen, replace=options.replace)
+        frozen, caching_s = open_or_make_cache(stored, screen, options)
         screen.starts(name)
     elif teacher:
         frozen = load_model(teacher.path)
@@ -216,10 +216,7 @@ def cache_teachers(
         made[name] = _adopt(further, recipe.seed, out / name, screen, options)
     inputs = training_inputs(recipe)
     caches = {name: CacheInputs(inputs, spec.teacher_cache, stage, out, name) for name, stage in made.items()}
-    return {
-        f"teacher-cache/{name}": make_cache_stage(cache, screen, replace=options.replace)
-        for name, cache in caches.items()
-    }
+    return {f"teacher-cache/{name}": make_cache_stage(cache, screen, options) for name, cache in caches.items()}
 
 
 def _make_teacher(spec: TeacherSpec, seed: int, out: Path, screen: Screen, options: TrainingOptions) -> Stage:
