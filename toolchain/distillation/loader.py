@@ -23,6 +23,11 @@ from toolchain.errors import ClipkdError
 from toolchain.models.clip_model import ClipModel
 
 
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return the host's tensor on a device; a GPU copies pinned memory by itself, and the host does not wait."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class PreparedBatch:
     """One rank's rows of a batch, prepared once for every distinct preprocessing and tokenizer."""
@@ -43,7 +48,7 @@ class PreparedBatch:
     """Cached features of images and texts, [b, E] each, if there is a cache."""
 
     def to(self, device: torch.device) -> "PreparedBatch":
-        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: copy_to_device(tensor, device))
 
     def pin_memory(self) -> "PreparedBatch":
         """Return the batch in pinned memory: copying it to a GPU then overlaps with computing."""
