@@ -87,9 +87,27 @@ class Processes:
         return DistributedDataParallel(
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch norms are synchronized, or `share_buffers` takes those of rank 0
             gradient_as_bucket_view=True,
         )
+
+    @contextmanager
+    def explain_lost_rank(self) -> Iterator[None]:
+        """Turn the error of a collective call whose peer has ended into one sentence.
+
+        Raises:
+            ClipkdError: another rank ended, or the network to it failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise ClipkdError(
+                f"rank {self.rank} of {self.size} lost its connection to another rank "
+                f"({str(error).partition('. ')[0]}). That rank ended or cannot be reached; if it printed no error, "
+                "torchrun's summary has its exit code (-9: killed, as for too little memory). The checkpoints are "
+                "intact: run the same command to resume; torchrun --max-restarts 3 resumes by itself"
+            ) from error
 
     def share_buffers(self, module: nn.Module) -> None:
         """Broadcast the buffers of rank 0: batch norms that are not synchronized have statistics of a rank's rows."""

@@ -114,6 +114,7 @@ def distill(
         closing(loaded) as batches,
         open_log(folder, step, processes) as log,
         _stop_requests() as stop_requested,
+        processes.explain_lost_rank(),
         _explain_full_memory(spec),
     ):
         while step < steps:
