@@ -37,7 +37,7 @@ from toolchain.distillation.losses import clip_loss, crd_loss, fd_loss, icl_loss
 from toolchain.distillation.make_teacher_cache import write_shard
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, shard_path
-from toolchain.distillation.training_log import log_row
+from toolchain.distillation.training_log import StepClock, start_row
 from toolchain.distillation.training_module import TrainingModule, make_optimizer
 from toolchain.distributed import ALONE
 from toolchain.models.build import build_model
@@ -216,7 +216,7 @@ def ours(
         group["lr"] = 1e-5
     trained.train()
     weights = spec.loss_weights.model_dump()
-    forward = Forward(trained, trained, spec, ALONE, 0)
+    forward, failed = Forward(trained, trained, spec, ALONE, 0), torch.zeros((), dtype=torch.bool)
 
     def step(index: int, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
         pixels, ids_BT = batch
@@ -234,7 +234,9 @@ def ours(
             forward.backward(done, prepared, index)
         with clock("gradient norm and log"):
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained.parameters() if p.grad is not None])
-            row = log_row(index, 1e-5, norm, done, weights)
+            row, _ = start_row(
+                index, 1e-5, norm, done, weights, failed, StepClock(torch.device("cpu"), len(pixels))
+            ).read()
         with clock("optimizer"):
             optimizer.step()
             trained.clamp_parameters_()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.objectives import OBJECTIVES, paper_weight, weighted_loss
 from toolchain.distillation.training_module import TrainingModule, make_optimizer
 from toolchain.distributed import ALONE, Processes
-from toolchain.errors import Interrupted, UsageError
+from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.models.build import load_model
 from toolchain.models.last_block import encode_class_token
 from toolchain.models.text_trimming import encode_tokens, trim_tokens
@@ -333,6 +334,7 @@ def collectives(processes: Processes) -> dict[str, Any]:
     mine = torch.arange(processes.rank, 5, 2, dtype=torch.float32)[:, None]
     return {
         "any": processes.any(processes.rank == 1),
+        "any of each": processes.any_of_each(processes.leads, False, not processes.leads, True),
         "none": processes.any(False),
         "share": processes.broadcast(f"from {processes.rank}"),
         "rows": processes.gather_rows(mine, 5),
@@ -342,6 +344,7 @@ def collectives(processes: Processes) -> dict[str, Any]:
 def test_collectives(both: dict[str, list[Any]]) -> None:
     for found in both["collectives"]:
         assert found["any"] is True
+        assert found["any of each"] == [True, False, True, True]
         assert found["none"] is False
         assert found["share"] == "from 0"
         assert found["rows"][:, 0].tolist() == [0, 1, 2, 3, 4]
@@ -364,6 +367,26 @@ def test_processes_that_cannot_meet_say_how_to_start() -> None:
     assert "torchrun --nproc-per-node" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:9: Connection reset by peer. A cause"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited. A cause\nA stack"),
+    ],
+    ids=["gloo", "nccl"],
+)
+def test_a_rank_that_loses_another_says_so(error: RuntimeError) -> None:
+    first = str(error).partition(". ")[0]
+    with pytest.raises(ClipkdError) as caught, Processes(1, 2, torch.device("cpu")).explain_lost_rank():
+        raise error
+    assert str(caught.value).startswith(f"rank 1 of 2 lost its connection to another rank ({first}). That rank ended")
+    assert "A cause" not in str(caught.value)
+    for processes, other in ((ALONE, error), (Processes(1, 2, torch.device("cpu")), RuntimeError("a shape"))):
+        with pytest.raises(type(other)) as caught_too, processes.explain_lost_rank():
+            raise other
+        assert caught_too.value is other
+
+
 def test_a_stopped_training_says_one_sentence_and_torchrun_knows_why(
     clipkd: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -378,4 +401,5 @@ def test_a_stopped_training_says_one_sentence_and_torchrun_knows_why(
         assert (ended.code, ended.err.strip()) == (130, said)
         failure = ProcessFailure(int(rank), 99, 130, str(tmp_path / "error.json"))
         assert failure.message == "stopped after step 5 of 9; run the same command to resume"
+        assert abs(failure.timestamp - time.time()) < 60, "or torchrun takes it for the first failure of all"
         (tmp_path / "error.json").unlink()

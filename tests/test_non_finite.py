@@ -1,5 +1,6 @@
 """NaN and infinity stop training and caching with their cause: the teacher, the first weights, or the steps."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import BATCH_SIZE, EVERY_STEP, STUDENT, cache_of, silent, spec, train
+from torch import Tensor
+from training import BATCH_SIZE, EVERY_STEP, STUDENT, assert_same_state, cache_of, rows, silent, spec, train
 
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
+from toolchain.distillation import distill as distil_module
 from toolchain.distillation import make_teacher_cache as caching
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.distill import CHECKPOINTS, Training, distill
 from toolchain.distillation.make_teacher_cache import write_shard
+from toolchain.distillation.non_finite import step_if_finite
 from toolchain.distillation.teacher import live_teacher
 from toolchain.distillation.teacher_cache import TeacherCache, shard_path
 from toolchain.errors import ArtifactError, ClipkdError
@@ -120,6 +124,95 @@ def test_a_sum_that_overflows_blames_the_weights_of_the_losses(tmp_path: Path, t
     said = stop(Training(asked, load_model(STUDENT, random_seed=0), None, data), tmp_path)
     assert "the loss is not finite at step 0, in the weighted sum (terms {'task': " in said
     assert said.endswith("Lower distill.loss_weights: each term is finite, and their weighted sum is not")
+
+
+# A step that is not finite is skipped on the device, and found out a step later.
+
+
+def weights_and_optimizer() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    return layer, torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+
+
+def take_step(
+    optimizer: Any, layer: Any, scaler: Any, failed: Tensor, loss: float = 1.0, gradient: float = 1.0
+) -> None:
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    if scaler.is_enabled():
+        scaler.scale(torch.ones(()))  # makes its scale
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in layer.parameters()])
+    step_if_finite(optimizer, scaler, torch.tensor(loss), norm, failed)
+
+
+def state_of(layer: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return copy.deepcopy({"weights": layer.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, -math.inf)])
+def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it(loss: float, gradient: float) -> None:
+    (layer, optimizer), failed = weights_and_optimizer(), torch.zeros((), dtype=torch.bool)
+    usual, expected = weights_and_optimizer()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    take_step(optimizer, layer, scaler, failed)
+    for parameter in usual.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    expected.step()
+    before = state_of(layer, optimizer)
+    assert_same_state(before, state_of(usual, expected))
+    assert not failed
+    take_step(optimizer, layer, scaler, failed, loss, gradient)
+    take_step(optimizer, layer, scaler, failed)
+    assert failed
+    assert_same_state(state_of(layer, optimizer), before)
+
+
+def test_an_overflow_of_fp16_fails_only_once_its_scale_is_below_1() -> None:
+    (layer, optimizer), failed = weights_and_optimizer(), torch.zeros((), dtype=torch.bool)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    take_step(optimizer, layer, scaler, failed)
+    before = state_of(layer, optimizer)
+    for scale in (4, 2, 1):
+        assert scaler.get_scale() == scale
+        take_step(optimizer, layer, scaler, failed, gradient=math.inf)
+        assert not failed
+    assert_same_state(state_of(layer, optimizer), before)
+    take_step(optimizer, layer, scaler, failed)
+    assert not torch.equal(layer.weight, before["weights"]["weight"]), "the next finite step is taken"
+    take_step(optimizer, layer, scaler, failed, gradient=math.inf)
+    assert failed
+    scaler, failed = torch.amp.GradScaler("cpu", init_scale=4.0), torch.zeros((), dtype=torch.bool)
+    take_step(optimizer, layer, scaler, failed, loss=math.inf)
+    assert failed, "a loss that overflows is no matter of the scale"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_failure_found_a_step_late_leaves_the_weights_of_its_step(
+    tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Step 4 fails, and step 5 is begun before that is known."""
+    real, weights = distil_module.clip_gradients, []
+
+    def poisoned(trainee: Any, max_norm: float | None) -> Tensor:
+        weights.append({name: value.clone() for name, value in trainee.state_dict().items()})
+        if len(weights) == 5:
+            next(trainee.parameters()).grad.fill_(math.nan)
+        return real(trainee, max_norm)
+
+    monkeypatch.setattr(distil_module, "clip_gradients", poisoned)
+    student, data = load_model(STUDENT, random_seed=0), GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
+    with pytest.raises(ClipkdError, match="the gradient is not finite at step 4, "):
+        distill(Training(spec(precision=precision), student, None, data), tmp_path, silent)
+    assert len(weights) == 6, "the next step had begun"
+    names = [name for name, _ in student.net.named_parameters()]
+    for name in names:
+        assert torch.equal(weights[5][f"net.{name}"], weights[4][f"net.{name}"]), name
+        assert torch.equal(student.net.state_dict()[name], weights[4][f"net.{name}"]), name
+    assert any(not torch.equal(weights[4][f"net.{name}"], weights[3][f"net.{name}"]) for name in names)
+    assert Checkpoints(tmp_path / CHECKPOINTS).load(lambda _: None) is None
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3]
 
 
 # The teacher cache.

@@ -17,9 +17,11 @@ import pytest
 from conftest import REPOSITORY, jpeg, make_picture, make_shards, write_tar
 from killable import MOMENTS, Killable, start
 from training import assert_same_state, files, rows
+from two_processes import spawn
 
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.distill import CHECKPOINTS
+from toolchain.distributed import Processes
 
 BATCH_SIZE = 4
 STEPS_OF_A_LIFE = 4  # an attempt is killed after so many steps at the most, and what it does before the kill arrives
@@ -312,6 +314,60 @@ def test_torchrun_continues_what_one_process_began_and_then_finds_it_cached(
     assert [row["step"] for row in logged] == list(range(8))
     assert logged[:saved] == before, "what one process had logged stays"
     assert json.loads((parts.student / "manifest.json").read_text())["summary"]["processes"] == 2
+
+
+def kill_rank(launcher: "subprocess.Popen[str]", rank: int) -> None:
+    """kill -9 one of the processes that torchrun started."""
+    listed = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+    for pid in listed.stdout.split():
+        if f"RANK={rank}".encode() in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
+            os.kill(int(pid), signal.SIGKILL)
+            return
+    raise AssertionError(f"no rank {rank} in {listed.stdout.split()}")
+
+
+def distill_as_rank(processes: Processes, arguments: list[str], cache: str) -> int:
+    """The command on one of two ranks that have already met."""
+    import clipkd as command
+
+    os.environ |= {"RANK": str(processes.rank), "WORLD_SIZE": str(processes.size), "XDG_CACHE_HOME": cache}
+    sys.argv = ["clipkd", *arguments]
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_ranks_of_which_one_is_killed_are_started_again_and_continue_exactly(
+    commands: Callable[..., tuple[Command, Command]], rank: int
+) -> None:
+    """Rank 0 holds the locks and writes the checkpoints."""
+    whole, parts = commands("webdataset", steps=16)
+    arguments = ["distill", str(whole.recipe), "--out", str(whole.run), "--workers", "0"]
+    assert spawn([(distill_as_rank, arguments, environment(whole)["XDG_CACHE_HOME"])]) == [[0, 0]]
+    parts.folder.mkdir()
+    checkpoints = parts.run / ".student.partial" / CHECKPOINTS
+
+    def newest() -> int:
+        return max(map(step_of, checkpoints.glob("step-*.pt")), default=0)
+
+    words = torchrun(parts, "--checkpoint-steps", "1", "--workers", "0")
+    words[1:1] = ["--max-restarts", "2"]
+    seen = []
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment(parts), cwd=REPOSITORY, **pipes) as process:
+        until(lambda: newest() > 2, process)
+        kill_rank(process, rank)
+        while process.poll() is None:
+            seen.append(newest())
+            time.sleep(0.05)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"failed (exitcode: -9) local_rank: {rank}" in err
+    running = [step for step in seen if step]  # none is left once it has finished
+    assert running == sorted(running), "the second attempt did not begin anew"
+    assert files(parts.student) == files(whole.student)
+    assert rows(parts.student) == rows(whole.student)
 
 
 @pytest.mark.slow

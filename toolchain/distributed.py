@@ -84,7 +84,30 @@ class Processes:
         """Return the module with gradients averaged over ranks, starting from the parameters of rank 0."""
         if self.size == 1:
             return module
-        return DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+
+    @contextmanager
+    def explain_lost_rank(self) -> Iterator[None]:
+        """Turn the error of a collective call whose peer has ended into one sentence.
+
+        Raises:
+            ClipkdError: another rank ended, or the network to it failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise ClipkdError(
+                f"rank {self.rank} of {self.size} lost its connection to another rank "
+                f"({str(error).partition('. ')[0]}). That rank ended or cannot be reached; if it printed no error, "
+                "torchrun's summary has its exit code (-9: killed, as for too little memory). The checkpoints are "
+                "intact: run the same command to resume; torchrun --max-restarts 3 resumes by itself"
+            ) from error
 
     def share_buffers(self, module: nn.Module) -> None:
         """Broadcast the buffers of rank 0: batch norms that are not synchronized have statistics of a rank's rows."""
@@ -94,18 +117,25 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Return True if any rank passes True (a collective call)."""
+        return self.any_of_each(flag)[0]
+
+    def any_of_each(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether any rank passes True (a collective call).
+
+        The hosts exchange the flags; nothing waits for a GPU.
+        """
         if self.size == 1:
-            return flag
-        any_flag = torch.tensor(int(flag), device=self.device)
+            return list(flags)
+        any_flag = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(any_flag, dist.ReduceOp.MAX)
-        return bool(any_flag.item())
+        return [bool(flag) for flag in any_flag.tolist()]
 
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0 (a collective call)."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -148,7 +178,8 @@ def join_processes() -> Processes:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            # tensors on the host go through gloo, so ranks agree on flags and objects without waiting for their GPUs
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise ClipkdError(
                 f"rank {rank} of {size} cannot join the other ranks: {error}. Start all ranks with: "

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 
@@ -26,6 +28,12 @@ def leads() -> bool:
 
 
 def report_error(message: str) -> None:
-    """Give torchrun the reason why this rank ends; its summary then has the reason instead of a missing traceback."""
+    """Give torchrun the reason why this rank ends; its summary then has the reason instead of a missing traceback.
+
+    torchrun sends SIGTERM as soon as another rank has ended; from here on it ends this rank without a word.
+    """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+        partial = Path(f"{file}.partial")  # torchrun itself fails at half a file
+        partial.write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+        partial.replace(file)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

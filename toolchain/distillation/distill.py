@@ -8,7 +8,8 @@ checkpoint, with any number of loader workers, and sees the same batches with an
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from toolchain.data.bad_samples import Damage, Ledger
 from toolchain.data.batch import TrainingData
@@ -26,11 +27,11 @@ from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.loader import PreparedBatch, load_batches
 from toolchain.distillation.memory import divisors, fit_parts
-from toolchain.distillation.non_finite import is_finite, non_finite_error
+from toolchain.distillation.non_finite import non_finite_error, step_if_finite
 from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher import open_teacher
 from toolchain.distillation.teacher_cache import TeacherCache
-from toolchain.distillation.training_log import StepClock, is_logged, log_row, open_log
+from toolchain.distillation.training_log import StepClock, UnreadRow, is_logged, open_log, start_row
 from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.distributed import ALONE, Processes
@@ -69,6 +70,11 @@ class Training:
     def steps(self) -> int:
         return self.spec.num_steps(self.data.steps_per_epoch)
 
+    def is_scored(self, step: int) -> bool:
+        """Return True if the student is scored after `step` steps."""
+        every = self.spec.evaluate_every
+        return self.accuracy is not None and every is not None and (step % every == 0 or step == self.steps)
+
 
 def distill(
     training: Training,
@@ -100,30 +106,32 @@ def distill(
     loaded = load_batches(
         training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0
     )
-    clock = StepClock(processes.device)
-    started = time.monotonic() - elapsed_s
+    clock = StepClock(processes.device, spec.batch_size)
+    started, first = time.monotonic() - elapsed_s, step
+    unread: deque[UnreadRow] = deque()
     run.trainee.train()
     with (
         closing(loaded) as batches,
         open_log(folder, step, processes) as log,
         _stop_requests() as stop_requested,
+        processes.explain_lost_rank(),
         _explain_full_memory(spec),
     ):
         while step < steps:
-            row = run.train_step(batches, step, clock)
+            batch = run.load_batch(batches, clock)
+            unread.append(run.train_step(batch, step, clock))
             step += 1
-            row |= clock.shares(spec.batch_size)
-            if training.accuracy and spec.evaluate_every and (step % spec.evaluate_every == 0 or step == steps):
-                row["accuracy"] = run.evaluate(training.accuracy)
-            if processes.leads:
-                if is_logged(step - 1, steps) or "accuracy" in row:
+            stopping, saving = run.agree(batch.damaged, step, stop_requested(), checkpoints.due(step))
+            saving |= stopping or step == steps
+            for row in run.read_rows(unread, wait=saving or training.is_scored(step) or step == first + 1):
+                if processes.leads and (is_logged(row["step"], steps) or "accuracy" in row):
                     log.write(row)
+            if processes.leads:
                 progress("training", step, steps, f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} images/s")
-            stopping = processes.any(stop_requested())
-            if processes.leads and (checkpoints.due(step) or stopping or step == steps):
-                log.flush()
-                run.require_finite_weights(step)
-                checkpoints.save(step, run.state(time.monotonic() - started))
+                if saving:
+                    log.flush()
+                    run.require_finite_weights(step)
+                    checkpoints.save(step, run.state(time.monotonic() - started))
             if stopping and step < steps:
                 processes.wait()  # for the checkpoint: torchrun ends all ranks once one has ended
                 raise Interrupted(f"{folder}: stopped after step {step} of {steps}; run the same command to resume")
@@ -197,7 +205,9 @@ def _start(training: Training, folder: Path, processes: Processes, say: Callable
     if training.data.left_out:
         ledger.check(training.data.num_samples)
     forward = Forward(module, module, spec, processes, training.seed)
-    return _Run(training, folder, forward, teacher.features if teacher else None, optimizer, scaler, ledger, say)
+    failed = torch.zeros((), dtype=torch.bool, device=processes.device)
+    teach = teacher.features if teacher else None
+    return _Run(training, folder, forward, teach, optimizer, scaler, failed, ledger, say)
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,9 @@ class _Run:
     teacher_features: Callable[[PreparedBatch], TeacherFeatures] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    failed: Tensor
+    """True, on the device, once a step was not finite; then the weights change no more."""
+
     ledger: Ledger
     say: Callable[[str], None]
 
@@ -243,13 +256,15 @@ class _Run:
         module = self.processes.data_parallel(self.trainee)
         return replace(self, forward=replace(self.forward, module=module))
 
-    def train_step(self, batches: Iterator[PreparedBatch], step: int, clock: StepClock) -> dict[str, Any]:
-        """Take one step and return its row of the log, without the timings."""
-        spec, trainee = self.training.spec, self.trainee
+    def load_batch(self, batches: Iterator[PreparedBatch], clock: StepClock) -> PreparedBatch:
+        """Return the next batch, on the rank's device; the step begins with it."""
         clock.restart()
         with clock("data"):
-            batch = next(batches).to(self.processes.device)
-        self._count_damage(batch.damaged, step)
+            return next(batches).to(self.processes.device)
+
+    def train_step(self, batch: PreparedBatch, step: int, clock: StepClock) -> UnreadRow:
+        """Take one step, and return its row of the log; on a GPU, return before the GPU has computed it."""
+        spec, trainee = self.training.spec, self.trainee
         with clock("teacher"):
             teacher_features = self._teach(batch)
         forward_pass = self.forward.run(batch, teacher_features, step)
@@ -260,13 +275,35 @@ class _Run:
         self.forward.backward(forward_pass, batch, step, self.scaler)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(trainee, spec.grad_clip_norm)
-        row = log_row(step, lr, grad_norm, forward_pass, spec.loss_weights.model_dump())
-        if not is_finite(row, self.scaler):
-            raise non_finite_error(self.folder, row, self.training.data, self.forward, forward_pass, batch)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        step_if_finite(self.optimizer, self.scaler, forward_pass.loss.detach(), grad_norm, self.failed)
         trainee.clamp_parameters_()
-        return row
+        return start_row(step, lr, grad_norm, forward_pass, spec.loss_weights.model_dump(), self.failed, clock)
+
+    def read_rows(self, unread: deque[UnreadRow], *, wait: bool) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the steps that have ended, oldest first, with the accuracy where the student is scored.
+
+        The last row stays unread, so that the host starts the next step meanwhile; `wait` reads it too.
+
+        Raises:
+            ClipkdError: a step was not finite (a collective call).
+        """
+        while len(unread) > (0 if wait else 1):
+            row, failed = unread.popleft().read()
+            if failed:
+                raise self._explain_failure(row)
+            if self.training.accuracy and self.training.is_scored(row["step"] + 1):
+                row["accuracy"] = self.evaluate(self.training.accuracy)
+            yield row
+
+    def _explain_failure(self, row: dict[str, Any]) -> ClipkdError:
+        """Return the error of a step that was not finite, computed again: the weights are still those of this step."""
+        training, step = self.training, row["step"]
+        rows = self.processes.rows(training.spec.batch_size)
+        loaded = load_batches(training.data, range(step, step + 1), rows, training.student, training.teacher, 0)
+        batch = next(loaded).to(self.processes.device)
+        with torch.no_grad():  # without the wrapper, which expects a backward pass after each forward pass
+            forward_pass = replace(self.forward, module=self.trainee).run(batch, self._teach(batch), step)
+        return non_finite_error(self.folder, row, training.data, self.forward, forward_pass, batch)
 
     def _teach(self, batch: PreparedBatch) -> TeacherFeatures | None:
         """Return the teacher's features; a teacher that runs takes as many samples at a time as the student."""
@@ -278,14 +315,18 @@ class _Run:
         image_bE, text_bE = (torch.cat([x[place] for x in found]) for place in range(2))
         return TeacherFeatures(image_bE, text_bE, found[0].logit_scale)
 
-    def _count_damage(self, damaged: Iterable[Damage], step: int) -> None:
-        """Count the corrupt samples that any rank met; too many of them stop the run."""
-        damaged = tuple(damaged)
-        if self.processes.any(bool(damaged)):
+    def agree(self, damaged: tuple[Damage, ...], step: int, stopping: bool, due: bool) -> tuple[bool, bool]:
+        """Return whether any rank was asked to stop, and whether a checkpoint is due on rank 0 (a collective call).
+
+        It also counts the corrupt samples that any rank met; too many of them stop the run.
+        """
+        any_damaged, stopping, due = self.processes.any_of_each(bool(damaged), stopping, due and self.processes.leads)
+        if any_damaged:
             by_rank = self.processes.gather_objects(damaged)
             for message in self.ledger.add(damage for of_rank in by_rank for damage in of_rank):
                 self.say(message)
-            self.ledger.check((step + 1) * self.training.spec.batch_size)
+            self.ledger.check(step * self.training.spec.batch_size)
+        return stopping, due
 
     def evaluate(self, accuracy: Callable[[ClipModel, Processes], dict[str, float]]) -> dict[str, float]:
         """Return the student's current accuracy."""

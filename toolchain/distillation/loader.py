@@ -39,6 +39,11 @@ PART_ROWS = 64
 _COPIES_IN_MAKING = 3  # of the part that a worker makes: crops and resized views; a mixture also sorts its rows
 
 
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return the host's tensor on a device; a GPU copies pinned memory by itself, and the host does not wait."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class PreparedBatch:
     """One rank's rows of a batch, prepared once for every distinct preprocessing and tokenizer."""
@@ -59,7 +64,7 @@ class PreparedBatch:
     """Cached features of images and texts, [b, E] each, if there is a cache."""
 
     def to(self, device: torch.device) -> "PreparedBatch":
-        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: copy_to_device(tensor, device))
 
     def split(self, parts: int) -> list["PreparedBatch"]:
         """Return the rows in equal parts, in order."""

@@ -1,4 +1,4 @@
-"""Detect a loss or gradient that became NaN or infinite, and name the objective and the samples that caused it."""
+"""Skip steps whose loss or gradient is NaN or infinite, and name the objective and the samples that caused it."""
 
 import math
 from pathlib import Path
@@ -19,17 +19,29 @@ from toolchain.recipe.distill import DistillSpec
 _NAMED_SAMPLES = 8
 
 
-def is_finite(row: dict[str, Any], scaler: torch.amp.GradScaler) -> bool:
-    """Return False if the step must not be taken; a gradient norm that is not finite becomes None in its row.
+def step_if_finite(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loss: Tensor,
+    grad_norm: Tensor,
+    failed: Tensor,
+) -> None:
+    """Take the optimizer's step if the loss and the gradients are finite.
 
-    fp16 gradients may overflow: the scaler then skips the step and halves its scale, which is allowed down to 1.
+    The device decides, so the host need not wait for it, and may already start the next step.  Therefore `failed`, a
+    scalar that is True once a step was not finite, makes the optimizer skip all later steps too.  The weights remain
+    those of the failed step, and it can be computed again for `non_finite_error`.
+
+    fp16 gradients may overflow: the step is skipped and the scaler halves its scale, which is allowed down to 1.
     """
-    if not math.isfinite(row["loss"]):
-        return False
-    if not math.isfinite(row["grad_norm"]):
-        row["grad_norm"] = None
-        return scaler.is_enabled() and scaler.get_scale() >= 1
-    return True
+    is_wrong = is_fatal = ~(loss.isfinite() & grad_norm.isfinite())
+    if scaler.is_enabled():
+        scale: Tensor = scaler.scale(torch.ones_like(loss))
+        is_fatal = ~loss.isfinite() | is_wrong & (scale < 1)
+    failed |= is_fatal
+    optimizer.found_inf = (failed | is_wrong).float()  # type: ignore[attr-defined]  # GradScaler tells it so, too
+    optimizer.step()
+    scaler.update()
 
 
 def non_finite_error(
@@ -42,7 +54,8 @@ def non_finite_error(
 ) -> ClipkdError:
     """Return the error that names the step, the features or the terms, and the samples (a collective call).
 
-    `forward_pass` and `batch` are those of the step.  The gradients of the parameters are lost.
+    `row` has the numbers of the step, and `forward_pass` and `batch` are those of the step.  The gradients of the
+    parameters are lost.
     """
     step, spec, trainee = row["step"], forward.spec, forward.trainee
     # decodes the images too: corrupt samples are replaced by others

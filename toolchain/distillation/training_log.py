@@ -1,13 +1,19 @@
-"""Write the training log: train.jsonl, TensorBoard, and the time of each part of a step."""
+"""Write the training log: train.jsonl, TensorBoard, and the time of each part of a step.
+
+The numbers of a step are computed on the device.  They are read while it computes the next step (`UnreadRow`), so
+neither waits for the other.
+"""
 
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,28 +81,62 @@ def _curves(row: dict[str, Any]) -> list[tuple[str, float]]:
     return curves
 
 
-def log_row(
-    step: int, lr: float, grad_norm: Tensor, forward_pass: ForwardPass, weights: dict[str, float]
-) -> dict[str, Any]:
-    """Return a step's row of the log, read from the device in one transfer."""
+@dataclass(frozen=True)
+class UnreadRow:
+    """A step's row of the log; its numbers are still being computed, or are on their way from the device."""
+
+    step: int
+    lr: float
+    names: Sequence[tuple[str, str]]
+    """Group and name of each number: of the step itself, of the terms, or of the similarities."""
+
+    numbers: Tensor
+    """On the host, and valid once the step has ended."""
+
+    weights: Mapping[str, float]
+    times: "StepTimes"
+
+    def read(self) -> tuple[dict[str, Any], bool]:
+        """Wait for the end of the step; return its row, and True if the run failed at this step or before.
+
+        A gradient norm that is not finite is None in the row.
+        """
+        self.times.wait()
+        found: dict[str, dict[str, float]] = {}
+        for (group, name), number in zip(self.names, self.numbers.tolist(), strict=True):
+            found.setdefault(group, {})[name] = number
+        loss, grad_norm, failed = (found["step"].pop(name) for name in ("loss", "grad_norm", "failed"))
+        row: dict[str, Any] = {"step": self.step, "loss": loss, "lr": self.lr}
+        row |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, **found["step"]}
+        terms = found["terms"].items()
+        row["terms"] = {name: {"unweighted": value, "weighted": self.weights[name] * value} for name, value in terms}
+        row |= {group: found[group] for group in ("similarity",) if group in found}
+        return row | self.times.shares(), bool(failed)
+
+
+def start_row(
+    step: int,
+    lr: float,
+    grad_norm: Tensor,
+    forward_pass: ForwardPass,
+    weights: Mapping[str, float],
+    failed: Tensor,
+    clock: "StepClock",
+) -> UnreadRow:
+    """Return the row of a step that was just started, and stop its clock; nothing waits for the device.
+
+    Copying the numbers to the host is a part of the step.  A copy from a GPU goes to pinned memory.
+    """
     student, teacher = forward_pass.everyone
-    similarity = {} if teacher is None else _similarity(student, teacher)
     scales = {name: scale for name, scale in forward_pass.scales._asdict().items() if scale is not None}
-    tensors = {
-        "loss": forward_pass.loss,
-        "grad_norm": grad_norm,
-        **scales,
-        **forward_pass.terms,
-        **similarity,
+    groups = {
+        "step": {"loss": forward_pass.loss, "grad_norm": grad_norm, "failed": failed, **scales},
+        "terms": forward_pass.terms,
+        "similarity": {} if teacher is None else _similarity(student, teacher),
     }
-    numbers = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
-    row = {"step": step, "loss": numbers["loss"], "lr": lr, "grad_norm": numbers["grad_norm"]}
-    row |= {name: numbers[name] for name in scales}
-    terms = {name: numbers[name] for name in forward_pass.terms}
-    row["terms"] = {name: {"unweighted": value, "weighted": weights[name] * value} for name, value in terms.items()}
-    if similarity:
-        row["similarity"] = {name: numbers[name] for name in similarity}
-    return row
+    tensors = {(group, name): tensor for group, named in groups.items() for name, tensor in named.items()}
+    numbers = torch.stack([tensor.detach().float() for tensor in tensors.values()])
+    return UnreadRow(step, lr, list(tensors), numbers.to("cpu", non_blocking=True), weights, clock.stop())
 
 
 def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str, Tensor]:
@@ -110,42 +150,67 @@ def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str,
     return {"image": image, "text": text}
 
 
-class StepClock:
-    """Seconds of a step and of its parts; on a GPU the execution time, not the launch time."""
+_Moment = float | torch.cuda.Event
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._parts: dict[str, float] = {}
-        self._events: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
-        self._started = time.monotonic()
+
+class StepTimes(NamedTuple):
+    """Beginning and end of a step and of its parts: in seconds, or events of a GPU that it may still have to reach."""
+
+    batch_size: int
+    step: tuple[_Moment, _Moment]
+    parts: dict[str, tuple[_Moment, _Moment]]
+
+    def wait(self) -> None:
+        """Wait for the end of the step."""
+        if isinstance(self.step[1], torch.cuda.Event):
+            self.step[1].synchronize()
+
+    def shares(self) -> dict[str, float]:
+        """Return a row's timings, once the step has ended."""
+        seconds = _seconds(*self.step)
+        parts = {f"{part}_fraction": round(_seconds(*times) / seconds, 4) for part, times in self.parts.items()}
+        return {"images_per_s": round(self.batch_size / seconds, 1)} | parts
+
+
+class StepClock:
+    """Time a step and its parts, on a GPU by events in its stream.
+
+    A GPU reaches an event when it has done all work before it.  Time in which the host loads data and the GPU still
+    computes an earlier step is therefore not counted; time in which the GPU waits for the data is.
+    """
+
+    def __init__(self, device: torch.device, batch_size: int) -> None:
+        self._device, self._batch_size = device, batch_size
+        self.restart()
 
     def restart(self) -> None:
-        self._parts, self._events, self._started = {}, {}, time.monotonic()
+        self._parts: dict[str, tuple[_Moment, _Moment]] = {}
+        self._started = self._now()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        started = time.monotonic()
-        if self._device.type == "cuda" and part != "data":
-            events = _event(), _event()
-            events[0].record()
-            yield
-            events[1].record()
-            self._events[part] = events
-        else:
-            yield
-        self._parts[part] = time.monotonic() - started
+        started = self._now()
+        yield
+        self._parts[part] = started, self._now()
 
-    def shares(self, batch_size: int) -> dict[str, float]:
-        """Return a row's timings; call it after the step's numbers have been read from the device."""
-        for part, (begin, end) in self._events.items():
-            self._parts[part] = begin.elapsed_time(end) / 1e3
-        seconds = time.monotonic() - self._started
-        shares = {f"{part}_fraction": round(spent / seconds, 4) for part, spent in self._parts.items()}
-        return {"images_per_s": round(batch_size / seconds, 1)} | shares
+    def stop(self) -> StepTimes:
+        """Return the times since the last restart."""
+        return StepTimes(self._batch_size, (self._started, self._now()), self._parts)
+
+    def _now(self) -> _Moment:
+        if self._device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        event.record()
+        return event
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+def _seconds(start: _Moment, end: _Moment) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1e3
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toolchain.distillation.batch_norms import synchronize_batch_norms
 from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeatures
 from toolchain.distillation.heads import DistillationHeads
+from toolchain.distillation.loader import copy_to_device
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
 from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher_cache import TeacherCache
@@ -83,7 +84,8 @@ class TrainingModule(nn.Module):
         def draw_patches(ratio: float | None, draw: int) -> Tensor | None:
             if not ratio:
                 return None
-            return kept_patches(seed, sample_b, draw, num_patches=num_patches(visual), mask_ratio=ratio)
+            kept_bK = kept_patches(seed, sample_b, draw, num_patches=num_patches(visual), mask_ratio=ratio)
+            return copy_to_device(kept_bK, self.net.logit_scale.device)  # type: ignore[arg-type]
 
         return draw_patches(self._mask_ratio, 2 * step), draw_patches(self._patch_dropout, 2 * step + 1)
 
