@@ -883,7 +883,7 @@ def show(
     loaded = _recipe(recipe, overrides)
     stages = show_stages(loaded, out)
     resolved = loaded.model_dump(mode="json")
-    lines = [f"# {stage['stage']}: {stage['text']}" for stage in stages]
+    lines = [f"# {stage['stage']}: {text}" for stage in stages for text in (stage["text"], *stage["starts"])]
     print_result(
         {"recipe": resolved, "stages": stages}, as_json, yaml.safe_dump(resolved, sort_keys=False).rstrip("\n"), *lines
     )

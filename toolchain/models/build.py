@@ -23,6 +23,7 @@ from toolchain.models.hub import from_hub, not_downloaded, offline_reason, one_l
 from toolchain.models.towers import is_convolutional
 from toolchain.models.weights import load_weights, weights_file
 from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model_config import merge_config
 from toolchain.recipe.model_names import CONFIG, HUB, WEIGHTS, model_folder, suggestion
 from toolchain.user_documents import InvalidDocument, decode_document, parse_json
 
@@ -61,8 +62,8 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
         tag = _tag(spec) if spec.pretrained else {}
         config = _architecture(spec.model, tag)
     config = {
-        "model_cfg": _merge(config["model_cfg"], spec.model_cfg),
-        "preprocess_cfg": _merge(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
+        "model_cfg": merge_config(config["model_cfg"], spec.model_cfg),
+        "preprocess_cfg": merge_config(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
     }
     weights = None if spec.is_random else weights_file(spec, folder, tag, say)
     changed_tokenizer = "hf_tokenizer_name" in spec.model_cfg.get("text_cfg", {})
@@ -194,15 +195,6 @@ def _tag(spec: ModelSpec) -> dict[str, Any]:
 
 def _known_tags(tags: list[str]) -> str:
     return f"it has {', '.join(tags)}" if tags else "it has none"
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` merged in, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _tokenizer_files(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import UsageError
 from toolchain.recipe.evaluate import EvalSetSpec
-from toolchain.recipe.model import TeacherSpec
+from toolchain.recipe.model import CORPUS_SECTIONS, StudentSpec, TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, resolve_model, resolve_path
 from toolchain.recipe.problems import describe_problems
 from toolchain.recipe.recipe import Recipe
@@ -108,7 +108,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     except ValidationError as error:
         problems = describe_problems(error.errors(), raw)
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
-    changes: dict[str, Any] = {"student": resolve_model(recipe.student, folder, "student")}
+    changes: dict[str, Any] = {"student": _anchor_student(recipe.student, folder)}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
         changes["teacher"] = _anchor_recipe(recipe.teacher, folder)
     elif recipe.teacher is not None:
@@ -128,6 +128,26 @@ def teacher_recipe(spec: TeacherSpec) -> Recipe:
     """Return the recipe that trains a loaded recipe's teacher."""
     assert spec.recipe is not None
     return load_recipe(recipe_path(spec.recipe))
+
+
+def _anchor_student(spec: StudentSpec, folder: Path) -> StudentSpec:
+    """Return the student with absolute paths, found relative to the recipe or else to the current folder.
+
+    Raises:
+        UsageError: its model, the model that it inherits from, or a file of its vocabulary does not exist.
+    """
+    spec = resolve_model(spec, folder, "student")
+    texts = [name if name in CORPUS_SECTIONS else str(resolve_path(name, folder)) for name in spec.vocabulary]
+    for written, path in zip(spec.vocabulary, texts, strict=True):
+        if path not in CORPUS_SECTIONS and not Path(path).is_file():
+            raise UsageError(
+                f"student.vocabulary '{written}': no file at {path}. Expected a file with one text per line, or "
+                f"{' or '.join(CORPUS_SECTIONS)}"
+            )
+    inherit = spec.inherit
+    if inherit is not None and not spec.inherits_from_teacher:
+        inherit = resolve_model(inherit, folder, "student.inherit")
+    return spec.model_copy(update={"inherit": inherit, "vocabulary": tuple(texts)})
 
 
 def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
