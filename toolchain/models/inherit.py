@@ -175,7 +175,7 @@ def _thin_tower(pair: _Pair, text: str, *, with_blocks: bool) -> TowerChoice:
     return TowerChoice(text, layers if with_blocks else [], heads, [] if is_whole else kept_C.tolist())
 
 
-# Choosing --------------------------------------------------------------------------------------------------------------
+# Choosing ------------------------------------------------------------------------------------------------------------
 
 
 def _choose_layers(blocks: list[Any], number: int) -> list[int]:

@@ -80,17 +80,23 @@ def load_recipe(
 
 
 def make_adoption_recipe(
-    model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None
+    model: str,
+    weights: dict[str, str],
+    like: Recipe | None,
+    overrides: list[str] | None = None,
+    vocabulary: Path | None = None,
 ) -> Recipe:
     """Return a recipe that adopts a model without training it, with the data, quantize, export, evaluate and profile
-    sections of `like`.
+    sections of `like`.  `vocabulary` is a file of texts, to whose tokens the model's vocabulary is cut.
 
     Raises:
         UsageError: there is no such model, or it has no weights and none are given.
     """
     sections = ("data", "quantize", "export", "evaluate", "profile")
     taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
-    student = {"model": model, **weights} if weights else {"model": model, "init": "weights"}
+    student = {"model": model, **(weights or {"init": "weights"})}
+    if vocabulary is not None:
+        student["vocabulary"] = str(vocabulary)
     raw = {"name": model.rpartition("/")[2], "student": student, **taken}
     for override in overrides or []:
         _apply(raw, override)
