@@ -68,7 +68,9 @@ def cut_tokenizer(tokenizer: Any, text_cfg: Mapping[str, Any], num_rows: int, te
     if is_stock:
         special["pad_token"] = _PAD
         document["model"]["vocab"][_PAD] = 0
-        document["added_tokens"] = [_added(document["model"]["vocab"][token], token) for token in special.values()]
+        document["added_tokens"] = [
+            _add_special(document["model"]["vocab"][token], token) for token in special.values()
+        ]
     _compare_words(whole, Tokenizer.from_str(json.dumps(document)), words)
     settings: dict[str, Any] = {"vocab_size": len(source_ids)}
     if is_stock:
@@ -215,7 +217,7 @@ def _renumber_special(step: Any, ids_of: Mapping[str, int], new_ids: Mapping[int
             step[role] = [token, new_ids[number]]
 
 
-def _added(number: int, token: str) -> dict[str, Any]:
+def _add_special(number: int, token: str) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": token, **flags, "special": True}
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from toolchain.recipe.model_config import merge_config
 _COMPARED_TEXTS = 1000
 
 
-def cut_vocabulary(model: ClipModel, texts: Iterable[str]) -> tuple[ClipModel, dict[str, Any]]:
+def cut_vocabulary(model: ClipModel, texts: Iterable[str]) -> tuple[ClipModel, dict[str, int]]:
     """Return a model with the rows of fewer tokens and its own tokenizer, and what the manifest records.
 
     The texts keep their tokens, so their features stay equal.  Other texts keep theirs where their words are among the
@@ -41,7 +40,9 @@ def cut_vocabulary(model: ClipModel, texts: Iterable[str]) -> tuple[ClipModel, d
     made = assemble_model(model.name, {**model.config, "model_cfg": model_cfg}, cut.files)
     made.net.load_state_dict(state | {names[0]: embedding_VW[torch.tensor(cut.source_ids)]})
     _compare_texts(model, made, cut, first)
-    return made, {"tokens": len(cut.source_ids), "of": len(embedding_VW), "words": cut.num_words}
+    removed = embedding_VW.numel() - len(cut.source_ids) * embedding_VW.shape[1]
+    counts = {"tokens": len(cut.source_ids), "of": len(embedding_VW), "words": cut.num_words}
+    return made, counts | {"removed_params": removed}
 
 
 def _compare_texts(whole: ClipModel, made: ClipModel, cut: CutTokenizer, texts: list[str]) -> None:

@@ -84,9 +84,9 @@ def _as_model(value: Any) -> Any:
 
 class StudentSpec(ModelSpec):
     inherit: Annotated[SourceSpec | None, BeforeValidator(_as_model)] = None
-    """Start from the weights of a larger model, thinned to this architecture (docs/method.md).  teacher: this recipe's
-    teacher, and the baseline then starts at random; otherwise a model, as in teacher.model or with its weights, for
-    example runs/half or {model: ViT-B-16, pretrained: openai}, and the baseline starts from it too."""
+    """Start from the weights of a larger model, thinned to this architecture (docs/inheritance.md).  teacher: from this
+    recipe's teacher, and the baseline starts at random.  Otherwise a model, for example runs/half or {model: ViT-B-16,
+    pretrained: openai}; the baseline then starts from it too."""
 
     vocabulary: Several[str] = ()
     """Cut the vocabulary to the tokens of these texts: files of one text per line, data (this recipe's training
