@@ -175,6 +175,7 @@ def adopt(
     out: OutOpt,
     pretrained: Annotated[str | None, typer.Option(help="The architecture's weights, by their open_clip tag.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The architecture's weights, from a file.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="Cut the vocabulary to these texts, one per line.")] = None,
     like: Annotated[
         str | None, typer.Option(help="A recipe to copy data, quantize, export, evaluate and profile from.")
     ] = None,
@@ -195,7 +196,8 @@ def adopt(
 
     taken = None if like is None else load_recipe(recipe_path(like))
     weights = {"pretrained": pretrained, "checkpoint": None if checkpoint is None else str(checkpoint)}
-    recipe = make_adoption_recipe(model, {key: value for key, value in weights.items() if value}, taken, overrides)
+    given = {key: value for key, value in weights.items() if value}
+    recipe = make_adoption_recipe(model, given, taken, overrides, vocabulary)
     with _run_directory(recipe, out, plan_checkpoints, replace=replace) as (loaded, screen):
         made = train_checkpoints(loaded, out, screen, TrainingOptions(replace=replace))
     _print_stages(made, as_json)
@@ -883,7 +885,7 @@ def show(
     loaded = _recipe(recipe, overrides)
     stages = show_stages(loaded, out)
     resolved = loaded.model_dump(mode="json")
-    lines = [f"# {stage['stage']}: {stage['text']}" for stage in stages]
+    lines = [f"# {stage['stage']}: {text}" for stage in stages for text in (stage["text"], *stage["starts"])]
     print_result(
         {"recipe": resolved, "stages": stages}, as_json, yaml.safe_dump(resolved, sort_keys=False).rstrip("\n"), *lines
     )

@@ -138,6 +138,9 @@ class GraphSummary(TypedDict):
     size_bytes: int
     """The size of both towers' graphs together."""
 
+    size_image_bytes: int
+    size_text_bytes: int
+
 
 class ExportSummary(GraphSummary, Proof):
     """The "summary" in the manifest of an exported model."""

@@ -30,7 +30,17 @@ from toolchain.errors import ArtifactError, ClipkdError, UsageError
 RUNNER = Path(runner.__file__)
 KEYS = {
     *("call", "device", "machine", "threads", "batch", "image", "text", "e2e_p50_ms", "images_per_s"),
-    *("peak_memory_bytes", "size_bytes", "grade", "flags", "e2e_stages_ms", "sweep", "to_lock_clocks"),
+    *(
+        "peak_memory_bytes",
+        "size_bytes",
+        "size_image_bytes",
+        "size_text_bytes",
+        "grade",
+        "flags",
+        "e2e_stages_ms",
+        "sweep",
+        "to_lock_clocks",
+    ),
 }
 TOWER_KEYS = {
     *(

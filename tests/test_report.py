@@ -516,6 +516,19 @@ def test_findings_compare_within_a_run(tmp_path):
     ]
 
 
+def test_findings_name_what_a_cut_vocabulary_saved(run):
+    cut = {"tokens": 5_000, "of": 49_408, "words": 4_000, "removed_params": 2_550_000}
+    edit(run / "student" / "manifest.json", **manifest({"train_s": 95.5, "vocabulary": cut}))
+    report = collect([run])
+    *others, vocabulary = findings(report["rows"])
+    assert len(others) == 3
+    assert (vocabulary.title, vocabulary.value) == ("Vocabulary", "4.00x smaller")
+    assert vocabulary.detail.startswith("5,000 of 49,408 tokens: the text tower of the student has 850,000 parameters")
+    row = next(row for row in report["rows"] if row["name"] == "student fp32")
+    assert row["vocabulary"] == cut
+    assert (row["size_image_bytes"], row["size_text_bytes"]) == (None, None)  # exported before these were recorded
+
+
 def test_findings_admit_that_intervals_overlap(tmp_path):
     models = MODELS | {("baseline", "fp32"): (0.92, 1400, 1), ("student", "int8"): (0.93, 1391, 1)}
     distillation, _, quantization = findings(collect([make_run(tmp_path / "close", models=models)])["rows"])

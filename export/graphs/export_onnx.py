@@ -104,17 +104,18 @@ def adapt_export(source: Path, summary: Mapping[str, Any], folder: Path, planned
         shutil.copyfile(source / name, folder / name)
     for name in (IMAGE_GRAPH, TEXT_GRAPH):
         adapt_graph(source / name, folder / name, planned.runtime)
-    graphs = {key: summary[key] for key in GraphSummary.__annotations__}
-    return cast(GraphSummary, graphs | {"runtime": planned.runtime, "size_bytes": _size_bytes(folder)})
+    graphs = {key: summary[key] for key in GraphSummary.__annotations__ if key in summary}
+    return cast(GraphSummary, graphs | {"runtime": planned.runtime} | _sizes(folder))
 
 
-def _size_bytes(folder: Path) -> int:
-    return sum((folder / file).stat().st_size for file in (IMAGE_GRAPH, TEXT_GRAPH))
+def _sizes(folder: Path) -> dict[str, int]:
+    image, text = ((folder / file).stat().st_size for file in (IMAGE_GRAPH, TEXT_GRAPH))
+    return {"size_bytes": image + text, "size_image_bytes": image, "size_text_bytes": text}
 
 
 def _summary(model: ClipModel, folder: Path, planned: PlannedExport, opset: int) -> GraphSummary:
     params_image, params_text = num_parameters(model.net)
-    return {
+    summary = {
         "role": planned.role,
         "runtime": planned.runtime,
         "precision": planned.precision,
@@ -122,8 +123,8 @@ def _summary(model: ClipModel, folder: Path, planned: PlannedExport, opset: int)
         "params_text": params_text,
         "opset": opset,
         "batch": planned.batch,
-        "size_bytes": _size_bytes(folder),
     }
+    return cast(GraphSummary, summary | _sizes(folder))
 
 
 def _metadata(model: ClipModel, planned: PlannedExport, preprocess: dict[str, Any]) -> dict[str, str]:

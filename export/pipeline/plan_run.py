@@ -13,6 +13,7 @@ from export.pipeline.plan import PlannedReference, plan_exports, plan_references
 from toolchain.evaluation.open_sets import fingerprint
 from toolchain.pipeline.plan import PlannedStage, examine_stage, find_state, plan_caches, plan_quantized
 from toolchain.pipeline.stage_inputs import require_evaluation
+from toolchain.pipeline.student_start import describe_start
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, open_stage, read_manifest
 
@@ -33,11 +34,15 @@ def plan_run(recipe: Recipe, out: Path) -> list[PlannedStage]:
 def show_stages(recipe: Recipe, out: Path | None) -> list[dict[str, Any]]:
     """Return the stages of a recipe with their state in a run, after checking the files of those that are made.
 
+    `starts` of a student has what it inherits from where.
+
     Raises:
         ArtifactError: a stage was made, but its files have changed.
     """
+    starts = describe_start(recipe)
     if out is None:
-        return [{"stage": name, "state": "not made", "text": "not made"} for name in stage_paths(recipe)]
+        unmade = {"state": "not made", "text": "not made"}
+        return [{"stage": name, **unmade, "starts": starts.get(name, [])} for name in stage_paths(recipe)]
     planned = {stage.name: stage for stage in [*plan_caches(recipe, out), *plan_run(recipe, out)]}
     stages = []
     for name in stage_paths(recipe):
@@ -47,6 +52,7 @@ def show_stages(recipe: Recipe, out: Path | None) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"stage": name, "state": stage.state if stage else find_state(out / name)}
         entry["text"] = stage.describe() if stage else entry["state"]
         entry["differences"] = [text for each in stage.superseded for text in each.differences] if stage else []
+        entry["starts"] = starts.get(name, [])
         stages.append(entry)
     return stages
 

@@ -87,6 +87,10 @@ class ProfileDocument(Grade):
     """The maximum over the processes of both towers, before they run larger batches."""
 
     size_bytes: int
+    size_image_bytes: int | None
+    """None if one file holds both towers, as a checkpoint does."""
+
+    size_text_bytes: int | None
     to_lock_clocks: list[str]
     """The commands that lock the clocks, which grade A needs; clipkd never runs them."""
 

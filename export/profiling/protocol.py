@@ -181,6 +181,8 @@ def _summarize(
     image, text = summarise(results["image"]), summarise(results["text"])
     sweep, text_sweep = images_per_second(results["image"]), images_per_second(results["text"])
     whole = [result["e2e"] for result in results["image"] if "e2e" in result]  # empty for a model without classes
+    is_split = len(set(files.values())) == len(files)
+    sizes = {tower: path.stat().st_size if is_split else None for tower, path in files.items()}
     hardware = {key: value for key, value in machine.items() if key != "to_lock_clocks"}
     document: ProfileDocument = {
         "call": call,
@@ -199,6 +201,8 @@ def _summarize(
         "sweep": sweep,
         "peak_memory_bytes": max(result["peak_rss_bytes"] for result in [*results["image"], *results["text"]]),
         "size_bytes": sum(path.stat().st_size for path in set(files.values())),
+        "size_image_bytes": sizes["image"],
+        "size_text_bytes": sizes["text"],
         "to_lock_clocks": [] if machine["clocks_locked"] else machine["to_lock_clocks"],
         **grade(list(results.values()), machine, flags),
     }

@@ -67,7 +67,8 @@ def bake(model: Path, labels_file: Path, templates_file: Path | None, out: Path)
         _write_card(folder, source, len(names), templates)
         size_bytes = (folder / IMAGE_GRAPH).stat().st_size
         kept = {name: value for name, value in source.manifest["summary"].items() if name != "uint8_input"}
-        return kept | {"num_labels": len(names), "params_text": 0, "size_bytes": size_bytes}
+        sizes = {"size_bytes": size_bytes, "size_image_bytes": size_bytes, "size_text_bytes": 0}
+        return kept | {"num_labels": len(names), "params_text": 0} | sizes
 
     return run_stage(
         StageSpec(

@@ -23,6 +23,7 @@ from toolchain.models.hub import from_hub, not_downloaded, offline_reason, one_l
 from toolchain.models.towers import is_convolutional
 from toolchain.models.weights import load_weights, weights_file
 from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model_config import merge_config
 from toolchain.recipe.model_names import CONFIG, HUB, WEIGHTS, model_folder, suggestion
 from toolchain.user_documents import InvalidDocument, decode_document, parse_json
 
@@ -61,15 +62,15 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
         tag = _tag(spec) if spec.pretrained else {}
         config = _architecture(spec.model, tag)
     config = {
-        "model_cfg": _merge(config["model_cfg"], spec.model_cfg),
-        "preprocess_cfg": _merge(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
+        "model_cfg": merge_config(config["model_cfg"], spec.model_cfg),
+        "preprocess_cfg": merge_config(config.get("preprocess_cfg", {}), spec.preprocess_cfg),
     }
     weights = None if spec.is_random else weights_file(spec, folder, tag, say)
     changed_tokenizer = "hf_tokenizer_name" in spec.model_cfg.get("text_cfg", {})
     with tempfile.TemporaryDirectory() as staging:
         tokenizer = _tokenizer_files(config, None if changed_tokenizer else folder, Path(staging), say)
     changed = bool(spec.model_cfg or spec.preprocess_cfg)
-    model = _assemble(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
+    model = assemble_model(spec.model, config, tokenizer, seed if spec.is_random else None, changed=changed)
     if weights is not None:
         load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg, say)
     return model
@@ -103,12 +104,15 @@ def save_model(model: ClipModel, folder: Path) -> None:
     _write_configuration(folder, model.config, model.tokenizer_files)
 
 
-def _assemble(
-    name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None, changed: bool
+def assemble_model(
+    name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None = None, *, changed: bool = False
 ) -> ClipModel:
     """Return the model that open_clip builds from this configuration, with random weights.
 
     `changed` is true if the recipe changes the configuration: an error of open_clip is then a usage error.
+
+    Raises:
+        UsageError, ArtifactError: open_clip cannot build this model.
     """
     hf_model = config["model_cfg"].get("text_cfg", {}).get("hf_model_name")
     unreachable = offline_reason() if hf_model and not Path(hf_model).is_dir() else None
@@ -194,15 +198,6 @@ def _tag(spec: ModelSpec) -> dict[str, Any]:
 
 def _known_tags(tags: list[str]) -> str:
     return f"it has {', '.join(tags)}" if tags else "it has none"
-
-
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes` merged in, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _tokenizer_files(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from toolchain.differences import MADE_AGAIN, abridge, describe_duration
 from toolchain.errors import ClipkdError
 from toolchain.filesystem import partial_path
+from toolchain.pipeline.corpus import Corpus
 from toolchain.pipeline.quantize import quantize_spec
 from toolchain.pipeline.stage_inputs import TrainingInputs, training_inputs
 from toolchain.pipeline.teacher_cache import CacheInputs, cache_spec
@@ -157,7 +158,8 @@ def plan_checkpoints(recipe: Recipe, out: Path) -> list[PlannedStage]:
     A stage whose inputs cannot be read raises no ClipkdError: it has the reason in `unknown`.
     """
     if recipe.distill is None:
-        return [_examine_adopted(recipe.student, recipe.seed, out, "adopted")]
+        corpus = Corpus(recipe.student.vocabulary, recipe.data, recipe.evaluate, recipe.seed)
+        return [_examine_adopted(recipe.student, recipe.seed, out, "adopted", corpus)]
     inputs = training_inputs(recipe)
     planned, earlier = [], {}
     if recipe.teacher is not None:
@@ -205,12 +207,12 @@ def _examine_teacher(spec: TeacherSpec, seed: int, out: Path) -> PlannedStage:
     return _examine_adopted(spec, seed, out, "teacher")
 
 
-def _examine_adopted(model: ModelSpec, seed: int, out: Path, name: str) -> PlannedStage:
+def _examine_adopted(model: ModelSpec, seed: int, out: Path, name: str, corpus: Corpus | None = None) -> PlannedStage:
     """Return the state of an adopted model.
 
     Saving the same weights again gives the same bytes, so a stage that differs at most in its version keeps them.
     """
-    found = examine_stage(out, name, lambda _: adopt_spec(model, seed, out / name))
+    found = examine_stage(out, name, lambda _: adopt_spec(model, seed, out / name, corpus))
     differences = [text for each in found.superseded for text in each.differences]
     return replace(found, keeps_bytes=all(text.startswith("version ") for text in differences))
 

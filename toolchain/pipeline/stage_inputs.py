@@ -8,11 +8,12 @@ from typing import Any
 from toolchain import torchrun
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.errors import UsageError
+from toolchain.pipeline.corpus import Corpus
 from toolchain.progress import Screen
 from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
-from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model import StudentSpec
 from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
@@ -22,7 +23,7 @@ from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
 class TrainingInputs:
     """The recipe sections that training uses."""
 
-    student: ModelSpec
+    student: StudentSpec
     data: DataSpec
     distill: DistillSpec
     evaluate: EvaluateSpec | None
@@ -34,8 +35,13 @@ class TrainingInputs:
         return self.evaluate if self.distill.evaluate_every else None
 
     def without_teacher(self) -> "TrainingInputs":
-        """Return the same training without a teacher."""
-        return replace(self, distill=self.distill.without_teacher())
+        """Return the same training without a teacher, neither to learn nor to inherit from."""
+        return replace(self, distill=self.distill.without_teacher(), student=self.student.without_teacher())
+
+    @property
+    def corpus(self) -> Corpus:
+        """The texts that the student's vocabulary is cut to; none if it is not cut."""
+        return Corpus(self.student.vocabulary, self.data, self.evaluate, self.seed)
 
 
 def training_inputs(recipe: Recipe) -> TrainingInputs:

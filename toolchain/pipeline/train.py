@@ -11,6 +11,7 @@ from toolchain import torchrun
 from toolchain.data.open import fingerprint as fingerprint_data
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.errors import UsageError
+from toolchain.pipeline.corpus import Corpus
 from toolchain.pipeline.stage_inputs import (
     TrainingInputs,
     data_fields,
@@ -21,7 +22,7 @@ from toolchain.pipeline.stage_inputs import (
 )
 from toolchain.pipeline.teacher_cache import CacheInputs, make_cache_stage, open_or_make_cache
 from toolchain.progress import Screen
-from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model import ModelSpec, StudentSpec, TeacherSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec
 
@@ -36,7 +37,8 @@ def train_checkpoints(
     A recipe without training makes only the adopted model.
     """
     if recipe.distill is None:
-        return {"adopted": _adopt(recipe.student, recipe.seed, out / "adopted", screen, options)}
+        corpus = Corpus(recipe.student.vocabulary, recipe.data, recipe.evaluate, recipe.seed)
+        return {"adopted": _adopt(recipe.student, recipe.seed, out / "adopted", screen, options, corpus)}
     inputs = training_inputs(recipe)
     if not (out / "student").exists():
         require_training_data(inputs, screen, recipe.quantize if recipe.export.is_quantized else None)
@@ -54,27 +56,36 @@ def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, sc
     """Raise an error for models that cannot be trained together, before anything is read, downloaded or trained."""
     from toolchain.distillation.compatibility import check_pair
     from toolchain.models.build import build_model
+    from toolchain.models.inherit import check_inheritance
     from toolchain.recipe.load import teacher_recipe
 
     without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
-    student = build_model(inputs.student.model_copy(update=without_weights), seed=0, say=screen.say)
+    untrained = without_weights | {"inherit": None, "vocabulary": ()}
+    student = build_model(inputs.student.model_copy(update=untrained), seed=0, say=screen.say)
     teacher = None
     if teacher_spec is not None:
         spec = teacher_recipe(teacher_spec).student if teacher_spec.recipe else teacher_spec
         teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
     check_pair(student, teacher, inputs.distill.loss_weights)
+    inherit = inputs.student.inherit
+    if inputs.student.inherits_from_teacher:
+        assert teacher is not None
+        check_inheritance(teacher, student)
+    elif inherit is not None:
+        check_inheritance(build_model(inherit.model_copy(update=without_weights), seed=0, say=screen.say), student)
 
 
-def adopt_spec(model: ModelSpec, seed: int, path: Path) -> StageSpec:
-    """Return the stage that saves an existing model."""
+def adopt_spec(model: ModelSpec, seed: int, path: Path, corpus: Corpus | None = None) -> StageSpec:
+    """Return the stage that saves an existing model; a student's vocabulary may be cut to the texts of a corpus."""
     from toolchain.recipe.model_names import fingerprint
 
+    texts = {} if corpus is None else corpus.fingerprints()
     return StageSpec(
         path,
         kind="adopt",
         version=2,
         fields={"seed": seed} if model.is_random else {},
-        fingerprints={"model": fingerprint(model)},
+        fingerprints={"model": fingerprint(model)} | texts,
         described={"model": describe_model(model)},
     )
 
@@ -84,19 +95,28 @@ def describe_model(model: ModelSpec) -> dict[str, Any]:
     return model.model_dump(mode="json", exclude_defaults=True)
 
 
-def _adopt(spec: ModelSpec, seed: int, path: Path, screen: Screen, options: TrainingOptions) -> Stage:
+def _adopt(
+    spec: ModelSpec, seed: int, path: Path, screen: Screen, options: TrainingOptions, corpus: Corpus | None = None
+) -> Stage:
     """Save a model from any source as an open_clip local-dir in the run."""
     name = path.name
 
     def work(folder: Path) -> dict[str, Any]:
         from toolchain.models.build import build_model, save_model
+        from toolchain.models.student import build_student
 
+        started: dict[str, Any] = {}
         if torchrun.leads():
-            save_model(build_model(spec, seed=seed, say=screen.say), folder)
-        return {"role": name, "source": spec.model_dump(exclude_defaults=True), "train_s": None}
+            if isinstance(spec, StudentSpec):
+                texts = corpus.read() if corpus else ()
+                model, started = build_student(spec, seed=seed, texts=texts, say=screen.say)
+            else:
+                model = build_model(spec, seed=seed, say=screen.say)
+            save_model(model, folder)
+        return {"role": name, "source": spec.model_dump(exclude_defaults=True), "train_s": None} | started
 
     screen.starts(name)
-    stage = run_stage_on_ranks(adopt_spec(spec, seed, path), work, replace=options.replace)
+    stage = run_stage_on_ranks(adopt_spec(spec, seed, path, corpus), work, replace=options.replace)
     screen.done(name, stage)
     return stage
 
@@ -118,7 +138,8 @@ def train_spec(inputs: TrainingInputs, path: Path, teacher: Stage | None) -> Sta
             "distill": inputs.distill.key_fields(),
         }
         | scoring,
-        fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)},
+        fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)}
+        | inputs.corpus.fingerprints(),
         inputs={"teacher": teacher} if teacher else {},
         described={"student": describe_model(inputs.student)},
         resumes=True,
@@ -155,10 +176,12 @@ def _train(
     from toolchain.distributed import join_processes
     from toolchain.evaluation.open_sets import open_set
     from toolchain.evaluation.torch_encoders import headline_accuracy
-    from toolchain.models.build import build_model, load_model
+    from toolchain.models.build import load_model
+    from toolchain.models.student import build_student
 
     out, name, spec = stage.path.parent, stage.path.name, inputs.distill
-    student = build_model(inputs.student, seed=inputs.seed, say=screen.say)
+    texts, source = inputs.corpus.read(), teacher.path if teacher else None
+    student, started = build_student(inputs.student, seed=inputs.seed, texts=texts, teacher=source, say=screen.say)
     frozen: Any = None
     caching_s = 0.0
     if teacher and spec.teacher_cache:
@@ -193,7 +216,7 @@ def _train(
         say=screen.say,
     )
     train_s = round(trained["train_s"] + caching_s, 1)  # includes the time to store the teacher's features
-    return {"role": name, "teacher_s": caching_s} | trained | {"train_s": train_s}
+    return {"role": name, "teacher_s": caching_s} | trained | {"train_s": train_s} | started
 
 
 def cache_teachers(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import UsageError
 from toolchain.recipe.evaluate import EvalSetSpec
-from toolchain.recipe.model import TeacherSpec
+from toolchain.recipe.model import CORPUS_SECTIONS, StudentSpec, TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, resolve_model, resolve_path
 from toolchain.recipe.problems import describe_problems
 from toolchain.recipe.recipe import Recipe
@@ -80,17 +80,23 @@ def load_recipe(
 
 
 def make_adoption_recipe(
-    model: str, weights: dict[str, str], like: Recipe | None, overrides: list[str] | None = None
+    model: str,
+    weights: dict[str, str],
+    like: Recipe | None,
+    overrides: list[str] | None = None,
+    vocabulary: Path | None = None,
 ) -> Recipe:
     """Return a recipe that adopts a model without training it, with the data, quantize, export, evaluate and profile
-    sections of `like`.
+    sections of `like`.  `vocabulary` is a file of texts, to whose tokens the model's vocabulary is cut.
 
     Raises:
         UsageError: there is no such model, or it has no weights and none are given.
     """
     sections = ("data", "quantize", "export", "evaluate", "profile")
     taken = {} if like is None else like.model_dump(mode="json", include=set(sections), exclude_none=True)
-    student = {"model": model, **weights} if weights else {"model": model, "init": "weights"}
+    student = {"model": model, **(weights or {"init": "weights"})}
+    if vocabulary is not None:
+        student["vocabulary"] = str(vocabulary)
     raw = {"name": model.rpartition("/")[2], "student": student, **taken}
     for override in overrides or []:
         _apply(raw, override)
@@ -108,7 +114,7 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
     except ValidationError as error:
         problems = describe_problems(error.errors(), raw)
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
-    changes: dict[str, Any] = {"student": resolve_model(recipe.student, folder, "student")}
+    changes: dict[str, Any] = {"student": _anchor_student(recipe.student, folder)}
     if recipe.teacher is not None and recipe.teacher.recipe is not None:
         changes["teacher"] = _anchor_recipe(recipe.teacher, folder)
     elif recipe.teacher is not None:
@@ -128,6 +134,26 @@ def teacher_recipe(spec: TeacherSpec) -> Recipe:
     """Return the recipe that trains a loaded recipe's teacher."""
     assert spec.recipe is not None
     return load_recipe(recipe_path(spec.recipe))
+
+
+def _anchor_student(spec: StudentSpec, folder: Path) -> StudentSpec:
+    """Return the student with absolute paths, found relative to the recipe or else to the current folder.
+
+    Raises:
+        UsageError: its model, the model that it inherits from, or a file of its vocabulary does not exist.
+    """
+    spec = resolve_model(spec, folder, "student")
+    texts = [name if name in CORPUS_SECTIONS else str(resolve_path(name, folder)) for name in spec.vocabulary]
+    for written, path in zip(spec.vocabulary, texts, strict=True):
+        if path not in CORPUS_SECTIONS and not Path(path).is_file():
+            raise UsageError(
+                f"student.vocabulary '{written}': no file at {path}. Expected a file with one text per line, or "
+                f"{' or '.join(CORPUS_SECTIONS)}"
+            )
+    inherit = spec.inherit
+    if inherit is not None and not spec.inherits_from_teacher:
+        inherit = resolve_model(inherit, folder, "student.inherit")
+    return spec.model_copy(update={"inherit": inherit, "vocabulary": tuple(texts)})
 
 
 def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:

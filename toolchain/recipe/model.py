@@ -1,10 +1,16 @@
 """The `teacher` and `student` sections."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from toolchain.recipe.section import Section
+from toolchain.recipe.section import Section, Several
+
+TEACHER = "teacher"
+"""In `student.inherit`: the recipe's own teacher."""
+
+CORPUS_SECTIONS = ("data", "evaluate")
+"""Words in `student.vocabulary` that stand for the texts of these sections; everything else is a file."""
 
 
 class ModelSpec(Section):
@@ -46,16 +52,20 @@ class ModelSpec(Section):
         return self
 
 
-class TeacherSpec(ModelSpec):
+class SourceSpec(ModelSpec):
+    """A model that already has weights."""
+
+    @property
+    def is_random(self) -> bool:
+        """Return True if the weights are drawn at random, with the seed; this is useful only in tests."""
+        return self.init == "random"
+
+
+class TeacherSpec(SourceSpec):
     model: str = ""
 
     recipe: str | None = None
     """Recipe without a teacher, instead of `model`: it is trained first, and its student is this run's teacher."""
-
-    @property
-    def is_random(self) -> bool:
-        """Return True if the teacher's weights are drawn at random, with the seed; this is useful only in tests."""
-        return self.init == "random"
 
     @model_validator(mode="after")
     def _check_source(self) -> "TeacherSpec":
@@ -65,4 +75,33 @@ class TeacherSpec(ModelSpec):
             raise ValueError(
                 "a teacher given by recipe takes no pretrained, checkpoint, model_cfg, preprocess_cfg or init"
             )
+        return self
+
+
+def _as_model(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+class StudentSpec(ModelSpec):
+    inherit: Annotated[SourceSpec | None, BeforeValidator(_as_model)] = None
+    """Start from the weights of a larger model, thinned to this architecture (docs/inheritance.md).  teacher: from this
+    recipe's teacher, and the baseline starts at random.  Otherwise a model, for example runs/half or {model: ViT-B-16,
+    pretrained: openai}; the baseline then starts from it too."""
+
+    vocabulary: Several[str] = ()
+    """Cut the vocabulary to the tokens of these texts: files of one text per line, data (this recipe's training
+    captions) or evaluate (its evaluation sets' texts).  Other words are split into smaller tokens.  Empty: keep all."""
+
+    @property
+    def inherits_from_teacher(self) -> bool:
+        return self.inherit is not None and self.inherit.model == TEACHER
+
+    def without_teacher(self) -> "StudentSpec":
+        """Return the same student, at random if it would inherit from the teacher."""
+        return self.model_copy(update={"inherit": None}) if self.inherits_from_teacher else self
+
+    @model_validator(mode="after")
+    def _check_inheritance(self) -> "StudentSpec":
+        if self.inherit is not None and not self.is_random:
+            raise ValueError("inherit contradicts pretrained, checkpoint and init: weights; keep one")
         return self

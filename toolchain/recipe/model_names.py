@@ -15,23 +15,21 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from toolchain.errors import UsageError
 from toolchain.filesystem import file_sha256
+from toolchain.recipe.model import CORPUS_SECTIONS, ModelSpec, StudentSpec
 from toolchain.stage import MANIFEST, folder_fingerprint
 
-if TYPE_CHECKING:
-    from toolchain.recipe.model import ModelSpec
-
-    Spec = TypeVar("Spec", bound=ModelSpec)
+Spec = TypeVar("Spec", bound=ModelSpec)
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of an open_clip local-dir
 HUB, LOCAL_DIR = "hf-hub:", "local-dir:"
 
 
-def resolve_model(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
+def resolve_model(spec: Spec, recipe_folder: Path, role: str) -> Spec:
     """Return the model with a known name or an absolute path, so a resolved recipe means the same in any folder.
 
     Names take precedence over paths: write ./ViT-B-16 for a folder of that name.  A path is relative to the recipe or,
@@ -55,7 +53,7 @@ def resolve_model(spec: "Spec", recipe_folder: Path, role: str) -> "Spec":
     return spec.model_copy(update=changes)
 
 
-def model_folder(spec: "ModelSpec") -> Path | None:
+def model_folder(spec: ModelSpec) -> Path | None:
     """Return the folder of a resolved model; None if it is in the Hub or an open_clip architecture."""
     return local_folder(spec.model)
 
@@ -67,7 +65,7 @@ def local_folder(model: str) -> Path | None:
     return Path(model) if Path(model).is_absolute() else None
 
 
-def fingerprint(spec: "ModelSpec") -> str:
+def fingerprint(spec: ModelSpec) -> str:
     """Return a hash of a resolved model for stage keys: of its files' content, and of the names of everything else.
 
     A repository on the Hub enters by name only: a later change to it is not noticed.
@@ -76,8 +74,14 @@ def fingerprint(spec: "ModelSpec") -> str:
     depends = {
         "model": folder_fingerprint(folder) if folder else spec.model,
         "checkpoint": file_sha256(Path(spec.checkpoint)) if spec.checkpoint else None,
-        **spec.model_dump(mode="json", exclude={"model", "checkpoint", "recipe"}),
+        **spec.model_dump(mode="json", exclude={"model", "checkpoint", "recipe", "inherit", "vocabulary"}),
     }
+    if isinstance(spec, StudentSpec):  # both fields came after the first release: absent, they leave no trace
+        if spec.inherit is not None:
+            depends["inherit"] = spec.inherit.model if spec.inherits_from_teacher else fingerprint(spec.inherit)
+        if spec.vocabulary:
+            texts = spec.vocabulary
+            depends["vocabulary"] = [name if name in CORPUS_SECTIONS else file_sha256(Path(name)) for name in texts]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import NEED_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
-from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model import CORPUS_SECTIONS, StudentSpec, TeacherSpec
 from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.section import Section
 
@@ -23,7 +23,7 @@ class Recipe(Section):
     teacher: TeacherSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
 
-    student: ModelSpec
+    student: StudentSpec
     baseline: bool = False
     """Also train the same student without the teacher, from the same seed and batches."""
 
@@ -64,7 +64,7 @@ class Recipe(Section):
             raise ValueError(
                 "teacher and baseline are for training, but there is no `distill` section; add one or drop them"
             )
-        elif self.student.is_random and self.student.init != "weights":
+        elif self.student.is_random and self.student.inherit is None:
             raise ValueError(
                 "no `distill` section, so the student needs existing weights; "
                 "add distill, or give student one of pretrained, checkpoint, init: weights"
@@ -88,6 +88,15 @@ class Recipe(Section):
                 f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
                 "crd or cross_kd"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_student(self) -> "Recipe":
+        if self.student.inherits_from_teacher and self.teacher is None:
+            raise ValueError("student.inherit: teacher needs a `teacher` section; add one, or name a model")
+        for section in CORPUS_SECTIONS:
+            if section in self.student.vocabulary and getattr(self, section) is None:
+                raise ValueError(f"student.vocabulary: {section} needs the section `{section}`; add it, or name a file")
         return self
 
     @model_validator(mode="after")

@@ -50,8 +50,28 @@ def findings(rows: Sequence[ReportRow]) -> list[Finding]:
         ]
         found = [state(before, after) for state, before, after in pairs if before is not None and after is not None]
         if found:
-            return found
-    return []
+            return found + _vocabulary(rows)
+    return _vocabulary(rows)
+
+
+def _vocabulary(rows: Sequence[ReportRow]) -> list[Finding]:
+    """Return the gain of a vocabulary that was cut, of the last run that has one."""
+    cut = [row for row in rows if row.get("vocabulary") and row["precision"] == "fp32" and row["params_text"]]
+    if not cut:
+        return []
+    row, found = cut[-1], cut[-1]["vocabulary"]
+    assert found is not None
+    assert row["params_text"] is not None
+    whole = row["params_text"] + found["removed_params"]
+    size = "" if row["size_text_bytes"] is None else f", in {format_megabytes(row['size_text_bytes'])} MB"
+    return [
+        Finding(
+            "Vocabulary",
+            f"{whole / row['params_text']:.2f}x smaller",
+            f"{found['tokens']:,} of {found['of']:,} tokens: the text tower of the {row['role']} has "
+            f"{row['params_text']:,} parameters instead of {whole:,}{size}",
+        )
+    ]
 
 
 def _distillation(baseline: ReportRow, student: ReportRow) -> Finding:

@@ -82,6 +82,9 @@ class ReportRow(TypedDict):
     params_image: int | None
     params_text: int | None
     size_bytes: int | None
+    size_image_bytes: int | None
+    size_text_bytes: int | None
+    vocabulary: dict[str, int] | None
     peak_memory_bytes: int | None
     train_s: float | None
     reverted: int | None
@@ -221,6 +224,16 @@ FIELDS: dict[str, Field] = {
     "size_bytes": Field(
         COUNT, lambda of: of.profile.get("size_bytes") or of.summary.get("size_bytes"), LESS, external=True
     ),
+    "size_image_bytes": Field(
+        COUNT,
+        lambda of: of.profile.get("size_image_bytes") or of.summary.get("size_image_bytes"),
+        LESS,
+        external=True,
+    ),
+    "size_text_bytes": Field(
+        COUNT, lambda of: of.profile.get("size_text_bytes") or of.summary.get("size_text_bytes"), LESS, external=True
+    ),
+    "vocabulary": Field(None, lambda of: of.checkpoint.get("vocabulary")),
     "peak_memory_bytes": Field(COUNT, lambda of: of.profile.get("peak_memory_bytes"), LESS, external=True),
     "train_s": Field(MEASURE, lambda of: of.checkpoint.get("train_s"), LESS, external=True),
     "reverted": Field(COUNT, _count_reverted),
