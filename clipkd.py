@@ -668,7 +668,7 @@ def inspect_data(
     spec = source_spec(source, kind)
     with open_screen() as screen:
         screen.starts("inspect")
-        document = inspect(spec, sample=sample, sheet=sheet, progress=screen.progress)
+        document = inspect(spec, sample=sample, sheet=sheet, progress=screen.progress, say=screen.say)
     sheets = [document["sheet"]] if document["sheet"] else []
     print_result({"source": source, **document}, as_json, *inspection_tables(document), *sheets)
 

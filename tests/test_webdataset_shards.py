@@ -36,15 +36,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
 from toolchain.data import images as pictures
-from toolchain.data import webdataset_shards as module
+from toolchain.data import shard_index
 from toolchain.data.assemble import TooFewSamples
 from toolchain.data.bad_samples import LeftOut, describe_left_out
 from toolchain.data.batch import Batch, Geometry, TrainingData
 from toolchain.data.images import crop_box
 from toolchain.data.inspection import inspect
 from toolchain.data.random_numbers import uniforms
+from toolchain.data.shard_index import Shard
 from toolchain.data.tar_files import expand, fingerprint, read_members
-from toolchain.data.webdataset_shards import WINDOW, Shard, ShardBatches
+from toolchain.data.webdataset_shards import WINDOW, ShardBatches
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.recipe.data import WebdatasetSpec
 
@@ -955,10 +956,10 @@ def test_a_shard_is_indexed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     spec = WebdatasetSpec(kind="webdataset", shards=(str(folder / "{00000..00002}.tar"),))
     first = ShardBatches.open(spec, seed=0, batch_size=8, progress=lambda *what: said.append(what))
     assert said == [("indexing shards", done, 3) for done in (1, 2, 3)]
-    monkeypatch.setattr(module, "read_members", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(shard_index, "read_open_members", lambda file: pytest.fail(f"{file} was read again"))
     again = opened(folder / "{00000..00002}.tar")
     assert again.shards == first.shards
-    module._load_pairs.cache_clear()
+    shard_index.load_pairs.cache_clear()
     assert same(again.batch(0, EVERYTHING, [SMALL]), first.batch(0, EVERYTHING, [SMALL]))
 
 
@@ -986,7 +987,7 @@ def test_a_damaged_index_is_made_again(folder: Path, cache: Path) -> None:
         damaged.append(sound[:position] + bytes([sound[position] ^ 0x55]) + sound[position + 1 :])
     for content in damaged:
         kept.write_bytes(content)
-        module._load_pairs.cache_clear()
+        shard_index.load_pairs.cache_clear()
         assert same(opened(path, batch_size=2).read_view(np.arange(PER_SHARD), 0, [SMALL]), expected)
     assert [file.name for file in cache.iterdir()] == [kept.name], "and nothing is left beside it"
 
@@ -999,7 +1000,7 @@ def test_a_shard_that_changes_while_training(folder: Path, tmp_path: Path) -> No
     shutil.copy(folder / "00001.tar", path)
     changed = f"{path}: has changed since training began, so sample numbers no longer match. Start training again"
     assert raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL])) == changed
-    module._load_pairs.cache_clear()
+    shard_index.load_pairs.cache_clear()
     assert raises(ClipkdError, lambda: data.batch(0, EVERYTHING, [SMALL])) == changed
     path.unlink()
     gone = f"{path}: cannot be read: No such file or directory"

@@ -46,17 +46,18 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield the file to write; it becomes `path` when the block ends without an error, and is removed otherwise.
 
     A reader sees the old or the new file, never a partial one, even after a power failure.  Several processes may
-    write the same file at once.
+    write the same file at once.  Not `durable`: a power failure may damage the file, and a disk writes many sooner.
     """
     partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

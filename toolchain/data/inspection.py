@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from toolchain.data import caption_lengths
 from toolchain.data.bad_samples import count_passed_over
-from toolchain.data.open import count_stored_samples, list_stored_samples
+from toolchain.data.open import count_stored_samples, describe_remote, list_stored_samples
 from toolchain.data.stored_samples import CorruptSample, DecodedImage, ReadSample, Sample, read_and_decode
 from toolchain.errors import UsageError
 from toolchain.filesystem import partial_path, replacing
@@ -39,11 +39,12 @@ def inspect(
     sample: int | None = None,
     sheet: Path | None = None,
     progress: Progress = no_progress,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Document:
     """Return a document that describes a source, after decoding every image, or those of `sample` random samples.
 
     The random choice is the same each time.  Duplicate images are identical files; duplicate captions may belong to
-    different images.  `sheet` is the path of a PNG that shows some of the images.
+    different images.  `sheet` is the path of a PNG that shows some of the images; `say` reports what is fetched.
 
     Raises:
         UsageError: the sheet cannot be written; or as for `toolchain.data.open.list_stored_samples`.
@@ -51,6 +52,8 @@ def inspect(
     """
     if sheet is not None:
         _check_writable(sheet)  # fail before an hour of reading
+    for message in describe_remote(spec):
+        say(message)
     total, left_out = count_stored_samples(spec, progress)
     chosen = set(random.Random(0).sample(range(total), sample)) if sample is not None and sample < total else None
     num_chosen = total if chosen is None else len(chosen)

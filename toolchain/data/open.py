@@ -10,13 +10,16 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from toolchain.data import glyphs
 from toolchain.data.bad_samples import LeftOut, describe_left_out, merge_left_out
 from toolchain.data.csv_listing import CsvListing
 from toolchain.data.folder_listing import ClassFolders, UnlabelledImages
 from toolchain.data.listing import Listing, list_images, read_file, require_file, require_folder
+from toolchain.data.local_copies import open_copies
+from toolchain.data.remote_files import fingerprint as remote_fingerprint
+from toolchain.data.remote_files import list_files
 from toolchain.data.stored_samples import (
     PROGRESS_EVERY,
     CorruptSample,
@@ -25,7 +28,7 @@ from toolchain.data.stored_samples import (
     list_shard_samples,
     read_listed_sample,
 )
-from toolchain.data.tar_files import expand
+from toolchain.data.tar_files import expand, expand_urls
 from toolchain.data.tar_files import fingerprint as shards_fingerprint
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.progress import Progress, no_progress
@@ -65,6 +68,8 @@ def training_data(
     """
     from toolchain.data.assemble import TooFewSamples
 
+    for message in describe_remote(spec):
+        say(message)
     try:
         data = _open_data(spec, seed=seed, batch_size=batch_size, progress=progress)
     except TooFewSamples as error:
@@ -133,6 +138,8 @@ def fingerprint(spec: DataSpec) -> str:
         case GlyphsSpec():
             return glyphs.fingerprint()
         case WebdatasetSpec():
+            if urls := expand_urls(spec.shards):
+                return remote_fingerprint(list_files(urls))
             return shards_fingerprint(expand(spec.shards))
         case MixtureSpec():
             return hashlib.sha256("".join(map(fingerprint, spec.sources)).encode()).hexdigest()
@@ -178,10 +185,41 @@ def list_stored_samples(spec: DataSpec, note: Callable[[LeftOut], None] = lambda
             for source in spec.sources:
                 yield from list_stored_samples(source, note)
         case WebdatasetSpec():
-            for path in expand(spec.shards):
-                yield from list_shard_samples(path, spec.caption_key, note)
+            for name, open_shard in _list_shards(spec):
+                yield from list_shard_samples(name, open_shard, spec.caption_key, note)
         case _:
             yield from _list_file_samples(spec, note)
+
+
+def _list_shards(spec: WebdatasetSpec) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    """Yield the name of each shard, and a function that opens it; remote ones are copied then."""
+    if urls := expand_urls(spec.shards):
+        copies = open_copies(spec, urls)
+        copies.forget_failures()
+        yield from ((file.url, partial(copies.open, file)) for file in list_files(urls))
+    else:
+        yield from ((str(path), partial(_open_file, path)) for path in expand(spec.shards))
+
+
+def _open_file(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def describe_remote(spec: DataSpec) -> list[str]:
+    """Return a message for each source of remote shards: how many bytes reading them all fetches, and where to.
+
+    Raises:
+        UsageError, ClipkdError: shards are missing, or their server does not answer.
+    """
+    if isinstance(spec, MixtureSpec):
+        return [message for source in spec.sources for message in describe_remote(source)]
+    if not isinstance(spec, WebdatasetSpec) or not (urls := expand_urls(spec.shards)):
+        return []
+    size_bytes = sum(file.size_bytes for file in list_files(urls))
+    return [
+        f"remote shards: {len(urls):,}, {size_bytes / 1e9:,.2f} GB, the first {urls[0]}; copied as they are read to "
+        f"{open_copies(spec, urls).folder}, at most {spec.cache_gb:g} GB at a time"
+    ]
 
 
 def count_stored_samples(spec: DataSpec, progress: Progress) -> tuple[int, tuple[LeftOut, ...]]:

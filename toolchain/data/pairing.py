@@ -90,13 +90,13 @@ def pair_files(files: Mapping[str, Member], *, prefers_json: bool = False) -> Im
     return ImageTextPair(image, caption, is_json=caption is files.get("json"))
 
 
-def list_unused_images(path: Path, files: Mapping[str, Member]) -> Iterator[LeftOut]:
+def list_unused_images(archive: Path | str, files: Mapping[str, Member]) -> Iterator[LeftOut]:
     """Yield each further image of a sample of an archive; training shows only the first."""
     used = find_first(files, IMAGE_SUFFIXES)
     for suffix, file in files.items():
         if file is not used and _is_image_suffix(suffix):
             reason = f".{suffix.rpartition('.')[2]} beside the image"
-            yield LeftOut(reason, 1, (to_utf8(f"{path}: {file.name}"),), is_sample=False)
+            yield LeftOut(reason, 1, (to_utf8(f"{archive}: {file.name}"),), is_sample=False)
 
 
 def caption_json_key(caption_key: str | None, *, is_json: bool) -> str | None:

@@ -6,7 +6,6 @@ Importing this module needs no torch.
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
@@ -16,7 +15,7 @@ from toolchain.data.bad_samples import BROKEN_TAR, ZERO_BYTES, LeftOut, Unusable
 from toolchain.data.images import convert_to_rgb, decoding_image, open_image
 from toolchain.data.listing import Listing, read_image
 from toolchain.data.pairing import ImageTextPair, caption_json_key, group_files, list_unused_images, pair_files
-from toolchain.data.tar_files import Member, parse_captions, read_members
+from toolchain.data.tar_files import Member, parse_captions, read_open_members
 from toolchain.errors import ClipkdError
 
 PROGRESS_EVERY = 1000
@@ -47,39 +46,47 @@ ReadSample = Callable[[], Sample | CorruptSample]
 # Webdataset shards
 
 
-def list_shard_samples(path: Path, caption_key: str | None, note: Callable[[LeftOut], None]) -> Iterator[ReadSample]:
+def list_shard_samples(
+    name: str, open_shard: Callable[[], BinaryIO], caption_key: str | None, note: Callable[[LeftOut], None]
+) -> Iterator[ReadSample]:
     """Yield a shard's samples in the order of their first files; for a corrupt archive, one corrupt sample follows.
 
     `note` is called with files that are no samples.
     """
     try:
-        members, damage = read_members(path)
+        with open_shard() as file:
+            members, damage = read_open_members(file)
+    except UnusableError as error:  # it is remote and cannot be copied
+        yield partial(CorruptSample, name, error.reason, error.detail)
+        return
     except OSError as error:
-        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ClipkdError(f"{name}: cannot be read: {error.strerror}") from None
     files_of = group_files(members)
     for key, files in files_of.items():
-        where = to_utf8(f"{path}: {key}")
+        where = to_utf8(f"{name}: {key}")
         try:
             pair = pair_files(files, prefers_json=caption_key is not None)
         except UnusableError as error:
             yield from [partial(CorruptSample, where, error.reason, error.detail)] * error.number
             continue
-        for left in list_unused_images(path, files):
+        for left in list_unused_images(name, files):
             note(left)
-        yield partial(_read_shard_sample, path, where, pair, caption_key)
+        yield partial(_read_shard_sample, name, open_shard, where, pair, caption_key)
     if damage:
-        yield partial(CorruptSample, str(path), BROKEN_TAR, f"{damage}; samples before that: {len(files_of):,}")
+        yield partial(CorruptSample, name, BROKEN_TAR, f"{damage}; samples before that: {len(files_of):,}")
 
 
-def _read_shard_sample(path: Path, where: str, pair: ImageTextPair, caption_key: str | None) -> Sample | CorruptSample:
+def _read_shard_sample(
+    name: str, open_shard: Callable[[], BinaryIO], where: str, pair: ImageTextPair, caption_key: str | None
+) -> Sample | CorruptSample:
     try:
-        with path.open("rb") as file:
+        with open_shard() as file:
             image, caption = _read_member(file, pair.image), _read_member(file, pair.caption)
         return Sample(where, image, parse_captions(caption, caption_json_key(caption_key, is_json=pair.is_json)))
     except UnusableError as error:
         return CorruptSample(where, error.reason, error.detail)
     except OSError as error:
-        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ClipkdError(f"{name}: cannot be read: {error.strerror}") from None
 
 
 def _read_member(file: BinaryIO, member: Member) -> bytes:

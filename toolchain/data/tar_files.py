@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, strip_captions
 from toolchain.data.file_content import HEAD_BYTES, name_content
+from toolchain.data.remote_files import is_remote
 from toolchain.errors import UsageError, name_some
 
 PAIRING_VERSION = 5
@@ -23,10 +25,35 @@ PAIRING_VERSION = 5
 It is part of the fingerprint and of stored indexes: a teacher cache of another numbering is then refused."""
 
 _BLOCK = 512  # tar consists of blocks of this size: a header, then the content padded with zeros
+_END = bytes(_BLOCK)
 _FILE_TYPES = frozenset({b"0", b"\0", b"7"})
 _WITHOUT_CONTENT = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})  # links, devices, folders, whatever size is given
 _EXTENSIONS = frozenset({b"L", b"K", b"x", b"g"})  # GNU's long name and link, pax's headers for one file and for all
 _LONGEST_EXTENSION = 1 << 20  # bytes; a longer one is treated as corrupt
+
+
+def expand_urls(patterns: Sequence[str]) -> list[str]:
+    """Return the URLs that patterns name, in order; none if the shards are files.
+
+    Raises:
+        UsageError: as for `expand`, or some shards are files and others are not.
+    """
+    names = [name for pattern in patterns for name in _expand_pattern(pattern)]
+    urls = [name for name in names if is_remote(name)]
+    if urls and len(urls) < len(names):
+        local = next(name for name in names if not is_remote(name))
+        raise UsageError(
+            f"data.shards: {urls[0]} is remote and {local} is a file; expected one kind of place. Write two sources of "
+            "a mixture"
+        )
+    _refuse_repeated(urls)
+    return urls
+
+
+def _refuse_repeated(names: Sequence[Path] | Sequence[str]) -> None:
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise UsageError(f"data.shards: {name} is listed {times} times; an epoch shows a sample once. List it once")
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
@@ -36,12 +63,13 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     error.
 
     Raises:
-        UsageError: unsupported braces or wildcards, a shard listed twice, or shards that do not exist.
+        UsageError: unsupported braces or wildcards, a shard listed twice, shards that do not exist, or a URL.
     """
-    paths = [Path(name) for pattern in patterns for name in _expand_pattern(pattern)]
-    path, times = Counter(paths).most_common(1)[0]
-    if times > 1:
-        raise UsageError(f"data.shards: {path} is listed {times} times; an epoch shows a sample once. List it once")
+    names = [name for pattern in patterns for name in _expand_pattern(pattern)]
+    if urls := [name for name in names if is_remote(name)]:
+        raise UsageError(f"data.shards: {urls[0]} is a URL; only the data of training is read from there. Download it")
+    paths = [Path(name) for name in names]
+    _refuse_repeated(paths)
     missing = [path for path in paths if not path.is_file()]
     if folders := [path for path in missing if path.is_dir()]:
         raise UsageError(
@@ -60,7 +88,7 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
     literals_and_braces = re.split(r"\{([^{}]*)\}", pattern)
     if any(mark in literal for literal in literals_and_braces[::2] for mark in "{}"):
         raise UsageError(f"data.shards: {pattern}: braces must be closed and cannot be nested")
-    if any(mark in pattern for mark in "*?"):
+    if "*" in pattern or ("?" in pattern and not pattern.startswith("http")):  # a signed URL has a query
         raise UsageError(
             f"data.shards: {pattern}: wildcards are not expanded; a missing shard would go unnoticed. "
             "List the shards, for example data/cc3m/{00000..00331}.tar"
@@ -105,6 +133,12 @@ class Member(NamedTuple):
 
 
 def read_members(path: Path) -> tuple[list[Member], str]:
+    """Return the files in a tar archive and a description of its damage; see `read_open_members`."""
+    with path.open("rb") as file:
+        return read_open_members(file)
+
+
+def read_open_members(file: BinaryIO) -> tuple[list[Member], str]:
     """Return the files in a tar archive, read from its headers alone, and a description of its damage ("" if none).
 
     Reads ustar, with GNU's and pax's long names and sizes (POSIX.1-2001, pax).  After a corrupt header, reading
@@ -112,44 +146,43 @@ def read_members(path: Path) -> tuple[list[Member], str]:
     A file of another kind, such as a compressed archive, has no members, and the description names it.
     """
     members: list[Member] = []
-    size_bytes, position, extended = path.stat().st_size, 0, _Extended()
+    number, position, extended = file.fileno(), 0, _Extended()
+    size_bytes = os.fstat(number).st_size
     first_damage = ""
-    with path.open("rb") as file:
-        head = file.read(HEAD_BYTES)
-        if head[257:262] != b"ustar" and (known := name_content(head)):
-            return [], f"is not a tar archive but {known}"
-    with path.open("rb") as file:
-        while True:
-            file.seek(position)
-            header = file.read(_BLOCK)
-            if header == bytes(_BLOCK):
-                return members, first_damage
-            if len(header) < _BLOCK:
-                return members, first_damage or f"ends at byte {size_bytes:,} without tar's end mark"
-            try:
-                name, content_bytes, kind = _parse_header(header)
-                if kind not in _EXTENSIONS:
-                    name = extended.name or name
-                    content_bytes = content_bytes if extended.size_bytes is None else extended.size_bytes
-                    extended = _Extended()
-                if kind in _WITHOUT_CONTENT:
-                    content_bytes = 0
-                offset = position + _BLOCK
-                if offset + content_bytes > size_bytes:
-                    return members, first_damage or f"ends at byte {size_bytes:,}, within {name}"
-                if kind in (b"L", b"x"):
-                    extended = _parse_extension(kind, file.read(min(content_bytes, _LONGEST_EXTENSION)), extended)
-            except ValueError:
-                first_damage = first_damage or f"the header at byte {position:,} is damaged"
+    head = os.pread(number, HEAD_BYTES, 0)
+    if head[257:262] != b"ustar" and (known := name_content(head)):
+        return [], f"is not a tar archive but {known}"
+    while True:
+        header = os.pread(number, _BLOCK, position)  # a buffered read would fetch eight blocks of content with it
+        if header == _END:
+            return members, first_damage
+        if len(header) < _BLOCK:
+            return members, first_damage or f"ends at byte {size_bytes:,} without tar's end mark"
+        try:
+            name, content_bytes, kind = _parse_header(header)
+            if kind not in _EXTENSIONS:
+                name = extended.name or name
+                content_bytes = content_bytes if extended.size_bytes is None else extended.size_bytes
                 extended = _Extended()
-                next_header = _find_header(file, position + _BLOCK)
-                if next_header is None:
-                    return members, first_damage
-                position = next_header
-                continue
-            if kind in _FILE_TYPES and not name.endswith("/"):  # the oldest tar programs mark folders this way
-                members.append(Member(name, offset, content_bytes))
-            position = offset + -(-content_bytes // _BLOCK) * _BLOCK
+            if kind in _WITHOUT_CONTENT:
+                content_bytes = 0
+            offset = position + _BLOCK
+            if offset + content_bytes > size_bytes:
+                return members, first_damage or f"ends at byte {size_bytes:,}, within {name}"
+            if kind in (b"L", b"x"):
+                content = os.pread(number, min(content_bytes, _LONGEST_EXTENSION), offset)
+                extended = _parse_extension(kind, content, extended)
+        except ValueError:
+            first_damage = first_damage or f"the header at byte {position:,} is damaged"
+            extended = _Extended()
+            next_header = _find_header(file, position + _BLOCK)
+            if next_header is None:
+                return members, first_damage
+            position = next_header
+            continue
+        if kind in _FILE_TYPES and not name.endswith("/"):  # the oldest tar programs mark folders this way
+            members.append(Member(name, offset, content_bytes))
+        position = offset + -(-content_bytes // _BLOCK) * _BLOCK
 
 
 def _find_header(file: BinaryIO, position: int) -> int | None:

@@ -1,40 +1,38 @@
-"""Read image-text pairs from webdataset shards on local disks; every batch is a pure function of (seed, step).
+"""Read image-text pairs from webdataset shards, local or remote; every batch is a pure function of (seed, step).
 
 A shard is a tar archive as img2dataset writes it: KEY.jpg (or another of `images.IMAGE_SUFFIXES`) with KEY.txt, or with
 KEY.json that has a "caption".  An index of each shard stores the positions of its pairs, so a batch reads only what it
-shows.  It is made once from the tar headers and kept in the user's cache folder.  No generator or open file keeps a
-position, so any process can make any batch: a resumed run continues exactly, and the numbers of workers and ranks
-change no pixel.
+shows (shard_index.py).  No generator or open file keeps a position, so any process can make any batch: a resumed run
+continues exactly, and the numbers of workers and ranks change no pixel.
 
 The order of an epoch is random at a scale that suits disks: the shards are shuffled and grouped into windows of
 `WINDOW` shards, and the samples are shuffled within each window.  With img2dataset's 10,000 samples per shard, a window
 has 80,000 samples, some 2 to 4 GB.  The page cache of a training machine holds it, so an epoch reads each file from
-disk once.
+disk once.  Remote shards are copied to a local folder in the same order, before they are needed (local_copies.py).
 """
 
 import contextlib
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from toolchain.data.assemble import UnreadSample, assemble_view, fill_batch, require_full_batch
-from toolchain.data.bad_samples import BROKEN_TAR, LeftOut, UnusableError, describe, merge_left_out, to_utf8
+from toolchain.data.bad_samples import BROKEN_TAR, LeftOut, UnusableError, merge_left_out
 from toolchain.data.batch import Batch, Geometry
-from toolchain.data.pairing import caption_json_key, group_files, list_unused_images, pair_files, split_name
+from toolchain.data.local_copies import LocalCopies, open_copies
+from toolchain.data.pairing import caption_json_key, split_name
 from toolchain.data.random_numbers import uniforms
-from toolchain.data.tar_files import PAIRING_VERSION, Member, expand, parse_captions, read_members
-from toolchain.errors import ClipkdError
-from toolchain.filesystem import replacing, user_cache_folder
+from toolchain.data.remote_files import INDEX, RemoteFile, add_counts, list_files
+from toolchain.data.shard_index import Shard, changed_error, index_remote_shards, index_shards, load_pairs
+from toolchain.data.tar_files import expand, expand_urls, parse_captions, read_members
+from toolchain.errors import ClipkdError, UsageError
 from toolchain.progress import Progress, no_progress
 from toolchain.recipe.data import WebdatasetSpec
 
@@ -43,25 +41,6 @@ WINDOW = 8
 
 # Column of `uniforms` that orders samples within an epoch; assemble.py uses the others.
 _ORDER = 0
-
-_INDEX_THREADS = 8  # reading headers is bound by the disk, not by computation
-_PAIR = np.dtype(
-    [("image", "<i8"), ("caption", "<i8"), ("image_bytes", "<u4"), ("caption_bytes", "<u4"), ("is_json", "?")]
-)
-
-
-class Shard(NamedTuple):
-    """A shard's entry in the index."""
-
-    path: Path
-    size_bytes: int
-    mtime_ns: int
-    num_samples: int
-    left_out: tuple[LeftOut, ...] = ()
-    """Members that form no image-text pair, and damage to the archive itself."""
-
-    caption_key: str | None = None
-    """The recipe's key of the caption in a sample's JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +58,13 @@ class ShardBatches:
     """Smallest and largest share of the image's area that a crop keeps."""
 
     num_views: int | None = None
+    copies: LocalCopies | None = None
+    """Where copies of remote shards are kept; None for local shards."""
+
+    @cached_property
+    def end_S(self) -> NDArray[np.int64]:
+        """Return [S] the number of samples up to each shard's end."""
+        return np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
@@ -104,16 +90,14 @@ class ShardBatches:
             UsageError: shards are missing or misnamed, or contain fewer samples than one batch.
             ClipkdError: a shard cannot be read, or its index cannot be written.
         """
-        paths = expand(spec.shards)
-        shards: list[Shard] = []
-        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-            try:
-                for shard, _ in pool.map(partial(_load_index, caption_key=spec.caption_key), paths):
-                    shards.append(shard)
-                    progress("indexing shards", len(shards), len(paths))
-            finally:
-                pool.shutdown(cancel_futures=True)  # after an error or an interrupt, do not start the rest
-        return cls(tuple(shards), seed, batch_size, spec.crop_scale, spec.views)
+        if urls := expand_urls(spec.shards):
+            files, copies = add_counts(list_files(urls)), open_copies(spec, urls)
+            _require_room(files, copies)
+            copies.forget_failures()
+            shards = index_remote_shards(files, copies, spec.caption_key, progress)
+            return cls(shards, seed, batch_size, spec.crop_scale, spec.views, copies)
+        shards = index_shards(expand(spec.shards), spec.caption_key, progress)
+        return cls(shards, seed, batch_size, spec.crop_scale, spec.views)
 
     @cached_property
     def end_S(self) -> NDArray[np.int64]:
@@ -144,6 +128,9 @@ class ShardBatches:
         Raises:
             ClipkdError: a shard has changed or is missing, or there is no good sample to show.
         """
+        if self.copies is not None:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            _read_ahead(self, epoch, _find_window(self, epoch, index * self.batch_size), os.getpid())
         return fill_batch(self, step, rows, geometries)
 
     def read_view(self, sample_B: NDArray[np.int64], view: int, geometries: Sequence[Geometry]) -> Batch:
@@ -152,15 +139,9 @@ class ShardBatches:
         Raises:
             ClipkdError: a shard has changed or is missing.
         """
-        samples = (
-            UnreadSample(
-                b,
-                partial(_read_captions, shard, file, pair),
-                partial(_read_part, file, pair, "image"),
-                partial(_describe, shard, pair),
-            )
-            for b, shard, file, pair in _walk_in_disk_order(self, sample_B)
-        )
+        if self.copies is not None and len(sample_B) > 1 and (np.diff(sample_B) == 1).all():  # all are read in order
+            _read_on(self, int(np.searchsorted(self.end_S, sample_B[0], side="right")), os.getpid())
+        samples = _walk_in_disk_order(self, sample_B)
         return assemble_view(samples, sample_B, view, geometries, seed=self.seed, crop_scale=self.crop_scale)
 
     def list_captions(self, sample_B: NDArray[np.int64]) -> list[tuple[str, ...]]:
@@ -170,9 +151,9 @@ class ShardBatches:
             ClipkdError: a shard has changed or is missing.
         """
         captions_B: list[tuple[str, ...]] = [()] * len(sample_B)
-        for b, shard, file, pair in _walk_in_disk_order(self, sample_B):
+        for sample in _walk_in_disk_order(self, sample_B):
             with contextlib.suppress(UnusableError):
-                captions_B[b] = _read_captions(shard, file, pair)
+                captions_B[sample.row] = sample.read_captions()
         return captions_B
 
     def read_unaugmented(self, sample_B: NDArray[np.int64], geometry: Geometry) -> Tensor:
@@ -189,8 +170,7 @@ class ShardBatches:
 
 def _slice_order(data: ShardBatches, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
     """Return the samples at positions `start` to `stop` of an epoch's order."""
-    first_W = _window_starts(data, epoch)
-    window = int(np.searchsorted(first_W, start, side="right")) - 1
+    first_W, window = _window_starts(data, epoch), _find_window(data, epoch, start)
     pieces = []
     while start < stop:
         pieces.append(_shuffle_window(data, epoch, window)[start - first_W[window] : stop - first_W[window]])
@@ -204,6 +184,11 @@ def _shuffle_shards(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
     return np.argsort(uniforms(data.seed, shard_S, epoch, 1)[:, _ORDER], kind="stable")
 
 
+def _find_window(data: ShardBatches, epoch: int, position: int) -> int:
+    """Return the window at a position of an epoch's order."""
+    return int(np.searchsorted(_window_starts(data, epoch), position, side="right")) - 1
+
+
 @lru_cache(maxsize=4)
 def _window_starts(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
     """Return [W] the positions in an epoch's order where its windows start."""
@@ -214,115 +199,110 @@ def _window_starts(data: ShardBatches, epoch: int) -> NDArray[np.int64]:
 @lru_cache(maxsize=4)
 def _shuffle_window(data: ShardBatches, epoch: int, window: int) -> NDArray[np.int64]:
     """Return the shuffled samples of one window of an epoch."""
-    end_S = data.end_S
     chosen = _shuffle_shards(data, epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
-    sample_N = np.concatenate([np.arange(end_S[s] - data.shards[s].num_samples, end_S[s]) for s in chosen])
+    sample_N = np.concatenate([np.arange(data.end_S[s] - data.shards[s].num_samples, data.end_S[s]) for s in chosen])
     return sample_N[np.argsort(uniforms(data.seed, sample_N, epoch, 1)[:, _ORDER], kind="stable")]
 
 
-# The index
+# Remote shards
 
 
-@lru_cache(maxsize=4 * WINDOW)
-def _load_pairs(shard: Shard) -> NDArray[np.void]:
-    """Return the positions of a shard's pairs."""
-    now, pair_N = _load_index(shard.path, shard.caption_key)
-    if now != shard:
-        raise _changed_error(shard)
-    return pair_N
+def _require_room(files: Sequence[RemoteFile], copies: LocalCopies) -> None:
+    """Refuse a folder of copies that does not hold the two windows that one batch can need.
+
+    Raises:
+        UsageError: the largest shards of two windows take more than the folder may.
+    """
+    needed = sum(sorted((file.size_bytes for file in files), reverse=True)[: 2 * WINDOW])
+    if needed > copies.ahead_bytes:
+        raise UsageError(
+            f"data.cache_gb: {copies.limit_bytes / 1e9:g}: too little: {min(len(files), 2 * WINDOW)} shards of "
+            f"{files[0].url.rpartition('/')[0]} are read at once, and copies of them take {needed / 1e9:.3g} GB. "
+            f"Set at least {-(-needed * copies.limit_bytes // max(1, copies.ahead_bytes)) / 1e9:.3g}"
+        )
 
 
-def _changed_error(shard: Shard) -> ClipkdError:
-    return ClipkdError(
-        f"{shard.path}: has changed since training began, so sample numbers no longer match. Start training again"
-    )
+@lru_cache(maxsize=4)
+def _read_ahead(data: ShardBatches, epoch: int, window: int, process: int) -> None:
+    """Copy the shards of a window and of those that follow, as many as the folder holds; once in each process."""
+    order = [_shuffle_shards(data, epoch)[window * WINDOW :], _shuffle_shards(data, epoch + 1)]
+    _copy_in_order(data, np.concatenate(order).tolist())
 
 
-def _load_index(path: Path, caption_key: str | None) -> tuple[Shard, NDArray[np.void]]:
-    """Return a shard and its pairs from the user's cache folder; make and store the index if it is missing."""
-    try:
-        stat = path.stat()
-        stamp = [PAIRING_VERSION, stat.st_size, stat.st_mtime_ns]
-        preference = "" if caption_key is None else "\0json"  # with a key, the pairs are others
-        digest = hashlib.sha256(f"{path.resolve()}{preference}".encode("utf-8", "surrogateescape")).hexdigest()
-        kept = user_cache_folder() / "shards" / f"{digest[:32]}.npz"
-        # An unreadable index is made again.  The file is opened here because numpy leaves an invalid archive open.
-        with contextlib.suppress(Exception), kept.open("rb") as file, np.load(file) as saved:
-            if saved["stamp"].tolist() == stamp:
-                pair_N = saved["pairs"]
-                left_out = tuple(
-                    LeftOut(reason, number, tuple(examples), is_sample)
-                    for reason, number, examples, is_sample in json.loads(str(saved["left_out"]))
-                )
-                return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out, caption_key), pair_N
-        members, damage = read_members(path)
-    except OSError as error:
-        raise ClipkdError(f"{path}: cannot be read: {error.strerror}") from None
-    pair_N, left_out = _pair_members(path, members, prefers_json=caption_key is not None)
-    if damage:
-        example = f"{path}: {damage}; samples found in it: {len(pair_N):,}"
-        left_out += (LeftOut(BROKEN_TAR, 1, (to_utf8(example),)),)
-    _save_index(kept, stamp=stamp, pairs=pair_N, left_out=json.dumps(left_out))
-    return Shard(path, stat.st_size, stat.st_mtime_ns, len(pair_N), left_out, caption_key), pair_N
+@lru_cache(maxsize=4)
+def _read_on(data: ShardBatches, shard: int, process: int) -> None:
+    """Copy a shard and the next few in listed order; once in each process."""
+    _copy_in_order(data, range(shard, min(shard + WINDOW, len(data.shards))))
 
 
-def _save_index(path: Path, **arrays: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise ClipkdError(
-            f"{path.parent}: the index of the shards cannot be written there: {error.strerror}. "
-            "Free disk space, or set XDG_CACHE_HOME to another folder"
-        ) from None
-
-
-def _pair_members(
-    path: Path, members: list[Member], *, prefers_json: bool
-) -> tuple[NDArray[np.void], tuple[LeftOut, ...]]:
-    """Return the pairs of a shard in the order of their first files, and the samples that form no pair."""
-    rows, left_out = [], []
-    for key, files in group_files(members).items():
-        try:
-            image, caption, is_json = pair_files(files, prefers_json=prefers_json)
-        except UnusableError as error:
-            left_out.append(LeftOut(error.reason, error.number, (describe(f"{path}: {key}", error),)))
-            continue
-        left_out += list_unused_images(path, files)
-        rows.append((image.offset, caption.offset, image.size_bytes, caption.size_bytes, is_json))
-    return np.array(rows, _PAIR), merge_left_out(left_out)
+def _copy_in_order(data: ShardBatches, order: Iterable[int]) -> None:
+    assert data.copies is not None
+    wanted: dict[RemoteFile, None] = {}
+    free_bytes = data.copies.ahead_bytes
+    for s in order:
+        file = data.shards[s].remote
+        assert file is not None
+        free_bytes -= 0 if file in wanted else file.size_bytes
+        if free_bytes < 0:
+            break
+        wanted[file] = None
+    data.copies.read_ahead(list(wanted))
 
 
 # Reading
 
 
 @contextlib.contextmanager
-def _open_shard(shard: Shard) -> Iterator[BinaryIO]:
+def _open_shard(shard: Shard, copies: LocalCopies | None) -> Iterator[BinaryIO]:
     try:
-        file = shard.path.open("rb")
+        file = shard.path.open("rb") if shard.remote is None or copies is None else copies.open(shard.remote)
     except OSError as error:
         raise ClipkdError(f"{shard.path}: cannot be read: {error.strerror}") from None
     with file:
         stat = os.fstat(file.fileno())
-        if (stat.st_size, stat.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
-            raise _changed_error(shard)
+        if shard.remote is None and (stat.st_size, stat.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
+            raise changed_error(shard)
         yield file
 
 
-def _walk_in_disk_order(
-    data: ShardBatches, sample_B: NDArray[np.int64]
-) -> Iterator[tuple[int, Shard, BinaryIO, np.void]]:
-    """Yield, in disk order, each chosen sample's index b, its shard, the opened file and the position of its pair."""
-    shards, end_S = data.shards, data.end_S
-    shard_B = np.searchsorted(end_S, sample_B, side="right")
+def _walk_in_disk_order(data: ShardBatches, sample_B: NDArray[np.int64]) -> Iterator[UnreadSample]:
+    """Yield the chosen samples in disk order; each can be read until the next is taken.
+
+    All samples of a remote shard that cannot be copied are corrupt.
+    """
+    shard_B = np.searchsorted(data.end_S, sample_B, side="right")
     for s in np.unique(shard_B).tolist():
-        pair_N = _load_pairs(shards[s])
-        row_B = sample_B - (end_S[s] - shards[s].num_samples)
+        shard = data.shards[s]
+        row_B = sample_B - (data.end_S[s] - shard.num_samples)
         chosen_B = np.flatnonzero(shard_B == s)
-        with _open_shard(shards[s]) as file:
-            for b in chosen_B[np.argsort(row_B[chosen_B])].tolist():
-                yield b, shards[s], file, pair_N[row_B[b]]
+        chosen = chosen_B[np.argsort(row_B[chosen_B])].tolist()
+        try:
+            with _open_shard(shard, data.copies) as file:
+                pair_N = load_pairs(shard, data.copies)
+                for b in chosen:
+                    yield _find_sample(b, shard, file, pair_N, int(row_B[b]))
+        except UnusableError as error:
+            yield from (_lost_sample(b, shard, error) for b in chosen)
+
+
+def _find_sample(b: int, shard: Shard, file: BinaryIO, pair_N: NDArray[np.void], row: int) -> UnreadSample:
+    if row >= len(pair_N):
+        detail = f"it has {len(pair_N):,} samples; {INDEX} beside it has {shard.num_samples:,}"
+        return _lost_sample(b, shard, UnusableError(BROKEN_TAR, detail))
+    pair = pair_N[row]
+    return UnreadSample(
+        b,
+        partial(_read_captions, shard, file, pair),
+        partial(_read_part, file, pair, "image"),
+        partial(_describe, shard, pair),
+    )
+
+
+def _lost_sample(b: int, shard: Shard, error: UnusableError) -> UnreadSample:
+    def fail() -> Any:
+        raise error
+
+    return UnreadSample(b, fail, fail, lambda: shard.name)
 
 
 def _read_captions(shard: Shard, file: BinaryIO, pair: np.void) -> tuple[str, ...]:
@@ -331,7 +311,7 @@ def _read_captions(shard: Shard, file: BinaryIO, pair: np.void) -> tuple[str, ..
 
 
 def _describe(shard: Shard, pair: np.void) -> str:
-    return f"{shard.path}: {_find_key(shard.path, int(pair['image']))}"
+    return f"{shard.name}: {_find_key(shard.path, int(pair['image']))}"
 
 
 def _find_key(path: Path, offset: int) -> str:

@@ -52,8 +52,9 @@ def training_inputs(recipe: Recipe) -> TrainingInputs:
 
 
 def data_fields(spec: DataSpec) -> dict[str, Any]:
-    """Return the fields of the data section that affect the trained weights, so without max_damaged."""
-    return spec.model_dump(exclude={"max_damaged": True, "sources": {"__all__": {"max_damaged"}}})
+    """Return the fields of the data section that affect the trained weights."""
+    without_effect = {"max_damaged": True, "cache_gb": True, "cache_dir": True}
+    return spec.model_dump(exclude={**without_effect, "sources": {"__all__": without_effect}})
 
 
 def require_training_data(inputs: TrainingInputs, screen: Screen, quantize: QuantizeSpec | None = None) -> None:

@@ -71,10 +71,16 @@ class WebdatasetSpec(_StoredImagesSpec):
 
     shards: Annotated[Several[str], Field(min_length=1)]
     """Tar files of image-text pairs as img2dataset writes them; braces expand: data/cc3m/{00000..00331}.tar.
-    Paths are relative to the current folder."""
+    Paths are relative to the current folder.  s3://, gs://, https:// and http:// are read through a local folder."""
 
     caption_key: str | None = None
     """Key of the caption in KEY.json, which is then read even where there is a KEY.txt.  Absent: "caption"."""
+
+    cache_gb: Annotated[float, Field(gt=0)] = 20
+    """Disk space for copies of remote shards, in GB of 10^9 bytes.  The largest 16 must fit in 3/4 of it."""
+
+    cache_dir: str | None = None
+    """Folder for copies of remote shards.  Absent: clipkd's folder in the user's cache folder."""
 
 
 class CsvSpec(_StoredImagesSpec):
