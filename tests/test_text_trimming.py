@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from toolchain.models import text_trimming as trimming
 from toolchain.models.build import build_model
-from toolchain.models.text_trimming import encode_tokens, groups_of_like_length, is_trimmable, trim_tokens
+from toolchain.models.text_trimming import (
+    encode_tokens,
+    groups_of_like_length,
+    is_trimmable,
+    trim_tokens,
+    use_causal_kernels,
+)
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import CONFIG, SHIPPED, shipped_models
 
@@ -87,6 +93,45 @@ def test_trimmed_features_are_whole_ones(net: Callable[[], nn.Module], training:
 )
 def test_trimmed_features_of_text_towers_at_their_size(text_cfg: dict[str, Any]) -> None:
     holds(net_of(text_cfg))
+
+
+@pytest.mark.parametrize("name", ["CLIP", "CustomTextCLIP", "CustomTextCLIP, its own end"])
+def test_causal_kernels_compute_the_same_without_a_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net: Any = TRIMMED[name]()
+    input_ids_BT, before = input_ids(net), copy.deepcopy(net)
+    use_causal_kernels(net)
+    masks: list[tuple[bool, bool]] = []
+    real = F.scaled_dot_product_attention
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> Tensor:
+        masks.append((attn_mask is not None, is_causal))
+        return real(q, k, v, attn_mask, dropout_p, is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for training in (False, True):
+        masks.clear()
+        trimmed_BL = trim_tokens(net, input_ids_BT)
+        found_BD, expected_BD = (
+            F.normalize(encode_tokens(n.train(training), trimmed_BL), dim=-1) for n in (net, before)
+        )
+        assert (found_BD - expected_BD).abs().max() <= MAX_FEATURE_ERROR
+    causal = masks[: len(masks) // 2]  # the rest is that of the net before
+    assert set(causal) == {(False, True), (True, False)}, "all blocks but the last, which has one token, know it"
+    assert set(masks[len(masks) // 2 :]) == {(True, False)}
+    assert [*net.state_dict()] == [*before.state_dict()]
+    whole_BD = F.normalize(net.encode_text(input_ids_BT), dim=-1)
+    assert (found_BD - whole_BD).abs().max() <= MAX_FEATURE_ERROR
+    assert net.eval().encode_text(input_ids_BT[:1]).shape == (1, 32), "open_clip's own pass works too"
+
+
+def test_another_mask_stays_added() -> None:
+    net: Any = TRIMMED["CLIP"]()
+    net.attn_mask[0, 1] = 0.0  # the first token sees the second
+    use_causal_kernels(net)
+    assert {type(block.attn) for block in net.transformer.resblocks} == {nn.MultiheadAttention}
+    image: Any = TRIMMED["CLIP"]()
+    use_causal_kernels(image)
+    assert {type(block.attn) for block in image.visual.transformer.resblocks} == {nn.MultiheadAttention}
 
 
 def holds(net: nn.Module) -> None:

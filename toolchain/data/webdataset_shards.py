@@ -99,11 +99,6 @@ class ShardBatches:
         shards = index_shards(expand(spec.shards), spec.caption_key, progress)
         return cls(shards, seed, batch_size, spec.crop_scale, spec.views)
 
-    @cached_property
-    def end_S(self) -> NDArray[np.int64]:
-        """[S] the number of the first sample after each shard; every part of a batch needs them."""
-        return np.cumsum([shard.num_samples for shard in self.shards])
-
     @property
     def num_samples(self) -> int:
         return int(self.end_S[-1])

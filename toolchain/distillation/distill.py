@@ -39,6 +39,7 @@ from toolchain.errors import ClipkdError, Interrupted, UsageError
 from toolchain.models.build import save_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.finite import describe_non_finite
+from toolchain.models.tf32 import float32_products
 from toolchain.progress import Progress
 from toolchain.recipe.data import MAX_DAMAGED
 from toolchain.recipe.distill import DistillSpec
@@ -116,6 +117,7 @@ def distill(
         _stop_requests() as stop_requested,
         processes.explain_lost_rank(),
         _explain_full_memory(spec),
+        float32_products(tf32=spec.tf32),
     ):
         while step < steps:
             batch = run.load_batch(batches, clock)

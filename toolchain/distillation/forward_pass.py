@@ -26,6 +26,7 @@ from toolchain.distillation.teacher import DTYPES
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import Processes
 from toolchain.models.onednn import on_onednn
+from toolchain.models.tf32 import float32_products
 from toolchain.recipe.distill import DistillSpec, LossWeights
 from toolchain.recipe.section import Precision
 
@@ -86,15 +87,16 @@ class Forward:
             rows, scales = _as_leaves([features for features, _ in passed], passed[0][1])
         own = BatchFeatures(rows, teacher_features)
         everyone = gather_features(own, self.processes.gather)
-        loss, terms = weighted_loss(
-            own,
-            everyone,
-            scales,
-            self.spec.loss_weights.model_dump(),
-            self.processes,
-            memory_mb=self.spec.loss_memory_mb,
-            divides_by_scales=self.spec.reference_compat,
-        )
+        with float32_products(tf32=False):  # of the losses, which compute their gradients here too
+            loss, terms = weighted_loss(
+                own,
+                everyone,
+                scales,
+                self.spec.loss_weights.model_dump(),
+                self.processes,
+                memory_mb=self.spec.loss_memory_mb,
+                divides_by_scales=self.spec.reference_compat,
+            )
         return ForwardPass(loss, terms, scales, own, everyone)
 
     def backward(

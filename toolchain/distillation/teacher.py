@@ -12,6 +12,8 @@ from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.errors import ArtifactError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn
+from toolchain.models.text_trimming import use_causal_kernels
+from toolchain.models.tf32 import float32_products
 from toolchain.models.towers import compile_towers
 from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.section import Precision
@@ -27,6 +29,7 @@ class LiveTeacher:
     logit_scale: Tensor
     dtype: torch.dtype
     compiled: bool = False
+    tf32: bool = False
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
@@ -43,13 +46,13 @@ class LiveTeacher:
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Return image features [B, E] of uint8 pixels: float32, rows of unit norm."""
-        with on_onednn(pixels.device, compiled=self.compiled):
+        with on_onednn(pixels.device, compiled=self.compiled), float32_products(tf32=self.tf32):
             raw_BE = self.model.encode_image(self.model.normalise(pixels).to(self.dtype))
         return nn.functional.normalize(raw_BE.float(), dim=-1)
 
     def text_features(self, input_ids_BT: Tensor) -> Tensor:
         """Return text features [B, E]: float32, rows of unit norm."""
-        with on_onednn(input_ids_BT.device, compiled=self.compiled):
+        with on_onednn(input_ids_BT.device, compiled=self.compiled), float32_products(tf32=self.tf32):
             raw_BE = self.model.encode_text(input_ids_BT)
         return nn.functional.normalize(raw_BE.float(), dim=-1)
 
@@ -81,11 +84,11 @@ def open_teacher(
     """Return the object that provides the teacher's features during training."""
     if isinstance(teacher, TeacherCache):
         return CachedTeacher(torch.tensor(teacher.logit_scale, device=device))
-    return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile)
+    return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile, tf32=spec.tf32)
 
 
 def live_teacher(
-    teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False
+    teacher: ClipModel, precision: Precision, device: torch.device, *, compiled: bool = False, tf32: bool = False
 ) -> LiveTeacher:
     """Return the teacher frozen, with its weights in `precision`; its features are float32.
 
@@ -97,7 +100,10 @@ def live_teacher(
         raise ArtifactError(
             f"teacher {teacher.name}: the exponential of its logit_scale is not finite; use other weights"
         )
+    teacher.probe_fast_paths()  # before it is compiled: the probes' own shapes would be compiled too
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
+    if device.type == "cuda":
+        use_causal_kernels(net)
     if compiled:
         compile_towers(net)
-    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled)
+    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled, tf32)

@@ -18,6 +18,7 @@ from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.patch_masking import kept_patches, masked_image_features, num_patches
+from toolchain.models.text_trimming import use_causal_kernels
 from toolchain.models.towers import compile_towers, is_vision_transformer
 from toolchain.recipe.distill import DistillSpec
 
@@ -50,6 +51,8 @@ class TrainingModule(nn.Module):
         self.to(processes.device)
         if spec.batch_norm == "all_processes":
             synchronize_batch_norms(self.net, processes)
+        if processes.device.type == "cuda":
+            use_causal_kernels(self.net)
         if spec.compile:
             compile_towers(self.net)
 

@@ -5,16 +5,18 @@ stop at the last end token of a batch, with the same features and gradients.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
 from toolchain.models.last_block import block_at
+from toolchain.models.towers import is_compiled
 
 _TOKENS_OF_A_PASS = 32  # cost of one more group on a CPU, in tokens (benchmarks/train_step.py)
 _MAX_ERROR = 1e-6  # between unit features in float32: other shapes change the order of sums
@@ -60,11 +62,12 @@ def encode_tokens(net: nn.Module, input_ids_BL: Tensor) -> Tensor:
 
     They equal those of open_clip's encode_text at full length; the last block and all later layers run only for the end
     tokens.  On a CPU, captions of similar length run together, so one long caption does not make all of them long.  A
-    GPU is faster with one large batch, and reading the lengths would wait for the device.
+    GPU is faster with one large batch, and reading the lengths would wait for the device.  Compiled blocks take all
+    captions together too: a group of one caption would need a compilation of its own.
     """
     tower = _text_tower(net)
     assert tower is not None
-    if input_ids_BL.device.type != "cpu":
+    if input_ids_BL.device.type != "cpu" or is_compiled(tower.parts.transformer):
         return _encode(tower, input_ids_BL)
     length_B = _end_positions(tower, input_ids_BL) + 1
     order_B = length_B.argsort(stable=True)
@@ -88,6 +91,35 @@ def groups_of_like_length(ascending: list[int]) -> list[tuple[int, int]]:
     cut = saved.index(max(saved)) + 1
     behind = groups_of_like_length(ascending[cut:])
     return groups_of_like_length(ascending[:cut]) + [(cut + start, cut + end) for start, end in behind]
+
+
+def use_causal_kernels(net: nn.Module) -> None:
+    """Let the attention of a text tower say that its mask is the causal one, instead of adding the mask: in place.
+
+    On a GPU in 16 bits the blocks then run in FlashAttention or in cuDNN's attention.  FlashAttention takes no mask of
+    numbers; with one, PyTorch runs its slower memory-efficient kernel, on a copy of the mask padded to a multiple of 8
+    tokens (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).  The features are equal up to rounding.  A text tower
+    that `encode_tokens` does not run, or with another mask or another attention, stays as it is.
+    """
+    tower = _text_tower(net)
+    if tower is None:
+        return
+    mask_TT: Tensor = tower.parts.attn_mask
+    if not torch.equal(mask_TT.float().cpu(), torch.full(mask_TT.shape, -math.inf).triu(1)):
+        return
+    for block in tower.parts.transformer.resblocks:
+        if type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention:
+            block.attn.__class__ = _CausalAttention  # the parameters, their names and their order stay
+
+
+class _CausalAttention(nn.MultiheadAttention):
+    """open_clip's attention, told that a mask of [L, L] is the causal one."""
+
+    def forward(  # type: ignore[override]  # as open_clip's blocks call it
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        is_causal = attn_mask is not None and attn_mask.dim() == 2  # the last block has the mask of one token a row
+        return super().forward(query, key, value, need_weights=need_weights, attn_mask=attn_mask, is_causal=is_causal)
 
 
 def _encode(tower: "_TextTower", input_ids_BL: Tensor) -> Tensor:

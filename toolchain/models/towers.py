@@ -12,8 +12,13 @@ from timm.models.mobilevit import MobileVitBlock, MobileVitV2Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_shapes
 
 _DECODER = "text_decoder"  # CoCa's module that writes captions
+
+# torch counts the compilations of all modules together, the towers of student and teacher alike, and after 8 (its
+# default) runs what is new without compiling it, at a warning
+_RECOMPILE_LIMIT = 64
 
 
 def is_vision_transformer(visual: nn.Module) -> bool:
@@ -36,14 +41,27 @@ def is_convolutional(visual: nn.Module) -> bool:
 
 
 def compile_towers(net: nn.Module) -> None:
-    """Compile towers in place: block by block if a tower is a stack of equal blocks, which then share one compilation,
-    and otherwise as a whole."""
+    """Compile towers in place, with as few compilations as possible.
+
+    The blocks of a transformer are equal: they share a compilation, which serves every number of rows and tokens.
+    torch makes one for each way of running them: with gradients, without (the first pass of `distill.accumulate`), and
+    in evaluation; and one more for a single row.  Another image tower is compiled as a whole, once for each batch
+    size and way: fixed sizes let inductor choose the layout of convolutions.
+    """
+    limit: int = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
+    symbolic_shapes.use_duck_shape = False  # else a first batch of as many rows as tokens would tie both numbers
     stacks = [module for module in net.modules() if isinstance(module, Transformer)]
     for stack in stacks:
         for block in stack.resblocks:
-            block.compile()
+            block.compile(dynamic=True)
     if not any(isinstance(module, Transformer) for module in net.visual.modules()):  # type: ignore[union-attr]
-        net.visual.compile()  # type: ignore[union-attr]
+        net.visual.compile(dynamic=False)  # type: ignore[union-attr]
+
+
+def is_compiled(stack: nn.Module) -> bool:
+    """Return True if `compile_towers` compiled the blocks of a transformer."""
+    return any(block._compiled_call_impl is not None for block in stack.resblocks)  # type: ignore[union-attr]
 
 
 def take_features(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -69,7 +69,7 @@ class TeacherCacheSpec(Section):
 
 
 # Fields and weights that came after the first release: `DistillSpec.key_fields` leaves their defaults out.
-_ADDED_FIELDS: tuple[str, ...] = ("batch_norm",)
+_ADDED_FIELDS: tuple[str, ...] = ("batch_norm", "tf32")
 _ADDED_WEIGHTS: tuple[str, ...] = ()
 
 
@@ -117,6 +117,10 @@ class DistillSpec(Section):
 
     compile: bool = False
     """Compile student and teacher with torch.compile: takes minutes once, then speeds up steps on a GPU."""
+
+    tf32: bool = False
+    """Round the factors of fp32 matrix products and convolutions on a GPU to TF32 (10 bits of mantissa): faster, with
+    other numbers.  It holds for the student and for a teacher without a cache; losses stay in float32."""
 
     batch_norm: Literal["all_processes", "per_process"] = "all_processes"
     """Rows that batch norms normalize by under torchrun.  all_processes: the whole batch, so that N processes train the
