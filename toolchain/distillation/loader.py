@@ -48,7 +48,7 @@ class PreparedBatch:
     """Cached features of images and texts, [b, E] each, if there is a cache."""
 
     def to(self, device: torch.device) -> "PreparedBatch":
-        return self._each(lambda tensor: copy_to_device(tensor, device))
+        return self if device.type == "cpu" else self._each(lambda tensor: copy_to_device(tensor, device))
 
     def pin_memory(self) -> "PreparedBatch":
         """Return the batch in pinned memory: copying it to a GPU then overlaps with computing."""
