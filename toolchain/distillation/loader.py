@@ -25,7 +25,7 @@ from toolchain.models.clip_model import ClipModel
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
     """Return the host's tensor on a device; a GPU copies pinned memory by itself, and the host does not wait."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
