@@ -23,7 +23,7 @@ from training import BATCH_SIZE, cache_of, configured, silent, spec
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TrainingSet
 from toolchain.distillation import distill as distil_module
-from toolchain.distillation import loader, training_module
+from toolchain.distillation import training_module
 from toolchain.distillation.distill import Training, _start, distill
 from toolchain.distillation.loader import PreparedBatch, load_batches
 from toolchain.distillation.objectives import OBJECTIVES
@@ -144,10 +144,7 @@ def made_training(samples: TrainingSet, folder: Path, tower: str, cached: bool, 
 
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PyTorch does for GPUs alone: pinned memory, autocast, and a check of what a fused optimizer supports."""
-
-    def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-        return x.to(device, non_blocking=True)
+    """What PyTorch does for GPUs and CPUs alone: autocast, and a check of what a fused optimizer supports."""
 
     def open_teacher(teacher: ClipModel | TeacherCache, *_: Any) -> Any:
         if isinstance(teacher, TeacherCache):
@@ -162,8 +159,6 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = distil_module.open_teacher
     monkeypatch.setattr(distil_module, "open_teacher", open_teacher)
-    for module in (loader, training_module):
-        monkeypatch.setattr(module, "copy_to_device", copy_to_device)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
 

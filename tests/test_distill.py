@@ -253,6 +253,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     saved = 0 if every_steps is None else (at - 1) // every_steps * every_steps
     checkpoint = Checkpoints(tmp_path / CHECKPOINTS).load(lambda text: None)
     assert (checkpoint["step"] if checkpoint else 0) == saved
+    assert len(rows(tmp_path)) >= saved, "a row is logged before the checkpoint that follows it"
     assert not (tmp_path / "open_clip_model.safetensors").exists()
     done: list[tuple[str, int]] = []
     train(tmp_path, tiny_samples, wide_teacher_folder, lambda what, step, *_: done.append((what, step)), **changes)

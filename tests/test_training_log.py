@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Ended
 from rich.console import Console
 from rich.progress import Progress
@@ -18,7 +20,7 @@ from training import STEPS, TIMES, train
 
 from toolchain import terminal
 from toolchain.data.glyphs import TrainingSet
-from toolchain.distillation.training_log import LOG, TENSORBOARD, TrainingLog, is_logged
+from toolchain.distillation.training_log import LOG, TENSORBOARD, StepClock, TrainingLog, is_logged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +64,28 @@ def test_rows_are_even_and_not_too_many(steps: int) -> None:
     else:
         assert len({after - before for before, after in itertools.pairwise(logged[:-1])}) == 1
         assert len(logged) > MAX_ROWS / 2
+
+
+# The clock.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("busy", [True, False])
+def test_waiting_for_data_counts_where_the_gpu_waits_too(busy: bool) -> None:
+    clock = StepClock(torch.device("cuda", 0), 8)
+    torch.cuda.synchronize()
+    if busy:
+        torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    clock.restart()
+    with clock("data"):
+        time.sleep(0.1)
+    torch.cuda._sleep(100_000_000)
+    times = clock.stop()
+    times.wait()
+    shares = times.shares()
+    assert shares["images_per_s"] > 0
+    assert (shares["data_fraction"] > 0.3) == (not busy), shares
 
 
 # Rows.

@@ -88,6 +88,7 @@ class Processes:
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            # no static_graph: it fails in `no_sync`, which accumulation needs, and saves nothing if all is used
         )
 
     @contextmanager

@@ -41,7 +41,7 @@ _COPIES_IN_MAKING = 3  # of the part that a worker makes: crops and resized view
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
     """Return the host's tensor on a device; a GPU copies pinned memory by itself, and the host does not wait."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class PreparedBatch:
     """Cached features of images and texts, [b, E] each, if there is a cache."""
 
     def to(self, device: torch.device) -> "PreparedBatch":
-        return self._each(lambda tensor: copy_to_device(tensor, device))
+        return self if device.type == "cpu" else self._each(lambda tensor: copy_to_device(tensor, device))
 
     def split(self, parts: int) -> list["PreparedBatch"]:
         """Return the rows in equal parts, in order."""
