@@ -12,6 +12,7 @@ Example: batches of 4,096 images of 224 px have 617 MB, parts of them 10 MB.  Wi
 15 * 5 * 10 MB + 2 * 617 MB = 2.0 GB.
 """
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -301,8 +302,17 @@ def _run_ahead(
         except Exception as error:
             ready.put(error)
 
+    def stop() -> None:
+        ended.set()
+        wanted.release()
+        end_workers()  # a thread that waits for one gets an error
+        thread.join()
+
     thread = threading.Thread(target=assemble, name="data loader", daemon=True)
     thread.start()
+    atexit.register(
+        stop
+    )  # later, threads do not run any more, and a generator that nobody closed would wait for its own
     try:
         while (batch := ready.get()) is not None:
             if isinstance(batch, Exception):
@@ -311,10 +321,8 @@ def _run_ahead(
             yield batch
             del batch
     finally:
-        ended.set()
-        wanted.release()
-        end_workers()  # a thread that waits for one gets an error
-        thread.join()
+        atexit.unregister(stop)
+        stop()
 
 
 def _require_memory(rows: int, row_bytes: int, workers: int, *, pinned: bool) -> None:
