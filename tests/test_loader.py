@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -399,6 +400,30 @@ def test_closed_early_no_loader_is_left(student: ClipModel, data: GlyphBatches) 
     assert loaders
     fed.close()
     assert ended(loaders)
+
+
+def test_a_program_ends_that_closes_no_loader() -> None:
+    """In a process of its own, since what happens at its exit is tested."""
+    program = """
+from conftest import STUDENT
+from test_loader import Flat
+from toolchain.distillation.loader import load_batches
+from toolchain.models.build import load_model
+
+fed = load_batches(Flat(), range(1000), slice(0, 128), load_model(STUDENT, random_seed=0), None, 2)
+next(fed)
+print("leaves", flush=True)
+"""
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent)])
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        timeout=120,
+        text=True,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "leaves\n", "")
 
 
 def test_no_loader_outlives_an_error_that_is_still_held(student: ClipModel, data: GlyphBatches) -> None:

@@ -12,9 +12,11 @@ Example: batches of 4,096 images of 224 px have 617 MB, parts of them 10 MB.  Wi
 15 * 5 * 10 MB + 2 * 617 MB = 2.0 GB.
 """
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -34,9 +36,9 @@ from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
 
 PART_ROWS = 64
-"""Rows that a worker makes at a time.  Fewer cost more: each part opens its shards once more."""
+"""Fewest rows that a worker makes at a time, unless a batch has fewer; each part opens its shards once more."""
 
-_COPIES_IN_MAKING = 3  # of the part that a worker makes: crops and resized views; a mixture also sorts its rows
+_COPIES_IN_MAKING = 3  # of the part that a worker makes: a mixture joins the rows of its sources and sorts them
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -223,8 +225,11 @@ def load_batches(
     largest = max(part.stop - part.start for part in parts)
     pool = Workers(reader.read, min(workers, len(steps) * len(parts)), reader.count_bytes(largest))
     made = pool.make(tasks)
-    batches = (prepare(*_join_parts(islice(made, len(parts)), count, pinned=pinned)) for _ in steps)
-    yield from _run_ahead(batches, pool.end)
+    batches = (_join_parts(islice(made, len(parts)), count, pinned=pinned) for _ in steps)
+    with closing(_run_ahead(batches, pool.end)) as joined:
+        for batch in joined:
+            yield prepare(*batch)
+            del batch
 
 
 def _reader(data: TrainingData, student: ClipModel, teacher: ClipModel | TeacherCache | None) -> _Reader:
@@ -245,7 +250,7 @@ def _join_parts(parts: Iterable[Made[_Labels]], rows: int, *, pinned: bool) -> M
         for name, array in arrays.items():
             if name not in joined:
                 joined[name] = torch.empty(rows, *array.shape[1:], dtype=array.dtype, pin_memory=pinned)
-            joined[name][start:stop] = array
+            joined[name].numpy()[start:stop] = array.numpy()  # torch would copy with threads that training needs
         found.append(labels)
         start = stop
     captions = [caption for labels in found for caption in labels.captions_b]
@@ -284,9 +289,11 @@ def _pin(ids_bL: Tensor, *, pinned: bool) -> Tensor:
     return ids_bL.contiguous().pin_memory() if pinned else ids_bL
 
 
-def _run_ahead(batches: Iterator[PreparedBatch], end_workers: Callable[[], None]) -> Generator[PreparedBatch]:
+def _run_ahead(
+    batches: Iterator[Made[_Labels]], end_workers: Callable[[], None]
+) -> Generator[Made[_Labels], None, None]:
     """Yield batches; a thread puts the next one together, and no more, while one is used."""
-    ready: queue.SimpleQueue[PreparedBatch | Exception | None] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Made[_Labels] | Exception | None] = queue.SimpleQueue()
     wanted, ended = threading.Semaphore(), threading.Event()
 
     def assemble() -> None:
@@ -300,8 +307,17 @@ def _run_ahead(batches: Iterator[PreparedBatch], end_workers: Callable[[], None]
         except Exception as error:
             ready.put(error)
 
+    def stop() -> None:
+        ended.set()
+        wanted.release()
+        end_workers()  # a thread that waits for one gets an error
+        thread.join()
+
     thread = threading.Thread(target=assemble, name="data loader", daemon=True)
     thread.start()
+    atexit.register(
+        stop
+    )  # later, threads do not run any more, and a generator that nobody closed would wait for its own
     try:
         while (batch := ready.get()) is not None:
             if isinstance(batch, Exception):
@@ -310,10 +326,8 @@ def _run_ahead(batches: Iterator[PreparedBatch], end_workers: Callable[[], None]
             yield batch
             del batch
     finally:
-        ended.set()
-        wanted.release()
-        end_workers()  # a thread that waits for one gets an error
-        thread.join()
+        atexit.unregister(stop)
+        stop()
 
 
 def _require_memory(rows: int, row_bytes: int, workers: int, *, pinned: bool) -> None:
