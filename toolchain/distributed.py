@@ -13,6 +13,7 @@ Batch norms use the rows of all ranks (distillation/batch_norms.py).  With `dist
 released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,11 +150,12 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Let rank 0 run the block before the other ranks, so they find what it writes."""
-        if not self.leads:
+        """Let the first rank of each machine run the block before its others, so they find what it writes there."""
+        is_first = self.leads or os.environ.get("LOCAL_RANK") == "0"
+        if not is_first:
             self.wait()
         yield
-        if self.leads:
+        if is_first:
             self.wait()
 
     def wait(self) -> None:

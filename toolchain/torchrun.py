@@ -22,6 +22,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Return the number of ranks on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
 def leads() -> bool:
     """Return True on rank 0, which writes and reports."""
     return rank() == 0

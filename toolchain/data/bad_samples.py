@@ -146,14 +146,15 @@ class Ledger:
     num_samples: int
     max_damaged: float
     met: dict[int, Damage] = field(default_factory=dict)
+    _announced: set[str] = field(default_factory=set)
+    """Reasons that a message has named; of hundreds of millions of samples, too many are met to look through."""
 
     def add(self, damaged: Iterable[Damage]) -> list[str]:
         """Record corrupt samples; return one message for each reason met for the first time."""
         messages = []
-        known = {damage.reason for damage in self.met.values()}
         for damage in sorted(damaged):
-            if self.met.setdefault(damage.sample, damage) is damage and damage.reason not in known:
-                known.add(damage.reason)
+            if self.met.setdefault(damage.sample, damage) is damage and damage.reason not in self._announced:
+                self._announced.add(damage.reason)
                 messages.append(
                     f"{damage.reason}: {damage.where}; replaced by another sample; "
                     "later ones are replaced without a message"
@@ -212,3 +213,4 @@ class Ledger:
     def restore(self, state: Iterable[Sequence[Any]]) -> None:
         """Restore the state stored in a checkpoint."""
         self.met = {int(sample): Damage(int(sample), reason, where) for sample, reason, where in state}
+        self._announced = {damage.reason for damage in self.met.values()}

@@ -33,7 +33,8 @@ from toolchain.errors import ClipkdError
 from toolchain.filesystem import replacing, user_cache_folder
 from toolchain.progress import Progress
 
-_LISTED_FROM = 64  # shards from which they have a list, and processes index them: both take a second to set up
+_LISTED_FROM = 64  # shards from which they have a list: one file instead of as many as there are shards
+_PROCESSES_FROM = 256  # shards to index from which processes do so: to start them takes a second
 _THREADS = 8
 _SENT_TOGETHER = 16  # shards
 _PAIR = np.dtype(
@@ -297,7 +298,7 @@ def _index_in_processes(paths: Sequence[Path], caption_key: str | None) -> Itera
     """Yield each path's position and shard as they become ready; as many processes index as there are usable cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(cores, -(-len(paths) // _SENT_TOGETHER))
-    if count <= 1:
+    if count <= 1 or len(paths) < _PROCESSES_FROM:
         yield from enumerate(_map_in_threads(partial(_index_shard, caption_key=caption_key), paths))
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the state of torch's threads

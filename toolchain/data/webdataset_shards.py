@@ -59,7 +59,7 @@ class ShardBatches:
 
     num_views: int | None = None
     copies: LocalCopies | None = None
-    """Where copies of remote shards are kept; None for local shards."""
+    """The folder of copies of remote shards; None for local shards."""
 
     @cached_property
     def end_S(self) -> NDArray[np.int64]:

@@ -44,6 +44,7 @@ CHUNK = 256
 _PIXELS = "pixels"  # the name of a chunk's array
 _STRETCHES, _STRETCH_SAMPLES = 8, 128  # stretches of samples whose captions represent all captions
 _CHECKED_SAMPLES = 256
+_CHECKED_STRETCH = 16  # neighbours: of remote shards, 16 are then read and not 256
 _CHECKED_TOGETHER = 64  # candidates per image in the top-1 check of the fidelity
 
 
@@ -80,8 +81,23 @@ def needed_bytes(data: TrainingData, num_views: int, embed_dim: int, dtype: Stor
         captions_N = data.list_captions(np.arange(start, start + stretch))
         samples, num_captions = samples + stretch, num_captions + sum(map(len, captions_N))
         distinct += len({caption for captions in captions_N for caption in captions})
+    return cache_bytes(
+        data.num_samples, num_views, embed_dim, dtype, captions=num_captions / samples, distinct=distinct / samples
+    )
+
+
+def cache_bytes(
+    num_samples: int,
+    num_views: int,
+    embed_dim: int,
+    dtype: StoredDtype,
+    *,
+    captions: float = 1.0,
+    distinct: float = 1.0,
+) -> int:
+    """Return the bytes of a cache, given the captions of a sample and how many of them no other sample has."""
     row = embed_dim * STORED[dtype].itemsize + (4 if dtype == "int8" else 0)
-    return round(data.num_samples * (num_views * (row + 1) + distinct / samples * row + num_captions / samples * 4 + 8))
+    return round(num_samples * (num_views * (row + 1) + distinct * row + captions * 4 + 8))
 
 
 def make_cache(
@@ -294,11 +310,10 @@ def _write(path: Path, text: str) -> None:
 
 def _count_damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) -> dict[str, int]:
     """Return the number of samples without features by reason, including those skipped while listing the data."""
-    reason_of: dict[int, str] = {}
+    reasons: Counter[str] = Counter()
     for number in numbers:
         with safe_open(shard_path(folder, number), "pt") as file:
-            reason_of |= dict(json.loads(file.metadata()["damaged"]))
-    reasons = Counter(reason_of.values())
+            reasons.update(dict(json.loads(file.metadata()["damaged"])).values())
     for left in left_out:
         if left.is_sample:
             reasons[left.reason] += left.number
@@ -312,8 +327,8 @@ def _count_damaged(folder: Path, numbers: range, left_out: Sequence[LeftOut]) ->
 def measure_fidelity(live: LiveTeacher, data: TrainingData, cache: TeacherCache) -> dict[str, float]:
     """Return cosines of stored to live features, and how often both find the same caption for an image.
 
-    The samples are spread evenly over the data.  Their batches differ from those that made the cache, and each
-    batch has another view.
+    Stretches of the samples are spread evenly over the data.  Their batches differ from those that made the cache, and
+    each batch has another view.
     """
     agreed, total = 0, 0
     cosines: dict[str, list[Tensor]] = {"image": [], "text": []}
@@ -346,8 +361,9 @@ def _live_and_stored(
     live: LiveTeacher, data: TrainingData, cache: TeacherCache
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     device, geometry = live.logit_scale.device, live.model.geometry
-    count = min(_CHECKED_SAMPLES, data.num_samples)
-    sample_N = np.unique(np.linspace(0, data.num_samples - 1, count).astype(np.int64))
+    last = max(0, data.num_samples - _CHECKED_STRETCH)
+    first_S = np.linspace(0, last, _CHECKED_SAMPLES // _CHECKED_STRETCH).astype(np.int64)
+    sample_N = np.unique(first_S[:, None] + np.arange(min(_CHECKED_STRETCH, data.num_samples)))
     for batch_number, first in enumerate(range(0, len(sample_N), _CHECKED_TOGETHER)):
         view = batch_number % int(cache.about["views"])
         batch = data.read_view(sample_N[first : first + _CHECKED_TOGETHER], view, [geometry])

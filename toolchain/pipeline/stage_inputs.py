@@ -95,7 +95,7 @@ def num_workers(spec: DataSpec, options: TrainingOptions, device: str) -> int:
     if not spec.needs_loader_workers:
         return 0
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device == "cpu" else max(1, usable // torchrun.world_size() - 1)
+    return 1 if device == "cpu" else max(1, usable // torchrun.local_world_size() - 1)
 
 
 def run_stage_on_ranks(spec: StageSpec, work: Work, *, replace: bool) -> Stage:
