@@ -881,14 +881,14 @@ def show(
     import yaml
 
     from export.pipeline.plan_run import show_stages
+    from toolchain.pipeline.teacher_advice import advise_on_teacher
 
     loaded = _recipe(recipe, overrides)
     stages = show_stages(loaded, out)
-    resolved = loaded.model_dump(mode="json")
+    found = {"recipe": loaded.model_dump(mode="json"), "stages": stages, "advice": advise_on_teacher(loaded)}
     lines = [f"# {stage['stage']}: {text}" for stage in stages for text in (stage["text"], *stage["starts"])]
-    print_result(
-        {"recipe": resolved, "stages": stages}, as_json, yaml.safe_dump(resolved, sort_keys=False).rstrip("\n"), *lines
-    )
+    lines += [f"# {text}" for text in found["advice"]]
+    print_result(found, as_json, yaml.safe_dump(found["recipe"], sort_keys=False).rstrip("\n"), *lines)
 
 
 @app.command()

@@ -840,6 +840,7 @@ def test_convolutional_towers_run_with_channels_last(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
 def test_compiled_towers_train_as_others_do(
     tmp_path: Path, tiny_samples: TrainingSet, wide_teacher_folder: Path
 ) -> None:

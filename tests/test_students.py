@@ -21,7 +21,7 @@ from export.students.documents import MeasuredStudent, is_measured
 from export.students.measure import WORTH, measure_students
 from export.students.table import students_table
 from toolchain.errors import ArtifactError, ClipkdError, UnavailableBackend, UsageError
-from toolchain.recipe.model_names import architectures, model_folder
+from toolchain.recipe.model_names import CONFIG, SHIPPED, architectures, model_folder
 from toolchain.text_table import TextTable
 
 Clipkd = Callable[..., Ended]
@@ -68,7 +68,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise RuntimeError("no such layer\nand a long story")
         path.write_bytes(b"graph")
         made.append(path.stem)
-        return {"params_image": 10, "gmacs": 0.5, "image_size": 32, "size_bytes": 5}
+        return {"params_image": 10, "params_text": 20, "gmacs": 0.5, "image_size": 32, "size_bytes": 5}
 
     monkeypatch.setattr(module, "_build_graph", built)
     return made
@@ -79,7 +79,21 @@ def test_every_candidate_is_an_architecture_with_a_source_for_its_number() -> No
         assert candidate.model in architectures() or model_folder_of(candidate.model).is_dir()
         assert (candidate.published_top1 is None) == (candidate.source == "")
         assert candidate.published_top1 is None or 0 < candidate.published_top1 < 1
+        assert (candidate.weights == "") == (candidate.licence == "")
     assert len(CANDIDATES) >= 12
+
+
+def test_licences_are_those_that_timm_states_for_weights_of_the_same_tower() -> None:
+    import timm
+
+    assert sum(bool(candidate.licence) for candidate in CANDIDATES) >= 12
+    for candidate in CANDIDATES:
+        if candidate.licence:
+            assert timm.get_pretrained_cfg(candidate.weights).license == candidate.licence, candidate.model
+        folder = SHIPPED / candidate.model
+        if candidate.licence and folder.is_dir():
+            vision = json.loads((folder / CONFIG).read_text())["model_cfg"]["vision_cfg"]
+            assert vision["timm_model_name"] == candidate.weights.partition(".")[0]
 
 
 def model_folder_of(name: str) -> Path:
@@ -174,7 +188,7 @@ def test_the_front_is_of_one_precision_and_of_each_worth(told: list[str], unbuil
 
 
 def test_the_table_of_students_has_a_source_for_each_published_number(told: list[str], unbuilt: list[str]) -> None:
-    wanted = [Candidate("a", 0.3, "x"), Candidate("b"), Candidate("c", 0.2, "y")]
+    wanted = [Candidate("a", 0.3, "x", "a.in1k", "mit"), Candidate("b"), Candidate("c", 0.2, "y")]
     rows = [row for row in measure_students(wanted, ["fp32", "int8"], **QUICK) if is_measured(row)]
     assert set(rows[0]) == set(get_type_hints(MeasuredStudent))
     table, *notes = students_table(rows)
@@ -182,13 +196,15 @@ def test_the_table_of_students_has_a_source_for_each_published_number(told: list
     shown = {(row[0], row[1]): dict(zip(table.headers, row, strict=True)) for row in table.rows}
     assert shown["a", "fp32"] == {
         **{"student": "a", "": "fp32", "p50 ms": "1", "95 %": "1-1", "params M": "0.00 ★", "GMACs": "0.50 ★"},
-        **{"MB": "5e-06", "top-1 %": "30.0 [1] ★", "grade": rows[0]["grade"]},
+        **{"MB": "5e-06", "text M": "0.0", "top-1 %": "30.0 [1] ★", "grade": rows[0]["grade"], "licence": "mit"},
     }
     published = {key: row["top-1 %"].strip() for key, row in shown.items()}
     assert published["b", "fp32"] == ""
     assert published["a", "int8"] == "(30.0) [1] ★"
     assert published["c", "int8"] == "(20.0) [2]"
-    assert notes[0] == "on cpu, onnxruntime, 1 thread(s), batch 1, image towers alone"
+    assert notes[0] == (
+        "on cpu, onnxruntime, 1 thread(s), batch 1, image towers alone; text M: parameters of the text tower"
+    )
     assert notes[-2:] == ["[1] x", "[2] y"]
 
 

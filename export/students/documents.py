@@ -11,6 +11,9 @@ class GraphFacts(TypedDict):
     """Facts of an image tower that are known without running it."""
 
     params_image: int
+    params_text: int
+    """Parameters of the text tower that belongs to it, which is not measured."""
+
     gmacs: float
     """Multiply-accumulates of one image, in billions."""
 
@@ -35,6 +38,10 @@ class _Known(TypedDict):
     """ImageNet zero-shot top-1 of the trained float model; int8 may be lower."""
 
     source: str
+    weights: str
+    licence: str
+    """Licence of the published weights of the image tower; both are empty if none are known."""
+
     front: list[Worth]
     """The metrics of WORTH in which the row is on the Pareto front of its precision: no other row is as good and as
     fast."""

@@ -39,7 +39,7 @@ PROCESSES, SECONDS = 3, 1.0
 WORTH: tuple[Worth, ...] = ("params_image", "gmacs", "published_fp32_top1")
 """Metrics of the Pareto fronts: a slower student is on a front only if it is better in the metric."""
 
-_FORMAT = 2
+_FORMAT = 3
 _NUM_CALIBRATION = 8
 _OPSET = 20
 _MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # the inputs add to the measured memory
@@ -134,6 +134,8 @@ def _row(pair: Pair, state: _State, bench: _Bench) -> StudentRow:
         **(state["row"] if "row" in state else {"status": state["status"]}),
         "published_fp32_top1": candidate.published_top1,
         "source": candidate.source,
+        "weights": candidate.weights,
+        "licence": candidate.licence,
         "front": [],
     }
     return cast(StudentRow, row)
@@ -252,8 +254,10 @@ def _build_graph(candidate: Candidate, precision: str, path: Path) -> GraphFacts
             tower = prepare_tower(ImageTower(model.net).eval(), pixels, precision)
         opset = max(_OPSET, PRECISIONS[precision].min_opset)
         write_graph(tower, pixels, path, names_io=("pixel_values", "image_features"), opset=opset, metadata={})
+    params_image, params_text = num_parameters(model.net)
     return {
-        "params_image": num_parameters(model.net)[0],
+        "params_image": params_image,
+        "params_text": params_text,
         "gmacs": round(counter.get_total_flops() / 2e9, 3),
         "image_size": pixels.shape[-1],
         "size_bytes": path.stat().st_size,

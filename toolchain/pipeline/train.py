@@ -176,8 +176,9 @@ def _train(
     from toolchain.distributed import join_processes
     from toolchain.evaluation.open_sets import open_set
     from toolchain.evaluation.torch_encoders import headline_accuracy
-    from toolchain.models.build import load_model
+    from toolchain.models.build import load_model, read_config
     from toolchain.models.student import build_student
+    from toolchain.pipeline.teacher_advice import advise_on_models
 
     out, name, spec = stage.path.parent, stage.path.name, inputs.distill
     texts, source = inputs.corpus.read(), teacher.path if teacher else None
@@ -197,6 +198,9 @@ def _train(
         )
     for warning in warn_of_shared_captions(data, spec.loss_weights, spec.batch_size):
         screen.say(warning)
+    if teacher:
+        for advice in advise_on_models(read_config(teacher.path)["model_cfg"], student.config["model_cfg"]):
+            screen.say(advice)
     training = Training(
         spec,
         student,
