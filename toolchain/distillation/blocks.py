@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BUFFERS = 8
+BLOCK_ARRAYS = 8
 """Number of [c, columns] arrays that exist at once, at most: the logits of two models, their gradients, the softmax of
 both, and temporary arrays."""
 
@@ -106,7 +106,7 @@ def by_autograd(sum_block: Callable[[Block], Tensor]) -> Callable[[Block], Tenso
 
 def choose_block_rows(num_columns: int, memory_mb: float, dtype: torch.dtype) -> int:
     """Return the number of rows whose arrays fit a budget of memory, at least one."""
-    return max(1, int(memory_mb * 2**20 / (_BUFFERS * dtype.itemsize * max(1, num_columns))))
+    return max(1, int(memory_mb * 2**20 / (BLOCK_ARRAYS * dtype.itemsize * max(1, num_columns))))
 
 
 class _Plan(NamedTuple):
