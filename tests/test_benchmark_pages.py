@@ -123,3 +123,14 @@ def test_a_page_shows_the_stored_result(script: str, page: str) -> None:
     assert section in result
     source = re.sub(r'"\s*\n\s*f?"', "", Path(module.__file__ or "").read_text(encoding="utf-8"))
     assert section.splitlines()[0] in source
+
+
+def test_the_tables_of_scaling_are_as_the_script_writes_them() -> None:
+    """All but the memory of a GPU, which takes a student's forward passes."""
+    import scaling
+
+    page = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
+    document = json.loads(scaling.RESULTS.read_text(encoding="utf-8"))
+    for name, lines in (("start-up", scaling.start_table(document)), ("teacher caches", scaling.cache_table())):
+        begin, end = scaling.marks(name)
+        assert page.partition(begin)[2].partition(end)[0].strip().splitlines() == lines
