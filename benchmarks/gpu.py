@@ -45,6 +45,7 @@ from gpu_results import (  # noqa: E402
     PAGE,
     Step,
     disappointments,
+    drop_steps,
     failed_checks,
     list_rows,
     read_lines,
@@ -104,6 +105,7 @@ def main() -> None:
 
 
 def run_all(chosen: tuple[Planned, ...], out: Path, scratch: Path, ends_at: float, *, dry: bool) -> None:
+    drop_steps(out, [planned.name for planned in chosen])
     for number, planned in enumerate(chosen):
         later_s = sum(step.seconds for step in chosen[number:])
         limit_s = max(1.0, (ends_at - time.monotonic()) * planned.seconds / later_s)

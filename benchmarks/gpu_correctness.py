@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_results import Step, one_line
-from gpu_resume import SAID, START, STEPS, Running, read_weights, start
+from gpu_resume import SAID, START, STEPS, Running, make_samples, read_weights, start
 from torch import Tensor
 
 from toolchain.data.glyph_batches import GlyphBatches
-from toolchain.data.glyphs import TrainingSet
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.loader import PreparedBatch, load_batches
@@ -167,10 +166,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 def check_batches(step: Step, device: torch.device) -> None:
     """Compare batches that loader processes made and that were copied to the device with those made here."""
-    random = np.random.default_rng(5)
-    masks_NSS = random.integers(0, 256, (64, 64, 64), np.uint8)
-    samples = TrainingSet(masks_NSS, np.arange(64), [f"character {number}" for number in range(64)])
-    data = GlyphBatches(samples, 0, BATCH, 2)
+    data = GlyphBatches(make_samples(), 0, BATCH, 2)
     student = small_model(seed=0)
     steps = range(4)
     with closing(load_batches(data, steps, slice(None), student, student, 2)) as loaded:

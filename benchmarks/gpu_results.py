@@ -6,7 +6,7 @@ as soon as it is measured; gpu.py makes gpu.md of all rows after every step.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,12 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return found
+
+
+def drop_steps(out: Path, names: Collection[str]) -> None:
+    """Remove what an earlier run wrote of steps that now run again."""
+    kept = [line for line in read_lines(out) if line["step"] not in names]
+    (out / ROWS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def list_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:

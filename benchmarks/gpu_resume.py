@@ -1,4 +1,4 @@
-"""Short trainings on the glyphs in processes of their own, for benchmarks/gpu_correctness.py to kill and to continue.
+"""Short trainings in processes of their own, for benchmarks/gpu_correctness.py to kill and to continue.
 
 They are forked by a server that has imported torch and has not used the GPU.
 """
@@ -10,12 +10,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from toolchain.data.glyph_batches import GlyphBatches
-from toolchain.data.glyphs import training_set
+from toolchain.data.glyphs import TrainingSet
 from toolchain.distillation.distill import Training, distill
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.distributed import Processes
@@ -24,7 +25,7 @@ from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.model_names import WEIGHTS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-STEPS, BATCH = 24, 64
+STEPS, BATCH = 16, 64
 START, SAID = "start", "said.txt"
 TIMEOUT_S = 120.0  # for one step, with what comes before the first
 
@@ -67,7 +68,7 @@ def train(folder: Path, mode: str, device_type: str, connection: Connection) -> 
         (folder / START).mkdir()
         save_model(student, folder / START)
     teacher = load_model(RECIPES / "glyphs_teacher")
-    data = GlyphBatches(training_set(), 0, BATCH, 2)
+    data = GlyphBatches(make_samples(), 0, BATCH, 2)
     spec = DistillSpec(steps=STEPS, batch_size=BATCH, lr=1e-3, warmup=3, grad_clip_norm=1.0)
 
     def progress(what: str, done: int, total: int, note: str = "") -> None:
@@ -81,6 +82,13 @@ def train(folder: Path, mode: str, device_type: str, connection: Connection) -> 
         options=TrainingOptions(checkpoint_steps=1),
         processes=Processes(0, 1, torch.device(device_type)),
     )
+
+
+def make_samples() -> TrainingSet:
+    """Return samples of noise: drawing the glyphs would take longer than the training."""
+    masks_NSS = np.random.default_rng(5).integers(0, 256, (2 * BATCH, 64, 64), np.uint8)
+    names = [f"character {number}" for number in range(2 * BATCH)]
+    return TrainingSet(masks_NSS, np.arange(2 * BATCH), names)
 
 
 def read_weights(folder: Path) -> Tensor:

@@ -89,6 +89,14 @@ def test_what_a_step_leaves_of_its_time_goes_to_later_ones(tmp_path: Path, monke
     assert first_s <= 2 * LIMIT_S < second_s
 
 
+def test_a_step_that_runs_again_replaces_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = {name: 'step.record("rows", number=1)' for name in ("first", "second")}
+    before = run_steps(tmp_path, monkeypatch, bodies, 4 * LIMIT_S)
+    after = run_steps(tmp_path, monkeypatch, {"first": 'step.record("rows", number=2)'}, 2 * LIMIT_S)
+    assert [line for line in after if line["step"] == "second"] == [x for x in before if x["step"] == "second"]
+    assert [line["row"] for line in after if line["step"] == "first" and "row" in line] == [{"number": 2}]
+
+
 def test_a_missing_package_costs_a_step_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bodies = {
         "needy": 'step.record("rows", number=1)\nimport no_such_package',
