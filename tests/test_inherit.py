@@ -15,9 +15,10 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from toolchain.errors import UsageError
-from toolchain.models.build import build_model, load_model
+from toolchain.models.build import build_model, load_model, save_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.inherit import inherit_weights
+from toolchain.models.student import build_student
 from toolchain.models.tower_sizes import plan_space, plan_tower, spread_layers
 from toolchain.recipe.model import ModelSpec, StudentSpec
 from toolchain.recipe.model_names import fingerprint
@@ -221,6 +222,17 @@ def test_a_plan_needs_the_configurations_only() -> None:
     other = {"vision_cfg": {"timm_model_name": "resnet18"}, "text_cfg": {}}
     assert plan_tower(other, whole, "image").extent == "nothing"
     assert plan_tower(other, other, "image").extent == "all"
+
+
+def test_another_activation_is_remarked_on(tmp_path: Path) -> None:
+    save_model(make(NARROW, 0), tmp_path)
+    spec = {"model": "ViT-B-16", "model_cfg": NARROW | {"quick_gelu": True}, "inherit": str(tmp_path)}
+    heard: list[str] = []
+    build_student(StudentSpec.model_validate(spec), seed=0, say=heard.append)
+    assert heard == [
+        "student.inherit: its source was trained with GELU, and the student has QuickGELU; training has to repair the "
+        "difference. To keep the source's, set student.model_cfg: {quick_gelu: false}"
+    ]
 
 
 # In a recipe.
