@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Ended
+from conftest import REPOSITORY, Ended
 from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
+from toolchain.data.glyphs import training_set
 from toolchain.errors import UsageError
+from toolchain.models import inherit
 from toolchain.models.build import build_model, load_model, save_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.inherit import inherit_weights
@@ -158,6 +160,26 @@ def test_narrower_heads_keep_the_scale_of_their_logits() -> None:
     wanted_HWW = query_HDW.mT @ key_HDW / 32**0.5
     assert (own_query_HDW.mT @ own_key_HDW / 16**0.5 - wanted_HWW).abs().max() <= MAX_FEATURE_ERROR
     assert wanted_HWW.abs().max() > 100 * MAX_FEATURE_ERROR
+
+
+@pytest.mark.parametrize("text_cfg", [{"mlp_ratio": 2.0}, {"width": 96, "heads": 3}])
+def test_important_parts_keep_more_of_a_trained_tower(
+    text_cfg: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without training, more is kept of the included teacher's features than by the same number of the other parts."""
+    teacher = load_model(REPOSITORY / "recipes" / "glyphs_teacher")
+    texts = [f"a photo of {name}" for name in training_set().names[::40]]
+
+    def closeness(sign: int) -> float:
+        """Return the mean cosine with the teacher if the parts of largest (1) or least (-1) norm are kept."""
+        monkeypatch.setattr(inherit, "_largest", lambda norm_N, number: largest(sign * norm_N, number))
+        spec = {"model": "glyphs_teacher", "model_cfg": {"text_cfg": text_cfg}}
+        student = build_model(ModelSpec.model_validate(spec), seed=0)
+        inherit_weights(teacher, student)
+        return float((features(student, texts)[3:] * features(teacher, texts)[3:]).sum(1).mean())
+
+    largest = inherit._largest
+    assert closeness(1) > closeness(-1)
 
 
 def test_positions_are_cut_and_interpolated() -> None:
