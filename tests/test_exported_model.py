@@ -18,10 +18,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from export.device_programs import runner
-from export.graphs.tokenizer_json import stock_tokenizer_json, text_spec, write_tokenizer
+from export.graphs.tokenizer_json import text_spec, write_tokenizer
 from export.runtime.exported_model import open_exported
 from toolchain.errors import ArtifactError, UsageError
 from toolchain.filesystem import file_sha256
+from toolchain.models.stock_tokenizer import stock_tokenizer_json
 from toolchain.stage import folder_fingerprint
 
 REPOSITORY = Path(__file__).parents[1]

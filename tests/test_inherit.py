@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Ended
+from conftest import REPOSITORY, Ended
 from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
+from toolchain.data.glyphs import training_set
 from toolchain.errors import UsageError
-from toolchain.models.build import build_model, load_model
+from toolchain.models import inherit
+from toolchain.models.build import build_model, load_model, save_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.inherit import inherit_weights
+from toolchain.models.student import build_student
 from toolchain.models.tower_sizes import plan_space, plan_tower, spread_layers
 from toolchain.recipe.model import ModelSpec, StudentSpec
 from toolchain.recipe.model_names import fingerprint
@@ -159,6 +162,26 @@ def test_narrower_heads_keep_the_scale_of_their_logits() -> None:
     assert wanted_HWW.abs().max() > 100 * MAX_FEATURE_ERROR
 
 
+@pytest.mark.parametrize("text_cfg", [{"mlp_ratio": 2.0}, {"width": 96, "heads": 3}])
+def test_important_parts_keep_more_of_a_trained_tower(
+    text_cfg: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without training, more is kept of the included teacher's features than by the same number of the other parts."""
+    teacher = load_model(REPOSITORY / "recipes" / "glyphs_teacher")
+    texts = [f"a photo of {name}" for name in training_set().names[::40]]
+
+    def closeness(sign: int) -> float:
+        """Return the mean cosine with the teacher if the parts of largest (1) or least (-1) norm are kept."""
+        monkeypatch.setattr(inherit, "_largest", lambda norm_N, number: largest(sign * norm_N, number))
+        spec = {"model": "glyphs_teacher", "model_cfg": {"text_cfg": text_cfg}}
+        student = build_model(ModelSpec.model_validate(spec), seed=0)
+        inherit_weights(teacher, student)
+        return float((features(student, texts)[3:] * features(teacher, texts)[3:]).sum(1).mean())
+
+    largest = inherit._largest
+    assert closeness(1) > closeness(-1)
+
+
 def test_positions_are_cut_and_interpolated() -> None:
     teacher = make(WIDE, 0)
     student = make(WIDE, 1, text_cfg={"context_length": 16}, vision_cfg={"image_size": 48})
@@ -221,6 +244,17 @@ def test_a_plan_needs_the_configurations_only() -> None:
     other = {"vision_cfg": {"timm_model_name": "resnet18"}, "text_cfg": {}}
     assert plan_tower(other, whole, "image").extent == "nothing"
     assert plan_tower(other, other, "image").extent == "all"
+
+
+def test_another_activation_is_remarked_on(tmp_path: Path) -> None:
+    save_model(make(NARROW, 0), tmp_path)
+    spec = {"model": "ViT-B-16", "model_cfg": NARROW | {"quick_gelu": True}, "inherit": str(tmp_path)}
+    heard: list[str] = []
+    build_student(StudentSpec.model_validate(spec), seed=0, say=heard.append)
+    assert heard == [
+        "student.inherit: its source was trained with GELU, and the student has QuickGELU; training has to repair the "
+        "difference. To keep the source's, set student.model_cfg: {quick_gelu: false}"
+    ]
 
 
 # In a recipe.

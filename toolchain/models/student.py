@@ -7,6 +7,7 @@ from typing import Any
 from toolchain.models.build import build_model, load_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.inherit import inherit_weights
+from toolchain.models.tower_sizes import describe_activations
 from toolchain.models.vocabulary import cut_vocabulary
 from toolchain.recipe.model import StudentSpec
 
@@ -37,5 +38,8 @@ def build_student(
         source = load_model(teacher)
     else:
         source = build_model(spec.inherit, seed=seed, say=say)
+    remark = describe_activations(model.config["model_cfg"], source.config["model_cfg"])
+    if remark is not None:
+        say(remark)
     started["inherited"] = inherit_weights(source, model)
     return model, started

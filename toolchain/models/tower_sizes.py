@@ -116,6 +116,18 @@ def plan_space(student_cfg: Mapping[str, Any], source_cfg: Mapping[str, Any]) ->
     return f"the {own} of {given} directions of the features in which the projections are largest"
 
 
+def describe_activations(student_cfg: Mapping[str, Any], source_cfg: Mapping[str, Any]) -> str | None:
+    """Return a remark if one model computes with QuickGELU and the other with GELU; None if both do the same."""
+    own, given = (bool(cfg.get("quick_gelu")) for cfg in (student_cfg, source_cfg))
+    if own == given:
+        return None
+    names = {True: "QuickGELU", False: "GELU"}
+    return (
+        f"student.inherit: its source was trained with {names[given]}, and the student has {names[own]}; training has "
+        f"to repair the difference. To keep the source's, set student.model_cfg: {{quick_gelu: {str(given).lower()}}}"
+    )
+
+
 def why_nothing_fits(student_cfg: Mapping[str, Any], source_cfg: Mapping[str, Any]) -> str | None:
     """Return the reasons if neither tower can inherit anything; None if one can."""
     plans = {tower: plan_tower(student_cfg, source_cfg, tower) for tower in TOWERS}
