@@ -1,5 +1,6 @@
 """Linear layers and attention in oneDNN's shapes: the same numbers and gradients as PyTorch's own."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -156,3 +157,22 @@ def test_autocast_compiled_towers_and_gpus_are_left_alone() -> None:
         inactive.append(on_onednn(CPU))
     active = on_onednn(CPU)
     assert all(type(context) is not type(active) for context in inactive)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_on_which_onednn_crashes_is_computed_from_the_pixels_it_reads(channels: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(channels, 48, 1, 2, bias=bias)
+    x_BCHW = torch.randn(2, channels, 33, 32)
+    expected = copy.deepcopy(convolution).double()  # float64 and contiguous does not run in oneDNN
+    y_BCHW = expected(x_BCHW.double())
+    convolution.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        convolution.zero_grad()
+        with on_onednn(CPU):
+            found_BCHW = convolution(x_BCHW.to(memory_format=torch.channels_last))
+        (found_BCHW * y_BCHW.detach().float()).sum().backward()
+    (y_BCHW * y_BCHW.detach()).sum().backward()
+    torch.testing.assert_close(found_BCHW.double(), y_BCHW, rtol=1e-5, atol=1e-5)  # a sum of at most 8 products
+    torch.testing.assert_close(convolution.weight.grad.double(), expected.weight.grad, rtol=1e-4, atol=1e-3)

@@ -3,7 +3,8 @@
 PyTorch runs float32 matrix products in MKL, which on AMD's processors reaches half of oneDNN's rate (200 against 450
 GFLOP/s on two cores of an EPYC with AVX-512), and convolutions in oneDNN.  A linear layer is a convolution of size 1
 over its rows: its values and gradients are the same sums in another order.  In addition, nn.MultiheadAttention
-transposes its input; PyTorch then computes one product per token and copies the weights each time.
+transposes its input; PyTorch then computes one product per token and copies the weights each time.  One shape of
+convolution is avoided, because oneDNN crashes on it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_SAFE_CHANNELS = 8  # from here on, oneDNN's convolutions of size 1 with a stride do not crash (torch 2.15, float32)
 _FEW_ROWS = 64  # below this, reordering the weights for oneDNN costs more than it saves
 _FEW_PRODUCTS = 1 << 25  # below this, as in the glyph models, the call costs more than it saves
 
@@ -36,9 +38,30 @@ class _OneDNN(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear and not kwargs:
             return _linear(*args)
+        if func is F.conv2d and not kwargs:
+            return _convolution(*args)
         if func is F.multi_head_attention_forward and _is_plain(*args, **kwargs):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _convolution(
+    x_BCHW: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: Any = (0, 0),
+    *rest: Any,
+) -> Tensor:
+    """Return F.conv2d's result; of one pixel in `stride`, if that is all that a convolution of size 1 reads.
+
+    oneDNN's backward pass of such a convolution, of fewer than 8 channels in channels last, writes beyond its arrays:
+    the process crashes.  FastViT, MobileCLIP and MobileOne begin with one, of the 3 channels of an image.
+    """
+    reads_few = stride != (1, 1) and tuple(weight.shape[2:]) == (1, 1) and padding == (0, 0)
+    if reads_few and weight.shape[1] < _SAFE_CHANNELS:
+        x_BCHW, stride = x_BCHW[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x_BCHW, weight, bias, stride, padding, *rest)
 
 
 def _linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:

@@ -79,8 +79,8 @@ def _of_vit(layers: int, width: int, grid: int, vision: Mapping[str, Any], embed
     """Return the parameters of open_clip's ViT: of its blocks, its patch and position embeddings, its projection."""
     hidden = int(width * vision.get("mlp_ratio", 4.0))
     block = 4 * width**2 + 2 * width * hidden + 9 * width + hidden
-    patch: int = vision.get("patch_size", 16)
-    return float(layers * block + width * (3 * patch**2 + grid**2 + 1 + 5 + embed_dim))
+    embedded: float = width * (3 * vision.get("patch_size", 16) ** 2 + grid**2 + 1 + 5 + embed_dim)
+    return layers * block + embedded
 
 
 def _of_resnet(layers: list[int], width: int, image: int, embed_dim: int) -> float:
