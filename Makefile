@@ -22,8 +22,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 quickstart: .venv/installed
 	@$(BIN)/clipkd run glyphs --out $(OUT)
 
+# One process for each core, and one thread in each: most tests are single-threaded.
 test: .venv/installed-dev
-	@$(BIN)/python -m pytest $(PYTEST)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+		$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(PYTEST)
 
 check: .venv/installed-dev
 	@$(BIN)/ruff format --check --quiet .
