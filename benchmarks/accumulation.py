@@ -40,7 +40,7 @@ from toolchain.recipe.model_names import resolve_model
 
 TEACHER_WIDTH = 512  # of ViT-B/16
 MAX_MEMORY_RATIO, MAX_TIME_RATIO = 1.3, 1.45
-ESTIMATED = ((8, 1), (16, 1), (32, 1), (32, 2), (64, 4))
+ESTIMATED = ((16, 1), (32, 1), (32, 4))
 """Batches and parts whose memory is compared with the estimate."""
 
 MIN_ESTIMATE, MAX_ESTIMATE = 0.9, 1.5

@@ -3,8 +3,8 @@
     python benchmarks/loss_memory.py [--batches 2048 4096 8192 16384 32768 65536] [--rounds 3]
 
 Each point runs in a fresh process: unit features of width 512, forward and backward pass.  Memory is what the process
-needs beyond its features at its peak.  Time is that of the processor in all threads, on which other programs have little
-effect.  The three sides interleave, and the median of the rounds counts for time.
+needs beyond its features at its peak.  Time is that of the processor in all threads: other programs hardly change it.
+The sides interleave, and the median of the rounds counts for time.
 
 - ours: task, CRD, FD and ICL as training computes them (`weighted_loss`);
 - dense: the same four from losses.py, which hold the square of the batch;

@@ -1,8 +1,8 @@
 """The ranks that train together: one, or as many as torchrun started.
 
-Every rank holds b of the B rows of each batch, and the same parameters.  It gathers the features of all ranks, and its
-loss is the mean over its own rows as anchors, with the rows of all ranks as candidates.  The mean of these losses over
-the W ranks is the loss of the batch.  The gradient of `gather` is the sum over the losses of all ranks, of a rank's own
+Every rank holds b of the B rows of each batch, and the same parameters.  It gathers the features of all ranks, and
+compares its own rows as anchors with the rows of all ranks as candidates.  The mean of the losses over the W ranks is
+the loss of the batch.  The gradient of `gather` is the sum over the losses of all ranks, of a rank's own
 rows.  DistributedDataParallel takes the mean over ranks of the parameters' gradients, which is the gradient of the
 batch: for the towers through their rows, and for scales, which each loss reads directly.
 
@@ -10,7 +10,8 @@ CLIP-KD's released code computes the loss of the whole batch on each rank and ke
 alone; the mean over ranks makes its student's gradients 1/W of the loss's gradient.
 
 Batch norms use the rows of all ranks (distillation/batch_norms.py).  With `distill.batch_norm: per_process`, and in the
-released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.
+released code, each rank normalizes by its own b rows, and the running statistics of rank 0 are kept.  With `frozen`,
+every rank has the statistics that the student starts from.
 """
 
 import os

@@ -147,7 +147,7 @@ class _Sums(NamedTuple):
     """Sum of exp(x - max), in float64."""
 
     product: Tensor
-    """Of the teacher: sum of exp(x - max) (x - z), in float64; z: the student's logits."""
+    """Sum of exp(x - max) (x - z), in float64, for the teacher; z: the student's logits."""
 
     @property
     def log_total(self) -> Tensor:

@@ -276,7 +276,7 @@ def weighted_loss(
     gradient distillation.
 
     On every rank, the sum and the terms have the values of the whole batch (a collective call).  The sum's gradient
-    differs: it is that of the loss of the rank's anchors, and the mean over ranks is the gradient of the batch's loss.
+    differs: it is that through the similarities of the rank's rows; the mean over ranks is that of the batch's loss.
     """
     inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales)
     selected = select(weights, with_teacher=own.teacher is not None)
