@@ -63,12 +63,13 @@ def _vocabulary(rows: Sequence[ReportRow]) -> list[Finding]:
     assert found is not None
     assert row["params_text"] is not None
     whole = row["params_text"] + found["removed_params"]
+    model = "adopted model" if row["role"] == "adopted" else row["role"]
     size = "" if row["size_text_bytes"] is None else f", in {format_megabytes(row['size_text_bytes'])} MB"
     return [
         Finding(
             "Vocabulary",
             f"{whole / row['params_text']:.2f}x smaller",
-            f"{found['tokens']:,} of {found['of']:,} tokens: the text tower of the {row['role']} has "
+            f"{found['tokens']:,} of {found['of']:,} tokens: the text tower of the {model} has "
             f"{row['params_text']:,} parameters instead of {whole:,}{size}",
         )
     ]
