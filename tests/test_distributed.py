@@ -49,7 +49,8 @@ TOWER = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4},
     "text_cfg": {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
 }
-CASES = [*({name: 1.0} for name in OBJECTIVES), dict.fromkeys(OBJECTIVES, 1.0)]
+OF_SOFTMAXES = [name for name in OBJECTIVES if name != "sigmoid_kd"]
+CASES = [*({name: 1.0} for name in OBJECTIVES), dict.fromkeys(OF_SOFTMAXES, 1.0), {"task": 1.0, "sigmoid_kd": 1.0}]
 WIDTHS = [STUDENT_WIDTH, 24]
 NORMS = [((8, 5), nn.BatchNorm1d), ((8, 5, 4, 3), nn.BatchNorm2d), ((8, 5, 4, 3), BatchNormAct2d)]
 
@@ -98,6 +99,7 @@ def gradients(
     """One step's loss terms and gradients, heads included, as the training loop computes them."""
     torch.manual_seed(SEED if processes.leads else 77)  # the others start elsewhere, and are brought into line
     tower = TOWER | {"vision_cfg": TOWER["vision_cfg"] | {"patch_dropout": patch_dropout}}  # type: ignore[operator]
+    tower |= {"init_logit_bias": -3.0} if "sigmoid_kd" in weights else {}
     net = open_clip.CLIP(**tower)
     spec = DistillSpec(
         steps=9, batch_size=BATCH, lr=1, warmup=0, mask_ratio=0.5, accumulate=accumulate, loss_memory_mb=0.001,
@@ -116,7 +118,8 @@ def gradients(
     image_BE, text_BE = (torch.nn.functional.normalize(x, dim=-1) for x in unit)
     rows = processes.rows(BATCH)
     batch = PreparedBatch(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
-    taught = TeacherFeatures(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
+    scales = torch.tensor(4.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    taught = TeacherFeatures(image_BE[rows], text_BE[rows], *scales)
     forward = Forward(trained, module, spec, processes, SEED)
     done = forward.run(batch, taught, STEP)
     forward.backward(done, batch, STEP)
@@ -131,7 +134,7 @@ def weights_after_training(processes: Processes, accumulate: int) -> Any:
     student = made_student(net)
     spec = DistillSpec(
         steps=TRAIN_STEPS, batch_size=BATCH, lr=1e-3, warmup=5, mask_ratio=0.5, accumulate=accumulate,
-        loss_memory_mb=0.001, loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.1)),
+        loss_memory_mb=0.001, loss_weights=LossWeights(**dict.fromkeys(OF_SOFTMAXES, 0.1)),
     )  # fmt: skip
     torch.manual_seed(SEED)
     for parameter in net.parameters():

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toolchain.distillation.losses import (
     MAX_LOGIT_SCALE,
     _scaled_gradients,
-    affinity_loss,
     afd_loss,
+    affinity_loss,
     clip_loss,
     crd_loss,
     cross_kd_loss,
@@ -233,10 +233,12 @@ def by_definition(name: str, features: list[Tensor]) -> float:
             forth = kl_by_definition((u, w, STUDENT_SCALE), (v, t, TEACHER_SCALE))
             return (forth + kl_by_definition((w, u, STUDENT_SCALE), (t, v, TEACHER_SCALE))) / 2
         case "sigmoid_task":
-            logits = [[STUDENT_SCALE * dot(image, text) + STUDENT_BIAS for text in w] for image in u]
-            labels = [[1 if i == j else -1 for j in range(len(u))] for i in range(len(u))]
-            pairs = zip(sum(logits, []), sum(labels, []), strict=True)
-            return math.fsum(-math.log(sigmoid(label * logit)) for logit, label in pairs) / len(u)
+            terms = []
+            for i in range(len(u)):
+                for j in range(len(u)):
+                    logit = STUDENT_SCALE * dot(u[i], w[j]) + STUDENT_BIAS
+                    terms.append(-math.log(sigmoid(logit if i == j else -logit)))
+            return math.fsum(terms) / len(u)
         case "affinity":
             forth = kl_by_definition((u, w, AFFINITY_SCALE), (v, t, AFFINITY_SCALE))
             back = kl_by_definition((w, u, AFFINITY_SCALE), (t, v, AFFINITY_SCALE))

@@ -30,6 +30,13 @@ class Similarities(NamedTuple):
     logit_scale: Tensor
 
 
+class PairLogits(NamedTuple):
+    """The factors of the logits s a k^T + b of a sigmoid model, [b, B]: that an anchor and a candidate are a pair."""
+
+    similarities: Similarities
+    logit_bias: Tensor
+
+
 class Rows(NamedTuple):
     """The rows of a batch that are a rank's own, and the memory for its blocks."""
 
@@ -69,6 +76,51 @@ def contrast(
 
     terms = tuple(name for name in names if name is not None)
     return Sweep(terms, sum_block, anchors, shared, len(student.candidate_BD))
+
+
+def mimic_affinity(student: Similarities, teacher: Similarities, name: str) -> Sweep:
+    """Return the sweep that adds one direction of `affinity_loss` to a term; both scales are its constant."""
+    count = len(student.anchor_bD)
+
+    def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+        log_q_cB = scaled_similarities(block[0], whole[0], student.logit_scale).log_softmax(-1)
+        p_cB = scaled_similarities(block[1], whole[1], teacher.logit_scale).softmax(-1)
+        return -(p_cB * log_q_cB).sum().reshape(1) / (2 * count)
+
+    anchors, candidates = ([widen(x[part]) for x in (student, teacher)] for part in range(2))
+    return Sweep((name,), sum_block, anchors, candidates, len(student.candidate_BD))
+
+
+def decide_pairs(
+    student: PairLogits, teacher: PairLogits | None, names: tuple[str | None, str | None], rows: Rows
+) -> Sweep:
+    """Return the sweep of up to two losses of the same pairs: `sigmoid_loss` and `sigmoid_kd_loss`.
+
+    `names` are the terms that they are added to; a loss with the name None is not computed.
+    """
+    count = len(student.similarities.anchor_bD)
+    anchors = [widen(student.similarities.anchor_bD)]
+    shared = [widen(student.similarities.candidate_BD), student.similarities.logit_scale, student.logit_bias]
+    if names[1] is not None and teacher is not None:
+        anchors += [widen(teacher.similarities.anchor_bD)]
+        shared += [widen(teacher.similarities.candidate_BD), teacher.similarities.logit_scale, teacher.logit_bias]
+
+    def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+        logits_cB = scaled_similarities(block[0], whole[0], whole[1]) + whole[2]
+        added = []
+        if names[0] is not None:
+            sign_cB = torch.full_like(logits_cB, -1)
+            sign_cB[:, rows.first + place.start :].fill_diagonal_(1)
+            added.append(-F.logsigmoid(sign_cB * logits_cB).sum())
+        if names[1] is not None:
+            target_cB = scaled_similarities(block[1], whole[3], whole[4]) + whole[5]
+            yes_cB = target_cB.sigmoid() * (F.logsigmoid(target_cB) - F.logsigmoid(logits_cB))
+            no_cB = (-target_cB).sigmoid() * (F.logsigmoid(-target_cB) - F.logsigmoid(-logits_cB))
+            added.append((yes_cB + no_cB).sum())
+        return torch.stack(added) / count
+
+    terms = tuple(name for name in names if name is not None)
+    return Sweep(terms, sum_block, anchors, shared, len(student.similarities.candidate_BD))
 
 
 def match_features(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], name: str) -> Sweep:

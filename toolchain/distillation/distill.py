@@ -275,8 +275,8 @@ class _Run:
         if self.forward.spec.parts == 1:
             return self.teacher_features(batch)
         found = [self.teacher_features(part) for part in batch.split(self.forward.spec.parts)]
-        image_bE, text_bE = (torch.cat([x[place] for x in found]) for place in range(2))
-        return TeacherFeatures(image_bE, text_bE, found[0].logit_scale)
+        image_bE, text_bE = (torch.cat(parts) for parts in zip(*((x.image_BE, x.text_BE) for x in found), strict=True))
+        return found[0]._replace(image_BE=image_bE, text_BE=text_bE)
 
     def _count_damage(self, damaged: Iterable[Damage], step: int) -> None:
         """Count the corrupt samples that any rank met; too many of them stop the run."""

@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 class TeacherFeatures(NamedTuple):
-    """The teacher's features of one batch: rows of unit norm, and `logit_scale`, the multiplier."""
+    """The teacher's features of one batch: rows of unit norm; its multiplier, and its bias if it is a sigmoid model."""
 
     image_BE: Tensor
     text_BE: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
 
 
 class StudentFeatures(NamedTuple):
@@ -31,7 +32,10 @@ class StudentFeatures(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Multipliers of the similarities, all learnt: the student's own, and those that the objectives add."""
+    """Multipliers of the similarities, all learnt: the student's own, and those that the objectives add.
+
+    A sigmoid model (SigLIP, arXiv:2303.15343) also has a bias, which is added to every product.
+    """
 
     logit_scale: Tensor
     cross_logit_scale: Tensor | None = None
@@ -39,6 +43,9 @@ class Scales(NamedTuple):
 
     fusion_logit_scale: Tensor | None = None
     """The multiplier of similarities between fused features."""
+
+    logit_bias: Tensor | None = None
+    """The student's own bias; None: the student is a softmax model."""
 
 
 class BatchFeatures(NamedTuple):
@@ -62,5 +69,5 @@ def gather_features(features: BatchFeatures, gather: Callable[[Tensor], Tensor])
     student = StudentFeatures._make(None if x is None else found[id(x)] for x in features.student)
     teacher = features.teacher
     if teacher is not None:
-        teacher = TeacherFeatures(gather(teacher.image_BE), gather(teacher.text_BE), teacher.logit_scale)
+        teacher = teacher._replace(image_BE=gather(teacher.image_BE), text_BE=gather(teacher.text_BE))
     return BatchFeatures(student, teacher)

@@ -86,12 +86,13 @@ class DistillationHeads(nn.Module):
             if log_scale is not None and not self.reference_compat:
                 log_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
 
-    def scales(self, logit_scale: Tensor) -> Scales:
-        """Return the multipliers, given the student's own."""
+    def scales(self, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Scales:
+        """Return the multipliers, given the student's own; a sigmoid student has a bias too."""
         return Scales(
             logit_scale,
             None if self.log_cross_logit_scale is None else self.cross_logit_scale,
             None if self.log_fusion_logit_scale is None else self.fusion_logit_scale,
+            logit_bias,
         )
 
     def forward(

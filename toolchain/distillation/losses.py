@@ -1,8 +1,9 @@
 """The definitions of the training losses, each a pure function of unit-norm features and scales.
 
 The losses come from CLIP-KD (arXiv:2307.12732), CLIP (arXiv:2103.00020), TinyCLIP (arXiv:2309.12314) and SigLIP
-(arXiv:2303.15343).  They hold the B x B similarities of a whole batch, as their equations do.  Training computes the same numbers in blocks of rows (blockwise_losses.py), and the
-tests compare the two.  No gradient is stopped here: pass teacher features without gradient.
+(arXiv:2303.15343).  They hold the B x B similarities of a whole batch, as their equations do.  Training computes the
+same numbers in blocks of rows (blockwise_losses.py), and the tests compare the two.  No gradient is stopped here: pass
+teacher features without gradient.
 
 Arithmetic is float32 or wider for every input, also under autocast: the features are unit vectors multiplied by a scale
 of up to 100, and in bfloat16 the logits would have steps of 0.5.  float64 stays float64.  NaN stays NaN.

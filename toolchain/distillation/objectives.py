@@ -1,4 +1,4 @@
-"""The objectives of CLIP-KD (arXiv:2307.12732) in one table, and their weighted sum.
+"""The objectives in one table, and their weighted sum; those of CLIP-KD (arXiv:2307.12732) come first.
 
 A batch passes `DistillationHeads` (heads.py) -> `BatchFeatures` -> `gather_features` over the ranks (features.py) ->
 `weighted_loss`.  An objective whose weight is 0 costs nothing: its features are not computed, its parameters do not
@@ -16,9 +16,19 @@ import torch
 from torch import Tensor
 
 from toolchain.distillation.blocks import Sweep, sum_in_blocks
-from toolchain.distillation.blockwise_losses import Rows, Similarities, contrast, match_features, match_gradients
+from toolchain.distillation.blockwise_losses import (
+    PairLogits,
+    Rows,
+    Similarities,
+    contrast,
+    decide_pairs,
+    match_features,
+    match_gradients,
+    mimic_affinity,
+)
 from toolchain.distillation.features import BatchFeatures, Scales
 from toolchain.distributed import ALONE, Processes
+from toolchain.recipe.distill import AFFINITY_LOGIT_SCALE
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class LossInputs:
 
     divides_by_scales: bool
     """True if gradient distillation divides by the scales instead of multiplying, as the released code does."""
+
+    affinity_logit_scale: float
 
     @property
     def rows(self) -> Rows:
@@ -72,6 +84,18 @@ class LossInputs:
     def teacher(self) -> tuple[Similarities, Similarities]:
         """The teacher's image to text and text to image."""
         return _both_directions(_teacher_pair(self.own), _teacher_pair(self.everyone), self.teacher_logit_scale)
+
+    @property
+    def student_pairs(self) -> PairLogits:
+        """The logits of a sigmoid student, image to text; text to image has the same."""
+        return PairLogits(self.student[0], _require(self.scales.logit_bias))
+
+    @property
+    def teacher_pairs(self) -> PairLogits:
+        """The logits of a sigmoid teacher, image to text."""
+        assert self.own.teacher is not None
+        assert self.own.teacher.logit_bias is not None, "sigmoid_kd needs a sigmoid teacher"
+        return PairLogits(self.teacher[0], self.own.teacher.logit_bias)
 
     @property
     def projected(self) -> tuple[Tensor, Tensor]:
@@ -121,6 +145,15 @@ def _match_gradients(x: LossInputs, name: str) -> tuple[list[Sweep], Tensor]:
     )
 
 
+def _mimic_affinity(x: LossInputs, name: str) -> list[Sweep]:
+    """Return the sweeps of affinity mimicking: both directions, all with the same constant scale."""
+    scale = torch.full_like(x.scales.logit_scale, x.affinity_logit_scale)
+    return [
+        mimic_affinity(ours._replace(logit_scale=scale), theirs._replace(logit_scale=scale), name)
+        for ours, theirs in zip(x.student, x.teacher, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Contrast:
     """A loss that compares each anchor with all candidates; losses of the same similarities share their sweep."""
@@ -133,15 +166,30 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """A loss that decides of each anchor and candidate whether they are a pair; such losses share their sweep."""
+
+    target: Literal["pair", "teacher"]
+    """Target of the sigmoid: 1 for a pair and 0 for others, or the teacher's sigmoid."""
+
+
+Loss = Contrast | Pairs | Callable[[LossInputs, str], list[Sweep] | tuple[list[Sweep], Tensor]]
+
+
+@dataclass(frozen=True)
 class Objective:
     """One objective: its loss, and the inputs that the loss reads."""
 
-    loss: Contrast | Callable[[LossInputs, str], Sweep | tuple[list[Sweep], Tensor]]
+    loss: Loss
     """The way to compute the loss over the rank's rows; losses.py defines it.  A function is given the objective's name
-    and returns a sweep, or sweeps that have only the loss's gradient together with its value."""
+    and returns sweeps, or sweeps that have only the loss's gradient together with its value."""
 
     paper_weight: float
-    """The weight in CLIP-KD's recipes, 0 if they do not use the objective; `paper_weight` converts it to our units."""
+    """The weight in its paper's recipes, 0 if they do not use the objective; `paper_weight` converts it to our
+    units."""
+
+    loss_of_sigmoids: Pairs | None = None
+    """The loss for a sigmoid student, if it is another one."""
 
     is_mean_over_width: bool = False
     """True if the paper's term is a mean over the width where ours is a sum, so its weight is divided by the width."""
@@ -152,6 +200,9 @@ class Objective:
 
     reads_logit_scale: bool = False
     """True if it reads, and so trains, the student's own scale."""
+
+    reads_logit_bias: bool = False
+    """True if it reads, and so trains, the bias of a sigmoid student."""
 
     reads_cross_scale: bool = False
     """True if it needs the learnt scale of similarities between the two models."""
@@ -167,8 +218,10 @@ OBJECTIVES: dict[str, Objective] = {
     "task": Objective(
         Contrast("student", "pair"),
         paper_weight=1,
+        loss_of_sigmoids=Pairs("pair"),
         needs_teacher=False,
         reads_logit_scale=True,
+        reads_logit_bias=True,
     ),
     "crd": Objective(
         Contrast("student", "teacher"),
@@ -176,13 +229,13 @@ OBJECTIVES: dict[str, Objective] = {
         reads_logit_scale=True,
     ),
     "fd": Objective(
-        lambda x, name: match_features(x.projected, x.targets, name),
+        lambda x, name: [match_features(x.projected, x.targets, name)],
         paper_weight=2000,
         is_mean_over_width=True,
         in_teacher_width=True,
     ),
     "mfd": Objective(
-        lambda x, name: match_features(x.masked, x.targets, name),
+        lambda x, name: [match_features(x.masked, x.targets, name)],
         paper_weight=2000,
         is_mean_over_width=True,
         in_teacher_width=True,
@@ -211,6 +264,16 @@ OBJECTIVES: dict[str, Objective] = {
         paper_weight=0,
         in_teacher_width=True,
         reads_cross_scale=True,
+    ),
+    "affinity": Objective(
+        _mimic_affinity,
+        paper_weight=1,
+    ),
+    "sigmoid_kd": Objective(
+        Pairs("teacher"),
+        paper_weight=0,
+        reads_logit_scale=True,
+        reads_logit_bias=True,
     ),
 }
 """The objectives, in the order in which they are summed and logged."""
@@ -262,30 +325,30 @@ def weighted_loss(
     *,
     memory_mb: float = 128,
     divides_by_scales: bool = False,
+    affinity_logit_scale: float = AFFINITY_LOGIT_SCALE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the objectives, and the unweighted terms without gradient, in their order.
 
     `own` and `everyone` are the features of the rank's rows and of all ranks' rows (`gather_features`), made with
     `scales` by heads for at least these objectives.  Without a teacher, only objectives that need none are computed.
     `memory_mb` bounds the memory of a block (blocks.py).  `divides_by_scales` selects `reference_compat`'s form of
-    gradient distillation.
+    gradient distillation.  If `scales` has a bias, the student is a sigmoid model.
 
     On every rank, the sum and the terms have the values of the whole batch (a collective call).  The sum's gradient
     differs: it is that of the loss of the rank's anchors, and the mean over ranks is the gradient of the batch's loss.
     """
-    inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales)
+    inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales, affinity_logit_scale)
     selected = select(weights, with_teacher=own.teacher is not None)
     values: dict[str, Tensor] = {}
     with torch.autocast(scales.logit_scale.device.type, enabled=False):
-        sweeps = _contrasts(inputs, selected)
-        for name, objective in selected.items():
-            if not isinstance(objective.loss, Contrast):
-                made = objective.loss(inputs, name)
-                if isinstance(made, Sweep):
-                    sweeps.append(made)
-                else:
-                    sweeps += made[0]
-                    values[name] = made[1]
+        losses = {name: _choose_loss(objective, scales) for name, objective in selected.items()}
+        sweeps = _contrasts(inputs, losses) + _pairs(inputs, losses)
+        for name, loss in losses.items():
+            if not isinstance(loss, Contrast | Pairs):
+                made = loss(inputs, name)
+                if isinstance(made, tuple):
+                    made, values[name] = made
+                sweeps += made
         total, terms = (
             sum_in_blocks(sweeps, weights, memory_mb) if sweeps else (torch.zeros_like(scales.logit_scale), {})
         )
@@ -296,14 +359,21 @@ def weighted_loss(
     return total + (value - total).detach(), terms
 
 
-def _contrasts(inputs: LossInputs, selected: Mapping[str, Objective]) -> list[Sweep]:
+def _choose_loss(objective: Objective, scales: Scales) -> Loss:
+    """Return an objective's loss for this student: a softmax model, or a sigmoid model, which has a bias."""
+    if scales.logit_bias is not None and objective.loss_of_sigmoids is not None:
+        return objective.loss_of_sigmoids
+    return objective.loss
+
+
+def _contrasts(inputs: LossInputs, losses: Mapping[str, Loss]) -> list[Sweep]:
     """Return the sweeps of all contrastive objectives: two directions for each kind of similarities."""
     sweeps = []
     for similarities in ("student", "cross", "fused"):
         named: dict[str, str] = {
-            objective.loss.target: name
-            for name, objective in selected.items()
-            if isinstance(objective.loss, Contrast) and objective.loss.similarities == similarities
+            loss.target: name
+            for name, loss in losses.items()
+            if isinstance(loss, Contrast) and loss.similarities == similarities
         }
         if named:
             teacher = inputs.teacher if "teacher" in named else (None, None)
@@ -313,6 +383,15 @@ def _contrasts(inputs: LossInputs, selected: Mapping[str, Objective]) -> list[Sw
                 for ours, theirs in zip(getattr(inputs, similarities), teacher, strict=True)
             ]
     return sweeps
+
+
+def _pairs(inputs: LossInputs, losses: Mapping[str, Loss]) -> list[Sweep]:
+    """Return the sweep of all objectives that decide of pairs, if there are any."""
+    named: dict[str, str] = {loss.target: name for name, loss in losses.items() if isinstance(loss, Pairs)}
+    if not named:
+        return []
+    teacher = inputs.teacher_pairs if "teacher" in named else None
+    return [decide_pairs(inputs.student_pairs, teacher, (named.get("pair"), named.get("teacher")), inputs.rows)]
 
 
 def _require(x: Tensor | None) -> Tensor:

@@ -27,6 +27,8 @@ class LiveTeacher:
     logit_scale: Tensor
     dtype: torch.dtype
     compiled: bool = False
+    logit_bias: Tensor | None = None
+    """None: a softmax model."""
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
@@ -34,7 +36,7 @@ class LiveTeacher:
         assert batch.teacher_pixels is not None
         assert batch.teacher_ids is not None
         image_bE = self.image_features(batch.teacher_pixels)
-        return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
+        return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale, self.logit_bias)
 
     @property
     def non_finite_advice(self) -> str:
@@ -59,11 +61,12 @@ class CachedTeacher:
     """A frozen teacher whose features were read from a cache when the batch was prepared."""
 
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
 
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
         """Return the stored features of a batch."""
         assert batch.teacher_features is not None
-        return TeacherFeatures(*batch.teacher_features, self.logit_scale)
+        return TeacherFeatures(*batch.teacher_features, self.logit_scale, self.logit_bias)
 
 
 def non_finite_advice(is_float32: bool) -> str:
@@ -78,9 +81,22 @@ def non_finite_advice(is_float32: bool) -> str:
 def open_teacher(
     teacher: ClipModel | TeacherCache, spec: DistillSpec, device: torch.device
 ) -> LiveTeacher | CachedTeacher:
-    """Return the object that provides the teacher's features during training."""
+    """Return the object that provides the teacher's features during training.
+
+    Raises:
+        ArtifactError: its logit_scale or logit_bias is not finite, or its cache lacks the logit_bias that is needed.
+    """
     if isinstance(teacher, TeacherCache):
-        return CachedTeacher(torch.tensor(teacher.logit_scale, device=device))
+        bias = teacher.logit_bias
+        if bias is None and spec.loss_weights.sigmoid_kd:
+            raise ArtifactError(
+                f"{teacher.folder}: distill.loss_weights.sigmoid_kd needs the teacher's logit_bias, which this teacher "
+                "cache lacks: it was made by an earlier version. Delete it and run the command again to rebuild it"
+            )
+        return CachedTeacher(
+            torch.tensor(teacher.logit_scale, device=device),
+            None if bias is None else torch.tensor(bias, device=device),
+        )
     return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile)
 
 
@@ -90,14 +106,17 @@ def live_teacher(
     """Return the teacher frozen, with its weights in `precision`; its features are float32.
 
     Raises:
-        ArtifactError: its logit_scale is not finite.
+        ArtifactError: its logit_scale or logit_bias is not finite.
     """
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
     if not logit_scale.isfinite():
         raise ArtifactError(
             f"teacher {teacher.name}: the exponential of its logit_scale is not finite; use other weights"
         )
+    logit_bias = None if teacher.logit_bias is None else teacher.logit_bias.detach().float().to(device)
+    if logit_bias is not None and not logit_bias.isfinite():
+        raise ArtifactError(f"teacher {teacher.name}: its logit_bias is not finite; use other weights")
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if compiled:
         compile_towers(net)
-    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled)
+    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled, logit_bias)

@@ -1,6 +1,7 @@
 """The trained module, which joins the student and the distillation heads, and its optimizer."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from toolchain.distillation.batch_norms import synchronize_batch_norms
 from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeatures
 from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import select
+from toolchain.distillation.objectives import Objective, select
 from toolchain.distillation.teacher_cache import TeacherCache
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
@@ -38,11 +39,7 @@ class TrainingModule(nn.Module):
         self.heads = DistillationHeads(
             student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
         )
-        # data-parallel training refuses parameters without a gradient
-        objectives = select(weights, with_teacher=teacher is not None).values()
-        self.net.logit_scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives))
-        if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
-            bias.requires_grad_(False)  # belongs to a sigmoid loss, which clipkd does not use
+        self._prepare_scales(select(weights, with_teacher=teacher is not None), spec.affinity_logit_scale)
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch; we hash it
@@ -51,6 +48,26 @@ class TrainingModule(nn.Module):
             synchronize_batch_norms(self.net, processes)
         if spec.compile:
             compile_towers(self.net)
+
+    @property
+    def _logit_bias(self) -> nn.Parameter | None:
+        """The bias of a sigmoid student; None for a softmax student."""
+        bias: nn.Parameter | None = getattr(self.net, "logit_bias", None)
+        return bias
+
+    def _prepare_scales(self, objectives: Mapping[str, Objective], affinity_logit_scale: float) -> None:
+        """Let the student's scale and bias be trained if an objective reads them.
+
+        Data-parallel training refuses parameters without a gradient.  Affinity mimicking trains no scale; if nothing
+        else does, the student gets the scale of that loss, as in TinyCLIP.
+        """
+        scale: Any = self.net.logit_scale
+        scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives.values()))
+        if self._logit_bias is not None:
+            self._logit_bias.requires_grad_(any(objective.reads_logit_bias for objective in objectives.values()))
+        if "affinity" in objectives and not scale.requires_grad:
+            with torch.no_grad():
+                scale.fill_(math.log(affinity_logit_scale))
 
     def forward(
         self,
@@ -71,7 +88,8 @@ class TrainingModule(nn.Module):
         if shown_bK is not None:
             masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
         features = self.heads(image_bD, self.student.encode_text(input_ids_bT), teacher, masked_bD)
-        return features, self.heads.scales(net.logit_scale.exp().reshape(()))  # some models keep a vector of one
+        bias = None if self._logit_bias is None else self._logit_bias.reshape(())
+        return features, self.heads.scales(net.logit_scale.exp().reshape(()), bias)  # some models keep vectors of one
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the patches that MFD shows and those that the tower's own patch dropout keeps, [b, K] or None each.
@@ -89,7 +107,8 @@ class TrainingModule(nn.Module):
 
     @torch.no_grad()
     def clamp_parameters_(self) -> None:
-        self.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
+        if self._logit_bias is None:  # SigLIP does not bound the scale of sigmoids: its models have 117
+            self.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
         self.heads.clamp_parameters_()
 
 

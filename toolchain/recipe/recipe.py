@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from toolchain.precisions import REFERENCE_PRECISION
 from toolchain.recipe.data import DataSpec
-from toolchain.recipe.distill import NEED_CAPTIONS, DistillSpec
+from toolchain.recipe.distill import NEED_CAPTIONS, WITHOUT_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
 from toolchain.recipe.model import ModelSpec, TeacherSpec
@@ -85,8 +85,7 @@ class Recipe(Section):
         if wrong:
             raise ValueError(
                 f"data of kind {kind} has no captions, but {', '.join(wrong)} need images with their own captions; "
-                f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
-                "crd or cross_kd"
+                f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use {WITHOUT_CAPTIONS}"
             )
         return self
 
