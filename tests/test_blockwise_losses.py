@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolchain.distillation import blockwise_losses, losses
-from toolchain.distillation.blocks import Sweep, choose_block_rows, sum_in_blocks
+from toolchain.distillation.blocks import Block, Sweep, by_autograd, choose_block_rows, sum_in_blocks
 from toolchain.distillation.features import BatchFeatures, Scales, StudentFeatures, TeacherFeatures
 from toolchain.distillation.objectives import OBJECTIVES, weighted_loss
 
@@ -261,14 +261,17 @@ def test_a_sum_in_blocks_is_the_sum_of_the_rows() -> None:
     factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     places: list[slice] = []
 
-    def sum_both(place: slice, block, shared) -> Tensor:  # type: ignore[no-untyped-def]
-        places.append(place)
-        return torch.stack([(shared[0] * block[0]).sum(), (block[0] ** 2).sum()])
+    def sum_both(block: Block) -> Tensor:
+        places.append(block.place)
+        return torch.stack([(block.shared[0] * block.rows[0]).sum(), (block.rows[0] ** 2).sum()])
 
-    def sum_with_all(place: slice, block, shared) -> Tensor:  # type: ignore[no-untyped-def]
-        return (block[0] @ shared[0].T).sum().reshape(1)
+    def sum_with_all(block: Block) -> Tensor:
+        return (block.rows[0] @ block.shared[0].T).sum().reshape(1)
 
-    sweeps = [Sweep(("a", "b"), sum_both, [rows], [factor], 8), Sweep(("a",), sum_with_all, [rows], [rows], 8)]
+    sweeps = [
+        Sweep(("a", "b"), by_autograd(sum_both), [rows], [factor], 8),
+        Sweep(("a",), by_autograd(sum_with_all), [rows], [rows], 8),
+    ]
     total, found = sum_in_blocks(sweeps, {"a": 0.5, "b": 3.0}, memory_for(3, 8))
     assert [place.start for place in places] == [0, 3, 6]
     column_sums = rows.sum(0)
@@ -283,7 +286,7 @@ def test_a_sum_in_blocks_is_the_sum_of_the_rows() -> None:
 
 def test_without_gradients_nothing_is_differentiated() -> None:
     rows = torch.ones(4, 2)
-    sweep = Sweep(("a",), lambda place, block, shared: block[0].sum().reshape(1), [rows], [], 2)
+    sweep = Sweep(("a",), by_autograd(lambda block: block.rows[0].sum().reshape(1)), [rows], [], 2)
     total, _ = sum_in_blocks([sweep], {"a": 1.0}, 1)
     assert total.item() == 8
     assert not total.requires_grad
@@ -297,7 +300,7 @@ def test_gradient_distillation_without_gradients_has_its_value() -> None:
     assert compute(detached, {"gd": 2.0}, 1)[1]["gd"].item() == pytest.approx(define("gd", x).item())
 
 
-@pytest.mark.parametrize(("candidates", "memory_mb", "rows"), [(16384, 384, 512), (10**9, 1, 1), (8, 384, 2**20)])
+@pytest.mark.parametrize(("candidates", "memory_mb", "rows"), [(16384, 256, 512), (10**9, 1, 1), (8, 256, 2**20)])
 def test_block_rows_follow_from_the_budget(candidates: int, memory_mb: float, rows: int) -> None:
     assert choose_block_rows(candidates, memory_mb, torch.float32) == rows
     assert choose_block_rows(candidates, memory_mb, torch.float64) == max(1, rows // 2)

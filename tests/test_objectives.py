@@ -309,23 +309,23 @@ def test_the_layers_have_a_bias_and_are_made_apart() -> None:
 @pytest.mark.parametrize("asked", OBJECTIVES)
 def test_a_loss_without_a_weight_is_not_computed(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, Any]] = []
-    for function in ("contrast", "match_gradients", "match_features", "decide_pairs", "mimic_affinity"):
+    for function in ("contrast", "match_gradients", "match_features", "decide_pairs"):
         real = getattr(objectives, function)
 
-        def record(*arguments: Any, real: Any = real, function: str = function) -> Any:
+        def record(*arguments: Any, real: Any = real, function: str = function, **options: Any) -> Any:
             called.append((function, arguments[2]))
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(objectives, function, record)
     terms_of(DistillationHeads(6, 9, EVERYTHING).double(), made_batch(6, 9), (asked,))
     form = OBJECTIVES[asked].loss
-    both_directions = {"gd": ["match_gradients"], "affinity": ["mimic_affinity"] * 2}
-    if isinstance(form, Contrast | Pairs):
-        names = (asked, None) if form.target == "pair" else (None, asked)
-        sweeps = ["contrast"] * 2 if isinstance(form, Contrast) else ["decide_pairs"]
-        assert called == [(sweep, names) for sweep in sweeps], "one sweep for each direction, without the other loss"
+    if isinstance(form, Contrast):
+        sweeps = 2 if form.similarities == "cross" else 1  # two directions; of the same matrix in one sweep
+        assert called == [("contrast", {form.target: asked})] * sweeps, "without the other loss"
+    elif isinstance(form, Pairs):
+        assert called == [("decide_pairs", {form.target: asked})]
     else:
-        assert called == [(sweep, asked) for sweep in both_directions.get(asked, ["match_features"])]
+        assert called == [("match_gradients" if asked == "gd" else "match_features", asked)]
 
 
 def test_the_task_of_a_sigmoid_student_is_the_sigmoid_loss() -> None:

@@ -244,7 +244,7 @@ def test_a_cache_from_before_the_bias_was_stored_is_refused(
     assert cache.logit_bias == pytest.approx(-7)
     old = TeacherCache(cache.folder, {name: value for name, value in cache.about.items() if name != "logit_bias"})
     with pytest.raises(
-        ArtifactError, match="needs the teacher's logit_bias, which this teacher cache lacks.*Delete it"
+        ArtifactError, match=r"needs the teacher's logit_bias, which this teacher cache lacks.*Delete it"
     ):
         open_teacher(old, spec(loss_weights=WEIGHTS), torch.device("cpu"))
     open_teacher(old, spec(), torch.device("cpu"))

@@ -12,9 +12,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BUFFERS = 12
-"""Number of [c, columns] arrays that exist at once: the logits and log softmax of two models, their gradients, and the
-temporary arrays of autograd."""
+_BUFFERS = 8
+"""Number of [c, columns] arrays that exist at once, at most: the logits of two models, their gradients, the softmax of
+both, and temporary arrays."""
+
+
+class Block(NamedTuple):
+    """A block of rows, and the arrays to which its gradients are added."""
+
+    place: slice
+    """The block's slice of the sweep's rows."""
+
+    rows: Sequence[Tensor]
+    """That slice of each tensor in the sweep's `rows`."""
+
+    shared: Sequence[Tensor]
+    """The tensors in the sweep's `shared`."""
+
+    gradients: Sequence[Tensor | None]
+    """For each tensor in `rows` and then in `shared`, the array to add its gradient to; None: it needs none."""
+
+    weights: Sequence[float]
+    """Weights of the sweep's terms.  The gradients to add are those of the weighted sum."""
 
 
 class Sweep(NamedTuple):
@@ -23,9 +42,9 @@ class Sweep(NamedTuple):
     terms: tuple[str, ...]
     """Names of the n terms; several sweeps may add to the same term."""
 
-    sum_block: Callable[[slice, Sequence[Tensor], Sequence[Tensor]], Tensor]
-    """Return what a block adds to each term, [n].  Its arguments: the block's slice of the rows, that slice of each
-    tensor in `rows`, and the tensors in `shared`.  Any other tensor that it reads gets no gradient."""
+    add_block: Callable[[Block], Tensor]
+    """Add the gradients of a block in place, and return what the block adds to each term, [n].  `by_autograd` makes
+    such a function from one that only returns the terms.  Any tensor that is not in the block gets no gradient."""
 
     rows: Sequence[Tensor]
     """Tensors of b rows each, which are split into blocks."""
@@ -56,6 +75,29 @@ def sum_in_blocks(
     return total, dict(zip(names, terms.unbind(), strict=True))
 
 
+def by_autograd(sum_block: Callable[[Block], Tensor]) -> Callable[[Block], Tensor]:
+    """Return `Sweep.add_block` for a differentiable function that returns what a block adds to each term, [n]."""
+
+    def add_block(block: Block) -> Tensor:
+        is_needed = [gradient is not None for gradient in block.gradients]
+        inputs = [
+            x.detach().requires_grad_(needed) for x, needed in zip((*block.rows, *block.shared), is_needed, strict=True)
+        ]
+        rows, shared = inputs[: len(block.rows)], inputs[len(block.rows) :]
+        with torch.set_grad_enabled(any(is_needed)):
+            value_n = sum_block(block._replace(rows=rows, shared=shared))
+            total = (value_n * value_n.new_tensor(block.weights)).sum()
+        if total.requires_grad:
+            wanted = [(x, target) for x, target in zip(inputs, block.gradients, strict=True) if target is not None]
+            found = torch.autograd.grad(total, [x for x, _ in wanted], allow_unused=True)
+            for gradient, (_, target) in zip(found, wanted, strict=True):
+                if gradient is not None:
+                    target.add_(gradient)
+        return value_n.detach()
+
+    return add_block
+
+
 def choose_block_rows(num_columns: int, memory_mb: float, dtype: torch.dtype) -> int:
     """Return the number of rows whose arrays fit a budget of memory, at least one."""
     return max(1, int(memory_mb * 2**20 / (_BUFFERS * dtype.itemsize * max(1, num_columns))))
@@ -81,22 +123,21 @@ class _SumInBlocks(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         needed = ctx.needs_input_grad[1:]
         gradients = [_zeros(x) if is_needed else None for x, is_needed in zip(tensors, needed, strict=True)]
-        leaves = [x.detach().requires_grad_(is_needed) for x, is_needed in zip(tensors, needed, strict=True)]
         sums = {name: tensors[0].new_zeros((), dtype=torch.float64) for name in plan.weights}
         for sweep, (rows, shared) in zip(plan.sweeps, plan.indices, strict=True):
             num_rows = len(tensors[rows[0]])
             size = choose_block_rows(sweep.num_columns, plan.memory_mb, tensors[rows[0]].dtype)
             for start in range(0, num_rows, size):
-                place = slice(start, start + size)
-                block = [leaves[i].detach()[place].requires_grad_(needed[i]) for i in rows]
-                complete = [leaves[i] for i in shared]
-                with torch.set_grad_enabled(any(needed)):
-                    added = dict(zip(sweep.terms, sweep.sum_block(place, block, complete), strict=True))
-                    total = torch.stack([plan.weights[name] * value for name, value in added.items()]).sum()
-                for name, value in added.items():
-                    sums[name] += value.detach()
-                targets = [_slice_rows(gradients[i], place) for i in rows] + [gradients[i] for i in shared]
-                _add_gradients(total, [*block, *complete], targets)
+                place = slice(start, min(start + size, num_rows))
+                block = Block(
+                    place,
+                    [tensors[i][place] for i in rows],
+                    [tensors[i] for i in shared],
+                    [_slice_rows(gradients[i], place) for i in rows] + [gradients[i] for i in shared],
+                    [plan.weights[name] for name in sweep.terms],
+                )
+                for name, value in zip(sweep.terms, sweep.add_block(block), strict=True):
+                    sums[name] += value
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True)))
         terms = torch.stack(list(sums.values())).to(tensors[0].dtype)
         ctx.mark_non_differentiable(terms)
@@ -117,13 +158,3 @@ def _zeros(x: Tensor) -> Tensor:
 def _slice_rows(gradient: Tensor | None, place: slice) -> Tensor | None:
     """Return a view of some rows of a gradient, if there is one."""
     return None if gradient is None else gradient[place]
-
-
-def _add_gradients(total: Tensor, inputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> None:
-    """Add the gradients of a block's total in its inputs to the targets, in place; None: needs no gradient."""
-    needed = [(x, target) for x, target in zip(inputs, targets, strict=True) if target is not None]
-    if needed:
-        gradients = torch.autograd.grad(total, [x for x, _ in needed], allow_unused=True)
-        for gradient, (_, target) in zip(gradients, needed, strict=True):
-            if gradient is not None and target is not None:
-                target.add_(gradient)

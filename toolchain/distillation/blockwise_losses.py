@@ -3,23 +3,31 @@
 losses.py defines each loss for a whole batch.  This module has the same values and gradients, computed differently:
 
 - Sweeps (blocks.py) have the similarities of only one block of rows at a time.  Losses of the same similarities share a
-  sweep.
+  sweep, and so do both directions: image to text is over the rows of s u w^T, and text to image over its columns.
 - A rank's anchors are its own b rows, and its candidates the B rows of all ranks.  So the ranks share the work.
-- A rank's loss is the mean over its own rows.  The mean of these over ranks is the loss of the batch.  Data-parallel
-  training takes the mean over ranks of the gradients, which is therefore the gradient of the batch's loss.
+- The mean over ranks of a rank's loss is the loss of the batch.  Data-parallel training takes the mean over ranks of
+  the gradients, which is therefore the gradient of the batch's loss.
+
+Contrastive losses have their gradient in the logits in closed form, which takes no more arrays than the logits
+themselves.  Other losses are differentiated by autograd.
 
 Arithmetic is in float32 or wider, as in losses.py.  The caller disables autocast.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolchain.distillation.blocks import Sweep, choose_block_rows
+from toolchain.distillation.blocks import Block, Sweep, by_autograd, choose_block_rows
 from toolchain.distillation.losses import fd_loss, scaled_similarities, widen
+from toolchain.distributed import Processes
+
+Target = Literal["pair", "teacher", "affinity"]
+"""Target of the softmax over candidates: the anchor's own pair (cross entropy), the teacher's softmax (KL), or the
+teacher's softmax with the student's scale (cross entropy).  The losses of pairs have the first two, with a sigmoid."""
 
 
 class Similarities(NamedTuple):
@@ -43,94 +51,262 @@ class Rows(NamedTuple):
     first: int
     """Index in the batch of the rank's first row.  Anchor i of the rank belongs to candidate `first` + i."""
 
+    processes: Processes
     memory_mb: float
+
+    def blocks(self, x: Similarities) -> list[slice]:
+        """Return the blocks of the rank's rows."""
+        size = choose_block_rows(len(x.candidate_BD), self.memory_mb, x.candidate_BD.dtype)
+        return [slice(start, start + size) for start in range(0, len(x.anchor_bD), size)]
 
 
 def contrast(
-    student: Similarities, teacher: Similarities | None, names: tuple[str | None, str | None], rows: Rows
+    student: Similarities,
+    teacher: Similarities | None,
+    names: Mapping[Target, str],
+    rows: Rows,
+    *,
+    both_directions: bool,
 ) -> Sweep:
-    """Return the sweep of one direction, image to text or text to image, of up to two losses of the same similarities.
+    """Return the sweep of the losses of one kind of similarities (a collective call if `both_directions`).
 
-        CE / 2,   CE = mean_i -log softmax(s a k^T)_i,i       (`clip_loss`, `icl_loss`, `afd_loss`)
-        KL / 2,   KL = mean_i KL(softmax(r V T^T)_i || softmax(s a k^T)_i)      (`crd_loss`, `cross_kd_loss`)
+        pair:     CE / 2,   CE = mean_i -log softmax(s a k^T)_ii       (`clip_loss`, `icl_loss`, `afd_loss`)
+        teacher:  KL / 2,   KL = mean_i KL(softmax(r V T^T)_i || softmax(s a k^T)_i)      (`crd_loss`, `cross_kd_loss`)
+        affinity: H / 2,    H = mean_i -sum_j softmax(r V T^T)_ij log softmax(s a k^T)_ij,   r = s    (`affinity_loss`)
 
-    a, k, s: `student`; V, T, r: `teacher`, which only KL needs.  The mean is over the rank's rows i, and i,i is the
-    logit of its match.  `names` are the terms that CE and KL are added to; a loss with the name None is not computed.
+    a, k, s: `student`; V, T, r: `teacher`, which only KL and H need; a sweep has one of these two at most.  The mean is
+    over the rank's rows i, and ii is the logit of its match.  `names` has the term that each loss is added to; others
+    are not computed.  `both_directions` adds the losses of the transposed logits.  Their softmax is over a column, and
+    thus over the anchors of all ranks; the sums that normalize it are computed here, before the sweep.
     """
-    count = len(student.anchor_bD)
-    anchors, shared = [widen(student.anchor_bD)], [widen(student.candidate_BD), student.logit_scale]
-    if names[1] is not None and teacher is not None:
-        anchors += [widen(teacher.anchor_bD)]
-        shared += [widen(teacher.candidate_BD), teacher.logit_scale]
+    student = _widen(student)
+    models = [student] if teacher is None or names.keys() <= {"pair"} else [student, _widen(teacher)]
+    has_entropy = "affinity" in names
+    columns = _sum_columns(models, rows, has_entropy=has_entropy) if both_directions else None
+    half = 1 / (2 * len(student.anchor_bD))
 
-    def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        log_q_cB = scaled_similarities(block[0], whole[0], whole[1]).log_softmax(-1)
-        added = []
-        if names[0] is not None:
-            match_c1 = torch.arange(len(log_q_cB), device=log_q_cB.device)[:, None] + rows.first + place.start
-            added.append(-log_q_cB.gather(1, match_c1).sum())
-        if names[1] is not None:
-            log_p_cB = scaled_similarities(block[1], whole[2], whole[3]).log_softmax(-1)
-            added.append(F.kl_div(log_q_cB, log_p_cB, reduction="sum", log_target=True))
-        return torch.stack(added) / (2 * count)
+    def add_block(block: Block) -> Tensor:
+        models = [Similarities(*x) for x in zip(block.rows, block.shared[::2], block.shared[1::2], strict=True)]
+        row_targets, shared_targets = block.gradients[: len(models)], block.gradients[len(models) :]
+        targets = list(zip(row_targets, shared_targets[::2], shared_targets[1::2], strict=True))
+        logits = [scaled_similarities(*x) for x in models]
+        gradients = [None if all(x is None for x in of_model) else torch.zeros_like(logits[0]) for of_model in targets]
+        weights = {target: half * weight for target, weight in zip(names, block.weights, strict=True)}
+        match = rows.first + block.place.start
+        sums = _sum_exponentials(logits, 1, has_entropy=has_entropy)
+        value_n = _add_losses(logits, gradients, sums, match, weights)
+        if columns is not None:
+            value_n = value_n + _add_losses(logits, gradients, columns, match, weights)
+        for gradient_cB, model, of_model in zip(gradients, models, targets, strict=True):
+            if gradient_cB is not None:
+                _backpropagate(gradient_cB, model, of_model)
+        return half * value_n
 
-    terms = tuple(name for name in names if name is not None)
-    return Sweep(terms, sum_block, anchors, shared, len(student.candidate_BD))
-
-
-def mimic_affinity(student: Similarities, teacher: Similarities, name: str) -> Sweep:
-    """Return the sweep that adds one direction of `affinity_loss` to a term; both scales are its constant."""
-    count = len(student.anchor_bD)
-
-    def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        log_q_cB = scaled_similarities(block[0], whole[0], student.logit_scale).log_softmax(-1)
-        p_cB = scaled_similarities(block[1], whole[1], teacher.logit_scale).softmax(-1)
-        return -(p_cB * log_q_cB).sum().reshape(1) / (2 * count)
-
-    anchors, candidates = ([widen(x[part]) for x in (student, teacher)] for part in range(2))
-    return Sweep((name,), sum_block, anchors, candidates, len(student.candidate_BD))
+    shared = [x for model in models for x in (model.candidate_BD, model.logit_scale)]
+    anchors = [model.anchor_bD for model in models]
+    return Sweep(tuple(names.values()), add_block, anchors, shared, len(student.candidate_BD))
 
 
-def decide_pairs(
-    student: PairLogits, teacher: PairLogits | None, names: tuple[str | None, str | None], rows: Rows
-) -> Sweep:
-    """Return the sweep of up to two losses of the same pairs: `sigmoid_loss` and `sigmoid_kd_loss`.
+def _widen(x: Similarities) -> Similarities:
+    return Similarities(widen(x.anchor_bD), widen(x.candidate_BD), x.logit_scale)
 
-    `names` are the terms that they are added to; a loss with the name None is not computed.
+
+class _Sums(NamedTuple):
+    """Sums over candidates, [c, 1], or over anchors, [1, B], of a model's logits x, relative to their maximum."""
+
+    max: Tensor
+    total: Tensor
+    """Sum of exp(x - max), in float64."""
+
+    product: Tensor
+    """Sum of exp(x - max) (x - z), in float64; z: the student's logits.  For H, which has the entropy, of
+    exp(x - max) (-z)."""
+
+    @property
+    def log_total(self) -> Tensor:
+        """The logarithm of the sum of exp(x)."""
+        return self.max + self.total.log()
+
+    def softmax(self, x_cB: Tensor) -> Tensor:
+        return (x_cB - self.max.to(x_cB.dtype)).exp_().div_(self.total.to(x_cB.dtype))
+
+
+def _sum_exponentials(logits: Sequence[Tensor], dim: int, *, has_entropy: bool) -> list[_Sums]:
+    """Return the sums over an axis of a block's logits, for each model; the student is the first."""
+    found = []
+    for x_cB in logits:
+        maximum = x_cB.amax(dim, keepdim=True)
+        power_cB = (x_cB - maximum).exp_()
+        total = power_cB.sum(dim, keepdim=True).double()
+        is_student = x_cB is logits[0]
+        product = torch.zeros_like(total)
+        if not is_student:
+            product = power_cB.mul_(_subtract(x_cB, logits[0], has_entropy)).sum(dim, keepdim=True)
+        found.append(_Sums(maximum, total, product.double()))
+    return found
+
+
+def _subtract(x_cB: Tensor, z_cB: Tensor, has_entropy: bool) -> Tensor:
+    """Return the terms whose mean under the teacher's softmax is in the loss: x - z for KL, -z for H."""
+    return -z_cB if has_entropy else x_cB - z_cB
+
+
+@torch.no_grad()
+def _sum_columns(models: Sequence[Similarities], rows: Rows, *, has_entropy: bool) -> list[_Sums]:
+    """Return the sums over the anchors of all ranks, [1, B], for each model (a collective call)."""
+    sums: list[_Sums] = []
+    for place in rows.blocks(models[0]):
+        block = [scaled_similarities(x.anchor_bD[place], x.candidate_BD, x.logit_scale) for x in models]
+        found = _sum_exponentials(block, 0, has_entropy=has_entropy)
+        sums = [_merge(both) for both in zip(sums, found, strict=True)] if sums else found
+    merged = []
+    for of_rank in sums:
+        of_ranks = rows.processes.gather(torch.cat([x.double() for x in of_rank]))
+        merged.append(_merge([_Sums(*torch.split(x, 1)) for x in torch.split(of_ranks, 3)]))
+    return merged
+
+
+def _merge(parts: Sequence[_Sums]) -> _Sums:
+    """Return the sums over an axis of which each part has some positions."""
+    maximum = torch.stack([part.max for part in parts]).amax(0)
+    factors = [(part.max - maximum).double().exp() for part in parts]
+    total = torch.stack([factor * part.total for factor, part in zip(factors, parts, strict=True)]).sum(0)
+    product = torch.stack([factor * part.product for factor, part in zip(factors, parts, strict=True)]).sum(0)
+    return _Sums(maximum, total, product)
+
+
+def _add_losses(
+    logits: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    sums: Sequence[_Sums],
+    match: int,
+    weights: Mapping[Target, float],
+) -> Tensor:
+    """Return the losses of a block in one direction, [n], and add their weighted gradients in the logits.
+
+        CE = log sum exp(z) - z_match       dCE/dz = q - onehot
+        KL = sum p (log p - log q)          dKL/dz = q - p,   dKL/dx = p (x - z - sum p (x - z))
+        H = -sum p log q                    dH/dz = q - p,    dH/dx = p (-z - sum p (-z))
+
+    z: the student's logits, q = softmax(z); x: the teacher's, p = softmax(x).  The gradients are those of all losses
+    in this block's logits.  The losses are those of the block's anchors, or in the other direction those of their
+    matches.  Anchor 0 belongs to candidate `match`.
     """
-    count = len(student.similarities.anchor_bD)
-    anchors = [widen(student.similarities.anchor_bD)]
-    shared = [widen(student.similarities.candidate_BD), student.similarities.logit_scale, student.logit_bias]
-    if names[1] is not None and teacher is not None:
-        anchors += [widen(teacher.similarities.anchor_bD)]
-        shared += [widen(teacher.similarities.candidate_BD), teacher.similarities.logit_scale, teacher.logit_bias]
+    z_cB, student, gradient_cB = logits[0], sums[0], gradients[0]
+    if gradient_cB is not None:
+        gradient_cB.add_(student.softmax(z_cB), alpha=sum(weights.values()))
+    losses = []
+    for target, weight in weights.items():
+        if target == "pair":
+            log_total_c = _of_matches(student.log_total.expand_as(z_cB), match)
+            losses.append((log_total_c - _of_matches(z_cB, match)).sum())
+            if gradient_cB is not None:
+                _of_matches(gradient_cB, match).sub_(weight)
+        else:
+            x_cB, teacher = logits[1], sums[1]
+            mean = teacher.product / teacher.total  # sum p (x - z), or sum p (-z)
+            loss = mean + student.log_total - (teacher.log_total if target == "teacher" else 0)
+            losses.append(_of_matches(loss.expand_as(z_cB), match).sum())
+            p_cB = teacher.softmax(x_cB)
+            if gradient_cB is not None:
+                gradient_cB.sub_(p_cB, alpha=weight)
+            if gradients[1] is not None:
+                terms_cB = _subtract(x_cB, z_cB, target == "affinity")
+                gradients[1].add_(p_cB.mul_(terms_cB.sub_(mean.to(x_cB.dtype))), alpha=weight)
+    return torch.stack(losses)
 
-    def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        logits_cB = scaled_similarities(block[0], whole[0], whole[1]) + whole[2]
-        added = []
-        if names[0] is not None:
-            sign_cB = torch.full_like(logits_cB, -1)
-            sign_cB[:, rows.first + place.start :].fill_diagonal_(1)
-            added.append(-F.logsigmoid(sign_cB * logits_cB).sum())
-        if names[1] is not None:
-            target_cB = scaled_similarities(block[1], whole[3], whole[4]) + whole[5]
-            yes_cB = target_cB.sigmoid() * (F.logsigmoid(target_cB) - F.logsigmoid(logits_cB))
-            no_cB = (-target_cB).sigmoid() * (F.logsigmoid(-target_cB) - F.logsigmoid(-logits_cB))
-            added.append((yes_cB + no_cB).sum())
-        return torch.stack(added) / count
 
-    terms = tuple(name for name in names if name is not None)
-    return Sweep(terms, sum_block, anchors, shared, len(student.similarities.candidate_BD))
+def _of_matches(x_cB: Tensor, match: int) -> Tensor:
+    """Return a view of the elements at which anchor i meets candidate `match` + i, [c]."""
+    return x_cB[:, match : match + len(x_cB)].diagonal()
+
+
+def _backpropagate(gradient_cB: Tensor, x: Similarities, targets: Sequence[Tensor | None]) -> None:
+    """Add the gradients in the factors of logits s a k^T to the targets: s g k, s g^T a and sum(g k * a)."""
+    on_anchors, on_candidates, on_scale = targets
+    if on_anchors is not None or on_scale is not None:
+        product_cD = gradient_cB @ x.candidate_BD
+        if on_scale is not None:
+            on_scale.add_((product_cD * x.anchor_bD).sum(dtype=torch.float64))
+        if on_anchors is not None:
+            on_anchors.add_(product_cD.mul_(x.logit_scale))
+    if on_candidates is not None:
+        on_candidates.addmm_(gradient_cB.T, x.logit_scale * x.anchor_bD)
+
+
+def decide_pairs(student: PairLogits, teacher: PairLogits | None, names: Mapping[Target, str], rows: Rows) -> Sweep:
+    """Return the sweep of the losses that decide of each anchor and candidate whether they are a pair.
+
+        pair:     mean_i sum_j -log sigma(z_ij l_ij)          (`sigmoid_loss`; z_ij = 1 for a match, else -1)
+        teacher:  mean_i sum_j KL(sigma(m_ij) || sigma(l_ij))        (`sigmoid_kd_loss`; of two outcomes)
+
+    l, m: the logits of `student` and `teacher`, which only KL needs.  The mean is over the rank's rows.  `names` has
+    the term that each loss is added to; others are not computed.
+    """
+    models = [student] if teacher is None or "teacher" not in names else [student, teacher]
+    models = [PairLogits(_widen(x.similarities), x.logit_bias) for x in models]
+    share = 1 / len(student.similarities.anchor_bD)
+
+    def add_block(block: Block) -> Tensor:
+        factors = [Similarities(*x) for x in zip(block.rows, block.shared[::3], block.shared[1::3], strict=True)]
+        row_targets, shared_targets = block.gradients[: len(models)], block.gradients[len(models) :]
+        targets = list(zip(row_targets, *(shared_targets[part::3] for part in range(3)), strict=True))
+        logits = [scaled_similarities(*x).add_(bias) for x, bias in zip(factors, block.shared[2::3], strict=True)]
+        gradients = [None if all(x is None for x in of_model) else torch.zeros_like(logits[0]) for of_model in targets]
+        weights = {target: share * weight for target, weight in zip(names, block.weights, strict=True)}
+        value_n = _add_pair_losses(logits, gradients, rows.first + block.place.start, weights)
+        for gradient_cB, x, of_model in zip(gradients, factors, targets, strict=True):
+            if gradient_cB is not None:
+                _backpropagate(gradient_cB, x, of_model[:3])
+                if of_model[3] is not None:
+                    of_model[3].add_(gradient_cB.sum(dtype=torch.float64))
+        return share * value_n
+
+    anchors = [x.similarities.anchor_bD for x in models]
+    shared = [part for x in models for part in (*x.similarities[1:], x.logit_bias)]
+    return Sweep(tuple(names.values()), add_block, anchors, shared, len(student.similarities.candidate_BD))
+
+
+def _add_pair_losses(
+    logits: Sequence[Tensor], gradients: Sequence[Tensor | None], match: int, weights: Mapping[Target, float]
+) -> Tensor:
+    """Return the losses of a block of pairs, [n], and add their weighted gradients in the logits.
+
+    pair:     d/dl = -z sigma(-z l)
+    teacher:  d/dl = q - p,   d/dm = p (1 - p) (m - l),   p = sigma(m), q = sigma(l)
+    """
+    logits_cB, gradient_cB = logits[0], gradients[0]
+    losses = []
+    for target, weight in weights.items():
+        if target == "pair":
+            wrong_cB = logits_cB.clone()  # the logit of the wrong answer: -z l
+            _of_matches(wrong_cB, match).neg_()
+            losses.append(-F.logsigmoid(-wrong_cB).sum())
+            if gradient_cB is not None:
+                wrong_cB.sigmoid_()
+                _of_matches(wrong_cB, match).neg_()
+                gradient_cB.add_(wrong_cB, alpha=weight)
+        else:
+            target_cB = logits[1]
+            p_cB, not_p_cB = target_cB.sigmoid(), (-target_cB).sigmoid()  # not 1 - p, which loses digits
+            kl_cB = p_cB * (F.logsigmoid(target_cB) - F.logsigmoid(logits_cB))
+            kl_cB += not_p_cB * (F.logsigmoid(-target_cB) - F.logsigmoid(-logits_cB))
+            losses.append(kl_cB.sum())
+            if gradient_cB is not None:
+                gradient_cB.add_(logits_cB.sigmoid().sub_(p_cB), alpha=weight)
+            if gradients[1] is not None:
+                gradients[1].add_(p_cB.mul_(not_p_cB).mul_(target_cB - logits_cB), alpha=weight)
+    return torch.stack(losses)
 
 
 def match_features(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], name: str) -> Sweep:
     """Return the sweep that adds `fd_loss` to a term: images and texts [b, E] of the student, and of the teacher."""
     count, width = student[0].shape
 
-    def sum_block(_: slice, block: Sequence[Tensor], __: Sequence[Tensor]) -> Tensor:
-        return fd_loss(*block).reshape(1) * (len(block[0]) / count)
+    def sum_block(block: Block) -> Tensor:
+        return fd_loss(*block.rows).reshape(1) * (len(block.rows[0]) / count)
 
-    return Sweep((name,), sum_block, [*map(widen, student), *map(widen, teacher)], [], 2 * width)
+    return Sweep((name,), by_autograd(sum_block), [*map(widen, student), *map(widen, teacher)], [], 2 * width)
 
 
 def match_gradients(
@@ -138,7 +314,6 @@ def match_gradients(
     teacher: tuple[Similarities, Similarities],
     name: str,
     rows: Rows,
-    sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> tuple[list[Sweep], Tensor]:
     """Return sweeps that have the gradient of `gd_loss` but not its value, and the value.
 
@@ -151,8 +326,8 @@ def match_gradients(
     for ours, theirs in zip(student, teacher, strict=True):
         count = len(ours.anchor_bD)
         with torch.no_grad():
-            student_gradients = _closed_form_gradients(ours, rows, sum_over_ranks)
-            teacher_gradients = _closed_form_gradients(theirs, rows, sum_over_ranks)
+            student_gradients = _closed_form_gradients(ours, rows)
+            teacher_gradients = _closed_form_gradients(theirs, rows)
             on_anchors_bD, on_candidates_BD = (g - G for g, G in zip(student_gradients, teacher_gradients, strict=True))
             for difference_bD in (on_anchors_bD, on_candidates_BD[rows.first : rows.first + count]):
                 value += difference_bD.double().square().sum() / count
@@ -162,9 +337,7 @@ def match_gradients(
     return sweeps, value.to(on_anchors_bD.dtype)
 
 
-def _closed_form_gradients(
-    x: Similarities, rows: Rows, sum_over_ranks: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def _closed_form_gradients(x: Similarities, rows: Rows) -> tuple[Tensor, Tensor]:
     """Return B times the gradients of the batch's CE(s a k^T): in the rank's anchors [b, D], in all candidates [B, D].
 
         in anchors: s (A k - k'),   in candidates: s (A^T a - a),   A = softmax(s a k^T) over a row
@@ -172,18 +345,17 @@ def _closed_form_gradients(
     k' are the candidates that match the rank's anchors.  The second sum is over the anchors of all ranks (a collective
     call).
     """
-    anchor_bD, candidate_BD = widen(x.anchor_bD), widen(x.candidate_BD)
+    anchor_bD, candidate_BD, _ = x = _widen(x)
     of_anchors_bD, of_candidates_BD = torch.empty_like(anchor_bD), torch.zeros_like(candidate_BD)
-    size = choose_block_rows(len(candidate_BD), rows.memory_mb, candidate_BD.dtype)
-    for start in range(0, len(anchor_bD), size):
-        block_cD = anchor_bD[start : start + size]
+    for place in rows.blocks(x):
+        block_cD = anchor_bD[place]
         probability_cB = scaled_similarities(block_cD, candidate_BD, x.logit_scale).softmax(-1)
-        of_anchors_bD[start : start + size] = probability_cB @ candidate_BD
+        of_anchors_bD[place] = probability_cB @ candidate_BD
         of_candidates_BD += probability_cB.T @ block_cD
     own = slice(rows.first, rows.first + len(anchor_bD))
     of_anchors_bD -= candidate_BD[own]
     of_candidates_BD[own] -= anchor_bD
-    return x.logit_scale * of_anchors_bD, x.logit_scale * sum_over_ranks(of_candidates_BD)
+    return x.logit_scale * of_anchors_bD, x.logit_scale * rows.processes.sum(of_candidates_BD)
 
 
 def _inner_product(x: Similarities, on_anchors_bD: Tensor, on_candidates_BD: Tensor, name: str, rows: Rows) -> Sweep:
@@ -193,14 +365,14 @@ def _inner_product(x: Similarities, on_anchors_bD: Tensor, on_candidates_BD: Ten
     s < (A R')_i - R'_i, a_i >  to the second.
     """
 
-    def sum_block(place: slice, block: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
-        anchor_cD, on_anchor_cD = block
-        candidate_BD, logit_scale, on_candidate_BD = whole
-        own = slice(rows.first + place.start, rows.first + place.start + len(anchor_cD))
+    def sum_block(block: Block) -> Tensor:
+        anchor_cD, on_anchor_cD = block.rows
+        candidate_BD, logit_scale, on_candidate_BD = block.shared
+        own = slice(rows.first + block.place.start, rows.first + block.place.stop)
         probability_cB = scaled_similarities(anchor_cD, candidate_BD, logit_scale).softmax(-1)
         of_anchors = (on_anchor_cD * (probability_cB @ candidate_BD - candidate_BD[own])).sum()
         of_candidates = ((probability_cB @ on_candidate_BD - on_candidate_BD[own]) * anchor_cD).sum()
         return (logit_scale * (of_anchors + of_candidates)).reshape(1)
 
     shared = [widen(x.candidate_BD), x.logit_scale, on_candidates_BD]
-    return Sweep((name,), sum_block, [widen(x.anchor_bD), on_anchors_bD], shared, len(x.candidate_BD))
+    return Sweep((name,), by_autograd(sum_block), [widen(x.anchor_bD), on_anchors_bD], shared, len(x.candidate_BD))

@@ -20,11 +20,11 @@ from toolchain.distillation.blockwise_losses import (
     PairLogits,
     Rows,
     Similarities,
+    Target,
     contrast,
     decide_pairs,
     match_features,
     match_gradients,
-    mimic_affinity,
 )
 from toolchain.distillation.features import BatchFeatures, Scales
 from toolchain.distributed import ALONE, Processes
@@ -57,7 +57,7 @@ class LossInputs:
     @property
     def rows(self) -> Rows:
         """Return the place of the rank's rows in the batch."""
-        return Rows(self.processes.rank * len(self.own.student.image_BD), self.memory_mb)
+        return Rows(self.processes.rank * len(self.own.student.image_BD), self.processes, self.memory_mb)
 
     @property
     def student(self) -> tuple[Similarities, Similarities]:
@@ -66,6 +66,20 @@ class LossInputs:
         return _both_directions(
             (own.image_BD, own.text_BD), (everyone.image_BD, everyone.text_BD), self.scales.logit_scale
         )
+
+    @property
+    def affinity(self) -> tuple[Similarities, Similarities]:
+        """Like `student`, with the constant scale of affinity mimicking."""
+        return self._rescale(self.student)
+
+    @property
+    def teacher_affinity(self) -> tuple[Similarities, Similarities]:
+        """Like `teacher`, with the constant scale of affinity mimicking."""
+        return self._rescale(self.teacher)
+
+    def _rescale(self, both: tuple[Similarities, Similarities]) -> tuple[Similarities, Similarities]:
+        scale = torch.full_like(self.scales.logit_scale, self.affinity_logit_scale)
+        return both[0]._replace(logit_scale=scale), both[1]._replace(logit_scale=scale)
 
     @property
     def cross(self) -> tuple[Similarities, Similarities]:
@@ -141,36 +155,25 @@ def _match_gradients(x: LossInputs, name: str) -> tuple[list[Sweep], Tensor]:
         _both_directions(x.targets, _teacher_pair(x.everyone), scales[1]),
         name,
         x.rows,
-        x.processes.sum,
     )
-
-
-def _mimic_affinity(x: LossInputs, name: str) -> list[Sweep]:
-    """Return the sweeps of affinity mimicking: both directions, all with the same constant scale."""
-    scale = torch.full_like(x.scales.logit_scale, x.affinity_logit_scale)
-    return [
-        mimic_affinity(ours._replace(logit_scale=scale), theirs._replace(logit_scale=scale), name)
-        for ours, theirs in zip(x.student, x.teacher, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
 class Contrast:
     """A loss that compares each anchor with all candidates; losses of the same similarities share their sweep."""
 
-    similarities: Literal["student", "cross", "fused"]
+    similarities: Literal["student", "affinity", "cross", "fused"]
     """The property of `LossInputs` with both directions."""
 
-    target: Literal["pair", "teacher"]
-    """Target of the softmax over candidates: the anchor's own pair (cross entropy), or the teacher's softmax (KL)."""
+    target: Target
 
 
 @dataclass(frozen=True)
 class Pairs:
     """A loss that decides of each anchor and candidate whether they are a pair; such losses share their sweep."""
 
-    target: Literal["pair", "teacher"]
-    """Target of the sigmoid: 1 for a pair and 0 for others, or the teacher's sigmoid."""
+    target: Target
+    """pair: 1 for a pair and 0 for others; teacher: the teacher's sigmoid."""
 
 
 Loss = Contrast | Pairs | Callable[[LossInputs, str], list[Sweep] | tuple[list[Sweep], Tensor]]
@@ -266,7 +269,7 @@ OBJECTIVES: dict[str, Objective] = {
         reads_cross_scale=True,
     ),
     "affinity": Objective(
-        _mimic_affinity,
+        Contrast("affinity", "affinity"),
         paper_weight=1,
     ),
     "sigmoid_kd": Objective(
@@ -367,31 +370,36 @@ def _choose_loss(objective: Objective, scales: Scales) -> Loss:
 
 
 def _contrasts(inputs: LossInputs, losses: Mapping[str, Loss]) -> list[Sweep]:
-    """Return the sweeps of all contrastive objectives: two directions for each kind of similarities."""
+    """Return the sweeps of all contrastive objectives, one for each kind of similarities that some of them compare."""
     sweeps = []
-    for similarities in ("student", "cross", "fused"):
-        named: dict[str, str] = {
+    for similarities in ("student", "affinity", "cross", "fused"):
+        names: dict[Target, str] = {
             loss.target: name
             for name, loss in losses.items()
             if isinstance(loss, Contrast) and loss.similarities == similarities
         }
-        if named:
-            teacher = inputs.teacher if "teacher" in named else (None, None)
-            names = named.get("pair"), named.get("teacher")
+        if not names:
+            continue
+        student, teacher = getattr(inputs, similarities), inputs.teacher if "teacher" in names else (None, None)
+        if similarities == "affinity":
+            teacher = inputs.teacher_affinity
+        if similarities == "cross":
             sweeps += [
-                contrast(ours, theirs, names, inputs.rows)
-                for ours, theirs in zip(getattr(inputs, similarities), teacher, strict=True)
+                contrast(ours, theirs, names, inputs.rows, both_directions=False)
+                for ours, theirs in zip(student, teacher, strict=True)
             ]
+        else:  # the logits of text to image are those of image to text, transposed
+            sweeps.append(contrast(student[0], teacher[0], names, inputs.rows, both_directions=True))
     return sweeps
 
 
 def _pairs(inputs: LossInputs, losses: Mapping[str, Loss]) -> list[Sweep]:
     """Return the sweep of all objectives that decide of pairs, if there are any."""
-    named: dict[str, str] = {loss.target: name for name, loss in losses.items() if isinstance(loss, Pairs)}
-    if not named:
+    names: dict[Target, str] = {loss.target: name for name, loss in losses.items() if isinstance(loss, Pairs)}
+    if not names:
         return []
-    teacher = inputs.teacher_pairs if "teacher" in named else None
-    return [decide_pairs(inputs.student_pairs, teacher, (named.get("pair"), named.get("teacher")), inputs.rows)]
+    teacher = inputs.teacher_pairs if "teacher" in names else None
+    return [decide_pairs(inputs.student_pairs, teacher, names, inputs.rows)]
 
 
 def _require(x: Tensor | None) -> Tensor:
