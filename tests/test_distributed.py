@@ -86,6 +86,7 @@ def made_student(net: open_clip.CLIP) -> SimpleNamespace:
     return SimpleNamespace(
         net=net,
         embed_dim=STUDENT_WIDTH,
+        has_teachers_text=False,
         normalise=lambda pixels: pixels.double() / 127.5 - 1,
         probe_fast_paths=lambda: None,
         encode_image=lambda values: encode_class_token(net.visual, values),

@@ -43,6 +43,7 @@ def forward_of(middle: nn.Module, accumulate: int) -> tuple[Forward, PreparedBat
     torch.manual_seed(0)
     net = Net(middle)
     student = SimpleNamespace(
+        has_teachers_text=False,
         net=net,
         embed_dim=WIDTH,
         normalise=lambda pixels: pixels.double() / 255,

@@ -22,7 +22,7 @@ from toolchain.recipe.load import (
     shipped_recipes,
     teacher_recipe,
 )
-from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model import ModelSpec, StudentSpec, TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, architectures, model_folder
 from toolchain.recipe.recipe import Recipe
 
@@ -145,7 +145,7 @@ def test_a_paper_recipe_is_its_row_of_the_tables(name: str) -> None:
     student, teacher, losses, published = ROWS[name]
     path = SHIPPED / "paper" / f"{name}.yaml"
     recipe, header = load_recipe(path), path.read_text().partition("\nname:")[0]
-    assert recipe.student == ModelSpec(model=student)
+    assert recipe.student == StudentSpec(model=student)
     numbers = re.search(r"^# Published: (.*\n# )?.*\(arXiv:2307\.12732", header, re.MULTILINE)
     assert numbers is not None
     assert re.findall(r"([\d.]+) %", numbers[0]) == published.split()
@@ -170,7 +170,7 @@ def test_a_paper_recipe_is_its_row_of_the_tables(name: str) -> None:
         assert recipe.teacher == TeacherSpec(model=model, pretrained=tag)
     else:
         trained = teacher_recipe(recipe.teacher)
-        assert (trained.teacher, trained.student) == (None, ModelSpec(model=model))
+        assert (trained.teacher, trained.student) == (None, StudentSpec(model=model))
     # The released code's weights, of means over the width and, for GD, of gradients that shrink with the batch.
     width, batch = WIDTHS[model], 1024
     released = {"task": 1, "crd": 1, "fd": 2000 / width, "icl": 1, "afd": 1}

@@ -41,12 +41,13 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
 
 
 def _check_sigmoids(student: ClipModel, teacher: ClipModel | None, objectives: Mapping[str, Objective]) -> None:
-    """Check that a sigmoid student's bias is trained, and that `sigmoid_kd` has two sigmoid models.
+    """Check that a sigmoid student's bias is trained or its teacher's, and that `sigmoid_kd` has two sigmoid models.
 
     Raises:
         UsageError: they do not fit.
     """
-    if student.logit_bias is not None and not any(objective.reads_logit_bias for objective in objectives.values()):
+    trains_bias = any(objective.reads_logit_bias for objective in objectives.values())
+    if student.logit_bias is not None and not trains_bias and not student.has_teachers_text:
         raise UsageError(
             f"student {student.name}: has a logit_bias, as sigmoid models do (SigLIP), but no objective with a weight "
             "trains it. Give distill.loss_weights.task a weight (of a sigmoid student it is the sigmoid loss), or with "

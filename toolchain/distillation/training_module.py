@@ -59,13 +59,13 @@ class TrainingModule(nn.Module):
         """Let the student's scale and bias be trained if an objective reads them.
 
         Data-parallel training refuses parameters without a gradient.  Affinity mimicking trains no scale; if nothing
-        else does, the student gets the scale of that loss, as in TinyCLIP.
+        else does, the student gets the scale of that loss, as in TinyCLIP, unless it has its teacher's.
         """
         scale: Any = self.net.logit_scale
         scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives.values()))
         if self._logit_bias is not None:
             self._logit_bias.requires_grad_(any(objective.reads_logit_bias for objective in objectives.values()))
-        if "affinity" in objectives and not scale.requires_grad:
+        if "affinity" in objectives and not scale.requires_grad and not self.student.has_teachers_text:
             with torch.no_grad():
                 scale.fill_(math.log(affinity_logit_scale))
 
@@ -87,7 +87,12 @@ class TrainingModule(nn.Module):
         masked_bD = None
         if shown_bK is not None:
             masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
-        features = self.heads(image_bD, self.student.encode_text(input_ids_bT), teacher, masked_bD)
+        if self.student.has_teachers_text:
+            assert teacher is not None
+            text_bD = teacher.text_BE
+        else:
+            text_bD = self.student.encode_text(input_ids_bT)
+        features = self.heads(image_bD, text_bD, teacher, masked_bD)
         bias = None if self._logit_bias is None else self._logit_bias.reshape(())
         return features, self.heads.scales(net.logit_scale.exp().reshape(()), bias)  # some models keep vectors of one
 

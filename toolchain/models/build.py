@@ -69,7 +69,7 @@ def build_model(spec: ModelSpec, *, seed: int, say: Callable[[str], None] = lamb
     with tempfile.TemporaryDirectory() as staging:
         tokenizer = _tokenizer_files(config, None if changed_tokenizer else folder, Path(staging), say)
     changed = bool(spec.model_cfg or spec.preprocess_cfg)
-    model = _assemble(spec.model, config, tokenizer, seed if spec.is_random else None, changed)
+    model = assemble_model(spec.model, config, tokenizer, seed if spec.is_random else None, changed=changed)
     if weights is not None:
         load_weights(model.net, weights, spec.model, model.config["model_cfg"], spec.model_cfg, say)
     return model
@@ -103,12 +103,15 @@ def save_model(model: ClipModel, folder: Path) -> None:
     _write_configuration(folder, model.config, model.tokenizer_files)
 
 
-def _assemble(
-    name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None, changed: bool
+def assemble_model(
+    name: str, config: dict[str, Any], tokenizer: dict[str, bytes], seed: int | None = None, *, changed: bool = False
 ) -> ClipModel:
     """Return the model that open_clip builds from this configuration, with random weights.
 
     `changed` is true if the recipe changes the configuration: an error of open_clip is then a usage error.
+
+    Raises:
+        UsageError, ArtifactError: open_clip cannot build this model.
     """
     hf_model = config["model_cfg"].get("text_cfg", {}).get("hf_model_name")
     unreachable = offline_reason() if hf_model and not Path(hf_model).is_dir() else None

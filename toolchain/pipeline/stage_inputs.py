@@ -12,7 +12,7 @@ from toolchain.progress import Screen
 from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
-from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model import StudentSpec
 from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
@@ -22,7 +22,7 @@ from toolchain.stage import Stage, StageSpec, Work, open_stage, run_stage
 class TrainingInputs:
     """The recipe sections that training uses."""
 
-    student: ModelSpec
+    student: StudentSpec
     data: DataSpec
     distill: DistillSpec
     evaluate: EvaluateSpec | None

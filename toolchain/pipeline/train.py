@@ -54,14 +54,20 @@ def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, sc
     """Raise an error for models that cannot be trained together, before anything is read, downloaded or trained."""
     from toolchain.distillation.compatibility import check_pair
     from toolchain.models.build import build_model
+    from toolchain.models.teacher_text import build_on_text_tower
     from toolchain.recipe.load import teacher_recipe
 
     without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
-    student = build_model(inputs.student.model_copy(update=without_weights), seed=0, say=screen.say)
     teacher = None
     if teacher_spec is not None:
         spec = teacher_recipe(teacher_spec).student if teacher_spec.recipe else teacher_spec
         teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
+    untrained = inputs.student.model_copy(update=without_weights)
+    if inputs.student.has_teachers_text and teacher is not None:
+        has_weights = not inputs.student.is_random
+        student = build_on_text_tower(untrained, teacher, seed=0, has_weights=has_weights, say=screen.say)
+    else:
+        student = build_model(untrained, seed=0, say=screen.say)
     check_pair(student, teacher, inputs.distill.loss_weights)
 
 
@@ -156,9 +162,13 @@ def _train(
     from toolchain.evaluation.open_sets import open_set
     from toolchain.evaluation.torch_encoders import headline_accuracy
     from toolchain.models.build import build_model, load_model
+    from toolchain.models.teacher_text import build_on_text_tower
 
     out, name, spec = stage.path.parent, stage.path.name, inputs.distill
-    student = build_model(inputs.student, seed=inputs.seed, say=screen.say)
+    if teacher and inputs.student.has_teachers_text:
+        student = build_on_text_tower(inputs.student, load_model(teacher.path), seed=inputs.seed, say=screen.say)
+    else:
+        student = build_model(inputs.student, seed=inputs.seed, say=screen.say)
     frozen: Any = None
     caching_s = 0.0
     if teacher and spec.teacher_cache:

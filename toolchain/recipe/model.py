@@ -46,6 +46,26 @@ class ModelSpec(Section):
         return self
 
 
+class StudentSpec(ModelSpec):
+    text_tower: Literal["own", "teacher"] = "own"
+    """teacher: train the image tower of `model` alone, in the teacher's feature space, and ship the teacher's text
+    tower with it, unchanged.  Images without captions suffice (data.kind images)."""
+
+    @property
+    def has_teachers_text(self) -> bool:
+        """Return True if the text tower is the teacher's."""
+        return self.text_tower == "teacher"
+
+    @model_validator(mode="after")
+    def _check_text_tower(self) -> "StudentSpec":
+        changed = [name for name in ("embed_dim", "text_cfg") if name in self.model_cfg]
+        if self.has_teachers_text and changed:
+            raise ValueError(
+                f"text_tower: teacher takes {' and '.join(changed)} from the teacher; remove model_cfg.{changed[0]}"
+            )
+        return self
+
+
 class TeacherSpec(ModelSpec):
     model: str = ""
 

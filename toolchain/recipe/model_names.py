@@ -76,8 +76,10 @@ def fingerprint(spec: "ModelSpec") -> str:
     depends = {
         "model": folder_fingerprint(folder) if folder else spec.model,
         "checkpoint": file_sha256(Path(spec.checkpoint)) if spec.checkpoint else None,
-        **spec.model_dump(mode="json", exclude={"model", "checkpoint", "recipe"}),
+        **spec.model_dump(mode="json", exclude={"model", "checkpoint", "recipe", "text_tower"}),
     }
+    if getattr(spec, "text_tower", "own") != "own":  # it came after the first release: absent, it leaves no trace
+        depends["text_tower"] = "teacher"
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from toolchain.recipe.data import DataSpec
 from toolchain.recipe.distill import NEED_CAPTIONS, WITHOUT_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
-from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model import StudentSpec, TeacherSpec
 from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.section import Section
 
@@ -23,7 +23,7 @@ class Recipe(Section):
     teacher: TeacherSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
 
-    student: ModelSpec
+    student: StudentSpec
     baseline: bool = False
     """Also train the same student without the teacher, from the same seed and batches."""
 
@@ -86,6 +86,17 @@ class Recipe(Section):
             raise ValueError(
                 f"data of kind {kind} has no captions, but {', '.join(wrong)} need images with their own captions; "
                 f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use {WITHOUT_CAPTIONS}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_text_tower(self) -> "Recipe":
+        if self.student.has_teachers_text and (self.teacher is None or self.distill is None):
+            raise ValueError("student.text_tower: teacher needs the sections `teacher` and `distill`; add them")
+        if self.student.has_teachers_text and self.baseline:
+            raise ValueError(
+                "student.text_tower: teacher has no baseline: without a teacher there is no text tower. "
+                "Set baseline: false"
             )
         return self
 
