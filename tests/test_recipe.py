@@ -22,7 +22,7 @@ from toolchain.recipe.load import (
     shipped_recipes,
     teacher_recipe,
 )
-from toolchain.recipe.model import ModelSpec, StudentSpec, TeacherSpec
+from toolchain.recipe.model import StudentSpec, TeacherSpec
 from toolchain.recipe.model_names import SHIPPED, architectures, model_folder
 from toolchain.recipe.recipe import Recipe
 
