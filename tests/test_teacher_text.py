@@ -98,7 +98,7 @@ def test_the_text_side_is_the_teachers_and_the_image_tower_is_new(teacher: ClipM
 
 
 def test_an_image_tower_keeps_its_weights(teacher: ClipModel, tmp_path: Path) -> None:
-    own = build_model(image_tower(model_cfg={"vision_cfg": VISION, "embed_dim": 40}, text_tower="own"), seed=3)
+    own = build_model(image_tower(model_cfg={"vision_cfg": VISION, "embed_dim": 40}, text_tower=None), seed=3)
     (tmp_path / "own").mkdir()
     save_model(own, tmp_path / "own")
     student = build_on_text_tower(
@@ -118,7 +118,7 @@ def test_an_image_tower_keeps_its_weights(teacher: ClipModel, tmp_path: Path) ->
 def test_weights_that_would_compute_something_else_are_refused(
     teacher: ClipModel, tmp_path: Path, changes: dict[str, Any], problem: str
 ) -> None:
-    own = build_model(image_tower(model_cfg={"vision_cfg": VISION} | changes, text_tower="own"), seed=3)
+    own = build_model(image_tower(model_cfg={"vision_cfg": VISION} | changes, text_tower=None), seed=3)
     (tmp_path / "own").mkdir()
     save_model(own, tmp_path / "own")
     with pytest.raises(UsageError, match=problem):

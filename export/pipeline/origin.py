@@ -23,6 +23,8 @@ def describe_origin(recipe: Recipe, run: Path, checkpoint: Stage, teacher: Stage
         "student": _describe(recipe.student, run),
         "data": _describe(recipe.data, run),
     }
+    if recipe.more_teachers:
+        described["more teachers"] = [_describe(spec, run) for spec in recipe.more_teachers]
     if recipe.teacher is not None and teacher is not None:
         described["teacher"]["sha256"] = teacher.digest
     for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):

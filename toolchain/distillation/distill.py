@@ -29,7 +29,7 @@ from toolchain.distillation.memory import divisors, fit_parts
 from toolchain.distillation.non_finite import is_finite, non_finite_error
 from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher import open_teacher
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.distillation.training_log import StepClock, is_logged, log_row, open_log
 from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
 from toolchain.distillation.training_options import TrainingOptions
@@ -56,7 +56,7 @@ class Training:
     student: ClipModel
     """Trained in place."""
 
-    teacher: ClipModel | TeacherCache | None
+    teacher: ClipModel | TeacherCache | TeacherCaches | None
     data: TrainingData
     seed: int = 0
     max_damaged: float = MAX_DAMAGED

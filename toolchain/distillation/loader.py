@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from toolchain.data.bad_samples import Damage
 from toolchain.data.batch import Geometry, TrainingData
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.errors import ClipkdError
 from toolchain.models.clip_model import ClipModel
 
@@ -85,7 +85,7 @@ class _Batches(Dataset[PreparedBatch | ClipkdError]):
     rows: slice
     student: tuple[Geometry, Callable[[list[str]], Tensor]]
     teacher: tuple[Geometry, Callable[[list[str]], Tensor]] | None
-    cache: TeacherCache | None
+    cache: TeacherCache | TeacherCaches | None
 
     def __getitem__(self, step: int) -> PreparedBatch | ClipkdError:
         geometry, tokenize = self.student
@@ -118,7 +118,7 @@ def load_batches(
     steps: range,
     rows: slice,
     student: ClipModel,
-    teacher: ClipModel | TeacherCache | None,
+    teacher: ClipModel | TeacherCache | TeacherCaches | None,
     workers: int,
 ) -> Generator[PreparedBatch, None, None]:
     """Yield one rank's rows of the batches of `steps`, for a student and a teacher, live or cached.
@@ -128,7 +128,7 @@ def load_batches(
     Raises:
         ClipkdError: a sample cannot be read.
     """
-    prepare_for_teacher, cache = None, teacher if isinstance(teacher, TeacherCache) else None
+    prepare_for_teacher, cache = None, teacher if isinstance(teacher, TeacherCache | TeacherCaches) else None
     if isinstance(teacher, ClipModel):
         tokenize = student.tokenize_trimmed if teacher.tokenizes_like(student) else teacher.tokenize_trimmed
         prepare_for_teacher = teacher.geometry, tokenize

@@ -9,13 +9,13 @@ its weight in recipe/distill.py, which also lists the objectives that need pairs
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from toolchain.distillation.blocks import Sweep, sum_in_blocks
+from toolchain.distillation.blocks import Sweep, scale_terms, sum_in_blocks
 from toolchain.distillation.blockwise_losses import (
     PairLogits,
     Rows,
@@ -26,7 +26,7 @@ from toolchain.distillation.blockwise_losses import (
     match_features,
     match_gradients,
 )
-from toolchain.distillation.features import BatchFeatures, Scales
+from toolchain.distillation.features import BatchFeatures, Scales, split_teachers
 from toolchain.distributed import ALONE, Processes
 from toolchain.recipe.distill import AFFINITY_LOGIT_SCALE
 
@@ -216,6 +216,11 @@ class Objective:
     on_whole_image: str | None = None
     """For an objective on masked images: the name of the objective that has the same loss on whole images."""
 
+    @property
+    def is_mean_over_teachers(self) -> bool:
+        """Return True if it compares the student with each teacher; a fusion is one of all."""
+        return self.needs_teacher and not self.fuses
+
 
 OBJECTIVES: dict[str, Objective] = {
     "task": Objective(
@@ -335,23 +340,16 @@ def weighted_loss(
     `own` and `everyone` are the features of the rank's rows and of all ranks' rows (`gather_features`), made with
     `scales` by heads for at least these objectives.  Without a teacher, only objectives that need none are computed.
     `memory_mb` bounds the memory of a block (blocks.py).  `divides_by_scales` selects `reference_compat`'s form of
-    gradient distillation.  If `scales` has a bias, the student is a sigmoid model.
+    gradient distillation.  If `scales` has a bias, the student is a sigmoid model.  An objective that compares the
+    student with a teacher is the mean over the teachers, if there are several.
 
     On every rank, the sum and the terms have the values of the whole batch (a collective call).  The sum's gradient
     differs: it is that of the loss of the rank's anchors, and the mean over ranks is the gradient of the batch's loss.
     """
     inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales, affinity_logit_scale)
     selected = select(weights, with_teacher=own.teacher is not None)
-    values: dict[str, Tensor] = {}
     with torch.autocast(scales.logit_scale.device.type, enabled=False):
-        losses = {name: _choose_loss(objective, scales) for name, objective in selected.items()}
-        sweeps = _contrasts(inputs, losses) + _pairs(inputs, losses)
-        for name, loss in losses.items():
-            if not isinstance(loss, Contrast | Pairs):
-                made = loss(inputs, name)
-                if isinstance(made, tuple):
-                    made, values[name] = made
-                sweeps += made
+        sweeps, values = _compute_losses(inputs, selected)
         total, terms = (
             sum_in_blocks(sweeps, weights, memory_mb) if sweeps else (torch.zeros_like(scales.logit_scale), {})
         )
@@ -360,6 +358,32 @@ def weighted_loss(
     terms = dict(zip(selected, value_n.unbind(), strict=True))
     value = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
     return total + (value - total).detach(), terms
+
+
+def _compute_losses(inputs: LossInputs, selected: Mapping[str, Objective]) -> tuple[list[Sweep], dict[str, Tensor]]:
+    """Return the sweeps of all objectives, and the values of those whose sweeps have only their gradient.
+
+    For several teachers, the mean over them of KL(p_t || q) has the gradient of KL(mean_t p_t || q): in the logits it
+    is q - mean_t p_t.  So relations are averaged after the softmax.
+    """
+    losses = {name: _choose_loss(objective, inputs.scales) for name, objective in selected.items()}
+    of_teachers = list(zip(split_teachers(inputs.own), split_teachers(inputs.everyone), strict=True))
+    shares = {name: 1 / len(of_teachers) for name, objective in selected.items() if objective.is_mean_over_teachers}
+    sweeps: list[Sweep] = []
+    values: dict[str, Tensor] = {}
+    for number, (own, everyone) in enumerate(of_teachers):
+        asked = {name: loss for name, loss in losses.items() if name in shares or number == 0}
+        of_teacher = replace(inputs, own=own, everyone=everyone)
+        made = _contrasts(of_teacher, asked) + _pairs(of_teacher, asked)
+        for name, loss in asked.items():
+            if not isinstance(loss, Contrast | Pairs):
+                found = loss(of_teacher, name)
+                if isinstance(found, tuple):
+                    found, value = found
+                    values[name] = values.get(name, torch.zeros_like(value)) + shares[name] * value
+                made += found
+        sweeps += made if len(of_teachers) == 1 else [scale_terms(sweep, shares) for sweep in made]
+    return sweeps, values
 
 
 def _choose_loss(objective: Objective, scales: Scales) -> Loss:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.loader import PreparedBatch
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.errors import ArtifactError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn
@@ -58,15 +58,17 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """A frozen teacher whose features were read from a cache when the batch was prepared."""
+    """A frozen teacher, or several, whose features were read from a cache when the batch was prepared."""
 
     logit_scale: Tensor
     logit_bias: Tensor | None = None
+    widths: tuple[int, ...] = ()
+    """As in `TeacherFeatures`."""
 
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
         """Return the stored features of a batch."""
         assert batch.teacher_features is not None
-        return TeacherFeatures(*batch.teacher_features, self.logit_scale, self.logit_bias)
+        return TeacherFeatures(*batch.teacher_features, self.logit_scale, self.logit_bias, self.widths)
 
 
 def non_finite_advice(is_float32: bool) -> str:
@@ -79,25 +81,28 @@ def non_finite_advice(is_float32: bool) -> str:
 
 
 def open_teacher(
-    teacher: ClipModel | TeacherCache, spec: DistillSpec, device: torch.device
+    teacher: ClipModel | TeacherCache | TeacherCaches, spec: DistillSpec, device: torch.device
 ) -> LiveTeacher | CachedTeacher:
     """Return the object that provides the teacher's features during training.
 
     Raises:
         ArtifactError: its logit_scale or logit_bias is not finite, or its cache lacks the logit_bias that is needed.
     """
-    if isinstance(teacher, TeacherCache):
-        bias = teacher.logit_bias
-        if bias is None and spec.loss_weights.sigmoid_kd:
-            raise ArtifactError(
-                f"{teacher.folder}: distill.loss_weights.sigmoid_kd needs the teacher's logit_bias, which this teacher "
-                "cache lacks: it was made by an earlier version. Delete it and run the command again to rebuild it"
-            )
-        return CachedTeacher(
-            torch.tensor(teacher.logit_scale, device=device),
-            None if bias is None else torch.tensor(bias, device=device),
+    if isinstance(teacher, ClipModel):
+        return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile)
+    members = teacher.members if isinstance(teacher, TeacherCaches) else (teacher,)
+    biases = [member.logit_bias for member in members]
+    if spec.loss_weights.sigmoid_kd and None in biases:
+        raise ArtifactError(
+            f"{members[biases.index(None)].folder}: distill.loss_weights.sigmoid_kd needs the teacher's logit_bias, "
+            "which this teacher cache lacks: it was made by an earlier version. Delete it and run the command again to "
+            "rebuild it"
         )
-    return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile)
+    scale = torch.tensor([member.logit_scale for member in members], device=device)
+    bias = None if None in biases else torch.tensor(biases, device=device)
+    if isinstance(teacher, TeacherCaches):
+        return CachedTeacher(scale, bias, teacher.widths)
+    return CachedTeacher(scale[0], None if bias is None else bias[0])
 
 
 def live_teacher(

@@ -92,6 +92,33 @@ class TeacherCache:
         return image_BE, text_BE
 
 
+@dataclass(frozen=True)
+class TeacherCaches:
+    """The caches of several teachers of the same data.  Their features stand side by side, in E columns in all.
+
+    The teachers may differ in everything: each cache was made with its own teacher's tokenizer and image size.
+    """
+
+    members: tuple[TeacherCache, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(member.embed_dim for member in self.members)
+
+    @property
+    def embed_dim(self) -> int:
+        return sum(self.widths)
+
+    def features(self, sample_B: NDArray[np.int64], pick_B: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
+        """Return image and text features, [B, E] each: float32, the columns of each teacher of unit norm.
+
+        Raises:
+            ClipkdError: as for `TeacherCache`.
+        """
+        image, text = zip(*(member.features(sample_B, pick_B, view) for member in self.members), strict=True)
+        return torch.cat(image, dim=1), torch.cat(text, dim=1)
+
+
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 

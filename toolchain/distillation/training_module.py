@@ -14,7 +14,7 @@ from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeat
 from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
 from toolchain.distillation.objectives import Objective, select
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.patch_masking import kept_patches, masked_image_features, num_patches
@@ -28,7 +28,11 @@ class TrainingModule(nn.Module):
     """The student and the distillation heads: everything the optimizer updates and a checkpoint holds."""
 
     def __init__(
-        self, student: ClipModel, teacher: ClipModel | TeacherCache | None, spec: DistillSpec, processes: Processes
+        self,
+        student: ClipModel,
+        teacher: ClipModel | TeacherCache | TeacherCaches | None,
+        spec: DistillSpec,
+        processes: Processes,
     ) -> None:
         super().__init__()
         student.probe_fast_paths()
@@ -37,7 +41,10 @@ class TrainingModule(nn.Module):
         weights = spec.loss_weights.model_dump()
         teacher_width = teacher.embed_dim if teacher else student.embed_dim
         self.heads = DistillationHeads(
-            student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
+            student.embed_dim,
+            teacher.widths if isinstance(teacher, TeacherCaches) else teacher_width,
+            weights if teacher else {},
+            reference_compat=spec.reference_compat,
         )
         self._prepare_scales(select(weights, with_teacher=teacher is not None), spec.affinity_logit_scale)
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None

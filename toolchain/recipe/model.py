@@ -47,9 +47,10 @@ class ModelSpec(Section):
 
 
 class StudentSpec(ModelSpec):
-    text_tower: Literal["own", "teacher"] = "own"
+    text_tower: Literal["teacher"] | None = None
     """teacher: train the image tower of `model` alone, in the teacher's feature space, and ship the teacher's text
-    tower with it, unchanged.  Images without captions suffice (data.kind images)."""
+    tower with it, unchanged.  Images without captions suffice (data.kind images).
+    Absent: the text tower of `model`."""
 
     @property
     def has_teachers_text(self) -> bool:

@@ -78,7 +78,7 @@ def fingerprint(spec: "ModelSpec") -> str:
         "checkpoint": file_sha256(Path(spec.checkpoint)) if spec.checkpoint else None,
         **spec.model_dump(mode="json", exclude={"model", "checkpoint", "recipe", "text_tower"}),
     }
-    if getattr(spec, "text_tower", "own") != "own":  # it came after the first release: absent, it leaves no trace
+    if getattr(spec, "text_tower", None) is not None:  # it came after the first release: absent, it leaves no trace
         depends["text_tower"] = "teacher"
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
