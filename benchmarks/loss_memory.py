@@ -3,7 +3,8 @@
     python benchmarks/loss_memory.py [--batches 2048 4096 8192 16384 32768 65536] [--rounds 3]
 
 Each point runs in a fresh process: unit features of width 512, forward and backward pass.  Memory is what the process
-needs beyond its features at its peak.  The three sides interleave, and the median of the rounds counts for time.
+needs beyond its features at its peak.  Time is that of the processor in all threads, on which other programs have little
+effect.  The three sides interleave, and the median of the rounds counts for time.
 
 - ours: task, CRD, FD and ICL as training computes them (`weighted_loss`);
 - dense: the same four from losses.py, which hold the square of the batch;
@@ -89,15 +90,15 @@ def measure_apart(side: str, batch: int) -> dict[str, float]:
 
 
 def measure(side: str, batch: int) -> dict[str, float]:
-    """Return peak memory beyond the features in MB of 2^20 bytes, and the seconds of one forward and backward pass."""
+    """Return peak memory beyond the features in MB of 2^20 bytes, and the processor time of both passes in seconds."""
     compute = {"ours": ours, "dense": dense, "open_clip": open_clip_loss}[side]
     differentiate(compute, 64)  # libraries load, and their memory is not counted
     torch.manual_seed(0)
     student, teacher = make_features(batch)
     before = peak_mb()
-    started = time.perf_counter()
+    started = time.process_time()
     compute(student, teacher).backward()  # type: ignore[no-untyped-call]
-    return {"extra_mb": peak_mb() - before, "seconds": time.perf_counter() - started}
+    return {"extra_mb": peak_mb() - before, "seconds": time.process_time() - started}
 
 
 def differentiate(compute: Callable[[list[Tensor], list[Tensor]], Tensor], batch: int) -> None:
@@ -173,7 +174,10 @@ def write_table(document: dict[str, Any]) -> None:
             cells.append("" if point is None else f"{point['extra_mb']:,.0f} MB, {point['seconds']:.1f} s")
         lines.append(f"| {batch:,} | {' | '.join(cells)} |")
     where = f"{place['cpu']}, {place['cores']} cores, commit `{document['commit']}`"
-    lines += ["", f"Measured on {where}: memory beyond the features, of width {WIDTH}, and time of both passes."]
+    lines += [
+        "",
+        f"Measured on {where}: memory beyond the features, of width {WIDTH}, and processor time of both passes.",
+    ]
     lines += ["", f"![Memory and time against the batch]({CHART.name})"]
     text = PAGE.read_text(encoding="utf-8")
     head, tail = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
@@ -186,7 +190,7 @@ def draw(points: list[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    labels = {"extra_mb": "peak memory beyond the features (MB)", "seconds": "forward and backward pass (s)"}
+    labels = {"extra_mb": "peak memory beyond the features (MB)", "seconds": "processor time of both passes (s)"}
     for axes, (field, label) in zip(panels, labels.items(), strict=True):
         for side in SIDES:
             own = sorted((point["batch"], point[field]) for point in points if point["side"] == side)

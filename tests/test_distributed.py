@@ -74,6 +74,7 @@ def both() -> dict[str, list[Any]]:
         "collectives": (collectives,),
         **{f"norm {shape} {cls.__name__}": (normalized, shape, cls) for shape, cls in NORMS},
         **{rule: (trained_convolutional, rule) for rule in ("all_processes", "per_process")},
+        "frozen": (trained_convolutional, "frozen", 3),
     }
     return dict(zip(jobs, spawn(list(jobs.values())), strict=True))
 
@@ -269,11 +270,13 @@ def test_a_batch_norm_is_of_the_rows_of_all_processes(
         torch.testing.assert_close(found[0][name], expected[name])
 
 
-def trained_convolutional(processes: Processes, batch_norm: str) -> dict[str, Tensor]:
+def trained_convolutional(processes: Processes, batch_norm: str, accumulate: int = 1) -> dict[str, Tensor]:
     """The state of the glyphs student, a ResNet, after 12 steps: in float64, since rounding grows with every step."""
     student = load_model(STUDENT, random_seed=SEED)
     student.net.double().visual.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))  # type: ignore[union-attr]
-    spec = DistillSpec(steps=12, batch_size=12, lr=1e-3, warmup=3, batch_norm=batch_norm)
+    spec = DistillSpec(steps=12, batch_size=12, lr=1e-3, warmup=3, batch_norm=batch_norm, accumulate=accumulate)
+    if batch_norm == "frozen":  # needs statistics
+        student.net.train().visual(torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(SEED)))  # type: ignore[operator]
     training = Training(spec, student, None, GlyphBatches(tiny_training_set(), SEED, 12, 2), seed=SEED)
     with tempfile.TemporaryDirectory() as folder:
         distill(training, Path(folder), lambda *_: None, processes=processes)
@@ -294,6 +297,18 @@ def test_two_processes_train_a_convolutional_student_as_one(both: dict[str, list
         assert relative_difference(found, expected) < MAX_WEIGHT_ERROR
     for found in both["per_process"]:
         assert relative_difference(found, expected) > 0.005, "the rule that was asked for"
+
+
+def test_frozen_batch_norms_are_exact_in_any_number_of_processes_and_parts(both: dict[str, list[Any]]) -> None:
+    expected = trained_convolutional(ALONE, "frozen")
+    for found in (
+        trained_convolutional(ALONE, "frozen", 2),
+        trained_convolutional(ALONE, "frozen", 12),
+        *both["frozen"],
+    ):
+        assert relative_difference(found, expected) < MAX_WEIGHT_ERROR
+    name = next(name for name in expected if name.endswith("running_mean"))
+    assert expected[name].any(), "the statistics it started from"
 
 
 def test_the_default_of_batch_norm_is_not_in_the_key_of_a_stage() -> None:

@@ -38,7 +38,9 @@ class Net(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1.5))
 
 
-def forward_of(middle: nn.Module, accumulate: int) -> tuple[Forward, PreparedBatch, TeacherFeatures]:
+def forward_of(
+    middle: nn.Module, accumulate: int, batch_norm: Any = "all_processes"
+) -> tuple[Forward, PreparedBatch, TeacherFeatures]:
     """Passes of one student, always from the same weights, over the same batch."""
     torch.manual_seed(0)
     net = Net(middle)
@@ -52,7 +54,7 @@ def forward_of(middle: nn.Module, accumulate: int) -> tuple[Forward, PreparedBat
         encode_text=lambda ids: net.text(ids).sum(1),
     )
     spec = DistillSpec(
-        steps=9, batch_size=BATCH, lr=1, warmup=0, accumulate=accumulate, loss_memory_mb=1e-4,
+        steps=9, batch_size=BATCH, lr=1, warmup=0, accumulate=accumulate, loss_memory_mb=1e-4, batch_norm=batch_norm,
         loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | WEIGHTS),
     )  # fmt: skip
     torch.manual_seed(1)
@@ -120,6 +122,30 @@ def test_batch_norms_see_each_part_once() -> None:
     assert norm.num_batches_tracked.item() == 2
     torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=RTOL, atol=RTOL)
     torch.testing.assert_close(norm.running_var, expected.running_var, rtol=RTOL, atol=RTOL)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_frozen_batch_norms_have_the_gradients_of_the_whole_batch(accumulate: int) -> None:
+    """Their statistics stay; weights and biases are trained."""
+    found = []
+    for parts in (1, accumulate):
+        norm = nn.BatchNorm1d(WIDTH)
+        norm.running_mean, norm.running_var = torch.linspace(-1, 1, WIDTH), torch.linspace(0.5, 2, WIDTH)
+        forward, batch, teacher = forward_of(norm, parts, batch_norm="frozen")
+        forward.backward(forward.run(batch, teacher, STEP), batch, STEP)
+        found.append(gradients_of(forward))
+        assert forward.trainee.training
+        assert torch.equal(norm.running_mean, torch.linspace(-1, 1, WIDTH).double())
+        assert torch.equal(norm.running_var, torch.linspace(0.5, 2, WIDTH).double())
+        assert norm.num_batches_tracked == 0
+    assert {"net.visual.2.weight", "net.visual.2.bias"} <= found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=RTOL, atol=RTOL * value.abs().max().item())
+
+
+def test_batch_norms_without_statistics_are_not_frozen(tmp_path: Path, tiny_samples: TrainingSet) -> None:
+    with pytest.raises(UsageError, match="this student starts from random weights, without any"):
+        train(tmp_path, tiny_samples, None, batch_norm="frozen")
 
 
 def test_gradients_carry_the_scalers_factor_once() -> None:

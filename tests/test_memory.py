@@ -58,6 +58,25 @@ def test_the_probe_changes_nothing(forward: Any) -> None:
     assert all(parameter.grad is None for parameter in norm.trainee.parameters())
 
 
+def test_the_probe_compiles_nothing(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled student is estimated as if it were not, and refused like others."""
+    expected = estimate_step(forward, make_optimizer(forward.trainee, forward.spec), BATCH, WIDTH + 2)
+    compiled: list[Any] = []
+
+    def compile_graph(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    forward.spec = forward.spec.model_copy(update={"compile": True})
+    forward.trainee.student.net.visual.compile(backend=compile_graph)
+    found = estimate_step(forward, make_optimizer(forward.trainee, forward.spec), BATCH, WIDTH + 2)
+    assert found == expected
+    assert not compiled
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    with pytest.raises(UsageError, match=r"No distill.accumulate makes it fit"):
+        fit_parts(forward, make_optimizer(forward.trainee, forward.spec), BATCH, WIDTH + 2)
+
+
 @pytest.mark.parametrize(("free", "expected"), [(1000, 1), (170, 2), (70, 8)])
 def test_auto_takes_the_smallest_number_of_parts_that_fits(
     forward: Any, monkeypatch: pytest.MonkeyPatch, free: int, expected: int

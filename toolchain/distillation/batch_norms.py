@@ -1,4 +1,4 @@
-"""Compute the batch norms of a student over the rows of all ranks.
+"""Compute the batch norms of a student over the rows of all ranks, or from statistics that stay as they are.
 
 W ranks then train the student that one rank trains with the whole batch.  A batch norm remains the same module with the
 same names in its state_dict: only its call of `F.batch_norm` is replaced.  timm's BatchNormAct2d makes the same call.
@@ -24,15 +24,41 @@ from torch.nn.modules._functions import SyncBatchNorm
 from torch.overrides import TorchFunctionMode
 
 from toolchain.distributed import Processes
+from toolchain.errors import UsageError
+
+
+def find_batch_norms(net: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]:
+    """Return the batch norms of a student."""
+    return [each for each in net.modules() if isinstance(each, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))]
+
+
+def freeze_batch_norms(net: nn.Module) -> None:
+    """Let every batch norm use its running statistics, and not change them, until the next call of `net.train`."""
+    for module in find_batch_norms(net):
+        module.training = False  # not `eval()`, which would also reach timm's dropout inside the module
+
+
+def require_statistics(net: nn.Module) -> None:
+    """Raise an error if batch norms have the statistics of a new model, with which they normalize nothing.
+
+    Raises:
+        UsageError: all running means are 0 and all running variances 1.
+    """
+    found = [(norm.running_mean, norm.running_var) for norm in find_batch_norms(net)]
+    kept = [(mean_C, var_C) for mean_C, var_C in found if mean_C is not None and var_C is not None]
+    if kept and all(not mean_C.any() and torch.equal(var_C, torch.ones_like(var_C)) for mean_C, var_C in kept):
+        raise UsageError(
+            "distill.batch_norm: frozen keeps the statistics that the student starts from, and this student starts "
+            "from random weights, without any. Give student.init weights, or use batch_norm: all_processes"
+        )
 
 
 def synchronize_batch_norms(net: nn.Module, processes: Processes) -> None:
     """Let every batch norm in training mode use the rows of all ranks, by collective calls in both passes."""
     if processes.size == 1:
         return
-    for module in net.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            module.forward = _over_all_ranks(module.forward)  # type: ignore[assignment]
+    for module in find_batch_norms(net):
+        module.forward = _over_all_ranks(module.forward)  # type: ignore[assignment]
 
 
 def _over_all_ranks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -15,16 +15,17 @@ Arithmetic is in float32 or wider, as in losses.py.  The caller disables autocas
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from toolchain.distillation.blocks import Block, Sweep, by_autograd, choose_block_rows
-from toolchain.distillation.losses import fd_loss, scaled_similarities, widen
+from toolchain.distillation.losses import fd_loss, widen
 from toolchain.distributed import Processes
 
+_T = TypeVar("_T")
 Target = Literal["pair", "teacher", "affinity"]
 """Target of the softmax over candidates: the anchor's own pair (cross entropy), the teacher's softmax (KL), or the
 teacher's softmax with the student's scale (cross entropy).  The losses of pairs have the first two, with a sigmoid."""
@@ -45,6 +46,11 @@ class PairLogits(NamedTuple):
     logit_bias: Tensor
 
 
+def multiply(x: Similarities, out: Tensor | None = None) -> Tensor:
+    """Return logits.  The scale multiplies the anchors, which have fewer elements."""
+    return torch.mm(x.logit_scale * x.anchor_bD, x.candidate_BD.T, out=out)
+
+
 class Rows(NamedTuple):
     """The rows of a batch that are a rank's own, and the memory for its blocks."""
 
@@ -56,8 +62,9 @@ class Rows(NamedTuple):
 
     def blocks(self, x: Similarities) -> list[slice]:
         """Return the blocks of the rank's rows."""
+        count = len(x.anchor_bD)
         size = choose_block_rows(len(x.candidate_BD), self.memory_mb, x.candidate_BD.dtype)
-        return [slice(start, start + size) for start in range(0, len(x.anchor_bD), size)]
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def contrast(
@@ -86,29 +93,60 @@ def contrast(
     half = 1 / (2 * len(student.anchor_bD))
 
     def add_block(block: Block) -> Tensor:
-        models = [Similarities(*x) for x in zip(block.rows, block.shared[::2], block.shared[1::2], strict=True)]
-        row_targets, shared_targets = block.gradients[: len(models)], block.gradients[len(models) :]
-        targets = list(zip(row_targets, shared_targets[::2], shared_targets[1::2], strict=True))
-        logits = [scaled_similarities(*x) for x in models]
-        gradients = [None if all(x is None for x in of_model) else torch.zeros_like(logits[0]) for of_model in targets]
+        ours = [Similarities(*x) for x in _by_model(block.rows, block.shared)]
+        targets = _by_model(block.gradients[: len(ours)], block.gradients[len(ours) :])
+        is_needed = [any(target is not None for target in of_model) for of_model in targets]
+        arrays = _Arrays.of(block.work, ours, is_needed)
         weights = {target: half * weight for target, weight in zip(names, block.weights, strict=True)}
         match = rows.first + block.place.start
-        sums = _sum_exponentials(logits, 1, has_entropy=has_entropy)
-        value_n = _add_losses(logits, gradients, sums, match, weights)
+        value_n = _add_losses(arrays, _sum_exponentials(arrays, 1, has_entropy=has_entropy), match, weights)
         if columns is not None:
-            value_n = value_n + _add_losses(logits, gradients, columns, match, weights)
-        for gradient_cB, model, of_model in zip(gradients, models, targets, strict=True):
+            for sums, logits_cB, power_cB in zip(columns, arrays.logits, arrays.powers, strict=True):
+                _exponentiate(logits_cB, sums.max, power_cB)
+            value_n = value_n + _add_losses(arrays, columns, match, weights)
+        for x, of_model, gradient_cB in zip(ours, targets, arrays.gradients, strict=True):
             if gradient_cB is not None:
-                _backpropagate(gradient_cB, model, of_model)
+                _backpropagate(gradient_cB, x, of_model)
         return half * value_n
 
     shared = [x for model in models for x in (model.candidate_BD, model.logit_scale)]
     anchors = [model.anchor_bD for model in models]
-    return Sweep(tuple(names.values()), add_block, anchors, shared, len(student.candidate_BD))
+    num_arrays = _Arrays.count(len(models))
+    return Sweep(tuple(names.values()), add_block, anchors, shared, len(student.candidate_BD), num_arrays)
 
 
 def _widen(x: Similarities) -> Similarities:
     return Similarities(widen(x.anchor_bD), widen(x.candidate_BD), x.logit_scale)
+
+
+def _by_model(rows: Sequence[_T], shared: Sequence[_T]) -> list[tuple[_T, _T, _T]]:
+    """Return anchors, candidates and scale of each model; the student is the first."""
+    return list(zip(rows, shared[::2], shared[1::2], strict=True))
+
+
+class _Arrays(NamedTuple):
+    """The arrays [c, B] of a block, for each model; the student is the first."""
+
+    logits: Sequence[Tensor]
+    powers: Sequence[Tensor]
+    """exp(x - max) of the logits, and their softmax."""
+
+    gradients: Sequence[Tensor | None]
+    """Gradients in the logits; None: nothing needs them."""
+
+    spare: Tensor
+
+    @staticmethod
+    def count(num_models: int) -> int:
+        return 3 * num_models + 1
+
+    @classmethod
+    def of(cls, work: Sequence[Tensor], models: Sequence[Similarities], is_needed: Sequence[bool]) -> "_Arrays":
+        """Return the arrays with the logits of a block and with gradients of zero."""
+        n = len(models)
+        logits = [multiply(x, out) for x, out in zip(models, work[:n], strict=True)]
+        gradients = [x.zero_() if needed else None for x, needed in zip(work[n : 2 * n], is_needed, strict=True)]
+        return cls(logits, work[2 * n : 3 * n], gradients, work[-1])
 
 
 class _Sums(NamedTuple):
@@ -119,45 +157,51 @@ class _Sums(NamedTuple):
     """Sum of exp(x - max), in float64."""
 
     product: Tensor
-    """Sum of exp(x - max) (x - z), in float64; z: the student's logits.  For H, which has the entropy, of
-    exp(x - max) (-z)."""
+    """Of the teacher: sum of exp(x - max) (x - z), in float64; z: the student's logits.  For H, which has the entropy,
+    of exp(x - max) (-z)."""
 
     @property
     def log_total(self) -> Tensor:
         """The logarithm of the sum of exp(x)."""
         return self.max + self.total.log()
 
-    def softmax(self, x_cB: Tensor) -> Tensor:
-        return (x_cB - self.max.to(x_cB.dtype)).exp_().div_(self.total.to(x_cB.dtype))
+
+def _exponentiate(x_cB: Tensor, maximum: Tensor, power_cB: Tensor) -> None:
+    torch.sub(x_cB, maximum.to(x_cB.dtype), out=power_cB).exp_()
 
 
-def _sum_exponentials(logits: Sequence[Tensor], dim: int, *, has_entropy: bool) -> list[_Sums]:
-    """Return the sums over an axis of a block's logits, for each model; the student is the first."""
+def _sum_exponentials(arrays: _Arrays, dim: int, *, has_entropy: bool) -> list[_Sums]:
+    """Return the sums over an axis of each model's logits, and set the powers."""
     found = []
-    for x_cB in logits:
+    for x_cB, power_cB in zip(arrays.logits, arrays.powers, strict=True):
         maximum = x_cB.amax(dim, keepdim=True)
-        power_cB = (x_cB - maximum).exp_()
-        total = power_cB.sum(dim, keepdim=True).double()
-        is_student = x_cB is logits[0]
-        product = torch.zeros_like(total)
-        if not is_student:
-            product = power_cB.mul_(_subtract(x_cB, logits[0], has_entropy)).sum(dim, keepdim=True)
-        found.append(_Sums(maximum, total, product.double()))
+        _exponentiate(x_cB, maximum, power_cB)
+        product = total = power_cB.sum(dim, keepdim=True)
+        if x_cB is not arrays.logits[0]:
+            product = _subtract(x_cB, arrays, has_entropy).mul_(power_cB).sum(dim, keepdim=True)
+        found.append(_Sums(maximum, total.double(), product.double()))
     return found
 
 
-def _subtract(x_cB: Tensor, z_cB: Tensor, has_entropy: bool) -> Tensor:
+def _subtract(x_cB: Tensor, arrays: _Arrays, has_entropy: bool) -> Tensor:
     """Return the terms whose mean under the teacher's softmax is in the loss: x - z for KL, -z for H."""
-    return -z_cB if has_entropy else x_cB - z_cB
+    if has_entropy:
+        return torch.neg(arrays.logits[0], out=arrays.spare)
+    return torch.sub(x_cB, arrays.logits[0], out=arrays.spare)
 
 
 @torch.no_grad()
 def _sum_columns(models: Sequence[Similarities], rows: Rows, *, has_entropy: bool) -> list[_Sums]:
     """Return the sums over the anchors of all ranks, [1, B], for each model (a collective call)."""
     sums: list[_Sums] = []
-    for place in rows.blocks(models[0]):
-        block = [scaled_similarities(x.anchor_bD[place], x.candidate_BD, x.logit_scale) for x in models]
-        found = _sum_exponentials(block, 0, has_entropy=has_entropy)
+    places, candidate_BD = rows.blocks(models[0]), models[0].candidate_BD
+    num_rows = places[0].stop
+    work = [candidate_BD.new_empty(num_rows, len(candidate_BD)) for _ in range(_Arrays.count(len(models)))]
+    for place in places:
+        block = [x._replace(anchor_bD=x.anchor_bD[place]) for x in models]
+        part = [array_cB[: place.stop - place.start] for array_cB in work]
+        arrays = _Arrays.of(part, block, [False] * len(block))
+        found = _sum_exponentials(arrays, 0, has_entropy=has_entropy)
         sums = [_merge(both) for both in zip(sums, found, strict=True)] if sums else found
     merged = []
     for of_rank in sums:
@@ -175,44 +219,38 @@ def _merge(parts: Sequence[_Sums]) -> _Sums:
     return _Sums(maximum, total, product)
 
 
-def _add_losses(
-    logits: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    sums: Sequence[_Sums],
-    match: int,
-    weights: Mapping[Target, float],
-) -> Tensor:
+def _add_losses(arrays: _Arrays, sums: Sequence[_Sums], match: int, weights: Mapping[Target, float]) -> Tensor:
     """Return the losses of a block in one direction, [n], and add their weighted gradients in the logits.
 
         CE = log sum exp(z) - z_match       dCE/dz = q - onehot
         KL = sum p (log p - log q)          dKL/dz = q - p,   dKL/dx = p (x - z - sum p (x - z))
         H = -sum p log q                    dH/dz = q - p,    dH/dx = p (-z - sum p (-z))
 
-    z: the student's logits, q = softmax(z); x: the teacher's, p = softmax(x).  The gradients are those of all losses
-    in this block's logits.  The losses are those of the block's anchors, or in the other direction those of their
-    matches.  Anchor 0 belongs to candidate `match`.
+    z: the student's logits, q = softmax(z); x: the teacher's, p = softmax(x).  The powers of both become q and p.  The
+    gradients are those of all losses in this block's logits.  The losses are those of the block's anchors, or in the
+    other direction those of their matches.  Anchor 0 belongs to candidate `match`.
     """
-    z_cB, student, gradient_cB = logits[0], sums[0], gradients[0]
+    z_cB, q_cB, gradient_cB, student = arrays.logits[0], arrays.powers[0], arrays.gradients[0], sums[0]
+    for power_cB, of_model in zip(arrays.powers, sums, strict=True):
+        power_cB.div_(of_model.total.to(power_cB.dtype))
     if gradient_cB is not None:
-        gradient_cB.add_(student.softmax(z_cB), alpha=sum(weights.values()))
+        gradient_cB.add_(q_cB, alpha=sum(weights.values()))
     losses = []
     for target, weight in weights.items():
         if target == "pair":
-            log_total_c = _of_matches(student.log_total.expand_as(z_cB), match)
-            losses.append((log_total_c - _of_matches(z_cB, match)).sum())
+            losses.append((_of_matches(student.log_total.expand_as(z_cB), match) - _of_matches(z_cB, match)).sum())
             if gradient_cB is not None:
                 _of_matches(gradient_cB, match).sub_(weight)
         else:
-            x_cB, teacher = logits[1], sums[1]
+            x_cB, p_cB, teacher = arrays.logits[1], arrays.powers[1], sums[1]
             mean = teacher.product / teacher.total  # sum p (x - z), or sum p (-z)
             loss = mean + student.log_total - (teacher.log_total if target == "teacher" else 0)
             losses.append(_of_matches(loss.expand_as(z_cB), match).sum())
-            p_cB = teacher.softmax(x_cB)
             if gradient_cB is not None:
                 gradient_cB.sub_(p_cB, alpha=weight)
-            if gradients[1] is not None:
-                terms_cB = _subtract(x_cB, z_cB, target == "affinity")
-                gradients[1].add_(p_cB.mul_(terms_cB.sub_(mean.to(x_cB.dtype))), alpha=weight)
+            if arrays.gradients[1] is not None:
+                centered_cB = _subtract(x_cB, arrays, target == "affinity").sub_(mean.to(x_cB.dtype))
+                arrays.gradients[1].addcmul_(p_cB, centered_cB, value=weight)
     return torch.stack(losses)
 
 
@@ -251,7 +289,7 @@ def decide_pairs(student: PairLogits, teacher: PairLogits | None, names: Mapping
         factors = [Similarities(*x) for x in zip(block.rows, block.shared[::3], block.shared[1::3], strict=True)]
         row_targets, shared_targets = block.gradients[: len(models)], block.gradients[len(models) :]
         targets = list(zip(row_targets, *(shared_targets[part::3] for part in range(3)), strict=True))
-        logits = [scaled_similarities(*x).add_(bias) for x, bias in zip(factors, block.shared[2::3], strict=True)]
+        logits = [multiply(x).add_(bias) for x, bias in zip(factors, block.shared[2::3], strict=True)]
         gradients = [None if all(x is None for x in of_model) else torch.zeros_like(logits[0]) for of_model in targets]
         weights = {target: share * weight for target, weight in zip(names, block.weights, strict=True)}
         value_n = _add_pair_losses(logits, gradients, rows.first + block.place.start, weights)
@@ -349,7 +387,7 @@ def _closed_form_gradients(x: Similarities, rows: Rows) -> tuple[Tensor, Tensor]
     of_anchors_bD, of_candidates_BD = torch.empty_like(anchor_bD), torch.zeros_like(candidate_BD)
     for place in rows.blocks(x):
         block_cD = anchor_bD[place]
-        probability_cB = scaled_similarities(block_cD, candidate_BD, x.logit_scale).softmax(-1)
+        probability_cB = multiply(x._replace(anchor_bD=block_cD)).softmax(-1)
         of_anchors_bD[place] = probability_cB @ candidate_BD
         of_candidates_BD += probability_cB.T @ block_cD
     own = slice(rows.first, rows.first + len(anchor_bD))
@@ -369,7 +407,7 @@ def _inner_product(x: Similarities, on_anchors_bD: Tensor, on_candidates_BD: Ten
         anchor_cD, on_anchor_cD = block.rows
         candidate_BD, logit_scale, on_candidate_BD = block.shared
         own = slice(rows.first + block.place.start, rows.first + block.place.stop)
-        probability_cB = scaled_similarities(anchor_cD, candidate_BD, logit_scale).softmax(-1)
+        probability_cB = multiply(Similarities(anchor_cD, candidate_BD, logit_scale)).softmax(-1)
         of_anchors = (on_anchor_cD * (probability_cB @ candidate_BD - candidate_BD[own])).sum()
         of_candidates = ((probability_cB @ on_candidate_BD - on_candidate_BD[own]) * anchor_cD).sum()
         return (logit_scale * (of_anchors + of_candidates)).reshape(1)

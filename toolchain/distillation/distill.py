@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from toolchain.data.bad_samples import Damage, Ledger
 from toolchain.data.batch import TrainingData
+from toolchain.distillation.batch_norms import find_batch_norms
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward
@@ -232,7 +232,7 @@ class _Run:
         parts = fit_parts(self.forward, self.optimizer, size, teacher.embed_dim if teacher else None)
         if spec.accumulate == "auto":
             self.say(f"distill.accumulate: auto takes {parts} part(s) of {size // parts} samples")
-        if parts > 1 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.trainee.modules()):
+        if parts > 1 and spec.batch_norm != "frozen" and find_batch_norms(self.trainee):
             together = size // parts * (1 if spec.batch_norm == "per_process" else self.processes.size)
             self.say(f"distill.accumulate: batch norms take their statistics over each part of {together} samples")
         spec = spec.model_copy(update={"accumulate": parts})

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from toolchain.distillation.blocks import BLOCK_ARRAYS
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.forward_pass import Forward, Part, keep_buffers
 from toolchain.distillation.loader import PreparedBatch
@@ -32,7 +33,6 @@ _TEMPORARY = 3
 _FEATURES = 4
 """Arrays of each kind of feature: values and gradients, of the rank and of all ranks, all counted as [B, D]."""
 
-_BYTES_OF_SIMILARITY = 48.0  # 12 arrays of a block (blocks.py) of 4 bytes each
 _MAX_SHARE = 0.9  # of the free memory
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -55,14 +55,14 @@ def fit_parts(forward: Forward, optimizer: torch.optim.Optimizer, num_rows: int,
     """Return the number of parts for a rank's `num_rows` samples (a collective call).
 
     It is the recipe's `accumulate` if that fits the free memory of every rank; for `auto`, the smallest that fits.  If
-    the free memory is unknown or the student is compiled, nothing is estimated, and `auto` means 1.
+    the free memory is unknown, nothing is estimated, and `auto` means 1.
 
     Raises:
         UsageError: a step does not fit.  The message names the smallest number of parts that fits, if there is one.
     """
     spec, processes = forward.spec, forward.processes
     free = free_bytes(processes.device)
-    if free is None or spec.compile:  # a probe would compile the student once more, for its few samples
+    if free is None:
         return 1 if spec.accumulate == "auto" else spec.accumulate
     # every rank takes as many parts as the one that needs most
     by_rank = processes.gather_objects((estimate_step(forward, optimizer, num_rows, teacher_width), free))
@@ -94,7 +94,10 @@ def fit_parts(forward: Forward, optimizer: torch.optim.Optimizer, num_rows: int,
 def estimate_step(
     forward: Forward, optimizer: torch.optim.Optimizer, num_rows: int, teacher_width: int | None
 ) -> StepMemory:
-    """Estimate the memory of a step from two forward passes of a few samples; they leave the trainee as it was."""
+    """Estimate the memory of a step from two forward passes of a few samples; they leave the trainee as it was.
+
+    A student that is compiled is not compiled for them.  It then keeps fewer arrays than estimated.
+    """
     spec, student = forward.spec, forward.trainee.student
     few, more = (_kept_bytes(forward, samples, teacher_width) for samples in _PROBED)
     # the difference is free of what does not depend on the samples, such as weights cast to 16 bits
@@ -103,7 +106,7 @@ def estimate_step(
     of_parameters = trained * (1 if optimizer.state else 3)  # gradients, and AdamW's two moments
     features = _FEATURES * 2 * spec.batch_size * 4 * (student.embed_dim + (teacher_width or 0))
     pixels = 2 * num_rows * math.prod(example_pixels(student.net).shape[1:])  # a batch, and the next one
-    similarities = min(spec.loss_memory_mb * 2**20, _BYTES_OF_SIMILARITY * num_rows * spec.batch_size)
+    similarities = min(spec.loss_memory_mb * 2**20, 4 * BLOCK_ARRAYS * num_rows * spec.batch_size)
     return StepMemory(kept + _TEMPORARY * largest, of_parameters + features + pixels + similarities)
 
 
@@ -127,7 +130,8 @@ def _kept_bytes(forward: Forward, samples: int, teacher_width: int | None) -> tu
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with keep_buffers(trainee), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    eager = torch.compiler.set_stance("force_eager")  # compiling takes minutes
+    with eager, keep_buffers(trainee), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         result = forward.pass_student(trainee, Part(0, batch, teacher), 0)
     del result  # the arrays live until here, so no two have the same address
     return sum(kept.values()), max(kept.values(), default=0)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from toolchain.distillation.batch_norms import synchronize_batch_norms
+from toolchain.distillation.batch_norms import freeze_batch_norms, require_statistics, synchronize_batch_norms
 from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeatures
 from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
@@ -51,7 +51,10 @@ class TrainingModule(nn.Module):
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch; we hash it
         self.to(processes.device)
-        if spec.batch_norm == "all_processes":
+        self._freezes_batch_norms = spec.batch_norm == "frozen"
+        if self._freezes_batch_norms:
+            require_statistics(self.net)
+        elif spec.batch_norm == "all_processes":
             synchronize_batch_norms(self.net, processes)
         if spec.compile:
             compile_towers(self.net)
@@ -75,6 +78,13 @@ class TrainingModule(nn.Module):
         if "affinity" in objectives and not scale.requires_grad and not self.student.has_teachers_text:
             with torch.no_grad():
                 scale.fill_(math.log(affinity_logit_scale))
+
+    def train(self, mode: bool = True) -> "TrainingModule":
+        """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        if self._freezes_batch_norms:
+            freeze_batch_norms(self.net)
+        return self
 
     def forward(
         self,

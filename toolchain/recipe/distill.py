@@ -138,9 +138,10 @@ class DistillSpec(Section):
     compile: bool = False
     """Compile student and teacher with torch.compile: takes minutes once, then speeds up steps on a GPU."""
 
-    batch_norm: Literal["all_processes", "per_process"] = "all_processes"
-    """Rows that batch norms normalize by under torchrun.  all_processes: the whole batch, so that N processes train the
-    student that one trains; per_process: each process's own rows, with less communication, as in CLIP-KD's code."""
+    batch_norm: Literal["all_processes", "per_process", "frozen"] = "all_processes"
+    """Statistics that batch norms normalize by.  all_processes: those of the batch, over all processes under torchrun;
+    per_process: those of each process's own rows, as in CLIP-KD's code; frozen: those that the student starts from, for
+    students that start from weights.  Only frozen ones do not depend on `accumulate`."""
 
     evaluate_every: Positive | None = None
     """Number of steps between zero-shot evaluations of the student on the headline set.  Absent: none."""
