@@ -157,8 +157,8 @@ class _Sums(NamedTuple):
     """Sum of exp(x - max), in float64."""
 
     product: Tensor
-    """Of the teacher: sum of exp(x - max) (x - z), in float64; z: the student's logits.  For H, which has the entropy,
-    of exp(x - max) (-z)."""
+    """The teacher's sum of exp(x - max) (x - z), in float64; z: the student's logits.  For H, which has the entropy, it
+    is that of exp(x - max) (-z)."""
 
     @property
     def log_total(self) -> Tensor:
