@@ -22,6 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAX_FLOAT64_ERROR = 1e-10  # of the largest element of a tensor
 NAMES = [*StudentFeatures._fields, "logit_scale", "cross_logit_scale", "fusion_logit_scale", "teacher_logit_scale"]
+AFFINITY_SCALE = 11.0
+BIASES = {"logit_bias": -5.0, "teacher_logit_bias": -8.0}
+OF_SIGMOIDS = ("sigmoid", "sigmoid_kd")
+"""`sigmoid` is the task of a sigmoid student; the other objectives are tested on a softmax student."""
+
+WEIGHTS = st.floats(0.01, 3.0)
+LOSSES = [*OBJECTIVES, "sigmoid"]
 
 
 def define(name: str, x: dict[str, Tensor]) -> Tensor:
@@ -38,6 +45,11 @@ def define(name: str, x: dict[str, Tensor]) -> Tensor:
         "icl": lambda: losses.icl_loss(*projected, *teacher, cross),
         "afd": lambda: losses.afd_loss(*fused, x["fusion_logit_scale"]),
         "cross_kd": lambda: losses.cross_kd_loss(*projected, *teacher, cross, teacher_scale),
+        "affinity": lambda: losses.affinity_loss(*student, *teacher, AFFINITY_SCALE),
+        "sigmoid": lambda: losses.sigmoid_loss(*student, scale, x["logit_bias"]),
+        "sigmoid_kd": lambda: losses.sigmoid_kd_loss(
+            *student, scale, x["logit_bias"], *teacher, teacher_scale, x["teacher_logit_bias"]
+        ),
     }
     return definitions[name]()
 
@@ -53,6 +65,7 @@ def draw_batch(batch: int, width: int, teacher_width: int, scale: float = 14.0, 
 
     x = {name: unit(teacher_width if name.endswith("E") else width) for name in StudentFeatures._fields}
     x |= {name: torch.tensor(scale + i, dtype=torch.float64) for i, name in enumerate(NAMES) if "scale" in name}
+    x |= {name: torch.tensor(bias, dtype=torch.float64) for name, bias in BIASES.items()}
     x = {name: value.requires_grad_() for name, value in x.items()}
     return x | {"teacher_image": unit(teacher_width), "teacher_text": unit(teacher_width)}
 
@@ -62,12 +75,17 @@ def cast(x: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def compute(x: dict[str, Tensor], weights: dict[str, float], memory_mb: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum as training computes it, in one process."""
+    """The weighted sum as training computes it, in one process; of a sigmoid student if one of its losses is asked."""
+    named = {{"sigmoid": "task"}.get(name, name): name for name in weights}
     student = StudentFeatures(*(x[name] for name in StudentFeatures._fields))
-    teacher = TeacherFeatures(x["teacher_image"], x["teacher_text"], x["teacher_logit_scale"])
-    batch = BatchFeatures(student, teacher)
+    scale, bias = x["teacher_logit_scale"], x["teacher_logit_bias"]
+    batch = BatchFeatures(student, TeacherFeatures(x["teacher_image"], x["teacher_text"], scale, bias))
     scales = Scales(x["logit_scale"], x["cross_logit_scale"], x["fusion_logit_scale"])
-    return weighted_loss(batch, batch, scales, weights, memory_mb=memory_mb)
+    if any(name in OF_SIGMOIDS for name in weights):
+        scales = scales._replace(logit_bias=x["logit_bias"])
+    ours = {objective: weights[name] for objective, name in named.items()}
+    loss, terms = weighted_loss(batch, batch, scales, ours, memory_mb=memory_mb, affinity_logit_scale=AFFINITY_SCALE)
+    return loss, {named[objective]: term for objective, term in terms.items()}
 
 
 def differentiate(loss: Tensor, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +107,7 @@ def memory_for(rows: int, batch: int, dtype: torch.dtype = torch.float64) -> flo
 def assert_equals_definition(x: dict[str, Tensor], weights: dict[str, float], memory_mb: float) -> None:
     loss, terms = compute(x, weights, memory_mb)
     defined = {name: define(name, x) for name in weights}
-    assert list(terms) == [name for name in OBJECTIVES if name in weights]
+    assert terms.keys() == weights.keys()
     for name, term in terms.items():
         assert not term.requires_grad
         assert term.item() == pytest.approx(defined[name].item(), rel=MAX_FLOAT64_ERROR, abs=MAX_FLOAT64_ERROR), name
@@ -101,7 +119,7 @@ def assert_equals_definition(x: dict[str, Tensor], weights: dict[str, float], me
         assert (found[name] - value).abs().max().item() <= bound, name
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
     ("batch", "width", "teacher_width", "rows", "scale"),
     [(12, 5, 7, 4, 14.0), (13, 7, 5, 4, 14.0), (2, 3, 3, 1, 14.0), (9, 6, 6, 100, 14.0), (10, 5, 5, 3, 100.0)],
@@ -118,7 +136,10 @@ def test_an_objective_equals_its_definition(
 @given(
     batch=st.integers(2, 24), width=st.integers(1, 9), teacher_width=st.integers(1, 9), rows=st.integers(1, 24),
     scale=st.floats(1.0, 100.0), seed=st.integers(0, 99),
-    weights=st.dictionaries(st.sampled_from(list(OBJECTIVES)), st.floats(0.01, 3.0), min_size=1),
+    weights=st.one_of(
+        st.dictionaries(st.sampled_from([name for name in LOSSES if name not in OF_SIGMOIDS]), WEIGHTS, min_size=1),
+        st.dictionaries(st.sampled_from([name for name in LOSSES if name != "task"]), WEIGHTS, min_size=1),
+    ),
 )  # fmt: skip
 def test_any_objectives_in_any_blocks_equal_their_definitions(
     batch: int, width: int, teacher_width: int, rows: int, scale: float, seed: int, weights: dict[str, float]
@@ -127,7 +148,7 @@ def test_any_objectives_in_any_blocks_equal_their_definitions(
     assert_equals_definition(draw_batch(batch, width, teacher_width, scale, seed), weights, memory_mb)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 def test_float32_is_as_near_to_float64_as_the_definition_is(name: str, scale: float) -> None:
     """By the largest difference in each tensor over ten batches, at most twice that of the definition in float32."""
@@ -161,7 +182,7 @@ class _Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_whole_square_is_never_made(name: str) -> None:
     batch, rows = 64, 8
     x = draw_batch(batch, 6, 6)
@@ -191,7 +212,16 @@ def count_products() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize(
     ("names", "products"),
-    [(("task",), 2), (("crd",), 4), (("task", "crd"), 4), (("icl", "cross_kd"), 4), (("task", "crd", "icl", "afd"), 8)],
+    [
+        (("task",), 2),
+        (("crd",), 4),
+        (("task", "crd"), 4),
+        (("icl", "cross_kd"), 4),
+        (("task", "crd", "icl", "afd"), 8),
+        (("sigmoid",), 1),
+        (("sigmoid", "sigmoid_kd"), 2),
+        (("affinity",), 4),
+    ],
 )
 def test_objectives_of_the_same_similarities_share_a_sweep(names: tuple[str, ...], products: int) -> None:
     """Two directions of the student's similarities, and two of the teacher's where a distribution is matched."""
@@ -201,15 +231,17 @@ def test_objectives_of_the_same_similarities_share_a_sweep(names: tuple[str, ...
     assert counted[0] == products
 
 
-def test_a_loss_of_high_scale_is_finite_in_float32() -> None:
+@pytest.mark.parametrize("task", ["task", "sigmoid"])
+def test_a_loss_of_high_scale_is_finite_in_float32(task: str) -> None:
+    everything = [task, *(name for name in OBJECTIVES if name not in ("task", "sigmoid_kd"))]
     x = cast(draw_batch(32, 8, 8, 100.0), torch.float32)
-    loss, terms = compute(x, dict.fromkeys(OBJECTIVES, 1.0), memory_for(5, 32, torch.float32))
+    loss, terms = compute(x, dict.fromkeys(everything, 1.0), memory_for(5, 32, torch.float32))
     assert math.isfinite(loss.item())
     assert all(value.isfinite().all() for value in differentiate(loss, x).values())
-    assert len(terms) == len(OBJECTIVES)
+    assert len(terms) == len(everything)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_nan_reaches_the_loss(name: str) -> None:
     x = draw_batch(6, 4, 4)
     for key in StudentFeatures._fields:

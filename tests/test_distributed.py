@@ -32,6 +32,7 @@ from toolchain.distillation.forward_pass import Forward
 from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.objectives import OBJECTIVES, paper_weight, weighted_loss
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.distillation.training_module import TrainingModule, make_optimizer
 from toolchain.distributed import ALONE, Processes
 from toolchain.errors import ClipkdError, Interrupted, UsageError
@@ -50,8 +51,10 @@ TOWER = {
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4},
     "text_cfg": {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2},
 }
-CASES = [*({name: 1.0} for name in OBJECTIVES), dict.fromkeys(OBJECTIVES, 1.0)]
+OF_SOFTMAXES = [name for name in OBJECTIVES if name != "sigmoid_kd"]
+CASES = [*({name: 1.0} for name in OBJECTIVES), dict.fromkeys(OF_SOFTMAXES, 1.0), {"task": 1.0, "sigmoid_kd": 1.0}]
 WIDTHS = [STUDENT_WIDTH, 24]
+TWO_TEACHERS = dict.fromkeys(OF_SOFTMAXES, 1.0), (STUDENT_WIDTH, 24 - STUDENT_WIDTH)
 NORMS = [((8, 5), nn.BatchNorm1d), ((8, 5, 4, 3), nn.BatchNorm2d), ((8, 5, 4, 3), BatchNormAct2d)]
 
 
@@ -66,6 +69,7 @@ def both() -> dict[str, list[Any]]:
             for width in WIDTHS
         },
         **{f"trained in {accumulate}": (weights_after_training, accumulate) for accumulate in (1, 2, 4)},
+        **{f"two teachers {n}": (gradients, TWO_TEACHERS[0], 24, 0.0, n, TWO_TEACHERS[1]) for n in (1, 2)},
         "patch dropout": (gradients, {"task": 1.0}, 24, 0.5),
         "golden": (golden_rows,),
         "collectives": (collectives,),
@@ -87,6 +91,7 @@ def made_student(net: open_clip.CLIP) -> SimpleNamespace:
     return SimpleNamespace(
         net=net,
         embed_dim=STUDENT_WIDTH,
+        has_teachers_text=False,
         normalise=lambda pixels: pixels.double() / 127.5 - 1,
         probe_fast_paths=lambda: None,
         encode_image=lambda values: encode_class_token(net.visual, values),
@@ -95,18 +100,27 @@ def made_student(net: open_clip.CLIP) -> SimpleNamespace:
 
 
 def gradients(
-    processes: Processes, weights: dict[str, float], teacher_width: int, patch_dropout: float, accumulate: int = 1
+    processes: Processes,
+    weights: dict[str, float],
+    teacher_width: int,
+    patch_dropout: float,
+    accumulate: int = 1,
+    widths: tuple[int, ...] = (),
 ) -> Any:
     """One step's loss terms and gradients, heads included, as the training loop computes them."""
     torch.manual_seed(SEED if processes.leads else 77)  # the others start elsewhere, and are brought into line
     tower = TOWER | {"vision_cfg": TOWER["vision_cfg"] | {"patch_dropout": patch_dropout}}  # type: ignore[operator]
+    tower |= {"init_logit_bias": -3.0} if "sigmoid_kd" in weights else {}
     net = open_clip.CLIP(**tower)
     spec = DistillSpec(
         steps=9, batch_size=BATCH, lr=1, warmup=0, mask_ratio=0.5, accumulate=accumulate, loss_memory_mb=0.001,
         loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.0) | weights),
     )  # fmt: skip
     student = made_student(net)
-    trained = TrainingModule(student, SimpleNamespace(embed_dim=teacher_width), spec, processes).double()  # type: ignore[arg-type]
+    teacher: Any = SimpleNamespace(embed_dim=teacher_width)
+    if widths:
+        teacher = TeacherCaches(tuple(TeacherCache(Path(), {"embed_dim": width}) for width in widths))
+    trained = TrainingModule(student, teacher, spec, processes).double()  # type: ignore[arg-type]
     with torch.no_grad():
         net.logit_scale.fill_(math.log(5.0))  # so that no softmax is one-hot
     module = processes.data_parallel(trained.train())
@@ -115,10 +129,17 @@ def gradients(
     ids = torch.randint(1, 63, (BATCH, TOKENS), generator=random)
     ids[:, 6], ids[:, 7:] = 63, 0  # the end of the text, and padding
     unit = [torch.randn(BATCH, teacher_width, generator=random, dtype=torch.float64) for _ in range(2)]
-    image_BE, text_BE = (torch.nn.functional.normalize(x, dim=-1) for x in unit)
+    image_BE, text_BE = (
+        torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in x.split(widths or teacher_width, 1)], 1)
+        for x in unit
+    )
     rows = processes.rows(BATCH)
     batch = PreparedBatch(pixels[rows], ids[rows], None, None, [], np.arange(100, 100 + BATCH)[rows], 0)
-    taught = TeacherFeatures(image_BE[rows], text_BE[rows], torch.tensor(4.0, dtype=torch.float64))
+    scales = torch.tensor(4.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    taught = TeacherFeatures(image_BE[rows], text_BE[rows], *scales)
+    if widths:
+        scales = (torch.stack([scale, 2 * scale]) for scale in scales)
+        taught = TeacherFeatures(image_BE[rows], text_BE[rows], *scales, widths)
     forward = Forward(trained, module, spec, processes, SEED)
     done = forward.run(batch, taught, STEP)
     forward.backward(done, batch, STEP)
@@ -133,7 +154,7 @@ def weights_after_training(processes: Processes, accumulate: int) -> Any:
     student = made_student(net)
     spec = DistillSpec(
         steps=TRAIN_STEPS, batch_size=BATCH, lr=1e-3, warmup=5, mask_ratio=0.5, accumulate=accumulate,
-        loss_memory_mb=0.001, loss_weights=LossWeights(**dict.fromkeys(OBJECTIVES, 0.1)),
+        loss_memory_mb=0.001, loss_weights=LossWeights(**dict.fromkeys(OF_SOFTMAXES, 0.1)),
     )  # fmt: skip
     torch.manual_seed(SEED)
     for parameter in net.parameters():
@@ -197,6 +218,16 @@ def test_two_processes_and_any_number_of_parts_have_the_gradients_of_one(
         for name, value in expected.items():
             error = (found[name] - value).norm()
             assert error <= MAX_GRADIENT_ERROR * norm, (name, error)
+
+
+def test_two_processes_and_parts_have_the_gradients_of_one_with_two_teachers(both: dict[str, list[Any]]) -> None:
+    weights, widths = TWO_TEACHERS
+    expected = gradients(ALONE, weights, 24, 0.0, 1, widths)
+    norm = torch.stack([value.norm() for name, value in expected.items() if not name.startswith("term")]).norm()
+    for found in (*both["two teachers 1"], *both["two teachers 2"], gradients(ALONE, weights, 24, 0.0, 8, widths)):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (found[name] - value).norm() <= MAX_GRADIENT_ERROR * norm, name
 
 
 def test_patch_dropout_is_drawn_by_sample(both: dict[str, list[Any]]) -> None:

@@ -45,6 +45,7 @@ def forward_of(
     torch.manual_seed(0)
     net = Net(middle)
     student = SimpleNamespace(
+        has_teachers_text=False,
         net=net,
         embed_dim=WIDTH,
         normalise=lambda pixels: pixels.double() / 255,

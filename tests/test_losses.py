@@ -14,12 +14,15 @@ from toolchain.distillation.losses import (
     MAX_LOGIT_SCALE,
     _scaled_gradients,
     afd_loss,
+    affinity_loss,
     clip_loss,
     crd_loss,
     cross_kd_loss,
     fd_loss,
     gd_loss,
     icl_loss,
+    sigmoid_kd_loss,
+    sigmoid_loss,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +112,8 @@ def made_features(batch: int = 6, width: int = 5, dtype: torch.dtype = torch.flo
     return [F.normalize(x + raw[0], dim=1).to(dtype) for x in raw]
 
 
-STUDENT_SCALE, TEACHER_SCALE, CROSS_SCALE = 14.0, 21.0, 9.0
+STUDENT_SCALE, TEACHER_SCALE, CROSS_SCALE, AFFINITY_SCALE = 14.0, 21.0, 9.0, 17.0
+STUDENT_BIAS, TEACHER_BIAS = -5.0, -8.0
 
 
 def task(features: list[Tensor]) -> Tensor:
@@ -140,8 +144,23 @@ def cross_kd(features: list[Tensor]) -> Tensor:
     return cross_kd_loss(*features, CROSS_SCALE, TEACHER_SCALE)
 
 
-ON_FEATURES = pytest.mark.parametrize("loss", [task, crd, fd, gd, icl, afd, cross_kd])
-OF_THE_TEACHER = pytest.mark.parametrize("loss", [crd, fd, gd, icl, cross_kd])
+def sigmoid_task(features: list[Tensor]) -> Tensor:
+    return sigmoid_loss(features[0], features[1], STUDENT_SCALE, STUDENT_BIAS)
+
+
+def affinity(features: list[Tensor]) -> Tensor:
+    return affinity_loss(*features, AFFINITY_SCALE)
+
+
+def sigmoid_kd(features: list[Tensor]) -> Tensor:
+    student, teacher = (STUDENT_SCALE, STUDENT_BIAS), (TEACHER_SCALE, TEACHER_BIAS)
+    return sigmoid_kd_loss(features[0], features[1], *student, features[2], features[3], *teacher)
+
+
+ON_FEATURES = pytest.mark.parametrize(
+    "loss", [task, sigmoid_task, crd, affinity, sigmoid_kd, fd, gd, icl, afd, cross_kd]
+)
+OF_THE_TEACHER = pytest.mark.parametrize("loss", [crd, affinity, sigmoid_kd, fd, gd, icl, cross_kd])
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -170,6 +189,25 @@ def kl_by_definition(student: Similarities, teacher: Similarities) -> float:
     return total / len(student[0])
 
 
+def entropy_by_definition(anchors: Tensor, candidates: Tensor, scale: float) -> float:
+    rows = [log_softmax([scale * dot(anchor, candidate) for candidate in candidates]) for anchor in anchors]
+    return -math.fsum(math.exp(p) * p for row in rows for p in row) / len(rows)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def sigmoid_kd_by_definition(u: Tensor, w: Tensor, v: Tensor, t: Tensor) -> float:
+    total = 0.0
+    for i in range(len(u)):
+        for j in range(len(u)):
+            q = sigmoid(STUDENT_SCALE * dot(u[i], w[j]) + STUDENT_BIAS)
+            p = sigmoid(TEACHER_SCALE * dot(v[i], t[j]) + TEACHER_BIAS)
+            total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    return total / len(u)
+
+
 def gradients_by_definition(anchors: Tensor, candidates: Tensor, scale: float) -> list[list[float]]:
     """Rows of B dCE/danchors, then rows of B dCE/dcandidates, element by element."""
     batch, width = anchors.shape
@@ -194,6 +232,20 @@ def by_definition(name: str, features: list[Tensor]) -> float:
         case "crd":
             forth = kl_by_definition((u, w, STUDENT_SCALE), (v, t, TEACHER_SCALE))
             return (forth + kl_by_definition((w, u, STUDENT_SCALE), (t, v, TEACHER_SCALE))) / 2
+        case "sigmoid_task":
+            terms = []
+            for i in range(len(u)):
+                for j in range(len(u)):
+                    logit = STUDENT_SCALE * dot(u[i], w[j]) + STUDENT_BIAS
+                    terms.append(-math.log(sigmoid(logit if i == j else -logit)))
+            return math.fsum(terms) / len(u)
+        case "affinity":
+            forth = kl_by_definition((u, w, AFFINITY_SCALE), (v, t, AFFINITY_SCALE))
+            back = kl_by_definition((w, u, AFFINITY_SCALE), (t, v, AFFINITY_SCALE))
+            entropies = entropy_by_definition(v, t, AFFINITY_SCALE) + entropy_by_definition(t, v, AFFINITY_SCALE)
+            return (forth + back + entropies) / 2
+        case "sigmoid_kd":
+            return sigmoid_kd_by_definition(u, w, v, t)
         case "fd":
             return math.fsum(2 - 2 * dot(a, b) for a, b in [*zip(u, v, strict=True), *zip(w, t, strict=True)]) / len(u)
         case "gd":
@@ -228,14 +280,17 @@ def test_gradient_equals_finite_differences(loss) -> None:
 def test_scales_have_the_gradient_of_finite_differences() -> None:
     features = made_features(batch=3, width=4)
 
-    def sum_of_losses(student: Tensor, teacher: Tensor, cross: Tensor) -> Tensor:
+    def sum_of_losses(student: Tensor, teacher: Tensor, cross: Tensor, bias: Tensor) -> Tensor:
         total = clip_loss(features[0], features[1], student) + icl_loss(*features, cross)
+        total = total + sigmoid_loss(features[0], features[1], student, bias)
+        pair = student, bias, features[2], features[3], teacher, 2 * bias
+        total = total + sigmoid_kd_loss(features[0], features[1], *pair) + affinity_loss(*features, cross)
         total = total + afd_loss(features[0], features[1], cross) + cross_kd_loss(*features, cross, teacher)
         for relational in (crd_loss, gd_loss):
             total = total + relational(features[0], features[1], student, features[2], features[3], teacher)
         return total
 
-    scales = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (5.0, 7.0, 3.0)]
+    scales = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (5.0, 7.0, 3.0, -2.0)]
     assert torch.autograd.gradcheck(sum_of_losses, scales)
 
 
@@ -256,6 +311,70 @@ def test_crd_is_zero_iff_the_distributions_agree() -> None:
     assert crd_loss(u, w, 2 * STUDENT_SCALE, u, w, STUDENT_SCALE).item() > 1e-3
     wider = torch.cat([u, torch.zeros_like(u)], 1), torch.cat([w, torch.zeros_like(w)], 1)
     assert crd_loss(u, w, STUDENT_SCALE, *wider, STUDENT_SCALE).item() == pytest.approx(0, abs=LOOP_RTOL)
+
+
+def test_affinity_has_the_gradient_of_crd_at_one_scale_and_no_zero() -> None:
+    """Its value differs by the teacher's entropy, a constant."""
+    u, w, v, t = made_features()
+    u.requires_grad_()
+    mimicked, matched = affinity_loss(u, w, v, t, 17.0), crd_loss(u, w, 17.0, v, t, 17.0)
+    (found,), (expected,) = (torch.autograd.grad(loss, u) for loss in (mimicked, matched))
+    torch.testing.assert_close(found, expected, rtol=LOOP_RTOL, atol=LOOP_RTOL)
+    entropy = (entropy_by_definition(v, t, 17.0) + entropy_by_definition(t, v, 17.0)) / 2
+    assert affinity_loss(v, t, v, t, 17.0).item() == pytest.approx(entropy, rel=LOOP_RTOL)
+    assert mimicked.item() - matched.item() == pytest.approx(entropy, rel=LOOP_RTOL)
+
+
+def test_affinity_does_not_let_a_larger_scale_make_up_for_smaller_differences_of_cosines() -> None:
+    """Features of half the cosines and twice the scale have CRD 0, but not the least affinity loss."""
+    _, _, v, t = made_features()
+    image, text = F.pad(v, (0, 1)), F.pad(t / 2, (0, 1), value=math.sqrt(0.75))
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(6, dtype=torch.float64))
+    assert crd_loss(image, text, 2 * TEACHER_SCALE, v, t, TEACHER_SCALE).item() == pytest.approx(0, abs=LOOP_RTOL)
+    least = affinity_loss(v, t, v, t, TEACHER_SCALE).item()
+    assert affinity_loss(image, text, v, t, TEACHER_SCALE).item() > least + 1e-2
+
+
+def test_the_sigmoid_loss_is_that_of_open_clip() -> None:
+    from open_clip.loss import SigLipLoss
+
+    u, w, _, _ = made_features()
+    expected = SigLipLoss()(u, w, torch.tensor(STUDENT_SCALE), torch.tensor(STUDENT_BIAS))
+    assert sigmoid_task([u, w]).item() == pytest.approx(expected.item(), rel=1e-6), "its scale and bias are float32"
+
+
+def test_the_sigmoid_losses_are_the_same_in_both_directions() -> None:
+    u, w, v, t = made_features()
+    assert sigmoid_task([w, u]).item() == pytest.approx(sigmoid_task([u, w]).item(), rel=LOOP_RTOL)
+    assert sigmoid_kd([w, u, t, v]).item() == pytest.approx(sigmoid_kd([u, w, v, t]).item(), rel=LOOP_RTOL)
+
+
+def test_sigmoid_kd_is_zero_iff_the_probabilities_agree() -> None:
+    u, w, _, _ = made_features()
+    same = STUDENT_SCALE, STUDENT_BIAS
+    assert sigmoid_kd_loss(u, w, *same, u, w, *same).item() == 0
+    for other in ((2 * STUDENT_SCALE, STUDENT_BIAS), (STUDENT_SCALE, 2 * STUDENT_BIAS)):
+        assert sigmoid_kd_loss(u, w, *other, u, w, *same).item() > 1e-3
+
+
+def test_sigmoid_kd_of_a_certain_teacher_is_the_sigmoid_loss() -> None:
+    """A teacher whose probabilities are 1 for pairs and 0 for others says what the labels say."""
+    u, w, _, _ = made_features()
+    e = torch.eye(6, dtype=torch.float64)
+    found = sigmoid_kd_loss(u, w, STUDENT_SCALE, STUDENT_BIAS, e, e, 400.0, -200.0)
+    assert found.item() == pytest.approx(sigmoid_task([u, w]).item(), rel=LOOP_RTOL)
+
+
+def test_sigmoid_losses_of_certain_models_keep_their_digits() -> None:
+    """Beyond a logit of 20, where softplus(x) of torch is x, and beyond 37, where 1 - sigma(x) is 0 in float64."""
+    one, scale = torch.ones(1, 1, dtype=torch.float64), 1.0
+    for bias in (24.0, 44.0):
+        expected = math.log1p(math.exp(-(bias + 1)))
+        assert sigmoid_loss(one, one, scale, bias).item() == pytest.approx(expected, rel=LOOP_RTOL, abs=0)
+        p, q = math.exp(-(bias + 1)), math.exp(-(bias + 2))  # of the other answer
+        kl = p * math.log(p / q) - (p - q)  # the first order of (1 - p) log((1 - p) / (1 - q))
+        found = sigmoid_kd_loss(one, one, scale, bias + 1, one, one, scale, bias).item()
+        assert found == pytest.approx(kl, rel=1e-9, abs=0)
 
 
 def test_cross_kd_is_zero_iff_the_distributions_agree() -> None:
@@ -444,5 +563,8 @@ def test_losses_at_the_largest_scale_are_finite_in_float32() -> None:
         afd_loss(u, -u, MAX_LOGIT_SCALE),
         cross_kd_loss(u, w, -u, -w, MAX_LOGIT_SCALE, MAX_LOGIT_SCALE),
         gd_loss(u, -u, MAX_LOGIT_SCALE, u, u, MAX_LOGIT_SCALE),
+        affinity_loss(u, -u, u, u, MAX_LOGIT_SCALE),
+        sigmoid_loss(u, -u, MAX_LOGIT_SCALE, -10.0),
+        sigmoid_kd_loss(u, -u, MAX_LOGIT_SCALE, -10.0, u, u, MAX_LOGIT_SCALE, -10.0),
     ]
     assert all(value.isfinite() for value in values)

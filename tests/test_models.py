@@ -619,20 +619,41 @@ def test_models_that_differ_in_everything_else_go_together(teacher_folder: Path)
     quick = small(
         model="ViT-B-16-quickgelu", model_cfg=SMALL | {"vision_cfg": SMALL["vision_cfg"] | {"image_size": 64}}
     )  # type: ignore[operator]
-    everything = LossWeights.model_validate({name: 1.0 for name in LossWeights.model_fields if name != "mfd"})
+    everything = LossWeights.model_validate(
+        {name: 1.0 for name in LossWeights.model_fields if name not in ("mfd", "sigmoid_kd")}
+    )
     for student, teacher in itertools.permutations((glyphs, quick, small()), 2):
         check_pair(student, teacher, everything)
     check_pair(quick, None, everything)
 
 
-def test_a_sigmoid_teacher_teaches_and_a_sigmoid_student_does_not_learn() -> None:
+NONE = dict.fromkeys(LossWeights.model_fields, 0.0)
+
+
+def test_sigmoid_models_teach_and_learn() -> None:
+    sigmoid, softmax = small(model_cfg=SMALL | {"init_logit_bias": -10}), small()
+    relations = LossWeights(crd=1, cross_kd=1, gd=1, affinity=1)
+    for student, teacher in itertools.permutations((softmax, sigmoid), 2):
+        check_pair(student, teacher, relations)
+    check_pair(sigmoid, None, LossWeights())
+    check_pair(sigmoid, sigmoid, LossWeights(**NONE | {"sigmoid_kd": 1.0}))
+
+
+@pytest.mark.parametrize("weights", [{"crd": 1.0, "fd": 1.0}, {"affinity": 1.0}])
+def test_a_bias_that_nothing_trains_is_refused(weights: dict[str, float]) -> None:
     sigmoid = small(model_cfg=SMALL | {"init_logit_bias": -10})
-    check_pair(small(), sigmoid, LossWeights(crd=1, cross_kd=1, gd=1))
-    for teacher in (small(), None):
-        with pytest.raises(
-            UsageError, match=r"student ViT-B-16: has a logit_bias.*student.model_cfg: \{init_logit_bias: nu"
-        ):
-            check_pair(sigmoid, teacher, LossWeights())
+    with pytest.raises(
+        UsageError, match=r"student ViT-B-16: has a logit_bias.*loss_weights.task.*\{init_logit_bias: nu"
+    ):
+        check_pair(sigmoid, small(), LossWeights(**NONE | weights))
+
+
+def test_sigmoid_distillation_is_of_two_sigmoid_models() -> None:
+    sigmoid, softmax = small(model_cfg=SMALL | {"init_logit_bias": -10}), small()
+    with pytest.raises(UsageError, match=r"student ViT-B-16: has no logit_bias.*init_logit_bias: -10"):
+        check_pair(softmax, sigmoid, LossWeights(sigmoid_kd=1))
+    with pytest.raises(UsageError, match=r"teacher ViT-B-16: has no logit_bias.*or use crd"):
+        check_pair(sigmoid, softmax, LossWeights(sigmoid_kd=1))
 
 
 def test_of_independent_pairs_the_one_that_matches_is_distributed_as_softmax_says() -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 from toolchain.distillation import objectives
 from toolchain.distillation.features import BatchFeatures, StudentFeatures, TeacherFeatures, gather_features
 from toolchain.distillation.heads import DistillationHeads
-from toolchain.distillation.losses import MAX_LOGIT_SCALE, gd_loss
+from toolchain.distillation.losses import MAX_LOGIT_SCALE, affinity_loss, clip_loss, gd_loss, sigmoid_loss
 from toolchain.distillation.objectives import (
     OBJECTIVES,
     Contrast,
+    Pairs,
     paper_weight,
     weighted_loss,
     weights_on_unit_features,
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT32_RTOL = 1e-5  # float32 has 6e-8; the sums are over a few dozen terms
 SAME_NUMBERS_RTOL = 1e-12  # float64 on both sides, added in another order
 EVERYTHING = dict.fromkeys(OBJECTIVES, 1.0)
+OF_SOFTMAXES = tuple(name for name in OBJECTIVES if name != "sigmoid_kd")
+"""The objectives of a softmax student."""
+
 PARAMETERS_OF_THE_GOLDEN_FILE = {
     "visual_proj": "image_projection",
     "text_proj": "text_projection",
@@ -79,8 +83,9 @@ def golden_terms(
 def differentiable_loss(
     batch: BatchFeatures, logit_scale: Tensor, heads: DistillationHeads, weights: dict[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum and its terms in one process."""
-    scales, compat = heads.scales(logit_scale), heads.reference_compat
+    """The weighted sum and its terms in one process; of a sigmoid student where an objective needs one."""
+    bias = torch.tensor(-5.0, dtype=logit_scale.dtype) if weights.get("sigmoid_kd") else None
+    scales, compat = heads.scales(logit_scale, bias), heads.reference_compat
     return weighted_loss(batch, batch, scales, weights, divides_by_scales=compat)
 
 
@@ -151,8 +156,8 @@ def test_the_papers_weights_in_our_units() -> None:
     at_512 = {name: paper_weight(name) for name in OBJECTIVES}
     assert at_512["fd"] == at_512["mfd"] == 3.90625
     assert at_512["gd"] == pytest.approx(0.186, abs=5e-4)
-    assert at_512["cross_kd"] == 0
-    assert {at_512[name] for name in ("task", "crd", "icl", "afd")} == {1.0}
+    assert at_512["cross_kd"] == at_512["sigmoid_kd"] == 0
+    assert {at_512[name] for name in ("task", "crd", "icl", "afd", "affinity")} == {1.0}
     assert paper_weight("gd", width=768) * 768 == pytest.approx(at_512["gd"] * 512, rel=SAME_NUMBERS_RTOL)
 
 
@@ -193,7 +198,8 @@ def made_batch(
     generator = torch.Generator().manual_seed(3)
     raw = 3 * torch.randn(3, batch, student_width, generator=generator, dtype=torch.float64)
     unit = F.normalize(torch.randn(2, batch, teacher_width, generator=generator, dtype=torch.float64), dim=-1)
-    teacher = TeacherFeatures(unit[0].to(dtype), unit[1].to(dtype), torch.tensor(21.0, dtype=dtype))
+    scales = torch.tensor(21.0, dtype=dtype), torch.tensor(-8.0, dtype=dtype)
+    teacher = TeacherFeatures(unit[0].to(dtype), unit[1].to(dtype), *scales)
     return raw[0].to(dtype), raw[1].to(dtype), teacher, raw[2].to(dtype)
 
 
@@ -221,7 +227,7 @@ def test_a_row_says_whether_its_loss_trains_the_students_scale(name: str) -> Non
     scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
     features = BatchFeatures(heads(image, text, teacher, masked), teacher)
     term = differentiable_loss(features, scale, heads, {name: 1.0})[0]
-    (gradient,) = torch.autograd.grad(term, scale, allow_unused=True)
+    (gradient,) = torch.autograd.grad(term, scale, allow_unused=True) if term.requires_grad else (None,)
     assert (gradient is not None) == OBJECTIVES[name].reads_logit_scale
 
 
@@ -243,13 +249,13 @@ def test_unit_features_take_the_objectives_that_need_no_heads(
     assert {name: weight for name, weight in kept.items() if weight} == expected
 
 
-SUBSETS = [subset for size in range(len(OBJECTIVES) + 1) for subset in itertools.combinations(OBJECTIVES, size)]
+SUBSETS = [subset for size in range(len(OBJECTIVES)) for subset in itertools.combinations(OF_SOFTMAXES, size)]
 
 
 @pytest.mark.parametrize("teacher_width", [6, 9])
 @pytest.mark.parametrize("reference_compat", [False, True])
 def test_any_objectives_give_their_terms_and_train_every_parameter(teacher_width: int, reference_compat: bool) -> None:
-    """All 256 selections: data-parallel training refuses a parameter that one of them leaves without a gradient."""
+    """All 512 of a softmax student: data-parallel training refuses a parameter that is left without a gradient."""
     batch = made_batch(6, teacher_width)
     alone = DistillationHeads(6, teacher_width, EVERYTHING, reference_compat=reference_compat).double()
     everything = terms_of(alone, batch, OBJECTIVES)
@@ -304,7 +310,7 @@ def test_the_layers_have_a_bias_and_are_made_apart() -> None:
 @pytest.mark.parametrize("asked", OBJECTIVES)
 def test_a_loss_without_a_weight_is_not_computed(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, Any]] = []
-    for function in ("contrast", "match_gradients", "match_features"):
+    for function in ("contrast", "match_gradients", "match_features", "decide_pairs"):
         real = getattr(objectives, function)
 
         def record(*arguments: Any, real: Any = real, function: str = function, **options: Any) -> Any:
@@ -317,8 +323,49 @@ def test_a_loss_without_a_weight_is_not_computed(asked: str, monkeypatch: pytest
     if isinstance(form, Contrast):
         sweeps = 2 if form.similarities == "cross" else 1  # two directions; of the same matrix in one sweep
         assert called == [("contrast", {form.target: asked})] * sweeps, "without the other loss"
+    elif isinstance(form, Pairs):
+        assert called == [("decide_pairs", {form.target: asked})]
     else:
         assert called == [("match_gradients" if asked == "gd" else "match_features", asked)]
+
+
+def test_the_task_of_a_sigmoid_student_is_the_sigmoid_loss() -> None:
+    """And that of a softmax student is not, though its teacher is a sigmoid model."""
+    image, text, teacher, _ = made_batch(6, 9)
+    heads = DistillationHeads(6, 9, EVERYTHING | {"mfd": 0.0}).double()
+    features = BatchFeatures(heads(image, text, teacher), teacher)
+    scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-5.0, dtype=torch.float64, requires_grad=True)
+    unit = features.student.image_BD, features.student.text_BD
+    for given, expected in ((bias, sigmoid_loss(*unit, scale, bias)), (None, clip_loss(*unit, scale))):
+        loss, _ = weighted_loss(features, features, heads.scales(scale, given), {"task": 2.0})
+        assert loss.item() == pytest.approx(2 * expected.item(), rel=SAME_NUMBERS_RTOL)
+        (gradient,) = torch.autograd.grad(loss, bias, allow_unused=True)
+        assert (gradient is None) == (given is None)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_row_says_whether_its_loss_trains_a_sigmoid_students_bias(name: str) -> None:
+    image, text, teacher, masked = made_batch(6, 9)
+    heads = DistillationHeads(6, 9, {name: 1.0}).double()
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (14.0, -5.0))
+    features = BatchFeatures(heads(image, text, teacher, masked), teacher)
+    loss, _ = weighted_loss(features, features, heads.scales(scale, bias), {name: 1.0})
+    gradients = torch.autograd.grad(loss, [scale, bias], allow_unused=True) if loss.requires_grad else (None, None)
+    row = OBJECTIVES[name]
+    assert [x is not None for x in gradients] == [row.reads_logit_scale, row.reads_logit_bias]
+
+
+def test_affinity_reads_its_own_scale_and_no_other() -> None:
+    image, text, teacher, _ = made_batch(6, 9)
+    heads = DistillationHeads(6, 9, {"affinity": 1.0}).double()
+    features = BatchFeatures(heads(image, text, teacher), teacher)
+    unit = features.student.image_BD, features.student.text_BD
+    for scale in (50.0, 20.0):
+        scales = heads.scales(torch.tensor(14.0, dtype=torch.float64))
+        loss, _ = weighted_loss(features, features, scales, {"affinity": 1.0}, affinity_logit_scale=scale)
+        expected = affinity_loss(*unit, teacher.image_BE, teacher.text_BE, scale).item()
+        assert loss.item() == pytest.approx(expected, rel=SAME_NUMBERS_RTOL)
 
 
 @pytest.mark.parametrize(

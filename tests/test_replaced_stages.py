@@ -56,7 +56,9 @@ def write_run(path: Path, run: Path, took_s: float = 600.0) -> dict[str, Stage]:
     made = {
         "teacher": write_stage(adopt_spec(recipe.teacher, recipe.seed, run / "teacher"), source=recipe.teacher.model)
     }
-    made["student"] = write_stage(train_spec(training_inputs(recipe), run / "student", made["teacher"]), took_s)
+    made["student"] = write_stage(
+        train_spec(training_inputs(recipe), run / "student", {"teacher": made["teacher"]}), took_s
+    )
     quantized = quantize_spec(recipe, run, made)
     if quantized is not None:
         made["student-int8"] = write_stage(quantized, took_s)

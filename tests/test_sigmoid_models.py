@@ -1,4 +1,7 @@
-"""A sigmoid model (SigLIP) keeps its logit bias on every way to a probability: predict, the card, baked-in classes."""
+"""A sigmoid model (SigLIP) keeps its logit bias on every way to a probability: predict, the card, baked-in classes.
+
+And a sigmoid student is trained as one, by labels and by a sigmoid teacher, live or cached.
+"""
 
 import os
 import shutil
@@ -9,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import open_clip
 import pytest
 import torch
 from conftest import REPOSITORY, STUDENT
 from PIL import Image
+from training import BATCH_SIZE, cache_of, configured, rows, spec, train
 
 from export.documents import PlannedExport
 from export.graphs.export_onnx import export_onnx
@@ -20,9 +25,16 @@ from export.graphs.model_card import SNIPPET
 from export.runtime.bake_classes import CLASSIFIER, bake
 from export.runtime.exported_model import open_exported
 from export.runtime.predict import predict
+from toolchain.data.glyph_batches import GlyphBatches
+from toolchain.data.glyphs import TrainingSet
+from toolchain.distillation.losses import sigmoid_kd_loss, sigmoid_loss
+from toolchain.distillation.teacher import open_teacher
+from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.errors import ArtifactError
 from toolchain.evaluation.eval_set import classes_set
-from toolchain.models.build import build_model
+from toolchain.models.build import build_model, load_model, save_model
 from toolchain.models.clip_model import ClipModel
+from toolchain.recipe.distill import LossWeights
 from toolchain.recipe.model import ModelSpec
 from toolchain.stage import StageSpec, run_stage
 
@@ -40,6 +52,9 @@ SIGLIP = {
     },
 }
 SAME = 1e-4  # of a probability: float32 features of ONNX Runtime and of PyTorch, times a scale of 20
+SAME_OF_A_STUDENT = 1e-5  # likewise, of a smaller model whose scale is 10
+SIGMOID = {"init_logit_bias": -10, "init_logit_scale": float(np.log(10))}
+WEIGHTS = LossWeights(**dict.fromkeys(LossWeights.model_fields, 0.0) | {"task": 1.0, "sigmoid_kd": 1.0, "fd": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +152,99 @@ def test_without_a_bias_the_probabilities_are_a_softmax(tmp_path: Path, exported
     np.savez(folder / "classes.npz", **kept)
     for answer in predict(folder, images, None, top=9):
         assert sum(ranked["probability"] for ranked in answer["labels"]) == pytest.approx(1, abs=1e-5)
+
+
+# A sigmoid student.
+
+
+@pytest.fixture(scope="module")
+def sigmoid_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The configuration of a sigmoid student, and a sigmoid teacher of another width with weights."""
+    parent = tmp_path_factory.mktemp("sigmoid models")
+    student = configured(parent / "student", model_cfg=SIGMOID)
+    config = configured(parent / "config", model_cfg=SIGMOID | {"embed_dim": 48, "init_logit_bias": -7})
+    (parent / "teacher").mkdir()
+    save_model(load_model(config, random_seed=5), parent / "teacher")
+    return student, parent / "teacher"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_sigmoid_student_trains_its_scale_and_bias_and_saves_them(
+    tmp_path: Path, tiny_samples: TrainingSet, sigmoid_folders: tuple[Path, Path], cached: bool
+) -> None:
+    student, teacher = sigmoid_folders
+    train(tmp_path, tiny_samples, teacher, student=student, cached=cached, loss_weights=WEIGHTS, lr=1e-2)
+    saved, logged = load_model(tmp_path), rows(tmp_path)
+    assert saved.logit_bias is not None
+    assert abs(saved.logit_bias.item() + 10) > 1e-3, "the bias moved"
+    assert abs(saved.logit_scale.item() - 10) > 1e-3
+    assert list(logged[0]["terms"]) == ["task", "fd", "sigmoid_kd"]
+    assert logged[0]["logit_bias"] == pytest.approx(-10)
+    assert logged[-1]["terms"]["task"]["unweighted"] < logged[0]["terms"]["task"]["unweighted"]
+
+
+def test_the_first_loss_of_a_sigmoid_student_is_that_of_its_features(
+    tmp_path: Path, tiny_samples: TrainingSet, sigmoid_folders: tuple[Path, Path]
+) -> None:
+    """From the models' own features of the first batch, live and cached: scale and bias are each model's own."""
+    folders = [tmp_path / name for name in ("live", "cached")]
+    for folder, cached in zip(folders, (False, True), strict=True):
+        student, teacher = sigmoid_folders
+        train(folder, tiny_samples, teacher, student=student, cached=cached, loss_weights=WEIGHTS, steps=4)
+    models = load_model(sigmoid_folders[0], random_seed=0), load_model(sigmoid_folders[1])
+    models[0].net.train()  # batch norms
+    batch = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2).batch(0, slice(None), [model.geometry for model in models])
+    with torch.no_grad():
+        features = [
+            torch.nn.functional.normalize(part, dim=-1)
+            for model in models
+            for part in (
+                model.encode_image(model.normalise(batch.pixels[model.geometry])),
+                model.encode_text(model.tokenize(batch.captions_B)),
+            )
+        ]
+    expected = sigmoid_kd_loss(*features[:2], 10.0, -10.0, *features[2:], 10.0, -7.0).item()
+    task = sigmoid_loss(*features[:2], 10.0, -10.0).item()
+    for folder in folders:
+        terms = rows(folder)[0]["terms"]
+        assert terms["sigmoid_kd"]["unweighted"] == pytest.approx(expected, rel=SAME)
+        assert terms["task"]["unweighted"] == pytest.approx(task, rel=SAME)
+
+
+def test_a_trained_sigmoid_students_export_gives_plain_open_clips_probabilities(
+    tmp_path: Path, tiny_samples: TrainingSet, sigmoid_folders: tuple[Path, Path], images: list[Path]
+) -> None:
+    student, teacher = sigmoid_folders
+    train(tmp_path / "student", tiny_samples, teacher, student=student, loss_weights=WEIGHTS, lr=1e-2)
+    trained = load_model(tmp_path / "student")
+    shown = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    headline = classes_set("made", shown, LABELS, ("{}",))
+
+    def work(folder: Path) -> dict[str, object]:
+        return {**export_onnx(trained, folder, PlannedExport("student", "fp32"), headline)}
+
+    exported = run_stage(StageSpec(tmp_path / "exported", "export", 1), work).path
+    plain, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'student'}")
+    plain.eval()
+    tokens_KT = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'student'}")(LABELS)
+    pixel_values_BCHW = torch.stack([preprocess(Image.open(path)) for path in images])
+    with torch.no_grad():
+        probabilities_BK = plain.get_logits(pixel_values_BCHW, tokens_KT)[0].sigmoid().numpy()
+    assert probabilities_BK.max() > 100 * SAME_OF_A_STUDENT, "so a wrong bias would fail this test"
+    for answer, probability_K in zip(predict(exported, images, None, top=9), probabilities_BK, strict=True):
+        found = {ranked["label"]: ranked["probability"] for ranked in answer["labels"]}
+        assert found == pytest.approx(dict(zip(LABELS, probability_K.tolist(), strict=True)), abs=SAME_OF_A_STUDENT)
+
+
+def test_a_cache_from_before_the_bias_was_stored_is_refused(
+    tmp_path: Path, tiny_samples: TrainingSet, sigmoid_folders: tuple[Path, Path]
+) -> None:
+    data = GlyphBatches(tiny_samples, 0, BATCH_SIZE, 2)
+    cache = cache_of(load_model(sigmoid_folders[1]), data, tmp_path / "cache")
+    assert cache.logit_bias == pytest.approx(-7)
+    old = TeacherCache(cache.folder, {name: value for name, value in cache.about.items() if name != "logit_bias"})
+    with pytest.raises(
+        ArtifactError, match=r"needs the teacher's logit_bias, which this teacher cache lacks.*Delete it"
+    ):
+        open_teacher(old, spec(loss_weights=WEIGHTS), torch.device("cpu"))
+    open_teacher(old, spec(), torch.device("cpu"))

@@ -20,9 +20,11 @@ def describe_origin(recipe: Recipe, run: Path, checkpoint: Stage, teacher: Stage
     described: dict[str, Any] = {
         "checkpoint": f"sha256 {checkpoint.digest}",
         "teacher": _describe(recipe.teacher, run),
-        "student": _describe(recipe.student, run),
+        "student": {key: value for key, value in _describe(recipe.student, run).items() if value != []},
         "data": _describe(recipe.data, run),
     }
+    if recipe.more_teachers:
+        described["more teachers"] = [_describe(spec, run) for spec in recipe.more_teachers]
     if recipe.teacher is not None and teacher is not None:
         described["teacher"]["sha256"] = teacher.digest
     for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):

@@ -102,10 +102,11 @@ def plan_references(recipe: Recipe) -> list[PlannedReference]:
 
 def stage_paths(recipe: Recipe) -> list[str]:
     """Return the stage directories that a recipe creates in a run."""
-    trained = (["teacher"] if recipe.teacher else []) + (["baseline"] if recipe.baseline else []) + ["student"]
+    teachers = list(recipe.teachers)
+    trained = teachers + (["baseline"] if recipe.baseline else []) + ["student"]
     cache = recipe.distill.teacher_cache if recipe.distill else None
     if cache is not None and cache.path is None:
-        trained.insert(-1, "teacher-cache/teacher")
+        trained[-1:-1] = [f"teacher-cache/{name}" for name in teachers]
     if recipe.distill is None:
         trained = ["adopted"]
     quantized = [f"{trained[-1]}-int8"] if recipe.export.is_quantized and recipe.quantize else []

@@ -6,7 +6,7 @@ import numpy as np
 
 from toolchain.data.batch import TrainingData
 from toolchain.errors import quote_start
-from toolchain.recipe.distill import NEED_CAPTIONS, LossWeights
+from toolchain.recipe.distill import NEED_CAPTIONS, WITHOUT_CAPTIONS, LossWeights
 
 _EXAMINED = 64  # samples, spread evenly: a few class folders or shards each have some
 
@@ -31,5 +31,5 @@ def warn_of_shared_captions(data: TrainingData, loss_weights: LossWeights, batch
     return [
         f"{which} the same caption, {quote_start(texts[0])}: objectives that compare images with captions "
         f"({', '.join(wrong)}) cannot fall, a contrastive loss not below {least}. Add classes or captions, or set "
-        "distill.loss_weights to objectives that compare images alone (fd, mfd, crd, cross_kd)"
+        f"distill.loss_weights to objectives that compare images alone ({WITHOUT_CAPTIONS})"
     ]

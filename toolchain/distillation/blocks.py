@@ -81,6 +81,18 @@ def sum_in_blocks(
     return total, dict(zip(names, terms.unbind(), strict=True))
 
 
+def scale_terms(sweep: Sweep, factors: Mapping[str, float]) -> Sweep:
+    """Return the sweep with some terms multiplied, value and gradient."""
+    factor_n = [factors.get(name, 1.0) for name in sweep.terms]
+
+    def add_block(block: Block) -> Tensor:
+        weights = [factor * weight for factor, weight in zip(factor_n, block.weights, strict=True)]
+        value_n = sweep.add_block(block._replace(weights=weights))
+        return value_n * value_n.new_tensor(factor_n)
+
+    return sweep._replace(add_block=add_block)
+
+
 def by_autograd(sum_block: Callable[[Block], Tensor]) -> Callable[[Block], Tensor]:
     """Return `Sweep.add_block` for a differentiable function that returns what a block adds to each term, [n]."""
 

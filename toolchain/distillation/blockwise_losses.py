@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from toolchain.distillation.blocks import Block, Sweep, by_autograd, choose_block_rows
@@ -25,8 +26,9 @@ from toolchain.distillation.losses import fd_loss, widen
 from toolchain.distributed import Processes
 
 _T = TypeVar("_T")
-Target = Literal["pair", "teacher"]
-"""Target of the softmax over candidates: the anchor's own pair (cross entropy), or the teacher's softmax (KL)."""
+Target = Literal["pair", "teacher", "affinity"]
+"""Target of the softmax over candidates: the anchor's own pair (cross entropy), the teacher's softmax (KL), or the
+teacher's softmax with the student's scale (cross entropy).  The losses of pairs have the first two, with a sigmoid."""
 
 
 class Similarities(NamedTuple):
@@ -35,6 +37,13 @@ class Similarities(NamedTuple):
     anchor_bD: Tensor
     candidate_BD: Tensor
     logit_scale: Tensor
+
+
+class PairLogits(NamedTuple):
+    """The factors of the logits s a k^T + b of a sigmoid model, [b, B]: that an anchor and a candidate are a pair."""
+
+    similarities: Similarities
+    logit_bias: Tensor
 
 
 def multiply(x: Similarities, out: Tensor | None = None) -> Tensor:
@@ -70,16 +79,17 @@ def contrast(
 
         pair:     CE / 2,   CE = mean_i -log softmax(s a k^T)_ii       (`clip_loss`, `icl_loss`, `afd_loss`)
         teacher:  KL / 2,   KL = mean_i KL(softmax(r V T^T)_i || softmax(s a k^T)_i)      (`crd_loss`, `cross_kd_loss`)
+        affinity: H / 2,    H = mean_i -sum_j softmax(r V T^T)_ij log softmax(s a k^T)_ij,   r = s    (`affinity_loss`)
 
-    a, k, s: `student`; V, T, r: `teacher`, which only KL needs.  The mean is over the rank's rows i, and ii is the
-    logit of its match.  `names` has the term that each loss is added to; others are not computed.  `both_directions`
-    adds the losses of the transposed logits.  Their softmax is over a column, and thus over the anchors of all ranks;
-    the sums that normalize it are computed here, before the sweep.
+    a, k, s: `student`; V, T, r: `teacher`, which only KL and H need; a sweep has one of these two at most.  The mean is
+    over the rank's rows i, and ii is the logit of its match.  `names` has the term that each loss is added to; others
+    are not computed.  `both_directions` adds the losses of the transposed logits.  Their softmax is over a column, and
+    thus over the anchors of all ranks; the sums that normalize it are computed here, before the sweep.
     """
     student = _widen(student)
-    teacher = _widen(teacher) if teacher is not None and "teacher" in names else None
-    models = [student] if teacher is None else [student, teacher]
-    columns = _sum_columns(models, rows) if both_directions else None
+    models = [student] if teacher is None or names.keys() <= {"pair"} else [student, _widen(teacher)]
+    has_entropy = "affinity" in names
+    columns = _sum_columns(models, rows, has_entropy=has_entropy) if both_directions else None
     half = 1 / (2 * len(student.anchor_bD))
 
     def add_block(block: Block) -> Tensor:
@@ -89,7 +99,7 @@ def contrast(
         arrays = _Arrays.of(block.work, ours, is_needed)
         weights = {target: half * weight for target, weight in zip(names, block.weights, strict=True)}
         match = rows.first + block.place.start
-        value_n = _add_losses(arrays, _sum_exponentials(arrays, 1), match, weights)
+        value_n = _add_losses(arrays, _sum_exponentials(arrays, 1, has_entropy=has_entropy), match, weights)
         if columns is not None:
             for sums, logits_cB, power_cB in zip(columns, arrays.logits, arrays.powers, strict=True):
                 _exponentiate(logits_cB, sums.max, power_cB)
@@ -147,7 +157,8 @@ class _Sums(NamedTuple):
     """Sum of exp(x - max), in float64."""
 
     product: Tensor
-    """Sum of exp(x - max) (x - z), in float64, for the teacher; z: the student's logits."""
+    """The teacher's sum of exp(x - max) (x - z), in float64; z: the student's logits.  For H, which has the entropy, it
+    is that of exp(x - max) (-z)."""
 
     @property
     def log_total(self) -> Tensor:
@@ -159,7 +170,7 @@ def _exponentiate(x_cB: Tensor, maximum: Tensor, power_cB: Tensor) -> None:
     torch.sub(x_cB, maximum.to(x_cB.dtype), out=power_cB).exp_()
 
 
-def _sum_exponentials(arrays: _Arrays, dim: int) -> list[_Sums]:
+def _sum_exponentials(arrays: _Arrays, dim: int, *, has_entropy: bool) -> list[_Sums]:
     """Return the sums over an axis of each model's logits, and set the powers."""
     found = []
     for x_cB, power_cB in zip(arrays.logits, arrays.powers, strict=True):
@@ -167,13 +178,20 @@ def _sum_exponentials(arrays: _Arrays, dim: int) -> list[_Sums]:
         _exponentiate(x_cB, maximum, power_cB)
         product = total = power_cB.sum(dim, keepdim=True)
         if x_cB is not arrays.logits[0]:
-            product = torch.sub(x_cB, arrays.logits[0], out=arrays.spare).mul_(power_cB).sum(dim, keepdim=True)
+            product = _subtract(x_cB, arrays, has_entropy).mul_(power_cB).sum(dim, keepdim=True)
         found.append(_Sums(maximum, total.double(), product.double()))
     return found
 
 
+def _subtract(x_cB: Tensor, arrays: _Arrays, has_entropy: bool) -> Tensor:
+    """Return the terms whose mean under the teacher's softmax is in the loss: x - z for KL, -z for H."""
+    if has_entropy:
+        return torch.neg(arrays.logits[0], out=arrays.spare)
+    return torch.sub(x_cB, arrays.logits[0], out=arrays.spare)
+
+
 @torch.no_grad()
-def _sum_columns(models: Sequence[Similarities], rows: Rows) -> list[_Sums]:
+def _sum_columns(models: Sequence[Similarities], rows: Rows, *, has_entropy: bool) -> list[_Sums]:
     """Return the sums over the anchors of all ranks, [1, B], for each model (a collective call)."""
     sums: list[_Sums] = []
     places, candidate_BD = rows.blocks(models[0]), models[0].candidate_BD
@@ -183,7 +201,7 @@ def _sum_columns(models: Sequence[Similarities], rows: Rows) -> list[_Sums]:
         block = [x._replace(anchor_bD=x.anchor_bD[place]) for x in models]
         part = [array_cB[: place.stop - place.start] for array_cB in work]
         arrays = _Arrays.of(part, block, [False] * len(block))
-        found = _sum_exponentials(arrays, 0)
+        found = _sum_exponentials(arrays, 0, has_entropy=has_entropy)
         sums = [_merge(both) for both in zip(sums, found, strict=True)] if sums else found
     merged = []
     for of_rank in sums:
@@ -206,6 +224,7 @@ def _add_losses(arrays: _Arrays, sums: Sequence[_Sums], match: int, weights: Map
 
         CE = log sum exp(z) - z_match       dCE/dz = q - onehot
         KL = sum p (log p - log q)          dKL/dz = q - p,   dKL/dx = p (x - z - sum p (x - z))
+        H = -sum p log q                    dH/dz = q - p,    dH/dx = p (-z - sum p (-z))
 
     z: the student's logits, q = softmax(z); x: the teacher's, p = softmax(x).  The powers of both become q and p.  The
     gradients are those of all losses in this block's logits.  The losses are those of the block's anchors, or in the
@@ -224,13 +243,13 @@ def _add_losses(arrays: _Arrays, sums: Sequence[_Sums], match: int, weights: Map
                 _of_matches(gradient_cB, match).sub_(weight)
         else:
             x_cB, p_cB, teacher = arrays.logits[1], arrays.powers[1], sums[1]
-            mean = teacher.product / teacher.total  # sum p (x - z)
-            kl = mean - teacher.log_total + student.log_total
-            losses.append(_of_matches(kl.expand_as(z_cB), match).sum())
+            mean = teacher.product / teacher.total  # sum p (x - z), or sum p (-z)
+            loss = mean + student.log_total - (teacher.log_total if target == "teacher" else 0)
+            losses.append(_of_matches(loss.expand_as(z_cB), match).sum())
             if gradient_cB is not None:
                 gradient_cB.sub_(p_cB, alpha=weight)
             if arrays.gradients[1] is not None:
-                centered_cB = torch.sub(x_cB, z_cB, out=arrays.spare).sub_(mean.to(x_cB.dtype))
+                centered_cB = _subtract(x_cB, arrays, target == "affinity").sub_(mean.to(x_cB.dtype))
                 arrays.gradients[1].addcmul_(p_cB, centered_cB, value=weight)
     return torch.stack(losses)
 
@@ -251,6 +270,71 @@ def _backpropagate(gradient_cB: Tensor, x: Similarities, targets: Sequence[Tenso
             on_anchors.add_(product_cD.mul_(x.logit_scale))
     if on_candidates is not None:
         on_candidates.addmm_(gradient_cB.T, x.logit_scale * x.anchor_bD)
+
+
+def decide_pairs(student: PairLogits, teacher: PairLogits | None, names: Mapping[Target, str], rows: Rows) -> Sweep:
+    """Return the sweep of the losses that decide of each anchor and candidate whether they are a pair.
+
+        pair:     mean_i sum_j -log sigma(z_ij l_ij)          (`sigmoid_loss`; z_ij = 1 for a match, else -1)
+        teacher:  mean_i sum_j KL(sigma(m_ij) || sigma(l_ij))        (`sigmoid_kd_loss`; of two outcomes)
+
+    l, m: the logits of `student` and `teacher`, which only KL needs.  The mean is over the rank's rows.  `names` has
+    the term that each loss is added to; others are not computed.
+    """
+    models = [student] if teacher is None or "teacher" not in names else [student, teacher]
+    models = [PairLogits(_widen(x.similarities), x.logit_bias) for x in models]
+    share = 1 / len(student.similarities.anchor_bD)
+
+    def add_block(block: Block) -> Tensor:
+        factors = [Similarities(*x) for x in zip(block.rows, block.shared[::3], block.shared[1::3], strict=True)]
+        row_targets, shared_targets = block.gradients[: len(models)], block.gradients[len(models) :]
+        targets = list(zip(row_targets, *(shared_targets[part::3] for part in range(3)), strict=True))
+        logits = [multiply(x).add_(bias) for x, bias in zip(factors, block.shared[2::3], strict=True)]
+        gradients = [None if all(x is None for x in of_model) else torch.zeros_like(logits[0]) for of_model in targets]
+        weights = {target: share * weight for target, weight in zip(names, block.weights, strict=True)}
+        value_n = _add_pair_losses(logits, gradients, rows.first + block.place.start, weights)
+        for gradient_cB, x, of_model in zip(gradients, factors, targets, strict=True):
+            if gradient_cB is not None:
+                _backpropagate(gradient_cB, x, of_model[:3])
+                if of_model[3] is not None:
+                    of_model[3].add_(gradient_cB.sum(dtype=torch.float64))
+        return share * value_n
+
+    anchors = [x.similarities.anchor_bD for x in models]
+    shared = [part for x in models for part in (*x.similarities[1:], x.logit_bias)]
+    return Sweep(tuple(names.values()), add_block, anchors, shared, len(student.similarities.candidate_BD))
+
+
+def _add_pair_losses(
+    logits: Sequence[Tensor], gradients: Sequence[Tensor | None], match: int, weights: Mapping[Target, float]
+) -> Tensor:
+    """Return the losses of a block of pairs, [n], and add their weighted gradients in the logits.
+
+    pair:     d/dl = -z sigma(-z l)
+    teacher:  d/dl = q - p,   d/dm = p (1 - p) (m - l),   p = sigma(m), q = sigma(l)
+    """
+    logits_cB, gradient_cB = logits[0], gradients[0]
+    losses = []
+    for target, weight in weights.items():
+        if target == "pair":
+            wrong_cB = logits_cB.clone()  # the logit of the wrong answer: -z l
+            _of_matches(wrong_cB, match).neg_()
+            losses.append(-F.logsigmoid(-wrong_cB).sum())
+            if gradient_cB is not None:
+                wrong_cB.sigmoid_()
+                _of_matches(wrong_cB, match).neg_()
+                gradient_cB.add_(wrong_cB, alpha=weight)
+        else:
+            target_cB = logits[1]
+            p_cB, not_p_cB = target_cB.sigmoid(), (-target_cB).sigmoid()  # not 1 - p, which loses digits
+            kl_cB = p_cB * (F.logsigmoid(target_cB) - F.logsigmoid(logits_cB))
+            kl_cB += not_p_cB * (F.logsigmoid(-target_cB) - F.logsigmoid(-logits_cB))
+            losses.append(kl_cB.sum())
+            if gradient_cB is not None:
+                gradient_cB.add_(logits_cB.sigmoid().sub_(p_cB), alpha=weight)
+            if gradients[1] is not None:
+                gradients[1].add_(p_cB.mul_(not_p_cB).mul_(target_cB - logits_cB), alpha=weight)
+    return torch.stack(losses)
 
 
 def match_features(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], name: str) -> Sweep:

@@ -1,8 +1,10 @@
 """Check, before training starts, that a teacher and a student can be trained together."""
 
+from collections.abc import Mapping
+
 from open_clip.coca_model import CoCa
 
-from toolchain.distillation.objectives import select
+from toolchain.distillation.objectives import Objective, select
 from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.patch_masking import check_can_mask
@@ -19,7 +21,7 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
 
         prod_k (1 - sigma(l_ik)) sigma(l_ij) / (1 - sigma(l_ij))  ~  exp(l_ij),   that is  softmax_j(t cos_ij),
 
-    and the bias b cancels.
+    and the bias b cancels.  For the same reason these objectives train a sigmoid student's scale, but not its bias.
 
     Raises:
         UsageError: the two cannot work together, or the student cannot be trained at all.  The message has the reason.
@@ -32,11 +34,36 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
             f"student {student.name}: a CoCa model, and no loss of clipkd trains its caption decoder. Choose a student "
             "with an image tower and a text tower only; this model can serve as the teacher"
         )
-    if getattr(student.net, "logit_bias", None) is not None:
-        raise UsageError(
-            f"student {student.name}: has a logit_bias, which belongs to a sigmoid loss; clipkd's losses are softmax "
-            "losses, in which a bias cancels and is never trained. Set student.model_cfg: {init_logit_bias: null}"
-        )
-    objectives = select(weights.model_dump(), with_teacher=teacher is not None).values()
-    if any(objective.on_whole_image for objective in objectives):
+    objectives = select(weights.model_dump(), with_teacher=teacher is not None)
+    if any(objective.on_whole_image for objective in objectives.values()):
         check_can_mask(student.net.visual)  # type: ignore[arg-type]
+    _check_sigmoids(student, teacher, objectives)
+
+
+def _check_sigmoids(student: ClipModel, teacher: ClipModel | None, objectives: Mapping[str, Objective]) -> None:
+    """Check that a sigmoid student's bias is trained or its teacher's, and that `sigmoid_kd` has two sigmoid models.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    trains_bias = any(objective.reads_logit_bias for objective in objectives.values())
+    if student.logit_bias is not None and not trains_bias and not student.has_teachers_text:
+        raise UsageError(
+            f"student {student.name}: has a logit_bias, as sigmoid models do (SigLIP), but no objective with a weight "
+            "trains it. Give distill.loss_weights.task a weight (of a sigmoid student it is the sigmoid loss), or with "
+            "a sigmoid teacher distill.loss_weights.sigmoid_kd; or make it a softmax model: student.model_cfg: "
+            "{init_logit_bias: null}"
+        )
+    if "sigmoid_kd" not in objectives:
+        return
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None and model.logit_bias is None:
+            advice = (
+                "Make it a sigmoid model: student.model_cfg: {init_logit_bias: -10, init_logit_scale: 2.3026}"
+                if role == "student"
+                else "Choose a sigmoid teacher (SigLIP), or use crd, which needs no bias"
+            )
+            raise UsageError(
+                f"{role} {model.name}: has no logit_bias, and distill.loss_weights.sigmoid_kd compares the "
+                f"probabilities of two sigmoid models. {advice}"
+            )

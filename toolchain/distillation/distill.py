@@ -31,7 +31,7 @@ from toolchain.distillation.memory import divisors, fit_parts
 from toolchain.distillation.non_finite import non_finite_error, step_if_finite
 from toolchain.distillation.objectives import select
 from toolchain.distillation.teacher import open_teacher
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.distillation.training_log import StepClock, UnreadRow, is_logged, open_log, start_row
 from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
 from toolchain.distillation.training_options import TrainingOptions
@@ -59,7 +59,7 @@ class Training:
     student: ClipModel
     """Trained in place."""
 
-    teacher: ClipModel | TeacherCache | None
+    teacher: ClipModel | TeacherCache | TeacherCaches | None
     data: TrainingData
     seed: int = 0
     max_damaged: float = MAX_DAMAGED
@@ -315,8 +315,8 @@ class _Run:
         if self.forward.spec.parts == 1:
             return self.teacher_features(batch)
         found = [self.teacher_features(part) for part in batch.split(self.forward.spec.parts)]
-        image_bE, text_bE = (torch.cat([x[place] for x in found]) for place in range(2))
-        return TeacherFeatures(image_bE, text_bE, found[0].logit_scale)
+        image_bE, text_bE = (torch.cat(parts) for parts in zip(*((x.image_BE, x.text_BE) for x in found), strict=True))
+        return found[0]._replace(image_BE=image_bE, text_BE=text_bE)
 
     def agree(self, damaged: tuple[Damage, ...], step: int, stopping: bool, due: bool) -> tuple[bool, bool]:
         """Return whether any rank was asked to stop, and whether a checkpoint is due on rank 0 (a collective call).

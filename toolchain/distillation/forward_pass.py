@@ -96,6 +96,7 @@ class Forward:
                 self.processes,
                 memory_mb=self.spec.loss_memory_mb,
                 divides_by_scales=self.spec.reference_compat,
+                affinity_logit_scale=self.spec.affinity_logit_scale,
             )
         return ForwardPass(loss, terms, scales, own, everyone)
 
@@ -129,7 +130,7 @@ class Forward:
             return [Part(number, part, None) for number, part in enumerate(batches)]
         image_bE, text_bE = teacher.image_BE.chunk(len(batches)), teacher.text_BE.chunk(len(batches))
         return [
-            Part(number, part, TeacherFeatures(image_bE[number], text_bE[number], teacher.logit_scale))
+            Part(number, part, teacher._replace(image_BE=image_bE[number], text_BE=text_bE[number]))
             for number, part in enumerate(batches)
         ]
 

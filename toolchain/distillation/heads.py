@@ -25,6 +25,8 @@ class DistillationHeads(nn.Module):
 
     `image_projection`, `text_projection`: Linear(D, E), for all objectives in the teacher's width if D and E differ.
     `image_fusion`, `text_fusion`: Linear(D + E, D), for AFD.
+    For several teachers, `teacher_width` has the width of each, and E is their sum: the projections to their widths,
+    one layer for each, are the rows of one matrix, and exist even if a width is D.  A fusion reads all teachers.
     `log_cross_logit_scale`, `log_fusion_logit_scale`: logarithms of the scales of ICL and cross-KD, and of AFD, from
     ln(1 / 0.07).
 
@@ -33,7 +35,12 @@ class DistillationHeads(nn.Module):
     """
 
     def __init__(
-        self, student_width: int, teacher_width: int, weights: Mapping[str, float], *, reference_compat: bool = False
+        self,
+        student_width: int,
+        teacher_width: int | tuple[int, ...],
+        weights: Mapping[str, float],
+        *,
+        reference_compat: bool = False,
     ) -> None:
         super().__init__()
         assert set(weights) <= set(OBJECTIVES), f"unknown objectives: {sorted(set(weights) - set(OBJECTIVES))}"
@@ -41,7 +48,9 @@ class DistillationHeads(nn.Module):
         self.reference_compat = reference_compat
         self._in_teacher_width = any(objective.in_teacher_width for objective in objectives)
         self._masks_image = any(objective.on_whole_image for objective in objectives)
-        projects = self._in_teacher_width and student_width != teacher_width
+        self._widths = (teacher_width,) if isinstance(teacher_width, int) else teacher_width
+        projects = self._in_teacher_width and self._widths != (student_width,)
+        teacher_width = sum(self._widths)
         fuses = any(objective.fuses for objective in objectives)
         crosses = any(objective.reads_cross_scale for objective in objectives)
         self.image_projection = nn.Linear(student_width, teacher_width) if projects else None
@@ -86,12 +95,13 @@ class DistillationHeads(nn.Module):
             if log_scale is not None and not self.reference_compat:
                 log_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
 
-    def scales(self, logit_scale: Tensor) -> Scales:
-        """Return the multipliers, given the student's own."""
+    def scales(self, logit_scale: Tensor, logit_bias: Tensor | None = None) -> Scales:
+        """Return the multipliers, given the student's own; a sigmoid student has a bias too."""
         return Scales(
             logit_scale,
             None if self.log_cross_logit_scale is None else self.cross_logit_scale,
             None if self.log_fusion_logit_scale is None else self.fusion_logit_scale,
+            logit_bias,
         )
 
     def forward(
@@ -119,13 +129,13 @@ class DistillationHeads(nn.Module):
                 return features
             if self._in_teacher_width:
                 features = features._replace(
-                    image_BE=_project(self.image_projection, raw_image_BD, features.image_BD),
-                    text_BE=_project(self.text_projection, raw_text_BD, features.text_BD),
+                    image_BE=self._project(self.image_projection, raw_image_BD, features.image_BD),
+                    text_BE=self._project(self.text_projection, raw_text_BD, features.text_BD),
                 )
             if self.reads_masked_image:
                 raw_BD = widen(_require(raw_masked_image_BD))
                 masked_BD = F.normalize(raw_BD, dim=-1)
-                features = features._replace(masked_image_BE=_project(self.image_projection, raw_BD, masked_BD))
+                features = features._replace(masked_image_BE=self._project(self.image_projection, raw_BD, masked_BD))
             elif self._masks_image:
                 features = features._replace(masked_image_BE=features.image_BE)
             if self.image_fusion is not None and self.text_fusion is not None:
@@ -135,9 +145,11 @@ class DistillationHeads(nn.Module):
                 )
             return features
 
-
-def _project(projection: nn.Linear | None, raw_BD: Tensor, unit_BD: Tensor) -> Tensor:
-    return unit_BD if projection is None else F.normalize(projection(raw_BD), dim=-1)
+    def _project(self, projection: nn.Linear | None, raw_BD: Tensor, unit_BD: Tensor) -> Tensor:
+        if projection is None:
+            return unit_BD
+        of_teachers = projection(raw_BD).split(self._widths, dim=-1)
+        return torch.cat([F.normalize(x_BE, dim=-1) for x_BE in of_teachers], dim=-1)
 
 
 def _fuse(fusion: nn.Linear, student_BD: Tensor, teacher_BE: Tensor) -> Tensor:

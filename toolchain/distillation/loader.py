@@ -31,7 +31,7 @@ from toolchain.data.bad_samples import Damage
 from toolchain.data.batch import Geometry, TrainingData
 from toolchain.distillation.free_memory import free_bytes
 from toolchain.distillation.loader_workers import SLOTS, Made, Workers, round_up
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
 
@@ -125,7 +125,7 @@ class _Reader:
     teacher: _Inputs | None
     """A live teacher, None if there is none."""
 
-    cache: TeacherCache | None
+    cache: TeacherCache | TeacherCaches | None
 
     @property
     def geometries(self) -> list[Geometry]:
@@ -196,7 +196,7 @@ def load_batches(
     steps: range,
     rows: slice,
     student: ClipModel,
-    teacher: ClipModel | TeacherCache | None,
+    teacher: ClipModel | TeacherCache | TeacherCaches | None,
     workers: int,
 ) -> Generator[PreparedBatch, None, None]:
     """Yield one rank's rows of the batches of `steps`, for a student and a teacher, live or cached.
@@ -232,11 +232,13 @@ def load_batches(
             del batch
 
 
-def _reader(data: TrainingData, student: ClipModel, teacher: ClipModel | TeacherCache | None) -> _Reader:
+def _reader(
+    data: TrainingData, student: ClipModel, teacher: ClipModel | TeacherCache | TeacherCaches | None
+) -> _Reader:
     taught = None
     if isinstance(teacher, ClipModel):
         taught = _Inputs(teacher.geometry, (student if teacher.tokenizes_like(student) else teacher).tokenize)
-    cache = teacher if isinstance(teacher, TeacherCache) else None
+    cache = teacher if isinstance(teacher, TeacherCache | TeacherCaches) else None
     return _Reader(data, _Inputs(student.geometry, student.tokenize), taught, cache)
 
 

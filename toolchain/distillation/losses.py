@@ -1,8 +1,9 @@
 """The definitions of the training losses, each a pure function of unit-norm features and scales.
 
-All losses come from CLIP-KD (arXiv:2307.12732) and CLIP (arXiv:2103.00020).  They hold the B x B similarities of a
-whole batch, as their equations do.  Training computes the same numbers in blocks of rows (blockwise_losses.py), and the
-tests compare the two.  No gradient is stopped here: pass teacher features without gradient.
+The losses come from CLIP-KD (arXiv:2307.12732), CLIP (arXiv:2103.00020), TinyCLIP (arXiv:2309.12314) and SigLIP
+(arXiv:2303.15343).  They hold the B x B similarities of a whole batch, as their equations do.  Training computes the
+same numbers in blocks of rows (blockwise_losses.py), and the tests compare the two.  No gradient is stopped here: pass
+teacher features without gradient.
 
 Arithmetic is float32 or wider for every input, also under autocast: the features are unit vectors multiplied by a scale
 of up to 100, and in bfloat16 the logits would have steps of 0.5.  float64 stays float64.  NaN stays NaN.
@@ -31,6 +32,20 @@ def clip_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float) ->
     return (image_anchored + _mean_cross_entropy(text_BD, image_BD, logit_scale)) / 2
 
 
+def sigmoid_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float) -> Tensor:
+    """Return the task loss of a sigmoid model: of every image and text, decide whether they are a pair.
+
+        L = mean_i sum_j -log sigma(z_ij (s u_i w_j + b)),   z_ij = 1 if i = j, else -1
+
+    u, w: unit-norm image and text features [B, D]; s: `logit_scale`; b: `logit_bias`.  SigLIP (arXiv:2303.15343),
+    section 3.2.  Scalar, summed over the B candidates and mean over B, in nats; >= 0.  It is the same in both
+    directions, so there is only one.
+    """
+    logits_BB = scaled_similarities(image_BD, text_BD, logit_scale) + logit_bias
+    sign_BB = 2 * torch.eye(len(logits_BB), dtype=logits_BB.dtype, device=logits_BB.device) - 1
+    return -F.logsigmoid(sign_BB * logits_BB).sum(-1).mean()
+
+
 def crd_loss(
     student_image_BD: Tensor,
     student_text_BD: Tensor,
@@ -53,6 +68,61 @@ def crd_loss(
     student_image_BB, student_text_BB = _both_directions(*student)
     teacher_image_BB, teacher_text_BB = _both_directions(*teacher)
     return (_mean_kl(teacher_image_BB, student_image_BB) + _mean_kl(teacher_text_BB, student_text_BB)) / 2
+
+
+def affinity_loss(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    teacher_image_BE: Tensor,
+    teacher_text_BE: Tensor,
+    affinity_logit_scale: Tensor | float,
+) -> Tensor:
+    """Return the affinity mimicking loss: the cross entropy of the student's in-batch affinities with the teacher's.
+
+        L = 1/2 [ mean_i -sum_j p_ij log q_ij  over image -> text  +  the same over text -> image ]
+        p = softmax(a V T^T),   q = softmax(a u w^T),   over the B candidates of a row
+
+    u, w: student features [B, D]; V, T: teacher features [B, E]; all unit-norm; the widths may differ.
+    a: `affinity_logit_scale`, ONE constant for both models.  TinyCLIP (arXiv:2309.12314), section on affinity
+    mimicking; its scripts set a = 50.  Scalar, mean over B, in nats; at least the entropy of p, which it is iff q = p.
+
+    The entropy of p is constant, so the gradients are those of `crd_loss` with a in place of both scales.  That is the
+    difference: in CRD each model has its own scale, and a student can match the teacher's distributions with smaller
+    differences of cosines and a larger scale.  Here the cosines themselves must equal the teacher's, up to one constant
+    for all, and no scale is trained.
+    """
+    student_image_BB, student_text_BB = _both_directions(student_image_BD, student_text_BD, affinity_logit_scale)
+    teacher_image_BB, teacher_text_BB = _both_directions(teacher_image_BE, teacher_text_BE, affinity_logit_scale)
+    image_anchored = F.cross_entropy(student_image_BB, teacher_image_BB.softmax(-1))
+    return (image_anchored + F.cross_entropy(student_text_BB, teacher_text_BB.softmax(-1))) / 2
+
+
+def sigmoid_kd_loss(
+    student_image_BD: Tensor,
+    student_text_BD: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    teacher_image_BE: Tensor,
+    teacher_text_BE: Tensor,
+    teacher_logit_scale: Tensor | float,
+    teacher_logit_bias: Tensor | float,
+) -> Tensor:
+    """Return the sigmoid distillation loss: match the teacher's probability that an image and a text are a pair.
+
+        L = mean_i sum_j [ p_ij log(p_ij / q_ij) + (1 - p_ij) log((1 - p_ij) / (1 - q_ij)) ]
+        p = sigma(r V T^T + c),   q = sigma(s u w^T + b)
+
+    u, w: student features [B, D]; V, T: teacher features [B, E]; all unit-norm; the widths may differ.  Both are
+    sigmoid models (SigLIP, arXiv:2303.15343) with their own scales s, r and biases b, c.  It is to `sigmoid_loss` what
+    `crd_loss` is to `clip_loss`: the pairs' labels are replaced by the teacher's probabilities.  Scalar, summed over
+    the B candidates and mean over B, in nats; >= 0, and 0 iff the probabilities agree.
+    """
+    student_BB = scaled_similarities(student_image_BD, student_text_BD, logit_scale) + logit_bias
+    teacher_BB = scaled_similarities(teacher_image_BE, teacher_text_BE, teacher_logit_scale) + teacher_logit_bias
+    # not 1 - sigmoid(x), which has no digits left of a probability near 1
+    yes_BB = teacher_BB.sigmoid() * (F.logsigmoid(teacher_BB) - F.logsigmoid(student_BB))
+    no_BB = (-teacher_BB).sigmoid() * (F.logsigmoid(-teacher_BB) - F.logsigmoid(-student_BB))
+    return (yes_BB + no_BB).sum(-1).mean()
 
 
 def fd_loss(image_BD: Tensor, text_BD: Tensor, teacher_image_BD: Tensor, teacher_text_BD: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ def make_cache(
     """
     embed_dim = live.model.embed_dim
     about = {**plan.depends, "embed_dim": embed_dim, "logit_scale": live.logit_scale.item()}
+    about |= {} if live.logit_bias is None else {"logit_bias": live.logit_bias.item()}
     numbers = range(-(-data.num_samples // SHARD_SAMPLES))
     todo = [number for number in numbers[processes.rank :: processes.size] if not shard_path(folder, number).exists()]
     processes.wait()  # until every rank has listed its missing shards

@@ -1,4 +1,4 @@
-"""The objectives of CLIP-KD (arXiv:2307.12732) in one table, and their weighted sum.
+"""The objectives in one table, and their weighted sum; those of CLIP-KD (arXiv:2307.12732) come first.
 
 A batch passes `DistillationHeads` (heads.py) -> `BatchFeatures` -> `gather_features` over the ranks (features.py) ->
 `weighted_loss`.  An objective whose weight is 0 costs nothing: its features are not computed, its parameters do not
@@ -9,23 +9,26 @@ its weight in recipe/distill.py, which also lists the objectives that need pairs
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from toolchain.distillation.blocks import Sweep, sum_in_blocks
+from toolchain.distillation.blocks import Sweep, scale_terms, sum_in_blocks
 from toolchain.distillation.blockwise_losses import (
+    PairLogits,
     Rows,
     Similarities,
     Target,
     contrast,
+    decide_pairs,
     match_features,
     match_gradients,
 )
-from toolchain.distillation.features import BatchFeatures, Scales
+from toolchain.distillation.features import BatchFeatures, Scales, split_teachers
 from toolchain.distributed import ALONE, Processes
+from toolchain.recipe.distill import AFFINITY_LOGIT_SCALE
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class LossInputs:
     divides_by_scales: bool
     """True if gradient distillation divides by the scales instead of multiplying, as the released code does."""
 
+    affinity_logit_scale: float
+
     @property
     def rows(self) -> Rows:
         """Return the place of the rank's rows in the batch."""
@@ -61,6 +66,20 @@ class LossInputs:
         return _both_directions(
             (own.image_BD, own.text_BD), (everyone.image_BD, everyone.text_BD), self.scales.logit_scale
         )
+
+    @property
+    def affinity(self) -> tuple[Similarities, Similarities]:
+        """Like `student`, with the constant scale of affinity mimicking."""
+        return self._rescale(self.student)
+
+    @property
+    def teacher_affinity(self) -> tuple[Similarities, Similarities]:
+        """Like `teacher`, with the constant scale of affinity mimicking."""
+        return self._rescale(self.teacher)
+
+    def _rescale(self, both: tuple[Similarities, Similarities]) -> tuple[Similarities, Similarities]:
+        scale = torch.full_like(self.scales.logit_scale, self.affinity_logit_scale)
+        return both[0]._replace(logit_scale=scale), both[1]._replace(logit_scale=scale)
 
     @property
     def cross(self) -> tuple[Similarities, Similarities]:
@@ -79,6 +98,18 @@ class LossInputs:
     def teacher(self) -> tuple[Similarities, Similarities]:
         """The teacher's image to text and text to image."""
         return _both_directions(_teacher_pair(self.own), _teacher_pair(self.everyone), self.teacher_logit_scale)
+
+    @property
+    def student_pairs(self) -> PairLogits:
+        """The logits of a sigmoid student, image to text; text to image has the same."""
+        return PairLogits(self.student[0], _require(self.scales.logit_bias))
+
+    @property
+    def teacher_pairs(self) -> PairLogits:
+        """The logits of a sigmoid teacher, image to text."""
+        assert self.own.teacher is not None
+        assert self.own.teacher.logit_bias is not None, "sigmoid_kd needs a sigmoid teacher"
+        return PairLogits(self.teacher[0], self.own.teacher.logit_bias)
 
     @property
     def projected(self) -> tuple[Tensor, Tensor]:
@@ -131,22 +162,37 @@ def _match_gradients(x: LossInputs, name: str) -> tuple[list[Sweep], Tensor]:
 class Contrast:
     """A loss that compares each anchor with all candidates; losses of the same similarities share their sweep."""
 
-    similarities: Literal["student", "cross", "fused"]
+    similarities: Literal["student", "affinity", "cross", "fused"]
     """The property of `LossInputs` with both directions."""
 
     target: Target
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """A loss that decides of each anchor and candidate whether they are a pair; such losses share their sweep."""
+
+    target: Target
+    """pair: 1 for a pair and 0 for others; teacher: the teacher's sigmoid."""
+
+
+Loss = Contrast | Pairs | Callable[[LossInputs, str], list[Sweep] | tuple[list[Sweep], Tensor]]
+
+
+@dataclass(frozen=True)
 class Objective:
     """One objective: its loss, and the inputs that the loss reads."""
 
-    loss: Contrast | Callable[[LossInputs, str], Sweep | tuple[list[Sweep], Tensor]]
+    loss: Loss
     """The way to compute the loss over the rank's rows; losses.py defines it.  A function is given the objective's name
-    and returns a sweep, or sweeps that have only the loss's gradient together with its value."""
+    and returns sweeps, or sweeps that have only the loss's gradient together with its value."""
 
     paper_weight: float
-    """The weight in CLIP-KD's recipes, 0 if they do not use the objective; `paper_weight` converts it to our units."""
+    """The weight in its paper's recipes, 0 if they do not use the objective; `paper_weight` converts it to our
+    units."""
+
+    loss_of_sigmoids: Pairs | None = None
+    """The loss for a sigmoid student, if it is another one."""
 
     is_mean_over_width: bool = False
     """True if the paper's term is a mean over the width where ours is a sum, so its weight is divided by the width."""
@@ -158,6 +204,9 @@ class Objective:
     reads_logit_scale: bool = False
     """True if it reads, and so trains, the student's own scale."""
 
+    reads_logit_bias: bool = False
+    """True if it reads, and so trains, the bias of a sigmoid student."""
+
     reads_cross_scale: bool = False
     """True if it needs the learnt scale of similarities between the two models."""
 
@@ -167,13 +216,20 @@ class Objective:
     on_whole_image: str | None = None
     """For an objective on masked images: the name of the objective that has the same loss on whole images."""
 
+    @property
+    def is_mean_over_teachers(self) -> bool:
+        """Return True if it compares the student with each teacher; a fusion is one of all."""
+        return self.needs_teacher and not self.fuses
+
 
 OBJECTIVES: dict[str, Objective] = {
     "task": Objective(
         Contrast("student", "pair"),
         paper_weight=1,
+        loss_of_sigmoids=Pairs("pair"),
         needs_teacher=False,
         reads_logit_scale=True,
+        reads_logit_bias=True,
     ),
     "crd": Objective(
         Contrast("student", "teacher"),
@@ -181,13 +237,13 @@ OBJECTIVES: dict[str, Objective] = {
         reads_logit_scale=True,
     ),
     "fd": Objective(
-        lambda x, name: match_features(x.projected, x.targets, name),
+        lambda x, name: [match_features(x.projected, x.targets, name)],
         paper_weight=2000,
         is_mean_over_width=True,
         in_teacher_width=True,
     ),
     "mfd": Objective(
-        lambda x, name: match_features(x.masked, x.targets, name),
+        lambda x, name: [match_features(x.masked, x.targets, name)],
         paper_weight=2000,
         is_mean_over_width=True,
         in_teacher_width=True,
@@ -216,6 +272,16 @@ OBJECTIVES: dict[str, Objective] = {
         paper_weight=0,
         in_teacher_width=True,
         reads_cross_scale=True,
+    ),
+    "affinity": Objective(
+        Contrast("affinity", "affinity"),
+        paper_weight=1,
+    ),
+    "sigmoid_kd": Objective(
+        Pairs("teacher"),
+        paper_weight=0,
+        reads_logit_scale=True,
+        reads_logit_bias=True,
     ),
 }
 """The objectives, in the order in which they are summed and logged."""
@@ -267,30 +333,23 @@ def weighted_loss(
     *,
     memory_mb: float = 128,
     divides_by_scales: bool = False,
+    affinity_logit_scale: float = AFFINITY_LOGIT_SCALE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the objectives, and the unweighted terms without gradient, in their order.
 
     `own` and `everyone` are the features of the rank's rows and of all ranks' rows (`gather_features`), made with
     `scales` by heads for at least these objectives.  Without a teacher, only objectives that need none are computed.
     `memory_mb` bounds the memory of a block (blocks.py).  `divides_by_scales` selects `reference_compat`'s form of
-    gradient distillation.
+    gradient distillation.  If `scales` has a bias, the student is a sigmoid model.  An objective that compares the
+    student with a teacher is the mean over the teachers, if there are several.
 
     On every rank, the sum and the terms have the values of the whole batch (a collective call).  The sum's gradient
     differs: it is that through the similarities of the rank's rows; the mean over ranks is that of the batch's loss.
     """
-    inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales)
+    inputs = LossInputs(own, everyone, scales, processes, memory_mb, divides_by_scales, affinity_logit_scale)
     selected = select(weights, with_teacher=own.teacher is not None)
-    values: dict[str, Tensor] = {}
     with torch.autocast(scales.logit_scale.device.type, enabled=False):
-        sweeps = _contrasts(inputs, selected)
-        for name, objective in selected.items():
-            if not isinstance(objective.loss, Contrast):
-                made = objective.loss(inputs, name)
-                if isinstance(made, Sweep):
-                    sweeps.append(made)
-                else:
-                    sweeps += made[0]
-                    values[name] = made[1]
+        sweeps, values = _compute_losses(inputs, selected)
         total, terms = (
             sum_in_blocks(sweeps, weights, memory_mb) if sweeps else (torch.zeros_like(scales.logit_scale), {})
         )
@@ -301,18 +360,53 @@ def weighted_loss(
     return total + (value - total).detach(), terms
 
 
-def _contrasts(inputs: LossInputs, selected: Mapping[str, Objective]) -> list[Sweep]:
+def _compute_losses(inputs: LossInputs, selected: Mapping[str, Objective]) -> tuple[list[Sweep], dict[str, Tensor]]:
+    """Return the sweeps of all objectives, and the values of those whose sweeps have only their gradient.
+
+    For several teachers, the mean over them of KL(p_t || q) has the gradient of KL(mean_t p_t || q): in the logits it
+    is q - mean_t p_t.  So relations are averaged after the softmax.
+    """
+    losses = {name: _choose_loss(objective, inputs.scales) for name, objective in selected.items()}
+    of_teachers = list(zip(split_teachers(inputs.own), split_teachers(inputs.everyone), strict=True))
+    shares = {name: 1 / len(of_teachers) for name, objective in selected.items() if objective.is_mean_over_teachers}
+    sweeps: list[Sweep] = []
+    values: dict[str, Tensor] = {}
+    for number, (own, everyone) in enumerate(of_teachers):
+        asked = {name: loss for name, loss in losses.items() if name in shares or number == 0}
+        of_teacher = replace(inputs, own=own, everyone=everyone)
+        made = _contrasts(of_teacher, asked) + _pairs(of_teacher, asked)
+        for name, loss in asked.items():
+            if not isinstance(loss, Contrast | Pairs):
+                found = loss(of_teacher, name)
+                if isinstance(found, tuple):
+                    found, value = found
+                    values[name] = values.get(name, torch.zeros_like(value)) + shares[name] * value
+                made += found
+        sweeps += made if len(of_teachers) == 1 else [scale_terms(sweep, shares) for sweep in made]
+    return sweeps, values
+
+
+def _choose_loss(objective: Objective, scales: Scales) -> Loss:
+    """Return an objective's loss for this student: a softmax model, or a sigmoid model, which has a bias."""
+    if scales.logit_bias is not None and objective.loss_of_sigmoids is not None:
+        return objective.loss_of_sigmoids
+    return objective.loss
+
+
+def _contrasts(inputs: LossInputs, losses: Mapping[str, Loss]) -> list[Sweep]:
     """Return the sweeps of all contrastive objectives, one for each kind of similarities that some of them compare."""
     sweeps = []
-    for similarities in ("student", "cross", "fused"):
+    for similarities in ("student", "affinity", "cross", "fused"):
         names: dict[Target, str] = {
-            objective.loss.target: name
-            for name, objective in selected.items()
-            if isinstance(objective.loss, Contrast) and objective.loss.similarities == similarities
+            loss.target: name
+            for name, loss in losses.items()
+            if isinstance(loss, Contrast) and loss.similarities == similarities
         }
         if not names:
             continue
         student, teacher = getattr(inputs, similarities), inputs.teacher if "teacher" in names else (None, None)
+        if similarities == "affinity":
+            teacher = inputs.teacher_affinity
         if similarities == "cross":
             sweeps += [
                 contrast(ours, theirs, names, inputs.rows, both_directions=False)
@@ -321,6 +415,15 @@ def _contrasts(inputs: LossInputs, selected: Mapping[str, Objective]) -> list[Sw
         else:  # the logits of text to image are those of image to text, transposed
             sweeps.append(contrast(student[0], teacher[0], names, inputs.rows, both_directions=True))
     return sweeps
+
+
+def _pairs(inputs: LossInputs, losses: Mapping[str, Loss]) -> list[Sweep]:
+    """Return the sweep of all objectives that decide of pairs, if there are any."""
+    names: dict[Target, str] = {loss.target: name for name, loss in losses.items() if isinstance(loss, Pairs)}
+    if not names:
+        return []
+    teacher = inputs.teacher_pairs if "teacher" in names else None
+    return [decide_pairs(inputs.student_pairs, teacher, names, inputs.rows)]
 
 
 def _require(x: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from toolchain.distillation.features import TeacherFeatures
 from toolchain.distillation.loader import PreparedBatch
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.errors import ArtifactError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.onednn import on_onednn
@@ -30,6 +30,8 @@ class LiveTeacher:
     dtype: torch.dtype
     compiled: bool = False
     tf32: bool = False
+    logit_bias: Tensor | None = None
+    """None: a softmax model."""
 
     @torch.no_grad()  # not inference_mode: the objectives save these features for their backward pass
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
@@ -37,7 +39,7 @@ class LiveTeacher:
         assert batch.teacher_pixels is not None
         assert batch.teacher_ids is not None
         image_bE = self.image_features(batch.teacher_pixels)
-        return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale)
+        return TeacherFeatures(image_bE, self.text_features(batch.teacher_ids), self.logit_scale, self.logit_bias)
 
     @property
     def non_finite_advice(self) -> str:
@@ -59,14 +61,17 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """A frozen teacher whose features were read from a cache when the batch was prepared."""
+    """A frozen teacher, or several, whose features were read from a cache when the batch was prepared."""
 
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    widths: tuple[int, ...] = ()
+    """As in `TeacherFeatures`."""
 
     def features(self, batch: PreparedBatch) -> TeacherFeatures:
         """Return the stored features of a batch."""
         assert batch.teacher_features is not None
-        return TeacherFeatures(*batch.teacher_features, self.logit_scale)
+        return TeacherFeatures(*batch.teacher_features, self.logit_scale, self.logit_bias, self.widths)
 
 
 def non_finite_advice(is_float32: bool) -> str:
@@ -79,12 +84,28 @@ def non_finite_advice(is_float32: bool) -> str:
 
 
 def open_teacher(
-    teacher: ClipModel | TeacherCache, spec: DistillSpec, device: torch.device
+    teacher: ClipModel | TeacherCache | TeacherCaches, spec: DistillSpec, device: torch.device
 ) -> LiveTeacher | CachedTeacher:
-    """Return the object that provides the teacher's features during training."""
-    if isinstance(teacher, TeacherCache):
-        return CachedTeacher(torch.tensor(teacher.logit_scale, device=device))
-    return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile, tf32=spec.tf32)
+    """Return the object that provides the teacher's features during training.
+
+    Raises:
+        ArtifactError: its logit_scale or logit_bias is not finite, or its cache lacks the logit_bias that is needed.
+    """
+    if isinstance(teacher, ClipModel):
+        return live_teacher(teacher, spec.teacher_precision, device, compiled=spec.compile, tf32=spec.tf32)
+    members = teacher.members if isinstance(teacher, TeacherCaches) else (teacher,)
+    biases = [member.logit_bias for member in members]
+    if spec.loss_weights.sigmoid_kd and None in biases:
+        raise ArtifactError(
+            f"{members[biases.index(None)].folder}: distill.loss_weights.sigmoid_kd needs the teacher's logit_bias, "
+            "which this teacher cache lacks: it was made by an earlier version. Delete it and run the command again to "
+            "rebuild it"
+        )
+    scale = torch.tensor([member.logit_scale for member in members], device=device)
+    bias = None if None in biases else torch.tensor(biases, device=device)
+    if isinstance(teacher, TeacherCaches):
+        return CachedTeacher(scale, bias, teacher.widths)
+    return CachedTeacher(scale[0], None if bias is None else bias[0])
 
 
 def live_teacher(
@@ -93,17 +114,20 @@ def live_teacher(
     """Return the teacher frozen, with its weights in `precision`; its features are float32.
 
     Raises:
-        ArtifactError: its logit_scale is not finite.
+        ArtifactError: its logit_scale or logit_bias is not finite.
     """
     logit_scale = teacher.logit_scale.detach().float().to(device)  # before it is rounded
     if not logit_scale.isfinite():
         raise ArtifactError(
             f"teacher {teacher.name}: the exponential of its logit_scale is not finite; use other weights"
         )
+    logit_bias = None if teacher.logit_bias is None else teacher.logit_bias.detach().float().to(device)
+    if logit_bias is not None and not logit_bias.isfinite():
+        raise ArtifactError(f"teacher {teacher.name}: its logit_bias is not finite; use other weights")
     teacher.probe_fast_paths()  # before it is compiled: the probes' own shapes would be compiled too
     net: Any = teacher.net.eval().requires_grad_(False).to(device, DTYPES[precision])
     if device.type == "cuda":
         use_causal_kernels(net)
     if compiled:
         compile_towers(net)
-    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled, tf32)
+    return LiveTeacher(teacher, logit_scale, DTYPES[precision], compiled, tf32, logit_bias)

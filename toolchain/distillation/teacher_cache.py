@@ -28,6 +28,7 @@ ABOUT = "cache.json"
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 _SAFETENSORS |= {"I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+_OF_THE_TEACHER = {"embed_dim", "logit_scale", "logit_bias"}  # read from its weights, which are compared by hash
 _OPEN_SHARDS = 1024  # mappings per process; the system allows about 65,000
 
 
@@ -46,6 +47,11 @@ class TeacherCache:
     def logit_scale(self) -> float:
         """The multiplier of cosine similarities."""
         return float(self.about["logit_scale"])
+
+    @property
+    def logit_bias(self) -> float | None:
+        """The bias of a sigmoid model; None for a softmax model."""
+        return self.about.get("logit_bias")
 
     def features(self, sample_B: NDArray[np.int64], pick_B: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
         """Return image and text features, [B, E] each: float32, rows of unit norm.
@@ -86,6 +92,33 @@ class TeacherCache:
         return image_BE, text_BE
 
 
+@dataclass(frozen=True)
+class TeacherCaches:
+    """The caches of several teachers of the same data.  Their features stand side by side, in E columns in all.
+
+    The teachers may differ in everything: each cache was made with its own teacher's tokenizer and image size.
+    """
+
+    members: tuple[TeacherCache, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(member.embed_dim for member in self.members)
+
+    @property
+    def embed_dim(self) -> int:
+        return sum(self.widths)
+
+    def features(self, sample_B: NDArray[np.int64], pick_B: NDArray[np.int64], view: int) -> tuple[Tensor, Tensor]:
+        """Return image and text features, [B, E] each: float32, the columns of each teacher of unit norm.
+
+        Raises:
+            ClipkdError: as for `TeacherCache`.
+        """
+        image, text = zip(*(member.features(sample_B, pick_B, view) for member in self.members), strict=True)
+        return torch.cat(image, dim=1), torch.cat(text, dim=1)
+
+
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
@@ -118,7 +151,7 @@ def refuse_foreign(folder: Path, expected: Mapping[str, Any]) -> None:
         wanted, got = _flatten(expected), _flatten(found)
         different = [
             f"{field}: expected {wanted.get(field, 'nothing')}, got {got.get(field, 'nothing')}"
-            for field in sorted({*wanted, *got} - {"embed_dim", "logit_scale"})
+            for field in sorted({*wanted, *got} - _OF_THE_TEACHER)
             if wanted.get(field) != got.get(field)
         ]
         if different:

@@ -140,14 +140,18 @@ def start_row(
 
 
 def _similarity(student: StudentFeatures, teacher: TeacherFeatures) -> dict[str, Tensor]:
-    """Return mean cosines of student to teacher features in the teacher's width; empty if no head projects them."""
+    """Return mean cosines of student to teacher features in the teacher's width; empty if no head projects them.
+
+    Of several teachers, it is the mean over all.
+    """
     image_BE, text_BE = student.image_BE, student.text_BE
     if image_BE is None or text_BE is None:
-        if student.image_BD.shape[-1] != teacher.image_BE.shape[-1]:
+        if teacher.widths or student.image_BD.shape[-1] != teacher.image_BE.shape[-1]:
             return {}
         image_BE, text_BE = student.image_BD, student.text_BD
     image, text = (image_BE * teacher.image_BE).sum(-1).mean(), (text_BE * teacher.text_BE).sum(-1).mean()
-    return {"image": image, "text": text}
+    count = max(1, len(teacher.widths))
+    return {"image": image / count, "text": text / count}
 
 
 _Moment = float | torch.cuda.Event

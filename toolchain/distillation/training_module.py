@@ -1,6 +1,7 @@
 """The trained module, which joins the student and the distillation heads, and its optimizer."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from toolchain.distillation.features import Scales, StudentFeatures, TeacherFeat
 from toolchain.distillation.heads import DistillationHeads
 from toolchain.distillation.loader import copy_to_device
 from toolchain.distillation.losses import MAX_LOGIT_SCALE
-from toolchain.distillation.objectives import select
-from toolchain.distillation.teacher_cache import TeacherCache
+from toolchain.distillation.objectives import Objective, select
+from toolchain.distillation.teacher_cache import TeacherCache, TeacherCaches
 from toolchain.distributed import Processes
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.patch_masking import kept_patches, masked_image_features, num_patches
@@ -29,7 +30,11 @@ class TrainingModule(nn.Module):
     """The student and the distillation heads: everything the optimizer updates and a checkpoint holds."""
 
     def __init__(
-        self, student: ClipModel, teacher: ClipModel | TeacherCache | None, spec: DistillSpec, processes: Processes
+        self,
+        student: ClipModel,
+        teacher: ClipModel | TeacherCache | TeacherCaches | None,
+        spec: DistillSpec,
+        processes: Processes,
     ) -> None:
         super().__init__()
         student.probe_fast_paths()
@@ -38,13 +43,12 @@ class TrainingModule(nn.Module):
         weights = spec.loss_weights.model_dump()
         teacher_width = teacher.embed_dim if teacher else student.embed_dim
         self.heads = DistillationHeads(
-            student.embed_dim, teacher_width, weights if teacher else {}, reference_compat=spec.reference_compat
+            student.embed_dim,
+            teacher.widths if isinstance(teacher, TeacherCaches) else teacher_width,
+            weights if teacher else {},
+            reference_compat=spec.reference_compat,
         )
-        # data-parallel training refuses parameters without a gradient
-        objectives = select(weights, with_teacher=teacher is not None).values()
-        self.net.logit_scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives))
-        if isinstance(bias := getattr(self.net, "logit_bias", None), nn.Parameter):
-            bias.requires_grad_(False)  # belongs to a sigmoid loss, which clipkd does not use
+        self._prepare_scales(select(weights, with_teacher=teacher is not None), spec.affinity_logit_scale)
         self._mask_ratio = spec.mask_ratio if self.heads.reads_masked_image else None
         dropout: Any = getattr(self.net.visual, "patch_dropout", None)
         self._patch_dropout = getattr(dropout, "prob", None)  # open_clip draws it from torch; we hash it
@@ -58,6 +62,26 @@ class TrainingModule(nn.Module):
             use_causal_kernels(self.net)
         if spec.compile:
             compile_towers(self.net)
+
+    @property
+    def _logit_bias(self) -> nn.Parameter | None:
+        """The bias of a sigmoid student; None for a softmax student."""
+        bias: nn.Parameter | None = getattr(self.net, "logit_bias", None)
+        return bias
+
+    def _prepare_scales(self, objectives: Mapping[str, Objective], affinity_logit_scale: float) -> None:
+        """Let the student's scale and bias be trained if an objective reads them.
+
+        Data-parallel training refuses parameters without a gradient.  Affinity mimicking trains no scale; if nothing
+        else does, the student gets the scale of that loss, as in TinyCLIP, unless it has its teacher's.
+        """
+        scale: Any = self.net.logit_scale
+        scale.requires_grad_(any(objective.reads_logit_scale for objective in objectives.values()))
+        if self._logit_bias is not None:
+            self._logit_bias.requires_grad_(any(objective.reads_logit_bias for objective in objectives.values()))
+        if "affinity" in objectives and not scale.requires_grad and not self.student.has_teachers_text:
+            with torch.no_grad():
+                scale.fill_(math.log(affinity_logit_scale))
 
     def train(self, mode: bool = True) -> "TrainingModule":
         """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""
@@ -84,8 +108,14 @@ class TrainingModule(nn.Module):
         masked_bD = None
         if shown_bK is not None:
             masked_bD = masked_image_features(net.visual, pixel_values, shown_bK, encode)
-        features = self.heads(image_bD, self.student.encode_text(input_ids_bT), teacher, masked_bD)
-        return features, self.heads.scales(net.logit_scale.exp().reshape(()))  # some models keep a vector of one
+        if self.student.has_teachers_text:
+            assert teacher is not None
+            text_bD = teacher.text_BE
+        else:
+            text_bD = self.student.encode_text(input_ids_bT)
+        features = self.heads(image_bD, text_bD, teacher, masked_bD)
+        bias = None if self._logit_bias is None else self._logit_bias.reshape(())
+        return features, self.heads.scales(net.logit_scale.exp().reshape(()), bias)  # some models keep vectors of one
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
         """Return the patches that MFD shows and those that the tower's own patch dropout keeps, [b, K] or None each.
@@ -104,7 +134,8 @@ class TrainingModule(nn.Module):
 
     @torch.no_grad()
     def clamp_parameters_(self) -> None:
-        self.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
+        if self._logit_bias is None:  # SigLIP does not bound the scale of sigmoids: its models have 117
+            self.net.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))  # type: ignore[operator]
         self.heads.clamp_parameters_()
 
 

@@ -36,6 +36,9 @@ class ClipModel:
     preprocess: Callable[[Image.Image], Tensor]
     """open_clip's evaluation transform: maps an image to pixel_values [3, H, W]."""
 
+    has_teachers_text: bool = False
+    """True for a student whose text tower is its teacher's, frozen: the teacher's text features are its own."""
+
     @property
     def geometry(self) -> Geometry:
         """The image size and interpolation that a batch is prepared with.

@@ -7,6 +7,7 @@ from typing import Any
 from toolchain.models.build import build_model, load_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.inherit import inherit_weights
+from toolchain.models.teacher_text import build_on_text_tower
 from toolchain.models.tower_sizes import describe_activations
 from toolchain.models.vocabulary import cut_vocabulary
 from toolchain.recipe.model import StudentSpec
@@ -22,11 +23,14 @@ def build_student(
 ) -> tuple[ClipModel, dict[str, Any]]:
     """Return a student as its training starts, and what its stage's manifest records about that.
 
-    `texts` are those that its vocabulary is cut to, and `teacher` is the local-dir that `inherit: teacher` reads.
+    `texts` are those that its vocabulary is cut to, and `teacher` is the local-dir that `inherit: teacher` and
+    `text_tower: teacher` read.
 
     Raises:
-        UsageError, ArtifactError: as `build_model`, `cut_vocabulary` and `inherit_weights`.
+        UsageError, ArtifactError: as `build_model`, `build_on_text_tower`, `cut_vocabulary` and `inherit_weights`.
     """
+    if teacher is not None and spec.has_teachers_text:
+        return build_on_text_tower(spec, load_model(teacher), seed=seed, say=say), {}
     model = build_model(spec, seed=seed, say=say)
     started: dict[str, Any] = {}
     if spec.vocabulary:

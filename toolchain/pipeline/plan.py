@@ -13,7 +13,7 @@ from toolchain.pipeline.quantize import quantize_spec
 from toolchain.pipeline.stage_inputs import TrainingInputs, training_inputs
 from toolchain.pipeline.teacher_cache import CacheInputs, cache_spec
 from toolchain.pipeline.train import adopt_spec, train_spec
-from toolchain.recipe.model import ModelSpec, TeacherSpec
+from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.recipe import Recipe
 from toolchain.stage import (
     SCRATCH,
@@ -163,14 +163,14 @@ def plan_checkpoints(recipe: Recipe, out: Path) -> list[PlannedStage]:
     inputs = training_inputs(recipe)
     planned, earlier = [], {}
     if recipe.teacher is not None:
-        planned = [_examine_teacher(recipe.teacher, recipe.seed, out)]
-        earlier = {"teacher": planned[0]}
+        planned = _examine_teachers(recipe, out)
+        earlier = {stage.name: stage for stage in planned}
     if recipe.baseline:
         planned.append(_examine_student(inputs.without_teacher(), out, "baseline", {}))
     student = _examine_student(inputs, out, "student", earlier)
     cache = inputs.distill.teacher_cache
     if cache is not None and cache.path is None and not student.is_made:
-        planned.append(_examine_cache(inputs, out, "teacher", planned[0]))
+        planned += [_examine_cache(inputs, out, name, teacher) for name, teacher in earlier.items()]
     return [*planned, student]
 
 
@@ -193,18 +193,21 @@ def plan_caches(recipe: Recipe, out: Path) -> list[PlannedStage]:
     if recipe.distill is None or recipe.distill.teacher_cache is None or recipe.teacher is None:
         return []
     inputs = training_inputs(recipe)
-    teachers = [_examine_teacher(recipe.teacher, recipe.seed, out)]
-    for number, model in enumerate(recipe.distill.teacher_cache.also, 2):
+    teachers = _examine_teachers(recipe, out)
+    for number, model in enumerate(recipe.distill.teacher_cache.also, len(teachers) + 1):
         teachers.append(_examine_adopted(model, recipe.seed, out, f"teacher-{number}"))
     return teachers + [_examine_cache(inputs, out, teacher.name, teacher) for teacher in teachers]
 
 
-def _examine_teacher(spec: TeacherSpec, seed: int, out: Path) -> PlannedStage:
+def _examine_teachers(recipe: Recipe, out: Path) -> list[PlannedStage]:
     from toolchain.recipe.load import teacher_recipe
 
-    if spec.recipe is not None:
-        return _examine_student(training_inputs(teacher_recipe(spec)), out, "teacher", {})
-    return _examine_adopted(spec, seed, out, "teacher")
+    return [
+        _examine_student(training_inputs(teacher_recipe(spec)), out, name, {})
+        if spec.recipe is not None
+        else _examine_adopted(spec, recipe.seed, out, name)
+        for name, spec in recipe.teachers.items()
+    ]
 
 
 def _examine_adopted(model: ModelSpec, seed: int, out: Path, name: str, corpus: Corpus | None = None) -> PlannedStage:
@@ -218,7 +221,7 @@ def _examine_adopted(model: ModelSpec, seed: int, out: Path, name: str, corpus: 
 
 
 def _examine_student(inputs: TrainingInputs, out: Path, name: str, earlier: Mapping[str, PlannedStage]) -> PlannedStage:
-    return examine_stage(out, name, lambda made: train_spec(inputs, out / name, made.get("teacher")), earlier)
+    return examine_stage(out, name, lambda made: train_spec(inputs, out / name, made), earlier)
 
 
 def _examine_cache(inputs: TrainingInputs, out: Path, name: str, teacher: PlannedStage) -> PlannedStage:

@@ -9,7 +9,7 @@ from toolchain.pipeline.stage_inputs import data_fields, training_inputs
 from toolchain.pipeline.teacher_cache import CacheInputs, find_cache, open_found_cache
 from toolchain.progress import Screen
 from toolchain.recipe.data import DataSpec
-from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.distill import AFFINITY_LOGIT_SCALE, LossWeights
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.quantize import QuantizeSpec
 from toolchain.recipe.recipe import Recipe
@@ -26,6 +26,7 @@ class QuantizeInputs:
     spec: QuantizeSpec
     data: DataSpec
     loss_weights: LossWeights
+    affinity_logit_scale: float
     scoring: EvaluateSpec | None
     """The evaluate section, if `quantize.max_drop` is checked on its headline set."""
 
@@ -70,6 +71,7 @@ def _quantize_inputs(recipe: Recipe, out: Path, made: dict[str, Stage]) -> Quant
         recipe.quantize,
         recipe.data,
         recipe.distill.loss_weights if recipe.distill else LossWeights(),
+        recipe.distill.affinity_logit_scale if recipe.distill else AFFINITY_LOGIT_SCALE,
         scoring=recipe.evaluate if recipe.quantize.max_drop is not None else None,
         seed=recipe.seed,
         student=made[role],
@@ -83,10 +85,12 @@ def _stage_spec(inputs: QuantizeInputs, path: Path) -> StageSpec:
         "seed": inputs.seed,
         "data": data_fields(inputs.data),
         "quantize": inputs.spec.model_dump(),
-        "loss_weights": inputs.loss_weights.model_dump(),
+        "loss_weights": inputs.loss_weights.key_fields(),
         # features computed during training differ little from those stored in float32
         "teacher_features": inputs.cache.spec.dtype if inputs.cache else "float32",
     }
+    if inputs.loss_weights.affinity:
+        fields["affinity_logit_scale"] = inputs.affinity_logit_scale
     fingerprints = {"data": fingerprint_data(inputs.data)}
     if inputs.scoring:
         from toolchain.evaluation.open_sets import fingerprint
@@ -116,5 +120,14 @@ def _quantize(inputs: QuantizeInputs, folder: Path, screen: Screen) -> dict[str,
         from toolchain.quantization.sensitivity import headline_criterion
 
         headline = headline_criterion(float_student, open_set(inputs.scoring.headline_set))
-    task = Quantization(inputs.spec, inputs.loss_weights, float_student, frozen, data, inputs.seed, headline)
+    task = Quantization(
+        inputs.spec,
+        inputs.loss_weights,
+        float_student,
+        frozen,
+        data,
+        inputs.seed,
+        affinity_logit_scale=inputs.affinity_logit_scale,
+        headline=headline,
+    )
     return {"role": inputs.role} | quantize_student(task, folder, screen.progress)

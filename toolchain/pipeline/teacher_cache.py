@@ -1,5 +1,6 @@
 """Make the stages that store teacher features, and open them for later stages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,15 @@ def _store_features(
     return make_cache(live, data, folder, plan, screen.progress, processes=processes, say=screen.say)
 
 
-def open_or_make_cache(inputs: CacheInputs, screen: Screen, options: TrainingOptions) -> tuple[Any, float]:
+def open_or_make_caches(inputs: Sequence[CacheInputs], screen: Screen, options: TrainingOptions) -> tuple[Any, float]:
+    """Return the caches of all teachers that a student learns from, as one, and the seconds to make those it lacks."""
+    from toolchain.distillation.teacher_cache import TeacherCaches
+
+    caches, seconds = zip(*(_open_or_make_cache(each, screen, options) for each in inputs), strict=True)
+    return caches[0] if len(caches) == 1 else TeacherCaches(caches), sum(seconds)
+
+
+def _open_or_make_cache(inputs: CacheInputs, screen: Screen, options: TrainingOptions) -> tuple[Any, float]:
     """Return the cache that a student learns from and the seconds to make it; make it if it belongs to this run."""
     from toolchain.distillation.teacher_cache import open_cache
 

@@ -3,6 +3,7 @@
 Heavy packages are imported inside the work, so a run with all stages complete does not need them.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from toolchain.pipeline.stage_inputs import (
     run_stage_on_ranks,
     training_inputs,
 )
-from toolchain.pipeline.teacher_cache import CacheInputs, make_cache_stage, open_or_make_cache
+from toolchain.pipeline.teacher_cache import CacheInputs, make_cache_stage, open_or_make_caches
 from toolchain.progress import Screen
 from toolchain.recipe.model import ModelSpec, StudentSpec, TeacherSpec
 from toolchain.recipe.recipe import Recipe
@@ -42,35 +43,38 @@ def train_checkpoints(
     inputs = training_inputs(recipe)
     if not (out / "student").exists():
         require_training_data(inputs, screen, recipe.quantize if recipe.export.is_quantized else None)
-        _refuse_misfits(inputs, recipe.teacher, screen)
+        _refuse_misfits(inputs, list(recipe.teachers.values()), screen)
     if recipe.teacher is None:
-        return {"student": _train_one(inputs, out, "student", None, screen, options)}
-    teacher = _make_teacher(recipe.teacher, recipe.seed, out, screen, options)
-    made = {"teacher": teacher}
+        return {"student": _train_one(inputs, out, "student", {}, screen, options)}
+    teachers = _make_teachers(recipe, out, screen, options)
+    made = {"teacher": teachers["teacher"]}  # the others are not exported
     if recipe.baseline:
-        made["baseline"] = _train_one(inputs, out, "baseline", None, screen, options)
-    return made | {"student": _train_one(inputs, out, "student", teacher, screen, options)}
+        made["baseline"] = _train_one(inputs, out, "baseline", {}, screen, options)
+    return made | {"student": _train_one(inputs, out, "student", teachers, screen, options)}
 
 
-def _refuse_misfits(inputs: TrainingInputs, teacher_spec: TeacherSpec | None, screen: Screen) -> None:
+def _refuse_misfits(inputs: TrainingInputs, teacher_specs: Sequence[TeacherSpec], screen: Screen) -> None:
     """Raise an error for models that cannot be trained together, before anything is read, downloaded or trained."""
     from toolchain.distillation.compatibility import check_pair
     from toolchain.models.build import build_model
     from toolchain.models.inherit import check_inheritance
+    from toolchain.models.teacher_text import build_on_text_tower
     from toolchain.recipe.load import teacher_recipe
 
     without_weights = {"pretrained": None, "checkpoint": None, "init": "random"}
-    untrained = without_weights | {"inherit": None, "vocabulary": ()}
-    student = build_model(inputs.student.model_copy(update=untrained), seed=0, say=screen.say)
-    teacher = None
-    if teacher_spec is not None:
-        spec = teacher_recipe(teacher_spec).student if teacher_spec.recipe else teacher_spec
-        teacher = build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say)
-    check_pair(student, teacher, inputs.distill.loss_weights)
+    specs = [teacher_recipe(spec).student if spec.recipe else spec for spec in teacher_specs]
+    teachers = [build_model(spec.model_copy(update=without_weights), seed=0, say=screen.say) for spec in specs]
+    untrained = inputs.student.model_copy(update=without_weights | {"inherit": None, "vocabulary": ()})
+    if inputs.student.has_teachers_text:
+        has_weights = not inputs.student.is_random
+        student = build_on_text_tower(untrained, teachers[0], seed=0, has_weights=has_weights, say=screen.say)
+    else:
+        student = build_model(untrained, seed=0, say=screen.say)
+    for teacher in (*teachers,) or (None,):
+        check_pair(student, teacher, inputs.distill.loss_weights)
     inherit = inputs.student.inherit
     if inputs.student.inherits_from_teacher:
-        assert teacher is not None
-        check_inheritance(teacher, student)
+        check_inheritance(teachers[0], student)
     elif inherit is not None:
         check_inheritance(build_model(inherit.model_copy(update=without_weights), seed=0, say=screen.say), student)
 
@@ -121,11 +125,11 @@ def _adopt(
     return stage
 
 
-def train_spec(inputs: TrainingInputs, path: Path, teacher: Stage | None) -> StageSpec:
-    """Return the stage that trains a student, with its teacher or alone."""
+def train_spec(inputs: TrainingInputs, path: Path, teachers: Mapping[str, Stage]) -> StageSpec:
+    """Return the stage that trains a student, with its teachers by name or alone."""
     from toolchain.recipe.model_names import fingerprint
 
-    if teacher is None:  # without a teacher, the weights of teacher losses must not affect the key
+    if not teachers:  # without a teacher, the weights of teacher losses must not affect the key
         inputs = inputs.without_teacher()
     scoring = {"headline": inputs.scoring.headline} if inputs.scoring else {}
     return StageSpec(
@@ -140,22 +144,27 @@ def train_spec(inputs: TrainingInputs, path: Path, teacher: Stage | None) -> Sta
         | scoring,
         fingerprints={"data": fingerprint_data(inputs.data), "student": fingerprint(inputs.student)}
         | inputs.corpus.fingerprints(),
-        inputs={"teacher": teacher} if teacher else {},
+        inputs=teachers,
         described={"student": describe_model(inputs.student)},
         resumes=True,
     )
 
 
 def _train_one(
-    inputs: TrainingInputs, out: Path, name: str, teacher: Stage | None, screen: Screen, options: TrainingOptions
+    inputs: TrainingInputs,
+    out: Path,
+    name: str,
+    teachers: Mapping[str, Stage],
+    screen: Screen,
+    options: TrainingOptions,
 ) -> Stage:
-    """Train a student, with its teacher or alone."""
-    if teacher is None:
+    """Train a student, with its teachers by name or alone."""
+    if not teachers:
         inputs = inputs.without_teacher()
     screen.starts(name)
-    spec = train_spec(inputs, out / name, teacher)
+    spec = train_spec(inputs, out / name, teachers)
     stage = run_stage_on_ranks(
-        spec, lambda folder: _train(inputs, spec, folder, teacher, screen, options), replace=options.replace
+        spec, lambda folder: _train(inputs, spec, folder, teachers, screen, options), replace=options.replace
     )
     screen.done(name, stage)
     return stage
@@ -165,7 +174,7 @@ def _train(
     inputs: TrainingInputs,
     stage: StageSpec,
     folder: Path,
-    teacher: Stage | None,
+    teachers: Mapping[str, Stage],
     screen: Screen,
     options: TrainingOptions,
 ) -> dict[str, Any]:
@@ -181,13 +190,14 @@ def _train(
     from toolchain.pipeline.teacher_advice import advise_on_models
 
     out, name, spec = stage.path.parent, stage.path.name, inputs.distill
+    teacher = teachers.get("teacher")
     texts, source = inputs.corpus.read(), teacher.path if teacher else None
     student, started = build_student(inputs.student, seed=inputs.seed, texts=texts, teacher=source, say=screen.say)
     frozen: Any = None
     caching_s = 0.0
     if teacher and spec.teacher_cache:
-        stored = CacheInputs(inputs, spec.teacher_cache, teacher, out)
-        frozen, caching_s = open_or_make_cache(stored, screen, options)
+        stored = [CacheInputs(inputs, spec.teacher_cache, made, out, role) for role, made in teachers.items()]
+        frozen, caching_s = open_or_make_caches(stored, screen, options)
         screen.starts(name)
     elif teacher:
         frozen = load_model(teacher.path)
@@ -226,7 +236,7 @@ def _train(
 def cache_teachers(
     recipe: Recipe, out: Path, screen: Screen, options: TrainingOptions = _NO_OPTIONS
 ) -> dict[str, Stage]:
-    """Store the features of the recipe's teacher and of its `also` teachers, one stage each."""
+    """Store the features of the recipe's teachers and of its `also` teachers, one stage each."""
     spec = recipe.distill
     if spec is None or spec.teacher_cache is None or recipe.teacher is None:
         raise UsageError(
@@ -237,8 +247,8 @@ def cache_teachers(
         raise UsageError("distill.teacher_cache.path refers to an existing cache; remove path to make a cache")
     if not (out / "teacher-cache" / "teacher").exists():
         require_training_data(training_inputs(recipe), screen)
-    made = {"teacher": _make_teacher(recipe.teacher, recipe.seed, out, screen, options)}
-    for number, further in enumerate(spec.teacher_cache.also, 2):
+    made = _make_teachers(recipe, out, screen, options)
+    for number, further in enumerate(spec.teacher_cache.also, len(made) + 1):
         name = f"teacher-{number}"
         made[name] = _adopt(further, recipe.seed, out / name, screen, options)
     inputs = training_inputs(recipe)
@@ -246,10 +256,14 @@ def cache_teachers(
     return {f"teacher-cache/{name}": make_cache_stage(cache, screen, options) for name, cache in caches.items()}
 
 
-def _make_teacher(spec: TeacherSpec, seed: int, out: Path, screen: Screen, options: TrainingOptions) -> Stage:
-    """Train the teacher with its own recipe, or save the existing model."""
+def _make_teachers(recipe: Recipe, out: Path, screen: Screen, options: TrainingOptions) -> dict[str, Stage]:
+    """Train each teacher with its own recipe, or save the existing model."""
     from toolchain.recipe.load import teacher_recipe
 
-    if spec.recipe is not None:
-        return _train_one(training_inputs(teacher_recipe(spec)), out, "teacher", None, screen, options)
-    return _adopt(spec, seed, out / "teacher", screen, options)
+    made = {}
+    for name, spec in recipe.teachers.items():
+        if spec.recipe is not None:
+            made[name] = _train_one(training_inputs(teacher_recipe(spec)), out, name, {}, screen, options)
+        else:
+            made[name] = _adopt(spec, recipe.seed, out / name, screen, options)
+    return made

@@ -26,7 +26,7 @@ from toolchain.models.towers import ImageTower, TextTower, unit_image_features, 
 from toolchain.progress import Progress
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 from toolchain.quantization.sensitivity import Criterion, agreement_criterion, revert_worst, score_towers
-from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.distill import AFFINITY_LOGIT_SCALE, LossWeights
 from toolchain.recipe.quantize import QuantizeSpec
 
 _SENSITIVITY_SAMPLES = 64  # calibration samples used for each layer's SQNR
@@ -46,6 +46,7 @@ class Quantization:
 
     data: TrainingData
     seed: int
+    affinity_logit_scale: float = AFFINITY_LOGIT_SCALE
     headline: Criterion | None = None
     """The score that `spec.max_drop` bounds; None: the rate at which the int8 student chooses the teacher's caption."""
 
@@ -104,6 +105,7 @@ class _Teacher:
 
     features: Callable[[Batch], tuple[Tensor, Tensor]]
     logit_scale: Tensor
+    logit_bias: Tensor | None
     embed_dim: int
     geometries: list[Geometry]
     """The image preparations that teacher and student need."""
@@ -115,6 +117,7 @@ def _open_teacher(teacher: ClipModel | TeacherCache, student: Geometry) -> _Teac
         return _Teacher(
             lambda batch: stored(batch.sample_B, batch.pick_B, batch.view),
             torch.tensor(teacher.logit_scale),
+            None if teacher.logit_bias is None else torch.tensor(teacher.logit_bias),
             teacher.embed_dim,
             [student],
         )
@@ -130,7 +133,7 @@ def _open_teacher(teacher: ClipModel | TeacherCache, student: Geometry) -> _Teac
             )
         return image_BE, text_BE
 
-    return _Teacher(compute, live.logit_scale, model.embed_dim, list({student, model.geometry}))
+    return _Teacher(compute, live.logit_scale, live.logit_bias, model.embed_dim, list({student, model.geometry}))
 
 
 # Fine-tuning ----------------------------------------------------------------------------------------------------------
@@ -150,15 +153,15 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
     weights = weights_on_unit_features(task.loss_weights.model_dump(), same_width=same_width)
     heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
     with torch.no_grad():  # fine-tuning trains the towers alone
-        scales = heads.scales(student.logit_scale)
+        scales = heads.scales(student.logit_scale, student.logit_bias)
 
     def loss_fn(image_features_BD: Tensor, text_features_BD: Tensor, batch: FineTuningBatch) -> Tensor:
         assert batch.image_target_BD is not None
         assert batch.text_target_BD is not None
         own_BD = batch.image_target_BD, batch.text_target_BD  # the student's own, if it is its own teacher
-        teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale)
+        teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale, teacher.logit_bias)
         features = BatchFeatures(heads(image_features_BD, text_features_BD, teacher_features), teacher_features)
-        loss, _ = weighted_loss(features, features, scales, weights)
+        loss, _ = weighted_loss(features, features, scales, weights, affinity_logit_scale=task.affinity_logit_scale)
         if task.teacher is not None:
             with torch.no_grad():
                 image_own_BD = unit_image_features(student.net, batch.pixel_values_BCHW)

@@ -20,7 +20,7 @@ class LossWeights(Section):
     """
 
     task: Weight = 1.0
-    """Contrastive loss of the student alone."""
+    """Contrastive loss of the student alone: of softmaxes, or for a student with a logit bias of sigmoids."""
 
     crd: Weight = 1.0
     """Contrastive relational distillation."""
@@ -43,9 +43,26 @@ class LossWeights(Section):
     cross_kd: Weight = 0.0
     """Relational distillation of the similarities between student and teacher."""
 
+    affinity: Weight = 0.0
+    """Affinity mimicking: relational distillation with one constant scale for both models."""
+
+    sigmoid_kd: Weight = 0.0
+    """Distillation of the probability that an image and a text are a pair, if both models are sigmoid models."""
+
+    def key_fields(self) -> dict[str, float]:
+        """Return the weights for a stage's key, without those that came after the first release and are 0."""
+        weights: dict[str, float] = self.model_dump()
+        return {name: weight for name, weight in weights.items() if weight or name not in _ADDED_WEIGHTS}
+
 
 NEED_CAPTIONS = ("task", "gd", "icl", "afd")
 """Objectives that need each image to be paired with its own caption."""
+
+AFFINITY_LOGIT_SCALE = 50.0
+"""Default scale of affinity mimicking, from TinyCLIP's scripts (`--logit-scale 50`)."""
+
+WITHOUT_CAPTIONS = "fd, mfd, crd, cross_kd, affinity or sigmoid_kd"
+"""The other objectives, for messages."""
 
 
 class TeacherCacheSpec(Section):
@@ -68,9 +85,9 @@ class TeacherCacheSpec(Section):
         return self
 
 
-# Fields and weights that came after the first release: `DistillSpec.key_fields` leaves their defaults out.
-_ADDED_FIELDS: tuple[str, ...] = ("batch_norm", "tf32")
-_ADDED_WEIGHTS: tuple[str, ...] = ()
+# Fields and weights that came after the first release: `key_fields` leaves their defaults out.
+_ADDED_FIELDS: tuple[str, ...] = ("batch_norm", "tf32", "affinity_logit_scale")
+_ADDED_WEIGHTS: tuple[str, ...] = ("affinity", "sigmoid_kd")
 
 
 class DistillSpec(Section):
@@ -93,6 +110,9 @@ class DistillSpec(Section):
 
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Fraction of patches that MFD hides from the student."""
+
+    affinity_logit_scale: Annotated[float, Field(gt=0, le=100)] = AFFINITY_LOGIT_SCALE
+    """Scale of both models' similarities in affinity mimicking."""
 
     reference_compat: bool = False
     """Reproduce CLIP-KD's released code where it differs from the paper's equations (docs/method.md)."""
@@ -150,16 +170,14 @@ class DistillSpec(Section):
         for name in _ADDED_FIELDS:
             if fields[name] == type(self).model_fields[name].default:
                 del fields[name]
-        for name in _ADDED_WEIGHTS:
-            if fields["loss_weights"][name] == 0:
-                del fields["loss_weights"][name]
-        return fields
+        return fields | {"loss_weights": self.loss_weights.key_fields()}
 
     def without_teacher(self) -> "DistillSpec":
         """Return the same training without a teacher: contrastive loss only, independent of teacher fields."""
         task_alone = LossWeights(**dict.fromkeys(LossWeights.model_fields, 0.0) | {"task": 1.0})
-        changes = {"loss_weights": task_alone, "teacher_cache": None, "teacher_precision": "fp32"}
-        return self.model_copy(update=changes | {"reference_compat": False})
+        changes: dict[str, Any] = {"loss_weights": task_alone, "teacher_cache": None, "teacher_precision": "fp32"}
+        changes |= {"affinity_logit_scale": AFFINITY_LOGIT_SCALE, "reference_compat": False}
+        return self.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _check_length(self) -> "DistillSpec":

@@ -115,10 +115,9 @@ def check_recipe(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
         problems = describe_problems(error.errors(), raw)
         raise UsageError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from None
     changes: dict[str, Any] = {"student": _anchor_student(recipe.student, folder)}
-    if recipe.teacher is not None and recipe.teacher.recipe is not None:
-        changes["teacher"] = _anchor_recipe(recipe.teacher, folder)
-    elif recipe.teacher is not None:
-        changes["teacher"] = resolve_model(recipe.teacher, folder, "teacher")
+    if recipe.teacher is not None:
+        changes["teacher"] = _anchor_teacher(recipe.teacher, folder, "teacher")
+    changes["more_teachers"] = tuple(_anchor_teacher(spec, folder, "more_teachers") for spec in recipe.more_teachers)
     if recipe.evaluate is not None:
         sets = tuple(_anchor_set(spec, folder) for spec in recipe.evaluate.sets)
         changes["evaluate"] = recipe.evaluate.model_copy(update={"sets": sets})
@@ -156,7 +155,11 @@ def _anchor_student(spec: StudentSpec, folder: Path) -> StudentSpec:
     return spec.model_copy(update={"inherit": inherit, "vocabulary": tuple(texts)})
 
 
-def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
+def _anchor_teacher(spec: TeacherSpec, folder: Path, role: str) -> TeacherSpec:
+    return _anchor_recipe(spec, folder, role) if spec.recipe is not None else resolve_model(spec, folder, role)
+
+
+def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path, role: str) -> TeacherSpec:
     """Check that a recipe can train a teacher; return it by its included name or by an absolute path.
 
     Raises:
@@ -166,14 +169,14 @@ def _anchor_recipe(spec: TeacherSpec, recipe_folder: Path) -> TeacherSpec:
     try:
         path = recipe_path(spec.recipe, recipe_folder).resolve()
     except UsageError as error:
-        raise UsageError(f"teacher.recipe {error}") from None
+        raise UsageError(f"{role}.recipe {error}") from None
     try:
         raw = parse_yaml(decode_document(path.read_bytes()))
     except InvalidDocument:
         raw = None  # load_recipe has the better message
     if isinstance(raw, dict) and raw.get("teacher") is not None:  # before loading, because it may refer to itself
         raise UsageError(
-            f"teacher.recipe {spec.recipe}: this recipe has a teacher itself; expected plain contrastive training. "
+            f"{role}.recipe {spec.recipe}: this recipe has a teacher itself; expected plain contrastive training. "
             f"To distill from its student, run it and write teacher: {{model: runs/NAME}}"
         )
     load_recipe(path)

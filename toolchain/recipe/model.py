@@ -92,6 +92,16 @@ class StudentSpec(ModelSpec):
     """Cut the vocabulary to the tokens of these texts: files of one text per line, data (this recipe's training
     captions) or evaluate (its evaluation sets' texts).  Other words are split into smaller tokens.  Empty: keep all."""
 
+    text_tower: Literal["teacher"] | None = None
+    """teacher: train the image tower of `model` alone, in the teacher's feature space, and ship the teacher's text
+    tower with it, unchanged.  Images without captions suffice (data.kind images).
+    Absent: the text tower of `model`."""
+
+    @property
+    def has_teachers_text(self) -> bool:
+        """Return True if the text tower is the teacher's."""
+        return self.text_tower == "teacher"
+
     @property
     def inherits_from_teacher(self) -> bool:
         return self.inherit is not None and self.inherit.model == TEACHER
@@ -104,4 +114,19 @@ class StudentSpec(ModelSpec):
     def _check_inheritance(self) -> "StudentSpec":
         if self.inherit is not None and not self.is_random:
             raise ValueError("inherit contradicts pretrained, checkpoint and init: weights; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_text_tower(self) -> "StudentSpec":
+        if not self.has_teachers_text:
+            return self
+        if self.inherit is not None or self.vocabulary:
+            raise ValueError(
+                "text_tower: teacher takes the teacher's text tower as it is; remove inherit and vocabulary"
+            )
+        changed = [name for name in ("embed_dim", "text_cfg") if name in self.model_cfg]
+        if changed:
+            raise ValueError(
+                f"text_tower: teacher takes {' and '.join(changed)} from the teacher; remove model_cfg.{changed[0]}"
+            )
         return self

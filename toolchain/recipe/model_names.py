@@ -74,14 +74,18 @@ def fingerprint(spec: ModelSpec) -> str:
     depends = {
         "model": folder_fingerprint(folder) if folder else spec.model,
         "checkpoint": file_sha256(Path(spec.checkpoint)) if spec.checkpoint else None,
-        **spec.model_dump(mode="json", exclude={"model", "checkpoint", "recipe", "inherit", "vocabulary"}),
+        **spec.model_dump(
+            mode="json", exclude={"model", "checkpoint", "recipe", "inherit", "vocabulary", "text_tower"}
+        ),
     }
-    if isinstance(spec, StudentSpec):  # both fields came after the first release: absent, they leave no trace
+    if isinstance(spec, StudentSpec):  # these fields came after the first release: absent, they leave no trace
         if spec.inherit is not None:
             depends["inherit"] = spec.inherit.model if spec.inherits_from_teacher else fingerprint(spec.inherit)
         if spec.vocabulary:
             texts = spec.vocabulary
             depends["vocabulary"] = [name if name in CORPUS_SECTIONS else file_sha256(Path(name)) for name in texts]
+        if spec.has_teachers_text:
+            depends["text_tower"] = "teacher"
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,12 +6,12 @@ from pydantic import Field, model_validator
 
 from toolchain.precisions import REFERENCE_PRECISION
 from toolchain.recipe.data import DataSpec
-from toolchain.recipe.distill import NEED_CAPTIONS, DistillSpec
+from toolchain.recipe.distill import NEED_CAPTIONS, WITHOUT_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
 from toolchain.recipe.model import CORPUS_SECTIONS, StudentSpec, TeacherSpec
 from toolchain.recipe.quantize import QuantizeSpec
-from toolchain.recipe.section import Section
+from toolchain.recipe.section import Section, Several
 
 
 class Recipe(Section):
@@ -22,6 +22,10 @@ class Recipe(Section):
 
     teacher: TeacherSpec | None = None
     """Absent: plain contrastive training, as for baselines and teachers."""
+
+    more_teachers: Several[TeacherSpec] = ()
+    """Further teachers of the same student: it learns the mean of their relations, and the features of each
+    (docs/method.md).  They need distill.teacher_cache."""
 
     student: StudentSpec
     baseline: bool = False
@@ -38,6 +42,12 @@ class Recipe(Section):
     """Absent: train only; accuracies and the report need this section."""
 
     profile: ProfileSpec = ProfileSpec()
+
+    @property
+    def teachers(self) -> dict[str, TeacherSpec]:
+        """The teachers of the student by the names of their stages: teacher, teacher-2, and so on."""
+        specs = (self.teacher, *self.more_teachers) if self.teacher else ()
+        return {"teacher" if number == 1 else f"teacher-{number}": spec for number, spec in enumerate(specs, 1)}
 
     @model_validator(mode="after")
     def _suit_default_precisions(self) -> "Recipe":
@@ -85,8 +95,36 @@ class Recipe(Section):
         if wrong:
             raise ValueError(
                 f"data of kind {kind} has no captions, but {', '.join(wrong)} need images with their own captions; "
-                f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use fd, mfd, "
-                "crd or cross_kd"
+                f"set {', '.join(f'distill.loss_weights.{name}' for name in wrong)} to 0 and use {WITHOUT_CAPTIONS}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_more_teachers(self) -> "Recipe":
+        if not self.more_teachers:
+            return self
+        if self.teacher is None:
+            raise ValueError("more_teachers needs a `teacher` section; write the first teacher there")
+        cache = self.distill.teacher_cache if self.distill else None
+        if cache is None:
+            raise ValueError(
+                "more_teachers needs distill.teacher_cache, because several teachers do not run in each step; "
+                "add teacher_cache: {}, and data.views"
+            )
+        if cache.path is not None:
+            raise ValueError("distill.teacher_cache.path is the cache of one teacher; remove path, or more_teachers")
+        if self.student.has_teachers_text:
+            raise ValueError("student.text_tower: teacher is the text tower of one teacher; remove more_teachers")
+        return self
+
+    @model_validator(mode="after")
+    def _check_text_tower(self) -> "Recipe":
+        if self.student.has_teachers_text and (self.teacher is None or self.distill is None):
+            raise ValueError("student.text_tower: teacher needs the sections `teacher` and `distill`; add them")
+        if self.student.has_teachers_text and self.baseline:
+            raise ValueError(
+                "student.text_tower: teacher has no baseline: without a teacher there is no text tower. "
+                "Set baseline: false"
             )
         return self
 
