@@ -155,7 +155,9 @@ def test_an_unknown_model_names_the_nearest(recipes: Path, model: str, near: str
 
 def test_an_unknown_model_like_no_other(recipes: Path) -> None:
     said = problem("zzzz", recipes)
-    assert f"no folder at {recipes.resolve() / 'zzzz'}. Expected an included model (efficientnet_b0, glyphs_st" in said
+    assert (
+        f"no folder at {recipes.resolve() / 'zzzz'}. Expected an included model (efficientnet_b0, efficientvi" in said
+    )
 
 
 @pytest.mark.parametrize("model", ["hf-hub:", "hf-hub:name", "hf-hub:a/b/c", "hf-hub:a b/c", "hf-hub:a/b@main"])
