@@ -114,7 +114,8 @@ class TrainingModule(nn.Module):
         else:
             text_bD = self.student.encode_text(input_ids_bT)
         features = self.heads(image_bD, text_bD, teacher, masked_bD)
-        bias = None if self._logit_bias is None else self._logit_bias.reshape(())
+        # A copy, because the log reads it after the step has changed the parameter.
+        bias = None if self._logit_bias is None else self._logit_bias.reshape(()).clone()
         return features, self.heads.scales(net.logit_scale.exp().reshape(()), bias)  # some models keep vectors of one
 
     def masks(self, seed: int, sample_b: NDArray[np.int64], step: int) -> tuple[Tensor | None, Tensor | None]:
