@@ -15,15 +15,19 @@ every rank has the statistics that the student starts from.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from toolchain import torchrun
@@ -183,13 +187,40 @@ def join_processes() -> Processes:
     if size > 1 and not dist.is_initialized():
         try:
             # tensors on the host go through gloo, so ranks agree on flags and objects without waiting for their GPUs
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store = _open_store(rank, size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise ClipkdError(
                 f"rank {rank} of {size} cannot join the other ranks: {error}. Start all ranks with: "
                 "torchrun --nproc-per-node N -m clipkd distill RECIPE --out RUN"
             ) from error
     return Processes(rank, size, device)
+
+
+def _open_store(rank: int, size: int) -> Store:
+    """Return the store through which the ranks of this attempt find each other.
+
+    torchrun keeps one store for all attempts of `--max-restarts`, and in it torch would find the addresses of ranks
+    that have ended.  So rank 0 draws a name for the keys of this attempt.  Each other rank asks for it with a token of
+    its own and confirms it; rank 0 asks again until then, because the token that it reads may be that of an ended rank.
+    """
+    store: Store = next(rendezvous("env://", rank, size, timeout=_PATIENCE))[0]
+    if rank == 0:
+        name = uuid4().hex
+        for other in range(1, size):
+            while True:
+                token = store.get(f"clipkd/token of {other}").decode()
+                store.set(f"clipkd/name for {token}", name)
+                if store.check([f"clipkd/{token} has {name}"]):
+                    break
+                time.sleep(0.02)
+    else:
+        token = uuid4().hex
+        store.set(f"clipkd/token of {rank}", token)
+        name = store.get(f"clipkd/name for {token}").decode()
+        store.set(f"clipkd/{token} has {name}", "")
+    return PrefixStore(name, store)
 
 
 class _Gather(torch.autograd.Function):
