@@ -475,11 +475,15 @@ class Flat:
 
 
 def memory_bytes(processes: Sequence[int]) -> int:
-    """What processes have in memory together; a page that n of them share counts n times one nth."""
+    """What processes have in memory together; a page that n of them share counts n times one nth.
+
+    Without pages of files: other processes, which come and go, share those of libraries.
+    """
     total = 0
     for process in processes:
         content = Path(f"/proc/{process}/smaps_rollup").read_text()
-        total += 1024 * next(int(line.split()[1]) for line in content.splitlines() if line.startswith("Pss:"))
+        kinds = {line.split()[0]: int(line.split()[1]) for line in content.splitlines()[1:]}
+        total += 1024 * (kinds["Pss_Anon:"] + kinds["Pss_Shmem:"])
     return total
 
 
@@ -593,7 +597,7 @@ def test_too_little_memory_is_said_before_anything_is_read(
 # What goes wrong in a loader process.
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_killed_loader_is_one_message(student: ClipModel, data: GlyphBatches, number: signal.Signals) -> None:
     before = multiprocessing.active_children()
     with closing(load_batches(data, range(1000), slice(None), student, None, 2)) as fed:

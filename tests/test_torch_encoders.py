@@ -17,7 +17,6 @@ import torch
 from conftest import REPOSITORY, STUDENT, tiny_training_set
 from numpy.typing import NDArray
 from PIL import Image
-from test_distill import _Poisoned
 from torch import Tensor
 from training import BATCH_SIZE, STEPS, assert_same_run, configured, last_state, rows, silent, spec, train
 from two_processes import spawn
@@ -25,7 +24,7 @@ from two_processes import spawn
 from toolchain.data.glyph_batches import GlyphBatches
 from toolchain.data.glyphs import TEMPLATES, TrainingSet, eval_set
 from toolchain.distillation import objectives
-from toolchain.distillation.blocks import Sweep
+from toolchain.distillation.blocks import Block, Sweep
 from toolchain.distillation.checkpoints import Checkpoints
 from toolchain.distillation.distill import Training, distill
 from toolchain.distributed import ALONE, Processes
@@ -162,7 +161,10 @@ def tiny_data() -> GlyphBatches:
 def together(
     processes: Processes, folder: str, student: str, teacher: str | None, stop_rank: int | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Train; asked to stop at step 5 by a signal to one process.  What is said, and which step is saved when it is."""
+    """Train; asked to stop after step 5 by a signal to one process, of which the other hears in the next step.
+
+    What is said, and which step is saved when it is.
+    """
 
     def accuracy(model: ClipModel, _: Processes) -> dict[str, float]:
         if stop_rank == processes.rank:
@@ -207,7 +209,15 @@ def poisoned(processes: Processes, folder: str, teacher: str, factor: float) -> 
 
     def poison(*arguments: Any) -> Sweep:
         sweep = real(*arguments)
-        return sweep._replace(sum_block=lambda *block: _Poisoned.apply(sweep.sum_block(*block), factor))
+
+        def add_block(block: Block) -> Tensor:
+            value_n = sweep.add_block(block)
+            for gradient in block.gradients:
+                if gradient is not None:
+                    gradient.mul_(factor)
+            return value_n
+
+        return sweep._replace(add_block=add_block)
 
     if not processes.leads:
         objectives.match_features = poison
@@ -287,8 +297,8 @@ def test_two_processes_train_as_one(
 
 def test_a_signal_to_one_stops_both_when_the_checkpoint_is_there(both: dict[str, list[Any]], folder: Path) -> None:
     for job, name in (("stopped", "parts"), ("first signalled", "signalled")):
-        said = f"{folder / name}: stopped after step 5 of {STEPS}; run the same command to resume"
-        assert both[job] == [{"interrupted": said, "step": 5}] * 2
+        said = f"{folder / name}: stopped after step 6 of {STEPS}; run the same command to resume"
+        assert both[job] == [{"interrupted": said, "step": 6}] * 2
 
 
 def test_two_processes_continue_exactly(both: dict[str, list[Any]], folder: Path, tmp_path: Path) -> None:
