@@ -594,6 +594,14 @@ def test_too_little_memory_is_said_before_anything_is_read(
         next(load_batches(data, range(3), slice(0, 8), student, None, 6))
 
 
+def test_what_student_and_teacher_share_is_copied_once() -> None:
+    pixels, ids = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.int64)
+    batch = PreparedBatch(pixels, ids, pixels, ids, [""] * 4, np.arange(4), 0)
+    for moved in (batch.to(torch.device("meta")), *batch.split(2)):
+        assert moved.teacher_pixels is moved.student_pixels
+        assert moved.teacher_ids is moved.student_ids
+
+
 # What goes wrong in a loader process.
 
 

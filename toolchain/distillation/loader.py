@@ -82,13 +82,24 @@ class PreparedBatch:
         ]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PreparedBatch":
-        features = self.teacher_features and (change(self.teacher_features[0]), change(self.teacher_features[1]))
+        """Return the batch with every tensor changed, once if student and teacher share it."""
+        changed: dict[int, Tensor] = {}
+
+        def change_once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in changed:
+                changed[id(tensor)] = change(tensor)
+            return changed[id(tensor)]
+
+        features = self.teacher_features and (
+            change_once(self.teacher_features[0]),
+            change_once(self.teacher_features[1]),
+        )
         return replace(
             self,
-            student_pixels=change(self.student_pixels),
-            student_ids=change(self.student_ids),
-            teacher_pixels=None if self.teacher_pixels is None else change(self.teacher_pixels),
-            teacher_ids=None if self.teacher_ids is None else change(self.teacher_ids),
+            student_pixels=change_once(self.student_pixels),
+            student_ids=change_once(self.student_ids),
+            teacher_pixels=None if self.teacher_pixels is None else change_once(self.teacher_pixels),
+            teacher_ids=None if self.teacher_ids is None else change_once(self.teacher_ids),
             teacher_features=features,
         )
 
