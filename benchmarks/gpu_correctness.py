@@ -117,18 +117,25 @@ def check_gradients(step: Step, device: torch.device) -> None:
         verdict(step, f"gradients, {precision}", relative_error(found, expected), bound)
     loss, found = differentiate(device, "fp32", 4)
     verdict(step, "gradients, fp32, in 4 parts", relative_error(found, expected), MAX_GRADIENT_ERROR["fp32"])
+    _, expected = differentiate(torch.device("cpu"), "fp32", 1, bias=-10.0)
+    _, found = differentiate(device, "fp32", 1, bias=-10.0)
+    verdict(step, "gradients, fp32, sigmoid models", relative_error(found, expected), MAX_GRADIENT_ERROR["fp32"])
 
 
-def small_model(seed: int) -> ClipModel:
+def small_model(seed: int, bias: float | None = None) -> ClipModel:
     from conftest import SMALL
 
-    return build_model(ModelSpec(model="ViT-B-16", init="random", model_cfg=SMALL), seed=seed)
+    changes = SMALL if bias is None else SMALL | {"init_logit_bias": bias}
+    return build_model(ModelSpec(model="ViT-B-16", init="random", model_cfg=changes), seed=seed)
 
 
-def differentiate(device: torch.device, precision: str, parts: int) -> tuple[float, Tensor]:
-    """Return the loss of a step with every objective, masks included, and all its gradients as one vector."""
-    student = small_model(seed=0)
-    weights = LossWeights(**dict.fromkeys(OBJECTIVES, 1.0) | {"gd": 1e-3})
+def differentiate(device: torch.device, precision: str, parts: int, bias: float | None = None) -> tuple[float, Tensor]:
+    """Return the loss of a step with every objective, masks included, and all its gradients as one vector.
+
+    With a `bias`, student and teacher are sigmoid models.
+    """
+    student = small_model(seed=0, bias=bias)
+    weights = LossWeights(**dict.fromkeys(OBJECTIVES, 1.0) | {"gd": 1e-3, "sigmoid_kd": float(bias is not None)})
     spec = DistillSpec(
         steps=9,
         batch_size=BATCH,
@@ -151,7 +158,8 @@ def differentiate(device: torch.device, precision: str, parts: int) -> tuple[flo
     batch = PreparedBatch(pixels, ids, None, None, [""] * BATCH, np.arange(BATCH), 0).to(device)
     forward = Forward(trainee, trainee, spec, processes, 0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16", init_scale=1024.0)
-    done = forward.run(batch, TeacherFeatures(*features, torch.tensor(20.0, device=device)), 5)
+    teacher_bias = None if bias is None else torch.tensor(bias, device=device)
+    done = forward.run(batch, TeacherFeatures(*features, torch.tensor(20.0, device=device), teacher_bias), 5)
     forward.backward(done, batch, 5, scaler)
     gradients = [p.grad.detach().double().cpu().flatten() for p in trainee.parameters() if p.grad is not None]
     return float(done.loss.detach()), torch.cat(gradients) / scaler.get_scale()
