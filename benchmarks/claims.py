@@ -3,11 +3,10 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 from typing import Any, NoReturn
 
-from toolchain.provenance import machine
+from toolchain.provenance import machine, revision
 
 
 def claim(what: str, value: float, unit: str, relation: str, bound: float) -> dict[str, Any]:
@@ -18,10 +17,9 @@ def claim(what: str, value: float, unit: str, relation: str, bound: float) -> di
 
 def finish(benchmark: str, claims: list[dict[str, Any]], **more: Any) -> NoReturn:
     """Print the document as the last line of stdout; exit with 5 if a claim does not hold."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     document = {
         "benchmark": benchmark,
-        "commit": described.stdout.strip() or None,
+        "commit": revision(),
         "machine": machine() | {"kernel": platform.release(), "usable_cores": len(os.sched_getaffinity(0))},
         **more,
         "claims": claims,

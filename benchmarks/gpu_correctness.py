@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_results import Step, one_line
-from gpu_resume import SAID, START, STEPS, Running, make_samples, read_weights, start
+from gpu_resume import HELD_AT, SAID, START, STEPS, Running, make_samples, read_weights, start
 from torch import Tensor
 
 from toolchain.data.glyph_batches import GlyphBatches
@@ -50,10 +50,14 @@ def main(step: Step) -> None:
     device = torch.device(step.device_type)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     training = start_trainings(step)
-    check_golden_values(step, device)
-    check_gradients(step, device)
-    check_batches(step, device)
-    finish_trainings(step, training)
+    with step.guarded("golden values"):
+        check_golden_values(step, device)
+    with step.guarded("gradients"):
+        check_gradients(step, device)
+    with step.guarded("batches"):
+        check_batches(step, device)
+    with step.guarded("resume"):
+        finish_trainings(step, training)
     run_gpu_tests(step)
 
 
@@ -196,7 +200,9 @@ def start_trainings(step: Step) -> dict[tuple[str, str], Running]:
     modes = ["deterministic"] if step.dry else ["deterministic", "usual"]
     kinds = ("whole", "killed")
     return {
-        (mode, kind): start(training_folder(step, mode, kind), mode, step.device_type)
+        (mode, kind): start(
+            training_folder(step, mode, kind), mode, step.device_type, HELD_AT if kind == "killed" else None
+        )
         for mode in modes
         for kind in kinds
     }
@@ -229,9 +235,9 @@ def finish_trainings(step: Step, running: dict[tuple[str, str], Running]) -> Non
 
 
 def kill_in_the_middle(running: Running) -> int:
-    """Kill a training with SIGKILL after half of its steps; return the last step that it reported."""
+    """Kill a training with SIGKILL at the step at which it waits for that; return the last step that it reported."""
     last = 0
-    while last < STEPS // 2 and (heard := running.hear()) is not None:
+    while last < HELD_AT and (heard := running.hear()) is not None:
         last = heard
     running.process.kill()
     running.process.join()
@@ -274,7 +280,7 @@ def run_gpu_tests(step: Step) -> None:
 
     marked = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short", "--rootdir", str(ROOT)]
-    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # this process has imported packages already
+    options += ["-W", "default"]  # versions of packages other than ours warn, as 3.12 does of forks beside threads
     options += ["--basetemp", str(step.scratch / "pytest"), *(["--collect-only"] if step.dry else [])]
     code = pytest.main([*options, *marked], plugins=[Outcomes(step)])
     step.note(f"pytest -m gpu on {len(marked)} file(s): exit code {int(code)}")

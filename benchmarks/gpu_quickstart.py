@@ -4,6 +4,7 @@ import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gpu_clipkd import call_clipkd
 from gpu_results import Step
@@ -32,18 +33,27 @@ def main(step: Step) -> None:
     run = step.scratch / "quickstart"
     started = time.monotonic()
     changes = [word for setting in settings for word in ("--set", setting)]
-    document = call_clipkd("run", "glyphs", "--out", run, *changes, "--json", accept=(0, 5))
-    step.note(f"the whole line took {time.monotonic() - started:.1f} s")
+    document: dict[str, Any] = {"rows": []}
+    try:
+        document = call_clipkd("run", "glyphs", "--out", run, *changes, "--json", accept=(0, 5))
+        step.note(f"the whole line took {time.monotonic() - started:.1f} s")
+    finally:  # stages that were made before an error, or before the end of the time
+        record_stages(step, run)
+        if (log := run / "student" / "train.jsonl").exists():
+            record_training_rate(step, log)
+    for row in document["rows"]:
+        kept = ("name", "runtime", "precision", "device", "p50_ms", "top1", "top1_drop_vs_teacher", "status")
+        step.record("report of the quickstart", **{key: row.get(key) for key in kept})
+
+
+def record_stages(step: Step, run: Path) -> None:
+    """Record the stages that a run has made, with their seconds."""
     for path in sorted(run.glob("**/manifest.json")):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if "key" in manifest and not any(part.startswith(".") for part in path.relative_to(run).parts):
             where = path.parent.relative_to(run)
             device = manifest.get("summary", {}).get("device")
             step.record("stages of the quickstart", stage=str(where), seconds=count_seconds(manifest), device=device)
-    for row in document["rows"]:
-        kept = ("name", "runtime", "precision", "device", "p50_ms", "top1", "top1_drop_vs_teacher", "status")
-        step.record("report of the quickstart", **{key: row.get(key) for key in kept})
-    record_training_rate(step, run / "student" / "train.jsonl")
 
 
 def without_missing(step: Step) -> list[str]:

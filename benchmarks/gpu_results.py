@@ -6,7 +6,9 @@ as soon as it is measured; gpu.py makes gpu.md of all rows after every step.
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,15 @@ class Step:
         """Append one line of text."""
         self._write({"step": self.name, "note": text})
         print(f"{self.name}: {text}", flush=True)
+
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Record an error of one case as a check that does not hold, so that the other cases still run."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.record("problems", what=what, problem=f"{type(error).__name__}: {one_line(error)}", holds=False)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         with (self.out / ROWS).open("a", encoding="utf-8") as file:

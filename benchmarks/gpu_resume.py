@@ -5,6 +5,7 @@ They are forked by a server that has imported torch and has not used the GPU.
 
 import multiprocessing
 import os
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,7 @@ from toolchain.recipe.distill import DistillSpec
 from toolchain.recipe.model_names import WEIGHTS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-STEPS, BATCH = 16, 64
+STEPS, HELD_AT, BATCH = 16, 12, 64
 START, SAID = "start", "said.txt"
 TIMEOUT_S = 120.0  # for one step, with what comes before the first
 
@@ -45,19 +46,19 @@ class Running:
             return None
 
 
-def start(folder: Path, mode: str, device_type: str) -> Running:
-    """Start a training, or continue the one that `folder` has a checkpoint of."""
+def start(folder: Path, mode: str, device_type: str, held_at: int | None = None) -> Running:
+    """Start a training, or continue the one that `folder` has a checkpoint of; it waits at step `held_at`, if given."""
     folder.mkdir(parents=True, exist_ok=True)
     ours, theirs = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gpu_resume"])
-    process = context.Process(target=train, args=(folder, mode, device_type, theirs))
+    process = context.Process(target=train, args=(folder, mode, device_type, theirs, held_at))
     process.start()
     theirs.close()
     return Running(process, ours)
 
 
-def train(folder: Path, mode: str, device_type: str, connection: Connection) -> None:
+def train(folder: Path, mode: str, device_type: str, connection: Connection, held_at: int | None = None) -> None:
     """Train the glyphs student with its teacher, with a checkpoint after each step; send each finished step."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic algorithms need it, before cuBLAS starts
     with (folder / SAID).open("a") as said:
@@ -74,6 +75,8 @@ def train(folder: Path, mode: str, device_type: str, connection: Connection) -> 
     def progress(what: str, done: int, total: int, note: str = "") -> None:
         if what == "training":
             connection.send(done)
+            if done == held_at:
+                time.sleep(TIMEOUT_S)  # to be killed before the checkpoint of this step
 
     distill(
         Training(spec, student, teacher, data),

@@ -7,6 +7,7 @@ What a step cannot do is one line of the results, also if a package is missing t
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args()
     step = Step(given.name, given.dry, given.out, given.scratch, time.monotonic() + given.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what a step records at its end is still written
     try:
         importlib.import_module(f"gpu_{given.name}").main(step)
     except ModuleNotFoundError as error:

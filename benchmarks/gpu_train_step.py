@@ -116,12 +116,18 @@ def main(step: Step) -> None:
     largest = 8 if step.dry else 65536
     batches = (usual,) if step.dry else (usual, small)
     for batch in batches:
-        measure(step, models, device, batch, [(name, False) for name in SIDES], flops, peak)
+        with step.guarded(f"eager, batch {batch:,}"):
+            measure(step, models, device, batch, [(name, False) for name in SIDES], flops, peak)
+        free_memory(device)
     for name in SEARCHED:
-        find_largest(step, models, device, name, range_of_batches(2 * usual, largest), flops, peak)
+        with step.guarded(f"largest batch, {name}"):
+            find_largest(step, models, device, name, range_of_batches(2 * usual, largest), flops, peak)
+        free_memory(device)
     for batch in batches:
         for name in COMPILE_FIRST:  # one at a time: compiling takes long, and what is measured is kept
-            measure(step, models, device, batch, [(REFERENCE, False), (name, True)], flops, peak)
+            with step.guarded(f"compiled, {name}, batch {batch:,}"):
+                measure(step, models, device, batch, [(REFERENCE, False), (name, True)], flops, peak)
+            free_memory(device)
     counted = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     step.note(f"compiled graphs: {counted}")
 
@@ -357,10 +363,15 @@ def find_largest(
         if side is None:
             step.note(f"{name}: a batch of {size:,}: {problem}")
             break
-        take_turn(side, batches, device)
-        best = make_row(side, None, size, flops, peak)
-        del side
-        free_memory(device)
+        try:
+            take_turn(side, batches, device)
+            best = make_row(side, None, size, flops, peak)
+        except torch.OutOfMemoryError as error:
+            step.note(f"{name}: a batch of {size:,}: {one_line(error)}")
+            break
+        finally:
+            del side
+            free_memory(device)
     if best:
         step.record("largest batch that fits, eager, doubled from 1,024", **best)
 

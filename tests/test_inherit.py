@@ -298,6 +298,7 @@ def test_a_run_inherits_from_its_teacher_and_its_baseline_does_not(
     ("fields", "message"),
     [
         ({"inherit": "teacher", "init": "weights"}, "inherit contradicts pretrained, checkpoint and init: weights"),
+        ({"inherit": {"model": "teacher", "pretrained": "openai"}}, "remove the other fields of inherit"),
         ({"inherit": "runs/none"}, "student.inherit.model 'runs/none': no such model"),
     ],
 )

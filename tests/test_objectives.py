@@ -232,7 +232,7 @@ def test_a_row_says_whether_its_loss_trains_the_students_scale(name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("weights", "same_width", "expected"),
+    ("weights", "same_space", "expected"),
     [
         ({"task": 1.0, "crd": 2.0, "fd": 3.0, "icl": 4.0}, True, {"task": 1.0, "crd": 2.0, "fd": 3.0, "icl": 4.0}),
         ({"task": 1.0, "crd": 2.0, "fd": 3.0, "icl": 4.0}, False, {"task": 1.0, "crd": 2.0}),
@@ -243,10 +243,15 @@ def test_a_row_says_whether_its_loss_trains_the_students_scale(name: str) -> Non
     ],
 )
 def test_unit_features_take_the_objectives_that_need_no_heads(
-    weights: dict[str, float], same_width: bool, expected: dict[str, float]
+    weights: dict[str, float], same_space: bool, expected: dict[str, float]
 ) -> None:
-    kept = weights_on_unit_features(weights, same_width=same_width)
+    kept = weights_on_unit_features(weights, same_space=same_space)
     assert {name: weight for name, weight in kept.items() if weight} == expected
+
+
+def test_without_captions_what_remains_is_a_relation_to_the_teacher() -> None:
+    kept = weights_on_unit_features({"fd": 1.0}, same_space=False, has_captions=False)
+    assert {name: weight for name, weight in kept.items() if weight} == {"crd": 1.0}
 
 
 SUBSETS = [subset for size in range(len(OBJECTIVES)) for subset in itertools.combinations(OF_SOFTMAXES, size)]

@@ -73,3 +73,13 @@ def test_a_model_without_training_has_no_teacher(tmp_path: Path) -> None:
     described = describe_origin(check_recipe(raw, "x", tmp_path), tmp_path, CHECKPOINT, None)
     assert (described["teacher"], described["data"]) == ("none", "none")
     assert described["student"] == {"model": "glyphs_teacher", "init": "weights"}
+
+
+def test_settings_of_a_machine_are_not_in_it(tmp_path: Path) -> None:
+    def describe(**data: Any) -> Any:
+        raw = {"name": "x", "student": {"model": "glyphs_student"}, **TRAINED}
+        raw["data"] = {"kind": "webdataset", "shards": ["s3://b/{0..9}.tar"], **data}
+        return describe_origin(check_recipe(raw, "x", tmp_path), tmp_path / "runs" / "mine", CHECKPOINT, None)["data"]
+
+    assert describe(cache_gb=3, cache_dir=str(tmp_path)) == describe()
+    assert not {"cache_gb", "cache_dir"} & set(describe())

@@ -25,6 +25,7 @@ from toolchain.data.local_copies import LocalCopies, open_copies
 from toolchain.data.open import fingerprint
 from toolchain.data.packing import pack
 from toolchain.data.remote_files import RemoteFile, list_files
+from toolchain.data.tar_files import expand_urls
 from toolchain.data.webdataset_shards import WINDOW, ShardBatches
 from toolchain.distillation.loader import load_batches
 from toolchain.errors import ClipkdError, MissingDependency, UsageError
@@ -455,3 +456,29 @@ def test_stage_keys_depend_on_the_objects_alone(
     remote_files._list_once.cache_clear()
     os.utime(shards / "00002.tar", ns=(1, 1))  # the server's ETag
     assert fingerprint(spec()) != before
+
+
+def test_a_signature_is_in_no_key_and_no_message() -> None:
+    first, second = (spec_of(f"https://h/{{a,b}}.tar?X-Amz-Signature={secret}") for secret in ("ONE", "TWO"))
+    assert data_fields(first) == data_fields(second)
+    assert data_fields(first)["shards"] == ("https://h/{a,b}.tar",)
+    file = RemoteFile("https://h/a.tar?X-Amz-Signature=ONE", 1, "v")
+    assert file.name == "https://h/a.tar"
+    with pytest.raises(UsageError, match=r"https://h/get is listed 2 times") as caught:
+        expand_urls(["https://h/get?file={a,b}.tar"])  # copies and index entries of the two would be the same
+    assert "file=" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("Forbidden: https://g/o"), type("HttpError", (Exception,), {"code": "401"})("who?")]
+)
+def test_a_refusal_of_google_is_not_repeated(error: Exception) -> None:
+    calls = []
+
+    def refuse() -> None:
+        calls.append(error)
+        raise error
+
+    with pytest.raises(UsageError, match=r"gs://b/a\.tar: may not be read: "):
+        remote_files._repeat(refuse, "gs://b/a.tar?token=SECRET")
+    assert len(calls) == 1

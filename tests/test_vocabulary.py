@@ -27,6 +27,10 @@ from toolchain.models.build import build_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.cut_tokenizer import _applied_merges, _merge, cut_tokenizer
 from toolchain.models.vocabulary import cut_vocabulary
+from toolchain.pipeline.corpus import Corpus
+from toolchain.pipeline.train import adopt_spec
+from toolchain.recipe.data import CsvSpec
+from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.model import ModelSpec
 from toolchain.stage import StageSpec, run_stage
 
@@ -263,3 +267,23 @@ def test_a_corpus_section_must_exist(tiny_recipe: Callable[..., Path], clipkd: C
     ended = clipkd("show", recipe)
     assert ended.code == 2
     assert "student.vocabulary: evaluate needs the section `evaluate`" in ended.err
+
+
+def test_the_prompts_of_evaluation_sets_are_in_the_key() -> None:
+    def found(*sets: str) -> dict[str, str]:
+        return Corpus(("evaluate",), None, EvaluateSpec(headline=sets[0], sets=sets), 0).fingerprints()
+
+    assert found("novel") == found("novel")
+    assert found("novel") != found("serif")
+
+
+def test_the_caption_column_of_an_adopted_vocabulary_is_in_the_key(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("filepath,en,de\na.png,a cat,eine Katze\n")
+
+    def key(column: str) -> str:
+        columns = {"image_column": "filepath", "caption_column": column}
+        data = CsvSpec.model_validate({"kind": "csv", "paths": str(tmp_path / "x.csv"), "delimiter": ",", **columns})
+        model = ModelSpec(model="glyphs_teacher", init="weights")
+        return adopt_spec(model, 0, tmp_path, Corpus(("data",), data, None, 0)).key
+
+    assert key("en") != key("de")

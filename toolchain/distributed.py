@@ -112,8 +112,8 @@ class Processes:
             raise ClipkdError(
                 f"rank {self.rank} of {self.size} lost its connection to another rank "
                 f"({str(error).partition('. ')[0]}). That rank ended or cannot be reached; if it printed no error, "
-                "torchrun's summary has its exit code (-9: killed, as for too little memory). The checkpoints are "
-                "intact: run the same command to resume; torchrun --max-restarts 3 resumes by itself"
+                "torchrun's summary has its exit code (-9: killed, as for too little memory). Checkpoints are intact: "
+                "run the same command to resume; torchrun --max-restarts 3 resumes by itself"
             ) from error
 
     def share_buffers(self, module: nn.Module) -> None:
@@ -142,7 +142,8 @@ class Processes:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self.explain_lost_rank():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -166,7 +167,8 @@ class Processes:
     def wait(self) -> None:
         """Wait until every rank has reached this call."""
         if self.size > 1:
-            dist.barrier()
+            with self.explain_lost_rank():
+                dist.barrier()
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -193,7 +195,8 @@ def join_processes() -> Processes:
         except (RuntimeError, ValueError) as error:
             raise ClipkdError(
                 f"rank {rank} of {size} cannot join the other ranks: {error}. Start all ranks with: "
-                "torchrun --nproc-per-node N -m clipkd distill RECIPE --out RUN"
+                "torchrun --nproc-per-node N -m clipkd distill RECIPE --out RUN. On several machines, set "
+                "GLOO_SOCKET_IFNAME to the network interface that connects them"
             ) from error
     return Processes(rank, size, device)
 

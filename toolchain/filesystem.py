@@ -52,7 +52,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     A reader sees the old or the new file, never a partial one, even after a power failure.  Several processes may
     write the same file at once.  Not `durable`: a power failure may damage the file, and a disk writes many sooner.
     """
-    partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.partial")
+    # Processes of several machines, which share a folder, may have the same number.
+    partial = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}-{os.urandom(4).hex()}.partial")
     try:
         yield partial
         if durable:

@@ -78,8 +78,9 @@ the dot product of two features is their cosine similarity.
 
 Paths are relative to the directory of the run in which this model was made.
 
-The licence of this model depends on the licences of the teacher and of the training data, which clipkd cannot detect.
-If one is not given above, check where the teacher or the data was published before you pass the model on.
+The licence of this model depends on the licences of its teachers, of the model whose weights the student started from,
+and of the training data, which clipkd cannot detect. If one is not given above, check where it was published before you
+pass the model on.
 
 ## Parity check
 

@@ -10,6 +10,9 @@ from toolchain.recipe.recipe import Recipe
 from toolchain.recipe.section import Section
 from toolchain.stage import Stage
 
+_OF_A_MACHINE = ("cache_gb", "cache_dir")
+"""Fields of `data` that change no result."""
+
 
 def describe_origin(recipe: Recipe, run: Path, checkpoint: Stage, teacher: Stage | None) -> dict[str, Any]:
     """Return names and settings of the recipe's models and data, and the hashes of checkpoint and teacher.
@@ -43,7 +46,8 @@ def _describe(section: Section | None, run: Path) -> Any:
 def _relative(value: Any, run: Path) -> Any:
     """Return a value of a recipe with every absolute path in it relative to the run, and without empty sections."""
     if isinstance(value, dict):
-        return {key: _relative(inner, run) for key, inner in value.items() if inner not in ({}, "")}
+        kept = {key: inner for key, inner in value.items() if inner not in ({}, "") and key not in _OF_A_MACHINE}
+        return {key: _relative(inner, run) for key, inner in kept.items()}
     if isinstance(value, list):
         return [_relative(inner, run) for inner in value]
     if not isinstance(value, str) or not Path(value).is_absolute():

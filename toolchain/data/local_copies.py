@@ -208,7 +208,7 @@ def _is_same(path: Path, file: BinaryIO) -> bool:
 
 def _remove_abandoned(path: Path) -> bool:
     """Remove a copy in the making if its maker has ended; return True then."""
-    with path.open("rb") as file, suppress(BlockingIOError):
+    with path.open("r+b") as file, suppress(BlockingIOError):  # on NFS, LOCK_EX needs a file that can be written
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_same(path, file):
             path.unlink()

@@ -28,7 +28,7 @@ from toolchain.data.stored_samples import (
     list_shard_samples,
     read_listed_sample,
 )
-from toolchain.data.tar_files import expand, expand_urls
+from toolchain.data.tar_files import PAIRING_VERSION, expand, expand_urls
 from toolchain.data.tar_files import fingerprint as shards_fingerprint
 from toolchain.errors import ClipkdError, UsageError
 from toolchain.progress import Progress, no_progress
@@ -139,7 +139,8 @@ def fingerprint(spec: DataSpec) -> str:
             return glyphs.fingerprint()
         case WebdatasetSpec():
             if urls := expand_urls(spec.shards):
-                return remote_fingerprint(list_files(urls))
+                listed = remote_fingerprint(list_files(urls))
+                return hashlib.sha256(f"{PAIRING_VERSION}\0{listed}".encode()).hexdigest()
             return shards_fingerprint(expand(spec.shards))
         case MixtureSpec():
             return hashlib.sha256("".join(map(fingerprint, spec.sources)).encode()).hexdigest()
@@ -196,7 +197,7 @@ def _list_shards(spec: WebdatasetSpec) -> Iterator[tuple[str, Callable[[], Binar
     if urls := expand_urls(spec.shards):
         copies = open_copies(spec, urls)
         copies.forget_failures()
-        yield from ((file.url, partial(copies.open, file)) for file in list_files(urls))
+        yield from ((file.name, partial(copies.open, file)) for file in list_files(urls))
     else:
         yield from ((str(path), partial(_open_file, path)) for path in expand(spec.shards))
 
@@ -215,9 +216,10 @@ def describe_remote(spec: DataSpec) -> list[str]:
         return [message for source in spec.sources for message in describe_remote(source)]
     if not isinstance(spec, WebdatasetSpec) or not (urls := expand_urls(spec.shards)):
         return []
-    size_bytes = sum(file.size_bytes for file in list_files(urls))
+    files = list_files(urls)
+    size_gb = sum(file.size_bytes for file in files) / 1e9
     return [
-        f"remote shards: {len(urls):,}, {size_bytes / 1e9:,.2f} GB, the first {urls[0]}; copied as they are read to "
+        f"remote shards: {len(urls):,}, {size_gb:,.2f} GB, the first {files[0].name}; copied as they are read to "
         f"{open_copies(spec, urls).folder}, at most {spec.cache_gb:g} GB at a time"
     ]
 

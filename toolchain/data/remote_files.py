@@ -50,6 +50,11 @@ class RemoteFile(NamedTuple):
     sha256: str = ""
     """Hash of the content according to the `INDEX` beside it."""
 
+    @property
+    def name(self) -> str:
+        """The URL without its query, for messages."""
+        return without_query(self.url)
+
 
 class TransferError(Exception):
     """An object that did not arrive whole in any attempt."""
@@ -57,6 +62,11 @@ class TransferError(Exception):
 
 def is_remote(name: str) -> bool:
     return "://" in name
+
+
+def without_query(url: str) -> str:
+    """Return a URL without its query, which may be a signature; anything else as it is."""
+    return url.partition("?")[0] if is_remote(url) else url
 
 
 def open_filesystem(url: str) -> Any:
@@ -103,7 +113,7 @@ def list_files(urls: Sequence[str]) -> list[RemoteFile]:
 def _list_once(urls: tuple[str, ...]) -> tuple[RemoteFile, ...]:
     by_folder: dict[str, list[str]] = defaultdict(list)
     for url in urls:
-        by_folder[url.rpartition("/")[0]].append(url)
+        by_folder[without_query(url).rpartition("/")[0]].append(url)
     facts: dict[str, dict[str, Any]] = {}
     for folder, own in by_folder.items():
         filesystem = open_filesystem(folder)
@@ -117,11 +127,14 @@ def _list_once(urls: tuple[str, ...]) -> tuple[RemoteFile, ...]:
             facts |= {url: answer for url, answer in zip(own, answers, strict=True) if answer is not None}
     if missing := [url for url in urls if url not in facts]:
         raise UsageError(
-            f"data.shards: {len(missing):,} of {len(urls):,} shards do not exist: {name_some(missing)}. "
+            f"data.shards: {len(missing):,} of {len(urls):,} shards do not exist: "
+            f"{name_some(list(map(without_query, missing)))}. "
             "Upload them, or list only those that exist"
         )
     if unsized := [url for url in urls if facts[url].get("size") is None]:
-        raise UsageError(f"data.shards: {unsized[0]}: its server does not tell its size; copy the shards elsewhere")
+        raise UsageError(
+            f"data.shards: {without_query(unsized[0])}: its server does not tell its size; copy the shards elsewhere"
+        )
     return tuple(RemoteFile(url, int(facts[url]["size"]), _find_version(facts[url])) for url in urls)
 
 
@@ -132,7 +145,9 @@ def _ask(question: Callable[[], Found], url: str) -> Found | None:
     except FileNotFoundError:
         return None
     except TransferError as error:
-        raise ClipkdError(f"data.shards: {url}: {error}. Repeat the command once the server answers") from None
+        raise ClipkdError(
+            f"data.shards: {without_query(url)}: {error}. Repeat the command once the server answers"
+        ) from None
 
 
 def _find_version(facts: dict[str, Any]) -> str:
@@ -148,11 +163,11 @@ def add_counts(files: Sequence[RemoteFile]) -> list[RemoteFile]:
         UsageError: an index is not JSON, or not of the form that `clipkd data pack` writes.
     """
     entries: dict[str, Any] = {}
-    for folder in {file.url.rpartition("/")[0]: None for file in files}:
+    for folder in {file.name.rpartition("/")[0]: None for file in files}:
         entries |= {f"{folder}/{entry['name']}": entry for entry in _read_index(f"{folder}/{INDEX}")}
     found = []
     for file in files:
-        entry = entries.get(file.url.partition("?")[0])
+        entry = entries.get(file.name)
         if entry is not None and entry["bytes"] == file.size_bytes:
             file = file._replace(num_samples=int(entry["samples"]), sha256=str(entry.get("sha256", "")))
         found.append(file)
@@ -184,7 +199,7 @@ def fingerprint(files: Sequence[RemoteFile]) -> str:
     """Return a hash of the objects' names, sizes and versions, in order."""
     digest = hashlib.sha256(b"remote\0")
     for file in files:
-        name = file.url.partition("?")[0].rpartition("/")[2]
+        name = file.name.rpartition("/")[2]
         digest.update(f"{name}\0{file.size_bytes}\0{file.version}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -212,10 +227,10 @@ def fetch(file: RemoteFile, path: Path) -> None:
     try:
         _repeat(transfer, file.url)
     except FileNotFoundError:
-        raise ClipkdError(f"{file.url}: cannot be read: it no longer exists. Restore it") from None
+        raise ClipkdError(f"{file.name}: cannot be read: it no longer exists. Restore it") from None
     except _Changed:
         raise ClipkdError(
-            f"{file.url}: has changed since training began, so sample numbers no longer match. Start training again"
+            f"{file.name}: has changed since training began, so sample numbers no longer match. Start training again"
         ) from None
 
 
@@ -239,11 +254,12 @@ def _repeat(call: Callable[[], Found], url: str) -> Found:
         except (FileNotFoundError, ClipkdError, _Changed):
             raise
         except Exception as error:  # each of fsspec's packages has errors of its own
-            status, name = getattr(error, "status", None), type(error).__name__
-            if isinstance(error, PermissionError) or status in (401, 403) or name in _NO_LOGIN:
+            status, name = _find_status(error), type(error).__name__
+            refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden:")  # gcsfs's text
+            if refused or status in (401, 403) or name in _NO_LOGIN:
                 raise UsageError(
-                    f"data.shards: {url}: may not be read: {_describe(error)}. Set the credentials of its server in "
-                    "the environment, such as AWS_PROFILE or AWS_ACCESS_KEY_ID"
+                    f"data.shards: {without_query(url)}: may not be read: {_describe(error)}. Set the credentials "
+                    "of its server in the environment, such as AWS_PROFILE or AWS_ACCESS_KEY_ID"
                 ) from None
             if isinstance(error, OSError) and (advice := describe_os_error(error)):
                 raise ClipkdError(advice) from None
@@ -254,8 +270,14 @@ def _repeat(call: Callable[[], Found], url: str) -> Found:
     raise AssertionError("the last attempt returns or raises")
 
 
+def _find_status(error: Exception) -> int | None:
+    """Return the HTTP status of an error of aiohttp (`status`) or gcsfs (`code`), if it has one."""
+    found = getattr(error, "status", None) or getattr(error, "code", None)
+    return int(found) if isinstance(found, int | str) and str(found).isdigit() else None
+
+
 def _describe(error: Exception) -> str:
     """Return an error in one line, without the query of a signed URL."""
-    status = getattr(error, "status", None)
+    status = _find_status(error)
     text = f"HTTP {status} {getattr(error, 'message', '')}" if status else str(error)
     return " ".join(text.split()) or type(error).__name__

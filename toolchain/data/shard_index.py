@@ -64,7 +64,7 @@ class Shard(NamedTuple):
     @property
     def name(self) -> str:
         """Path or URL, for messages."""
-        return str(self.path) if self.remote is None else self.remote.url
+        return str(self.path) if self.remote is None else self.remote.name
 
 
 def changed_error(shard: Shard) -> ClipkdError:
@@ -112,7 +112,7 @@ def index_remote_shards(
             pair_N, left_out = _load_remote_index(unread, copies)
         except UnusableError as error:  # no number of samples, so no order: nothing can start
             raise ClipkdError(
-                f"{file.url}: {error.detail}. Its samples cannot be counted. Repeat the command to continue with it"
+                f"{file.name}: {error.detail}. Its samples cannot be counted. Repeat the command to continue with it"
             ) from None
         return unread._replace(num_samples=len(pair_N), left_out=left_out)
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from toolchain.data.bad_samples import BAD_JSON, BAD_UTF8, NO_CAPTION, UnusableError, strip_captions
 from toolchain.data.file_content import HEAD_BYTES, name_content
-from toolchain.data.remote_files import is_remote
+from toolchain.data.remote_files import is_remote, without_query
 from toolchain.errors import UsageError, name_some
 
 PAIRING_VERSION = 5
@@ -43,10 +43,10 @@ def expand_urls(patterns: Sequence[str]) -> list[str]:
     if urls and len(urls) < len(names):
         local = next(name for name in names if not is_remote(name))
         raise UsageError(
-            f"data.shards: {urls[0]} is remote and {local} is a file; expected one kind of place. Write two sources of "
-            "a mixture"
+            f"data.shards: {without_query(urls[0])} is remote and {local} is a file; expected one kind of place. "
+            "Write two sources of a mixture"
         )
-    _refuse_repeated(urls)
+    _refuse_repeated([without_query(url) for url in urls])  # copies and their index are named so
     return urls
 
 
@@ -67,7 +67,9 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     """
     names = [name for pattern in patterns for name in _expand_pattern(pattern)]
     if urls := [name for name in names if is_remote(name)]:
-        raise UsageError(f"data.shards: {urls[0]} is a URL; only the data of training is read from there. Download it")
+        raise UsageError(
+            f"data.shards: {without_query(urls[0])} is a URL; only the data of training is read from there. Download it"
+        )
     paths = [Path(name) for name in names]
     _refuse_repeated(paths)
     missing = [path for path in paths if not path.is_file()]

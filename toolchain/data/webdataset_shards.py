@@ -212,7 +212,7 @@ def _require_room(files: Sequence[RemoteFile], copies: LocalCopies) -> None:
     if needed > copies.ahead_bytes:
         raise UsageError(
             f"data.cache_gb: {copies.limit_bytes / 1e9:g}: too little: {min(len(files), 2 * WINDOW)} shards of "
-            f"{files[0].url.rpartition('/')[0]} are read at once, and copies of them take {needed / 1e9:.3g} GB. "
+            f"{files[0].name.rpartition('/')[0]} are read at once, and copies of them take {needed / 1e9:.3g} GB. "
             f"Set at least {-(-needed * copies.limit_bytes // max(1, copies.ahead_bytes)) / 1e9:.3g}"
         )
 

@@ -124,7 +124,7 @@ class _Normalize(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         # sums in float64, as in PyTorch's CPU kernels
         own_var_C, own_mean_C = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
-        own_n = own_mean_C.new_tensor([x.numel() // x.shape[1]])
+        own_n = own_mean_C.new_full((1,), x.numel() // x.shape[1])
         gathered = _gather(torch.cat([own_mean_C, own_var_C, own_n]))
         means_WC, vars_WC, n_W1 = gathered.tensor_split([x.shape[1], 2 * x.shape[1]], dim=1)
         share_W1 = n_W1 / n_W1.sum()

@@ -88,7 +88,7 @@ def scale_terms(sweep: Sweep, factors: Mapping[str, float]) -> Sweep:
     def add_block(block: Block) -> Tensor:
         weights = [factor * weight for factor, weight in zip(factor_n, block.weights, strict=True)]
         value_n = sweep.add_block(block._replace(weights=weights))
-        return value_n * value_n.new_tensor(factor_n)
+        return torch.stack([factor * value for factor, value in zip(factor_n, value_n.unbind(), strict=True)])
 
     return sweep._replace(add_block=add_block)
 
@@ -104,7 +104,8 @@ def by_autograd(sum_block: Callable[[Block], Tensor]) -> Callable[[Block], Tenso
         rows, shared = inputs[: len(block.rows)], inputs[len(block.rows) :]
         with torch.set_grad_enabled(any(is_needed)):
             value_n = sum_block(block._replace(rows=rows, shared=shared))
-            total = (value_n * value_n.new_tensor(block.weights)).sum()
+            weighted = [w * v for w, v in zip(block.weights, value_n.unbind(), strict=True)]
+            total = torch.stack(weighted).sum()  # a tensor of the weights would make the host wait for the GPU
         if total.requires_grad:
             wanted = [(x, target) for x, target in zip(inputs, block.gradients, strict=True) if target is not None]
             found = torch.autograd.grad(total, [x for x, _ in wanted], allow_unused=True)

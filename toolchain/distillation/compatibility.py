@@ -37,10 +37,12 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
     objectives = select(weights.model_dump(), with_teacher=teacher is not None)
     if any(objective.on_whole_image for objective in objectives.values()):
         check_can_mask(student.net.visual)  # type: ignore[arg-type]
-    _check_sigmoids(student, teacher, objectives)
+    _check_sigmoids(student, teacher, objectives, weights)
 
 
-def _check_sigmoids(student: ClipModel, teacher: ClipModel | None, objectives: Mapping[str, Objective]) -> None:
+def _check_sigmoids(
+    student: ClipModel, teacher: ClipModel | None, objectives: Mapping[str, Objective], weights: LossWeights
+) -> None:
     """Check that a sigmoid student's bias is trained or its teacher's, and that `sigmoid_kd` has two sigmoid models.
 
     Raises:
@@ -54,7 +56,7 @@ def _check_sigmoids(student: ClipModel, teacher: ClipModel | None, objectives: M
             "a sigmoid teacher distill.loss_weights.sigmoid_kd; or make it a softmax model: student.model_cfg: "
             "{init_logit_bias: null}"
         )
-    if "sigmoid_kd" not in objectives:
+    if not weights.sigmoid_kd:  # without a teacher too: quantization then takes the student as its own teacher
         return
     for role, model in (("student", student), ("teacher", teacher)):
         if model is not None and model.logit_bias is None:

@@ -104,6 +104,11 @@ def distill(
     with _explain_full_memory(spec):  # other programs may use the GPU, so that not even the models fit
         run = _start(training, folder, processes, say)
         step, elapsed_s = run.resume(checkpoints)
+        if len(found := sorted(set(processes.gather_objects(step)))) > 1:
+            raise ClipkdError(
+                f"{folder}: the ranks found checkpoints of different steps ({', '.join(map(str, found))}). "
+                "All machines must see the same run directory"
+            )
         run = run.fit_memory(rows).wrap()
     loaded = load_batches(
         training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0

@@ -81,7 +81,7 @@ class DistillationHeads(nn.Module):
 
     def _multiplier(self, log_scale: Tensor) -> Tensor:
         if self.reference_compat:
-            return log_scale
+            return log_scale.clone()  # the log reads it after the step has changed the parameter
         # Not Tensor.clamp: at a bound, where `clamp_parameters_` puts the parameter, its gradient is 0, 1/2 or 1
         # depending on torch version and overload, and with 0 the parameter would never leave the bound.
         low = log_scale.new_zeros(())

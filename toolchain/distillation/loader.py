@@ -42,8 +42,8 @@ _COPIES_IN_MAKING = 3  # of the part that a worker makes: a mixture joins the ro
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return the host's tensor on a device; a GPU copies pinned memory by itself, and the host does not wait."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    """Return the host's tensor on a device; the host does not wait for a GPU that copies pinned memory without gaps."""
+    return (x.contiguous().pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -309,19 +309,21 @@ def paper_weight(objective: str, *, width: int = 512) -> float:
     return row.paper_weight / width if row.is_mean_over_width else float(row.paper_weight)
 
 
-def weights_on_unit_features(weights: Mapping[str, float], *, same_width: bool) -> dict[str, float]:
+def weights_on_unit_features(
+    weights: Mapping[str, float], *, same_space: bool, has_captions: bool = True
+) -> dict[str, float]:
     """Return the weights for fine-tuning a student that provides only unit features of whole images.
 
     Objectives that fuse are dropped, because their fusions would be newly initialized.  The weight of a masked
-    objective goes to its objective on whole images.  If the widths differ, objectives in the teacher's width are
-    dropped too, because the learnt projections need features that are not normalized.  If no objective remains, `task`
-    has weight 1.
+    objective goes to its objective on whole images.  If learnt projections compared the student with its teacher,
+    objectives in the teacher's width are dropped too, because the projections need features that are not normalized.
+    If no objective remains, `task` has weight 1, or without captions `crd`.
     """
     kept = dict.fromkeys(OBJECTIVES, 0.0)
     for name, objective in select(weights).items():
-        if not objective.fuses and (same_width or not objective.in_teacher_width):
+        if not objective.fuses and (same_space or not objective.in_teacher_width):
             kept[objective.on_whole_image or name] += weights[name]
-    return kept if any(kept.values()) else kept | {"task": 1.0}
+    return kept if any(kept.values()) else kept | {"task" if has_captions else "crd": 1.0}
 
 
 def weighted_loss(

@@ -88,7 +88,8 @@ def inherit_weights(source: ClipModel, student: ClipModel) -> dict[str, Any]:
             if tower == "text":
                 _inherit_tokens(source, student, choice)
         recorded[tower] = asdict(choice)
-    for name in ("logit_scale", "logit_bias"):
+    kinds = {getattr(model.net, "logit_bias", None) is None for model in (student, source)}
+    for name in ("logit_scale", "logit_bias") if len(kinds) == 1 else ():  # softmax and sigmoid models differ in scale
         own, given = (getattr(model.net, name, None) for model in (student, source))
         if isinstance(own, Tensor) and isinstance(given, Tensor):
             own.copy_(given.reshape(own.shape))

@@ -32,6 +32,12 @@ def build_on_text_tower(
         ArtifactError: as `build_model`.
     """
     own = build_model(spec, seed=seed, say=say)
+    vision = own.config["model_cfg"]["vision_cfg"]
+    if vision.get("timm_proj") == "none" and own.embed_dim != teacher.embed_dim:
+        raise UsageError(
+            f"student {own.name}: its image tower has no projection, so its features have width {own.embed_dim}; the "
+            f"teacher's have width {teacher.embed_dim}. Set student.model_cfg: {{vision_cfg: {{timm_proj: ''}}}}"
+        )
     keeps = not spec.is_random if has_weights is None else has_weights
     if keeps:
         _check_image_tower(own, teacher)

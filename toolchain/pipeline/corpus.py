@@ -1,5 +1,6 @@
 """Collect the texts that a student's vocabulary is cut to: lines of files, training captions, evaluation prompts."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 from toolchain.data.listing import read_text
 from toolchain.data.open import fingerprint as fingerprint_data
 from toolchain.errors import UsageError
-from toolchain.evaluation.open_sets import fingerprints as fingerprint_sets
 from toolchain.evaluation.open_sets import open_set
 from toolchain.recipe.data import DataSpec
 from toolchain.recipe.evaluate import EvaluateSpec
@@ -31,7 +31,8 @@ class Corpus:
         if "data" in self.names and self.data is not None:
             found["vocabulary: data"] = fingerprint_data(self.data)
         if "evaluate" in self.names and self.evaluate is not None:
-            found["vocabulary: evaluate"] = fingerprint_sets(self.evaluate.sets)
+            prompts = "\0".join(self._read_prompts()).encode("utf-8", "surrogateescape")
+            found["vocabulary: evaluate"] = hashlib.sha256(prompts).hexdigest()
         return found
 
     def read(self) -> Iterator[str]:
@@ -49,9 +50,13 @@ class Corpus:
         if "data" in self.names:
             yield from self._read_captions()
         if "evaluate" in self.names and self.evaluate is not None:
-            for spec in self.evaluate.sets:
-                found = open_set(spec)
-                yield from (template.format(text) for template in found.templates for text in found.texts)
+            yield from self._read_prompts()
+
+    def _read_prompts(self) -> Iterator[str]:
+        assert self.evaluate is not None
+        for spec in self.evaluate.sets:
+            found = open_set(spec)
+            yield from (template.format(text) for template in found.templates for text in found.texts)
 
     def _read_captions(self) -> Iterator[str]:
         import numpy as np

@@ -27,6 +27,8 @@ class QuantizeInputs:
     data: DataSpec
     loss_weights: LossWeights
     affinity_logit_scale: float
+    reference_compat: bool
+    has_more_teachers: bool
     scoring: EvaluateSpec | None
     """The evaluate section, if `quantize.max_drop` is checked on its headline set."""
 
@@ -72,6 +74,8 @@ def _quantize_inputs(recipe: Recipe, out: Path, made: dict[str, Stage]) -> Quant
         recipe.data,
         recipe.distill.loss_weights if recipe.distill else LossWeights(),
         recipe.distill.affinity_logit_scale if recipe.distill else AFFINITY_LOGIT_SCALE,
+        reference_compat=bool(recipe.distill and recipe.distill.reference_compat),
+        has_more_teachers=bool(recipe.more_teachers),
         scoring=recipe.evaluate if recipe.quantize.max_drop is not None else None,
         seed=recipe.seed,
         student=made[role],
@@ -91,6 +95,13 @@ def _stage_spec(inputs: QuantizeInputs, path: Path) -> StageSpec:
     }
     if inputs.loss_weights.affinity:
         fields["affinity_logit_scale"] = inputs.affinity_logit_scale
+    # These came after the first release: where they change nothing, keys stay as they were.
+    if inputs.reference_compat and inputs.loss_weights.gd:
+        fields["reference_compat"] = True
+    if inputs.has_more_teachers:
+        fields["more_teachers"] = True
+    if inputs.data.captionless_kind is not None:
+        fields["has_captions"] = False
     fingerprints = {"data": fingerprint_data(inputs.data)}
     if inputs.scoring:
         from toolchain.evaluation.open_sets import fingerprint
@@ -128,6 +139,9 @@ def _quantize(inputs: QuantizeInputs, folder: Path, screen: Screen) -> dict[str,
         data,
         inputs.seed,
         affinity_logit_scale=inputs.affinity_logit_scale,
+        reference_compat=inputs.reference_compat,
+        projects=inputs.has_more_teachers,
+        has_captions=inputs.data.captionless_kind is None,
         headline=headline,
     )
     return {"role": inputs.role} | quantize_student(task, folder, screen.progress)

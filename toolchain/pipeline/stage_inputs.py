@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import torchrun
+from toolchain.data.remote_files import without_query
 from toolchain.distillation.training_options import TrainingOptions
 from toolchain.errors import UsageError
 from toolchain.pipeline.corpus import Corpus
@@ -54,7 +55,11 @@ def training_inputs(recipe: Recipe) -> TrainingInputs:
 def data_fields(spec: DataSpec) -> dict[str, Any]:
     """Return the fields of the data section that affect the trained weights."""
     without_effect = {"max_damaged": True, "cache_gb": True, "cache_dir": True}
-    return spec.model_dump(exclude={**without_effect, "sources": {"__all__": without_effect}})
+    fields = spec.model_dump(exclude={**without_effect, "sources": {"__all__": without_effect}})
+    for section in (fields, *fields.get("sources", ())):
+        if "shards" in section:  # a URL may be signed anew
+            section["shards"] = tuple(map(without_query, section["shards"]))
+    return fields
 
 
 def require_training_data(inputs: TrainingInputs, screen: Screen, quantize: QuantizeSpec | None = None) -> None:

@@ -1,14 +1,10 @@
 """Advise on a teacher that is far larger than its student; parameters are counted from configurations alone."""
 
-import importlib.util
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from toolchain.recipe.model import ModelSpec
-from toolchain.recipe.model_names import CONFIG, architectures, model_folder
+from toolchain.recipe.model_config import read_model_cfg
 from toolchain.recipe.recipe import Recipe
 
 FAR_LARGER = 50.0
@@ -43,7 +39,7 @@ def advise_on_teacher(recipe: Recipe) -> list[str]:
     if recipe.teacher is None:
         return []
     teacher = teacher_recipe(recipe.teacher).student if recipe.teacher.recipe else recipe.teacher
-    return advise_on_models(_read_model_cfg(teacher), _read_model_cfg(recipe.student))
+    return advise_on_models(read_model_cfg(teacher) or {}, read_model_cfg(recipe.student) or {})
 
 
 def advise_on_models(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[str]:
@@ -68,7 +64,8 @@ def image_parameters(model_cfg: Mapping[str, Any]) -> float | None:
             found = _TIMM_VIT[size[1]]
         return None if found is None else 1e6 * found
     layers, width, image = vision.get("layers", 12), vision.get("width", 768), vision.get("image_size", 224)
-    if not isinstance(image, int) or not model_cfg.get("embed_dim"):
+    patch = vision.get("patch_size", 16)
+    if not isinstance(image, int) or not isinstance(patch, int) or not model_cfg.get("embed_dim"):
         return None
     if isinstance(layers, int):
         return _of_vit(layers, width, image // vision.get("patch_size", 16), vision, model_cfg["embed_dim"])
@@ -94,20 +91,3 @@ def _of_resnet(layers: list[int], width: int, image: int, embed_dim: int) -> flo
             channels = 4 * planes
     positions = (image // 32) ** 2 + 1
     return total + channels * positions + 3 * channels * (channels + 1) + (channels + 1) * embed_dim
-
-
-def _read_model_cfg(spec: ModelSpec) -> dict[str, Any]:
-    """Return the `model_cfg` of a resolved model with the recipe's changes; empty if its files are not here."""
-    folder, package = model_folder(spec), importlib.util.find_spec("open_clip")
-    path = folder / CONFIG if folder else None
-    if path is None and spec.model in architectures() and package and package.origin:
-        path = Path(package.origin).parent / "model_configs" / f"{spec.model}.json"
-    try:
-        read: Any = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        model_cfg = dict(read.get("model_cfg", read))
-    except (OSError, ValueError, AttributeError):  # whoever opens the model says what is wrong
-        return {}
-    for key, value in spec.model_cfg.items():
-        old = model_cfg.get(key)
-        model_cfg[key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
-    return model_cfg

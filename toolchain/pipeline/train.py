@@ -84,11 +84,14 @@ def adopt_spec(model: ModelSpec, seed: int, path: Path, corpus: Corpus | None = 
     from toolchain.recipe.model_names import fingerprint
 
     texts = {} if corpus is None else corpus.fingerprints()
+    fields: dict[str, Any] = {"seed": seed} if model.is_random else {}
+    if corpus is not None and "data" in corpus.names and corpus.data is not None:
+        fields["data"] = data_fields(corpus.data)  # which captions are read
     return StageSpec(
         path,
         kind="adopt",
         version=2,
-        fields={"seed": seed} if model.is_random else {},
+        fields=fields,
         fingerprints={"model": fingerprint(model)} | texts,
         described={"model": describe_model(model)},
     )

@@ -47,6 +47,11 @@ class Quantization:
     data: TrainingData
     seed: int
     affinity_logit_scale: float = AFFINITY_LOGIT_SCALE
+    reference_compat: bool = False
+    projects: bool = False
+    """True if learnt projections compared the student with its teacher at equal width too, as with several teachers."""
+
+    has_captions: bool = True
     headline: Criterion | None = None
     """The score that `spec.max_drop` bounds; None: the rate at which the int8 student chooses the teacher's caption."""
 
@@ -149,8 +154,10 @@ def _fine_tuning_batches(task: Quantization, teacher: _Teacher) -> Iterator[Fine
 
 def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor, Tensor, FineTuningBatch], Tensor]:
     """Return the distillation loss, with the objectives that unit features allow, plus the anchor."""
-    student, same_width = task.student, task.student.embed_dim == teacher.embed_dim
-    weights = weights_on_unit_features(task.loss_weights.model_dump(), same_width=same_width)
+    student = task.student
+    same_space = student.embed_dim == teacher.embed_dim and not task.projects
+    objectives = task.loss_weights.model_dump()
+    weights = weights_on_unit_features(objectives, same_space=same_space, has_captions=task.has_captions)
     heads = DistillationHeads(student.embed_dim, teacher.embed_dim, weights)
     with torch.no_grad():  # fine-tuning trains the towers alone
         scales = heads.scales(student.logit_scale, student.logit_bias)
@@ -161,7 +168,14 @@ def _fine_tuning_loss(task: Quantization, teacher: _Teacher) -> Callable[[Tensor
         own_BD = batch.image_target_BD, batch.text_target_BD  # the student's own, if it is its own teacher
         teacher_features = TeacherFeatures(*own_BD, teacher.logit_scale, teacher.logit_bias)
         features = BatchFeatures(heads(image_features_BD, text_features_BD, teacher_features), teacher_features)
-        loss, _ = weighted_loss(features, features, scales, weights, affinity_logit_scale=task.affinity_logit_scale)
+        loss, _ = weighted_loss(
+            features,
+            features,
+            scales,
+            weights,
+            divides_by_scales=task.reference_compat,
+            affinity_logit_scale=task.affinity_logit_scale,
+        )
         if task.teacher is not None:
             with torch.no_grad():
                 image_own_BD = unit_image_features(student.net, batch.pixel_values_BCHW)

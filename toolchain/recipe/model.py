@@ -94,7 +94,7 @@ class StudentSpec(ModelSpec):
 
     text_tower: Literal["teacher"] | None = None
     """teacher: train the image tower of `model` alone, in the teacher's feature space, and ship the teacher's text
-    tower with it, unchanged.  Images without captions suffice (data.kind images).
+    tower with it, unchanged but for int8.  Images without captions suffice (data.kind images).
     Absent: the text tower of `model`."""
 
     @property
@@ -112,6 +112,9 @@ class StudentSpec(ModelSpec):
 
     @model_validator(mode="after")
     def _check_inheritance(self) -> "StudentSpec":
+        written = {} if self.inherit is None else self.inherit.model_dump(exclude_defaults=True)
+        if self.inherits_from_teacher and written.keys() != {"model"}:
+            raise ValueError("inherit: teacher is this recipe's teacher as it is; remove the other fields of inherit")
         if self.inherit is not None and not self.is_random:
             raise ValueError("inherit contradicts pretrained, checkpoint and init: weights; keep one")
         return self
