@@ -363,7 +363,8 @@ def test_ranks_of_which_one_is_killed_are_started_again_and_continue_exactly(
             time.sleep(0.05)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert f"failed (exitcode: -9) local_rank: {rank}" in err
+    # torchrun names the rank whose end it sees first: the killed one, or the one that lost its connection to it
+    assert f"failed (exitcode: -9) local_rank: {rank}" in err or f"failed (exitcode: 1) local_rank: {1 - rank}" in err
     running = [step for step in seen if step]  # none is left once it has finished
     assert running == sorted(running), "the second attempt did not begin anew"
     assert files(parts.student) == files(whole.student)

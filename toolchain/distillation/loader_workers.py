@@ -8,6 +8,7 @@ size a container limits (to 64 MB by default).
 """
 
 import atexit
+import gc
 import multiprocessing
 import signal
 import sys
@@ -178,6 +179,7 @@ def _serve(
     for number in _SIGNALS:  # Ctrl-C reaches a worker as well as its rank, and a dead worker would end the run
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    gc.freeze()  # collecting garbage would write to all objects of the parent, and so copy their memory
     with suppress(EOFError, OSError):
         while True:
             slot, task = connection.recv()
