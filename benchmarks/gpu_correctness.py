@@ -50,13 +50,13 @@ def main(step: Step) -> None:
     device = torch.device(step.device_type)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     training = start_trainings(step)
-    with step.guarded("golden values"):
+    with step.guard_case("golden values"):
         check_golden_values(step, device)
-    with step.guarded("gradients"):
+    with step.guard_case("gradients"):
         check_gradients(step, device)
-    with step.guarded("batches"):
+    with step.guard_case("batches"):
         check_batches(step, device)
-    with step.guarded("resume"):
+    with step.guard_case("resume"):
         finish_trainings(step, training)
     run_gpu_tests(step)
 

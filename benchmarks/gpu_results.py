@@ -53,7 +53,7 @@ class Step:
         print(f"{self.name}: {text}", flush=True)
 
     @contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
+    def guard_case(self, what: str) -> Iterator[None]:
         """Record an error of one case as a check that does not hold, so that the other cases still run."""
         try:
             yield

@@ -116,16 +116,16 @@ def main(step: Step) -> None:
     largest = 8 if step.dry else 65536
     batches = (usual,) if step.dry else (usual, small)
     for batch in batches:
-        with step.guarded(f"eager, batch {batch:,}"):
+        with step.guard_case(f"eager, batch {batch:,}"):
             measure(step, models, device, batch, [(name, False) for name in SIDES], flops, peak)
         free_memory(device)
     for name in SEARCHED:
-        with step.guarded(f"largest batch, {name}"):
+        with step.guard_case(f"largest batch, {name}"):
             find_largest(step, models, device, name, range_of_batches(2 * usual, largest), flops, peak)
         free_memory(device)
     for batch in batches:
         for name in COMPILE_FIRST:  # one at a time: compiling takes long, and what is measured is kept
-            with step.guarded(f"compiled, {name}, batch {batch:,}"):
+            with step.guard_case(f"compiled, {name}, batch {batch:,}"):
                 measure(step, models, device, batch, [(REFERENCE, False), (name, True)], flops, peak)
             free_memory(device)
     counted = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)

@@ -64,7 +64,7 @@ def image_parameters(model_cfg: Mapping[str, Any]) -> float | None:
             found = _TIMM_VIT[size[1]]
         return None if found is None else 1e6 * found
     layers, width, image = vision.get("layers", 12), vision.get("width", 768), vision.get("image_size", 224)
-    patch = vision.get("patch_size", 16)
+    patch = vision.get("patch_size") or 16  # null for a ResNet
     if not isinstance(image, int) or not isinstance(patch, int) or not model_cfg.get("embed_dim"):
         return None
     if isinstance(layers, int):
