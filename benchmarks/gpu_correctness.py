@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_results import Step, one_line
+from gpu_results import Step
 from gpu_resume import HELD_AT, SAID, START, STEPS, Running, make_samples, read_weights, start
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from toolchain.distillation.loader import PreparedBatch, load_batches
 from toolchain.distillation.objectives import OBJECTIVES
 from toolchain.distillation.training_module import TrainingModule
 from toolchain.distributed import Processes
+from toolchain.errors import one_line
 from toolchain.models.build import build_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.recipe.distill import DistillSpec, LossWeights

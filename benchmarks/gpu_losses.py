@@ -7,9 +7,11 @@ CRD alone).  Memory is what a forward and backward pass allocates beyond its fea
 import gc
 
 import torch
-from gpu_results import Step, one_line
+from gpu_results import Step
 from gpu_timing import DeviceClock
 from loss_memory import SIDES, WIDTH, dense, differentiate, make_features, open_clip_loss, ours
+
+from toolchain.errors import one_line
 
 COMPUTE = {"ours": ours, "dense": dense, "open_clip": open_clip_loss}
 _GROWTH = 5.0  # time of twice the batch: four times the similarities, and some reserve

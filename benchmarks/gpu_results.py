@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolchain.errors import one_line
+
 ROWS, PAGE = "gpu.jsonl", "gpu.md"
 
 MAX_WAITING = 0.10  # share of the time in which the GPU waits for data
@@ -64,12 +66,6 @@ class Step:
     def _write(self, line: Mapping[str, Any]) -> None:
         with (self.out / ROWS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def one_line(error: object) -> str:
-    """Return the first line of an error, shortened."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return lines[0][:300]
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:

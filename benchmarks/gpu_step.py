@@ -13,7 +13,9 @@ import time
 import traceback
 from pathlib import Path
 
-from gpu_results import Step, one_line
+from gpu_results import Step
+
+from toolchain.errors import one_line
 
 
 def main() -> None:

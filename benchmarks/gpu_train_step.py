@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_results import Step, one_line
+from gpu_results import Step
 from gpu_timing import DeviceClock, gemm_tflops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +35,7 @@ from toolchain.distillation.loader import PreparedBatch
 from toolchain.distillation.teacher import CachedTeacher, live_teacher
 from toolchain.distillation.training_module import TrainingModule, clip_gradients, make_optimizer
 from toolchain.distributed import Processes
+from toolchain.errors import one_line
 from toolchain.models.build import build_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.text_trimming import trim_tokens

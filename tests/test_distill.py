@@ -1114,3 +1114,11 @@ def test_refused_under_torchrun(
         if isinstance(node, ast.FunctionDef) and "shared=True" in ast.unparse(node)
     ]
     assert shared == ["distill", "cache"], "the message names every command that torchrun may start"
+
+
+def test_ranks_that_found_different_checkpoints_are_refused(
+    tmp_path: Path, tiny_samples: TrainingSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "gather_objects", lambda _, value: [value, 4])
+    with pytest.raises(ClipkdError, match=r"the ranks found checkpoints of different steps \(0, 4\)"):
+        train(tmp_path, tiny_samples, None)

@@ -151,7 +151,8 @@ class Processes:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.explain_lost_rank():
+            dist.all_gather_object(values, value)
         return values
 
     @contextmanager

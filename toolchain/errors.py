@@ -60,3 +60,9 @@ def quote_start(text: str) -> str:
     if len(text) <= _QUOTED_CHARACTERS:
         return repr(text)
     return f"{text[:_QUOTED_CHARACTERS]!r}... ({len(text):,} characters)"
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line of at most 300 characters."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 300 else message[:300] + " …"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from toolchain.data.bad_samples import BROKEN_TAR, UnusableError
-from toolchain.data.remote_files import RemoteFile, TransferError, fetch
+from toolchain.data.remote_files import RemoteFile, TransferError, fetch, without_query
 from toolchain.errors import ClipkdError
 from toolchain.filesystem import user_cache_folder
 from toolchain.recipe.data import WebdatasetSpec
@@ -138,7 +138,7 @@ class LocalCopies:
 def open_copies(spec: WebdatasetSpec, urls: Sequence[str]) -> LocalCopies:
     """Return the folder of copies of a recipe's remote shards; each list of shards has one of its own."""
     root = user_cache_folder() / "remote-shards" if spec.cache_dir is None else Path(spec.cache_dir)
-    listed = "\n".join(url.partition("?")[0] for url in urls)
+    listed = "\n".join(map(without_query, urls))
     return LocalCopies(root / hashlib.sha256(listed.encode()).hexdigest()[:16], int(spec.cache_gb * 1e9))
 
 

@@ -180,7 +180,7 @@ def _load_remote_index(shard: Shard, copies: LocalCopies) -> tuple[NDArray[np.vo
     assert shard.remote is not None
     version = int.from_bytes(hashlib.sha256(shard.remote.version.encode()).digest()[:7], "big")
     stamp = [PAIRING_VERSION, shard.size_bytes, version]
-    kept = _index_path(shard.remote.url.partition("?")[0], shard.caption_key)
+    kept = _index_path(shard.remote.name, shard.caption_key)
     found = _read_index(kept, stamp)
     if found is None:
         with copies.open(shard.remote) as file:

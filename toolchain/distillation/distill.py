@@ -104,11 +104,6 @@ def distill(
     with _explain_full_memory(spec):  # other programs may use the GPU, so that not even the models fit
         run = _start(training, folder, processes, say)
         step, elapsed_s = run.resume(checkpoints)
-        if len(found := sorted(set(processes.gather_objects(step)))) > 1:
-            raise ClipkdError(
-                f"{folder}: the ranks found checkpoints of different steps ({', '.join(map(str, found))}). "
-                "All machines must see the same run directory"
-            )
         run = run.fit_memory(rows).wrap()
     loaded = load_batches(
         training.data, range(step, steps), rows, training.student, training.teacher, options.workers or 0
@@ -355,8 +350,18 @@ class _Run:
         }
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, float]:
-        """Load the last checkpoint; return the step to continue with and the seconds already spent."""
+        """Load the last checkpoint; return the step to continue with and the seconds already spent.
+
+        Raises:
+            ClipkdError: its weights are not finite, or the ranks found different ones (a collective call).
+        """
         state = checkpoints.load(self.say)
+        found = set(self.processes.gather_objects(0 if state is None else int(state["step"])))
+        if len(found) > 1:
+            raise ClipkdError(
+                f"{self.folder}: the ranks found checkpoints of different steps "
+                f"({', '.join(map(str, sorted(found)))}). All machines must see the same run directory"
+            )
         if state is None:
             return 0, 0.0
         if wrong := describe_non_finite(state["trained"]):

@@ -17,9 +17,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 from torch import nn
 
-from toolchain.errors import ArtifactError, UsageError
+from toolchain.errors import ArtifactError, UsageError, one_line
 from toolchain.models.clip_model import ClipModel
-from toolchain.models.hub import from_hub, not_downloaded, offline_reason, one_line
+from toolchain.models.hub import from_hub, not_downloaded, offline_reason
 from toolchain.models.towers import is_convolutional
 from toolchain.models.weights import load_weights, weights_file
 from toolchain.recipe.model import ModelSpec

@@ -8,7 +8,7 @@ from typing import Any
 
 from open_clip import pretrained as open_clip_pretrained
 
-from toolchain.errors import ArtifactError
+from toolchain.errors import ArtifactError, one_line
 from toolchain.recipe.model_names import HUB
 
 _ANSWER_S = 5.0  # in which the Hub answers one small request, or counts as unreachable
@@ -79,9 +79,3 @@ def not_downloaded(what: str, reason: Exception | str) -> ArtifactError:
         f"{what}: cannot be downloaded ({told}). Check the name and the network. Offline, copy the cache "
         "(HF_HOME) of a machine that has downloaded it, or name a folder, or a file with checkpoint"
     )
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line of at most 300 characters."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 300 else message[:300] + " …"

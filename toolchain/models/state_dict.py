@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toolchain.errors import ArtifactError, name_some
-from toolchain.models.hub import one_line
+from toolchain.errors import ArtifactError, name_some, one_line
 from toolchain.user_documents import GIT_LFS
 
 State = dict[str, Tensor]

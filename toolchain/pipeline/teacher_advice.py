@@ -68,16 +68,15 @@ def image_parameters(model_cfg: Mapping[str, Any]) -> float | None:
     if not isinstance(image, int) or not isinstance(patch, int) or not model_cfg.get("embed_dim"):
         return None
     if isinstance(layers, int):
-        return _of_vit(layers, width, image // vision.get("patch_size", 16), vision, model_cfg["embed_dim"])
+        return _of_vit(layers, width, image, patch, vision.get("mlp_ratio", 4.0), model_cfg["embed_dim"])
     return _of_resnet(layers, vision.get("width", 64), image, model_cfg["embed_dim"])
 
 
-def _of_vit(layers: int, width: int, grid: int, vision: Mapping[str, Any], embed_dim: int) -> float:
+def _of_vit(layers: int, width: int, image: int, patch: int, mlp_ratio: float, embed_dim: int) -> float:
     """Return the parameters of open_clip's ViT: of its blocks, its patch and position embeddings, its projection."""
-    hidden = int(width * vision.get("mlp_ratio", 4.0))
+    hidden = int(width * mlp_ratio)
     block = 4 * width**2 + 2 * width * hidden + 9 * width + hidden
-    embedded: float = width * (3 * vision.get("patch_size", 16) ** 2 + grid**2 + 1 + 5 + embed_dim)
-    return layers * block + embedded
+    return layers * block + width * (3 * patch**2 + (image // patch) ** 2 + 1 + 5 + embed_dim)
 
 
 def _of_resnet(layers: list[int], width: int, image: int, embed_dim: int) -> float:
