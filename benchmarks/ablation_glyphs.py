@@ -15,25 +15,35 @@ line of stdout is one JSON document; the exit code is 5 if a claim does not hold
 """
 
 import argparse
-import json
-import math
 import statistics
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from claims import claim, finish
+from glyphs_students import (
+    interval,
+    mean_and_spread,
+    means_by_set,
+    score_teacher,
+    store_features,
+    train_and_score,
+    train_two_at_a_time,
+    write_result,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from toolchain.data.batch import TrainingData
+    from toolchain.distillation.distill import Training
+    from toolchain.distillation.teacher_cache import TeacherCache
+    from toolchain.recipe.model import ModelSpec
+
 BEGIN, END = "<!-- ablation: written by benchmarks/ablation_glyphs.py -->", "<!-- end of ablation -->"
 BATCH, WARMUP, VIEWS = 128, 60, 4
 WIDTH = 128  # the teacher's embedding width
 # Top-1 % by weight, seed 100, 1,000 steps: none 5.7, 1e-6 6.3, 1e-5 6.4, 3e-5 5.2, 1e-4 6.0, 1e-3 2.4, 1e-2 0.1.
 GD_WEIGHT = 1e-5
-STUDENT = "glyphs_student"
+STUDENT, TEACHER = "glyphs_student", "glyphs_teacher"
 TOWER = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 4}
 TOWERS: dict[str, dict[str, Any]] = {  # image tower, number of training steps, learning rate
     "convolutional": {"model_cfg": {}, "steps": 1600, "lr": 3e-3},
@@ -44,8 +54,6 @@ VARIANTS = {
     "convolutional": ("baseline", "crd", "fd", "gd", "icl", "afd", "cross_kd", COMBINATION),
     "transformer": ("baseline", "fd", "mfd"),
 }
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447}  # degrees of freedom: two-sided quantile of t
-SETS = ("stix", "serif", "novel")
 PAPER_BASELINE, PAPER_TEACHER = 30.55, 36.99  # ViT-T/16 alone, ViT-B/16: README of the released code
 PAPER_GAP_CLOSED = round((34.90 - PAPER_BASELINE) / (PAPER_TEACHER - PAPER_BASELINE), 2)
 PAPER = {  # zero-shot ImageNet top-1 in per cent, from the same table
@@ -72,14 +80,12 @@ def pick_weights(variant: str, gd_weight: float = GD_WEIGHT) -> dict[str, float]
 
 def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, float]) -> dict[str, Any]:
     """Train and score one student, or read the result that an earlier call wrote."""
-    result = folder / "result.json"
-    if result.exists():
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
-    import torch
+    scores = train_and_score(folder, lambda: make_training(tower, variant, seed, folder.parent, weights))
+    return scores | {"tower": tower, "variant": variant, "seed": seed, "label": f"{tower} {variant} seed {seed}"}
 
-    torch.set_num_threads(1)
-    from toolchain.distillation.distill import Training, distill
+
+def make_training(tower: str, variant: str, seed: int, out: Path, weights: dict[str, float]) -> "Training":
+    from toolchain.distillation.distill import Training
     from toolchain.models.build import build_model
     from toolchain.recipe.distill import DistillSpec, LossWeights
     from toolchain.recipe.model import ModelSpec
@@ -92,65 +98,28 @@ def train(tower: str, variant: str, seed: int, folder: Path, weights: dict[str, 
         warmup=WARMUP,
         loss_weights=LossWeights(**weights),
     )
-    teacher = None if variant == "baseline" else teacher_cache(seed, folder.parent)
-    folder.mkdir(parents=True, exist_ok=True)
+    teacher = None if variant == "baseline" else teacher_cache(seed, out)
     student = build_model(ModelSpec(model=STUDENT, model_cfg=training["model_cfg"]), seed=seed)
-    trained = distill(Training(spec, student, teacher, open_data(seed), seed=seed), folder, quiet)
-    scores = score(student) | {"train_s": trained["train_s"], "tower": tower, "variant": variant, "seed": seed}
-    result.write_text(json.dumps(scores), encoding="utf-8")
-    return scores
+    return Training(spec, student, teacher, open_data(seed), seed=seed)
 
 
-def open_data(seed: int) -> Any:
+def open_data(seed: int) -> "TrainingData":
     from toolchain.data.open import training_data
     from toolchain.recipe.data import GlyphsSpec
 
     return training_data(GlyphsSpec(kind="glyphs", views=VIEWS), seed=seed, batch_size=BATCH)
 
 
-def teacher_cache(seed: int, out: Path) -> Any:
-    """Return the teacher's features of a seed's views; every variant reads them, so they are computed once."""
-    from toolchain.distillation.make_teacher_cache import SHARD_SAMPLES, CachePlan, make_cache
-    from toolchain.distillation.teacher import live_teacher
-    from toolchain.distillation.teacher_cache import open_cache
-    from toolchain.distributed import ALONE
-    from toolchain.models.build import load_model
-
-    folder = out / f"teacher-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    depends = {"seed": seed, "views": VIEWS, "dtype": "float32", "shard_samples": SHARD_SAMPLES}
-    if not (folder / "complete").exists():
-        live = live_teacher(load_model(ROOT / "recipes" / "glyphs_teacher"), "fp32", ALONE.device)
-        steps = max(training["steps"] for training in TOWERS.values())
-        plan = CachePlan(depends, "float32", num_views=VIEWS, steps=steps)
-        make_cache(live, open_data(seed), folder, plan, quiet)
-        (folder / "complete").touch()
-    return open_cache(folder, depends)
+def teacher_cache(seed: int, out: Path) -> "TeacherCache":
+    """Return the teacher's features of a seed's views."""
+    steps = max(training["steps"] for training in TOWERS.values())
+    return store_features(teacher_spec(), open_data(seed), out / f"teacher-seed{seed}", seed=seed, steps=steps)
 
 
-def score(model: Any) -> dict[str, Any]:
-    """Return top-1 and number of images of each set, and top-1 over all images."""
-    from toolchain.data import glyphs
-    from toolchain.distributed import ALONE
-    from toolchain.evaluation.open_sets import open_set
-    from toolchain.evaluation.torch_encoders import headline_accuracy
+def teacher_spec() -> "ModelSpec":
+    from toolchain.recipe.model import ModelSpec
 
-    found = {}
-    for name in glyphs.EVAL_FACES:
-        accuracy = headline_accuracy(open_set(name))(model, ALONE)
-        found[name] = {"top1": accuracy["top1"], "n": accuracy["n"]}
-    hits = sum(part["top1"] * part["n"] for part in found.values())
-    return {"pooled": hits / sum(part["n"] for part in found.values()), "sets": found}
-
-
-def quiet(what: str, done: int, total: int, note: str = "") -> None:
-    pass
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % interval, by Student's t."""
-    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), half
+    return ModelSpec(model=TEACHER, init="weights")
 
 
 def main() -> None:
@@ -181,41 +150,22 @@ def main() -> None:
             for seed in arguments.seeds
             for weight in arguments.tune_gd
         ]
-    teacher = teacher_score(arguments.out)
+    teacher = score_teacher(teacher_spec(), arguments.out / "teacher.json")
     for seed in arguments.seeds:
         teacher_cache(seed, arguments.out)
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(train, *job) for job in jobs]
-        for number, done in enumerate(as_completed(waiting), 1):
-            result = done.result()
-            found.setdefault((result["tower"], result["variant"]), {})[result["seed"]] = result
-            minutes = (time.monotonic() - started) / 60
-            print(
-                f"{number}/{len(jobs)} after {minutes:.1f} min: {result['tower']} {result['variant']} seed "
-                f"{result['seed']}: {100 * result['pooled']:.2f} % in {result['train_s']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+    for result in train_two_at_a_time(train, jobs):
+        found.setdefault((result["tower"], result["variant"]), {})[result["seed"]] = result
     if arguments.tune_gd:
         return
     table, claims = summary(found, teacher, arguments.seeds)
     print(table)
     if arguments.write:
-        write(table, claims)
+        steps = " and ".join(f"{training['steps']} ({tower})" for tower, training in TOWERS.items())
+        settings = f"{steps} steps of {BATCH}, {VIEWS} views, GD's weight {GD_WEIGHT:g}"
+        write_result("ablation_glyphs", (BEGIN, END), table, settings, claims)
     minutes = round((time.monotonic() - started) / 60, 1)  # of this call alone
     finish("ablation_glyphs", claims, minutes=minutes, batch=BATCH, views=VIEWS, gd_weight=GD_WEIGHT)
-
-
-def teacher_score(out: Path) -> dict[str, Any]:
-    path = out / "teacher.json"
-    if not path.exists():
-        from toolchain.models.build import load_model
-
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(score(load_model(ROOT / "recipes" / "glyphs_teacher"))), encoding="utf-8")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def summary(
@@ -235,8 +185,6 @@ def summary(
         gains = [a - b for a, b in zip(pooled, base, strict=True)]
         closed = [gain / (teacher["pooled"] - b) for gain, b in zip(gains, base, strict=True)]
         (gain, half), (gap, gap_half) = interval(gains), interval(closed)
-        spread = statistics.stdev(pooled) if len(pooled) > 1 else math.nan
-        sets = " / ".join(f"{100 * statistics.fmean(run['sets'][name]['top1'] for run in runs):.1f}" for name in SETS)
         published, paper = PAPER[variant], "- | - | -"
         if published is not None:
             points = published - PAPER_BASELINE
@@ -246,37 +194,23 @@ def summary(
             ours, paper = "- | -", f"{PAPER_BASELINE:.2f} | - | -"
         name = "none (baseline)" if variant == "baseline" else variant.upper().replace("_", "-").replace("+", " + ")
         lines.append(
-            f"| {tower} | {name} | {100 * statistics.fmean(pooled):.2f} ± {100 * spread:.2f} | {ours} | {sets} "
+            f"| {tower} | {name} | {mean_and_spread(pooled)} | {ours} | {means_by_set(runs)} "
             f"| {statistics.fmean(run['train_s'] for run in runs):.0f} | {paper} |"
         )
         if tower == "convolutional" and variant in ("fd", COMBINATION):
             claims.append(claim(f"{variant}: lower end of the gain's 95 % interval", gain - half, "top-1", ">", 0))
         if variant == COMBINATION:
             claims.append(claim(f"{variant}: share of the gap closed", gap, "fraction", ">=", PAPER_GAP_CLOSED))
-    top = " / ".join(f"{100 * teacher['sets'][name]['top1']:.1f}" for name in SETS)
-    lines.append(f"| teacher | - | {100 * teacher['pooled']:.2f} | - | - | {top} | - | {PAPER_TEACHER:.2f} | - | - |")
+    lines.append(
+        f"| teacher | - | {100 * teacher['pooled']:.2f} | - | - | {means_by_set([teacher])} | - "
+        f"| {PAPER_TEACHER:.2f} | - | - |"
+    )
     lines += ["", f"Seeds {', '.join(map(str, seeds))}; each interval is that of the mean over seeds, by Student's t."]
     return "\n".join(lines), claims
 
 
 def order(tower: str, variant: str) -> tuple[int, int]:
     return list(TOWERS).index(tower), VARIANTS[tower].index(variant)
-
-
-def write(table: str, claims: list[dict[str, Any]]) -> None:
-    from toolchain.provenance import machine, revision
-
-    described = machine()
-    where = f"{described['cpu']}, {described['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
-    listed = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
-    steps = " and ".join(f"{training['steps']} ({tower})" for tower, training in TOWERS.items())
-    result = f"{table}\n\n{steps} steps of {BATCH}, {VIEWS} views, GD's weight {GD_WEIGHT:g}; {where}."
-    (ROOT / "benchmarks" / "results" / "ablation_glyphs.md").write_text(
-        f"# ablation_glyphs\n\n{result}\n\n{listed}\n", encoding="utf-8"
-    )
-    document = ROOT / "docs" / "method.md"
-    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

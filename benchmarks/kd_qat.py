@@ -27,18 +27,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from claims import claim, finish
+from glyphs_students import SETS, quiet, write_result
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- kd_qat: written by benchmarks/kd_qat.py -->", "<!-- end of kd_qat -->"
 MAX_MEAN_DROP = 0.003  # top-1 fraction, KD-QAT below fp32
 MAX_UPPER_BOUND = 0.006  # the same, upper end of the 95 % interval
 RESAMPLES = 10_000
-SETS: tuple[Literal["stix", "serif", "novel"], ...] = ("stix", "serif", "novel")
 VARIANTS = {
     "fp32": "fp32",
     "ptq": "int8, PTQ",
@@ -114,10 +113,6 @@ def export(run: Path, folder: Path, variant: str, seed: int, overrides: list[str
     check_parity(folder, precision=planned.precision)
 
 
-def quiet(what: str, done: int, total: int, note: str = "") -> None:
-    pass
-
-
 def mean_and_interval(values_SN: NDArray[np.float64]) -> tuple[float, float, float]:
     """Return the mean over seeds and images, and its 95 % bootstrap interval over the images."""
     values_N = values_SN.mean(0)
@@ -185,27 +180,19 @@ def main() -> None:
     table, claims, above_ptq = summary(right, arguments.seeds)
     print(table)
     if arguments.write:
-        write(table, claims)
+        write_result("kd_qat", (BEGIN, END), table, describe_settings(), claims)
     finish("kd_qat", claims, kd_qat_minus_ptq=round(above_ptq, 5), overrides=arguments.overrides)
 
 
-def write(table: str, claims: list[dict[str, Any]]) -> None:
-    from toolchain.provenance import machine, revision
+def describe_settings() -> str:
     from toolchain.recipe.load import load_recipe, recipe_path
 
-    described, spec = machine(), load_recipe(recipe_path("glyphs")).quantize
+    spec = load_recipe(recipe_path("glyphs")).quantize
     assert spec is not None
-    where = f"{described['cpu']}, {described['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}"
-    settings = (
+    return (
         f"{spec.steps} steps of {spec.batch_size} at {spec.lr:g}, anchor {spec.anchor:g}, {spec.calibration_samples} "
         "samples for calibration; scored in ONNX Runtime"
     )
-    listed = "\n".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})" for item in claims)
-    result = f"{table}\n\n{settings}; {where}."
-    (ROOT / "benchmarks" / "results" / "kd_qat.md").write_text(f"# kd_qat\n\n{result}\n\n{listed}\n", encoding="utf-8")
-    document = ROOT / "docs" / "method.md"
-    before, rest = document.read_text(encoding="utf-8").split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
