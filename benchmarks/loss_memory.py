@@ -11,7 +11,8 @@ The sides interleave, and the median of the rounds counts for time.
 - open_clip: its own `DistillClipLoss`, which is the task and CRD without FD and ICL.
 
 Sides that hold the square stop where a machine of 24 GB ends: dense at 8,192, open_clip at 16,384.  What dense would
-need at 16,384 is computed, as four times its memory at 8,192.  The results are written to
+need at 16,384 is computed, as four times its memory at 8,192.  Points of other batches that an earlier call measured on
+such a machine stay.  The results are written to
 benchmarks/results/loss_memory.json, the curves to docs/loss_memory.png and the table into docs/scaling.md.
 """
 
@@ -59,7 +60,8 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments.batches[0])))
         return
-    points = []
+    commit = revision()
+    points = [point for point in read_points() if point["batch"] not in arguments.batches]
     for batch in arguments.batches:
         sides = [side for side in SIDES if batch <= LARGEST.get(side, batch)]
         rounds = arguments.rounds if batch <= 8192 else 1  # a minute each, and memory does not vary
@@ -72,16 +74,24 @@ def main() -> None:
             {
                 "batch": batch,
                 "side": side,
+                "commit": commit,
                 "extra_mb": round(max(one["extra_mb"] for one in ones), 1),
                 "seconds": round(statistics.median(one["seconds"] for one in ones), 3),
             }
             for side, ones in found.items()
         ]
-    document = {"commit": revision(), "machine": machine(), "width": WIDTH, "points": points}
+    document = {"machine": machine(), "width": WIDTH, "points": points}
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
     draw(points)
     write_table(document)
     finish("loss_memory", check(points), points=points)
+
+
+def read_points() -> list[dict[str, Any]]:
+    """Return the stored points, or none if they are of another kind of machine."""
+    document = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    points: list[dict[str, Any]] = document["points"] if document.get("machine") == machine() else []
+    return points
 
 
 def measure_apart(side: str, batch: int) -> dict[str, float]:
@@ -176,7 +186,8 @@ def write_table(document: dict[str, Any]) -> None:
             point = find(points, side, batch)
             cells.append("" if point is None else f"{point['extra_mb']:,.0f} MB, {point['seconds']:.1f} s")
         lines.append(f"| {batch:,} | {' | '.join(cells)} |")
-    where = f"{place['cpu']}, {place['cores']} cores, commit `{document['commit']}`"
+    commits = dict.fromkeys(f"`{point['commit']}`" for point in points)
+    where = f"{place['cpu']}, {place['cores']} cores, commit {', '.join(commits)}"
     lines += [
         "",
         f"Measured on {where}: memory beyond the features, of width {WIDTH}, and processor time of both passes.",
