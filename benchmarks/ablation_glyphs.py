@@ -2,7 +2,8 @@
 
     python benchmarks/ablation_glyphs.py [--out runs/ablation] [--seeds 0 1 2] [--only fd gd] [--write]
 
-The script trains the quickstart's convolutional student from each seed: with the task loss alone, with one added
+The script trains a student with the quickstart's convolutional image tower and a text tower half as wide, at random
+from each seed: with the task loss alone, with one added
 objective, and with CLIP-KD's combination.  Initialisation and batches are the same, and the teacher is the included
 one.  MFD needs a student that can leave out patches, so a small vision transformer is trained as well: alone, with FD
 and with MFD.  Zero-shot top-1 is over the images of the three glyph sets together; each image is classified among the
@@ -45,9 +46,10 @@ WIDTH = 128  # the teacher's embedding width
 GD_WEIGHT = 1e-5
 STUDENT, TEACHER = "glyphs_student", "glyphs_teacher"
 TOWER = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 4}
+TEXT = {"width": 64, "heads": 2}  # half of the quickstart's
 TOWERS: dict[str, dict[str, Any]] = {  # image tower, number of training steps, learning rate
-    "convolutional": {"model_cfg": {}, "steps": 1600, "lr": 3e-3},
-    "transformer": {"model_cfg": {"vision_cfg": TOWER}, "steps": 800, "lr": 2e-3},
+    "convolutional": {"model_cfg": {"text_cfg": TEXT}, "steps": 1600, "lr": 3e-3},
+    "transformer": {"model_cfg": {"vision_cfg": TOWER, "text_cfg": TEXT}, "steps": 800, "lr": 2e-3},
 }
 COMBINATION = "crd+fd+icl"
 VARIANTS = {

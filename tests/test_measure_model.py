@@ -220,7 +220,7 @@ def with_changes(recipe: Recipe, runtimes: tuple[str, ...], precisions: tuple[st
 
 
 def test_what_ships_is_exported_for_every_runtime_and_what_it_is_compared_with_for_one() -> None:
-    glyphs = load_recipe(recipe_path("glyphs"))
+    glyphs = load_recipe(recipe_path("glyphs"), ["profile.pytorch=[eager]"])
     assert [planned.name for planned in plan_exports(glyphs)] == [
         *("teacher-onnxruntime-fp32", "baseline-onnxruntime-fp32"),
         *("student-onnxruntime-fp32", "student-onnxruntime-int8", "student-openvino-fp32", "student-openvino-int8"),

@@ -54,6 +54,19 @@ def test_an_adopted_model_keeps_its_name_of_the_hub(tmp_path: Path) -> None:
     assert described["teacher"] == {"model": "glyphs_teacher", "sha256": "7eac4e7"}
 
 
+def test_every_model_of_the_recipe_has_its_maker(tmp_path: Path) -> None:
+    for name in ("half", "second"):
+        write_model(tmp_path / "runs" / name / "student", name=name, student={"model": "ViT-B-16"})
+    raw = {"name": "x", "teacher": {"model": "glyphs_teacher"}, "more_teachers": [{"model": "runs/second"}], **TRAINED}
+    raw["student"] = {"model": "glyphs_student", "inherit": "runs/half"}
+    raw["data"] = {"kind": "image_folder", "path": str(tmp_path / "data"), "views": 1}
+    raw["distill"] = {**TRAINED["distill"], "teacher_cache": {"dtype": "float32"}}
+    described = describe_origin(check_recipe(raw, "x", tmp_path), tmp_path / "runs" / "mine", CHECKPOINT, TEACHER)
+    assert described["student"]["inherit"]["made_by"] == {"recipe": "half", "student": {"model": "ViT-B-16"}}
+    (second,) = described["more teachers"]
+    assert second["made_by"] == {"recipe": "second", "student": {"model": "ViT-B-16"}}
+
+
 @pytest.mark.parametrize("beside", [None, "not: [a recipe", "name: x", "[1, 2]", "student: x\nname: y"])
 def test_a_folder_in_no_run_has_its_path_and_hash(tmp_path: Path, beside: str | None) -> None:
     write_model(tmp_path / "models" / "vit")

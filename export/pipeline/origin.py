@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import model_folder
 from toolchain.recipe.recipe import Recipe
 from toolchain.recipe.section import Section
@@ -30,10 +31,16 @@ def describe_origin(recipe: Recipe, run: Path, checkpoint: Stage, teacher: Stage
         described["more teachers"] = [_describe(spec, run) for spec in recipe.more_teachers]
     if recipe.teacher is not None and teacher is not None:
         described["teacher"]["sha256"] = teacher.digest
-    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+    sources: list[tuple[Any, ModelSpec | None]] = [
+        (described["teacher"], recipe.teacher),
+        (described["student"], recipe.student),
+        (described["student"].get("inherit"), recipe.student.inherit),
+        *zip(described.get("more teachers", ()), recipe.more_teachers, strict=True),
+    ]
+    for description, spec in sources:
         folder = model_folder(spec) if spec is not None and spec.model else None
         if folder is not None and (made_by := _read_maker(folder, run)):
-            described[role]["made_by"] = made_by
+            description["made_by"] = made_by
     return described | ({"licence of the data": recipe.data.licence} if recipe.data and recipe.data.licence else {})
 
 
