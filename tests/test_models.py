@@ -729,7 +729,7 @@ def edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[
         (
             edit(lambda config: config["model_cfg"].update(embed_dim=64)),
             "FOLDER/open_clip_model.safetensors: these weights do not fit FOLDER: 2 with a different shape: "
-            "text_projection [64, 128] instead of [64, 64], visual.head.proj.weight [128, 96] instead of [64, 96]. "
+            "text_projection [128, 128] instead of [128, 64], visual.head.proj.weight [128, 96] instead of [64, 96]. "
             "Most likely they belong to another ",
         ),
         (edit(lambda config: config["model_cfg"].update(vision=3)), "FOLDER: open_clip cannot build this model: "),
