@@ -135,6 +135,9 @@ def test_the_card_lists_every_file_and_is_deterministic(model, tmp_path) -> None
         write_card(folder, "x", summary, {"data": {"b": 1, "a": 2}})
         cards.append((folder / CARD).read_bytes())
     assert cards[0] == cards[1]
+    assert "dependencies and ONNX Runtime;" in card
+    write_card(folder, "x", {**summary, "runtime": "openvino"}, {})
+    assert "dependencies and OpenVINO;" in (folder / CARD).read_text(encoding="utf-8")
 
 
 def test_a_batch_of_1_and_preprocessing_are_asked_for_by_flags(run, clipkd, labels, picture, tmp_path) -> None:

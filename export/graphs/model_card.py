@@ -9,6 +9,7 @@ from typing import Any
 from export.documents import ExportSummary, Parity, TextParity, Uint8Parity
 from toolchain.filesystem import file_sha256
 from toolchain.precisions import PRECISIONS
+from toolchain.runtimes import RUNTIMES
 
 CARD = "MODEL_CARD.md"
 _UNLISTED = (CARD, "SHA256SUMS", "manifest.json", "key", "lock")
@@ -94,8 +95,8 @@ evaluated on other data. Do not use it to identify people or to make decisions a
 ```python
 {SNIPPET}```
 
-This code needs clipkd with its base dependencies and ONNX Runtime; it does not need torch. `clipkd classes` makes a
-copy of this model for a fixed set of labels.
+This code needs clipkd with its base dependencies and {RUNTIMES[summary["runtime"]].title}; it does not need torch.
+`clipkd classes` makes a copy of this model for a fixed set of labels.
 {_uint8_input(summary.get("uint8_input"), summary["precision"])}
 ## Files
 
