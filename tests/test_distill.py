@@ -65,6 +65,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MAX_FEATURE_ERROR = 1e-5
 # That difference in every step's terms, through the updates it causes.
 MAX_RELATIVE_TERM_ERROR = 1e-3
+# The same in the first steps, before the updates of Adam amplify it, and at the end: from 1e-7 it grows to 4e-3 in ten
+# steps, through batch norms over ten rows.
+NUM_FIRST_STEPS, MAX_FIRST_TERM_ERROR, MAX_LAST_TERM_ERROR = 4, 1e-5, 2e-2
 # The loss is a float32 sum of four terms, each logged after rounding.
 LOSS_RELATIVE_ERROR = 1e-6
 # Both sides are float64 cosines of the same angle.
@@ -691,7 +694,8 @@ def test_stored_features_train_as_the_teacher_does_live(
         assert found["terms"].keys() == expected["terms"].keys()
         for name, term in found["terms"].items():
             value = expected["terms"][name]["unweighted"]
-            assert term["unweighted"] == pytest.approx(value, rel=MAX_RELATIVE_TERM_ERROR), (found["step"], name)
+            error = MAX_FIRST_TERM_ERROR if found["step"] < NUM_FIRST_STEPS else MAX_LAST_TERM_ERROR
+            assert term["unweighted"] == pytest.approx(value, rel=error), (found["step"], name)
         for name, cosine in found["similarity"].items():
             assert cosine == pytest.approx(expected["similarity"][name], abs=MAX_RELATIVE_TERM_ERROR)
 
