@@ -14,6 +14,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from pages import replace_section
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, DIAGRAM = ROOT / "docs" / "architecture.md", ROOT / "docs" / "architecture.png"
@@ -65,11 +66,9 @@ def main() -> None:
     from test_architecture import IMPORT_ORDER
 
     draw().savefig(DIAGRAM, dpi=110, metadata={"Software": None})
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
     rows = [f"| {number} | `{name}` | {purpose(name)} |" for number, name in enumerate(IMPORT_ORDER, 1)]
     table = ["| | module or package | what it is for |", "|---|---|---|", *rows]
-    PAGE.write_text("\n".join([before + BEGIN, "", *table, "", END + after]), encoding="utf-8")
+    replace_section(PAGE, BEGIN, END, "\n".join(["", *table, ""]))
 
 
 def purpose(name: str) -> str:

@@ -12,6 +12,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from pages import replace_section
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- sizes and times: written by benchmarks/data_table.py -->", "<!-- end of sizes and times -->"
 SAMPLES = {"CC3M": 2.89e6, "CC12M": 9.97e6}
@@ -22,9 +24,7 @@ DTYPE_BYTES = {"float32": 4, "float16 or bfloat16": 2, "int8": 1}
 def main() -> None:
     measured = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()[-1])
     page = ROOT / "docs" / "data.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text("\n".join([before + BEGIN, "", *make_table(measured), "", END + after]), encoding="utf-8")
+    replace_section(page, BEGIN, END, "\n".join(["", *make_table(measured), ""]))
 
 
 def make_table(measured: dict[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pages import replace_section
+
 if TYPE_CHECKING:
     from toolchain.data.batch import TrainingData
     from toolchain.distillation.distill import Training
@@ -144,10 +146,7 @@ def write_result(script: str, marks: tuple[str, str], table: str, settings: str,
     listed = "".join(f"- {item['claim']}: {item['value']} (bound {item['bound']})\n" for item in claims)
     stored = "\n\n".join([f"# {script}", result, *([listed.rstrip()] if claims else [])])
     (ROOT / "benchmarks" / "results" / f"{script}.md").write_text(f"{stored}\n", encoding="utf-8")
-    document = ROOT / "docs" / "method.md"
-    begin, end = marks
-    before, rest = document.read_text(encoding="utf-8").split(begin)
-    document.write_text(f"{before}{begin}\n\n{result}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    replace_section(ROOT / "docs" / "method.md", *marks, f"\n{result}\n")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from claims import claim, finish
+from pages import replace_section
 from torch import Tensor
 
 from toolchain.distillation.features import BatchFeatures, Scales, StudentFeatures, TeacherFeatures
@@ -193,9 +194,7 @@ def write_table(document: dict[str, Any]) -> None:
         f"Measured on {where}: memory beyond the features, of width {WIDTH}, and processor time of both passes.",
     ]
     lines += ["", f"![Memory and time against the batch]({CHART.name})"]
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(TABLE[0])[0], text.split(TABLE[1])[1]
-    PAGE.write_text(f"{head}{TABLE[0]}\n" + "\n".join(lines) + f"\n{TABLE[1]}{tail}", encoding="utf-8")
+    replace_section(PAGE, *TABLE, "\n".join(lines))
 
 
 def draw(points: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from claims import claim, finish
+from pages import replace_section
 
 from export.device_programs.machine import describe_machine
 from export.devices.run_runner import runner_here
@@ -108,8 +109,7 @@ def write(docs: Path, table: str, model: str, p50_ms: float) -> None:
         f"{described['cpu']}, {described['cores']} cores, commit `{revision()}`, {time.strftime('%Y-%m-%d')}."
     )
     (ROOT / "benchmarks" / "results" / "measuring.md").write_text(f"# measuring\n\n{result}\n", encoding="utf-8")
-    before, rest = docs.read_text(encoding="utf-8").split(BEGIN)
-    docs.write_text(f"{before}{BEGIN}\n\n{result}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    replace_section(docs, BEGIN, END, f"\n{result}\n")
 
 
 def count_different(model: Path, spin_ms: float, pairs: int, name: str) -> int:

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pages import replace_section
+
 from toolchain.report.findings import findings
 from toolchain.report.row import Report
 from toolchain.report.tables import terminal_rows
@@ -24,12 +26,7 @@ def main() -> None:
     run = Path(sys.argv[1])
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     manifest = json.loads((run / "student" / "manifest.json").read_text(encoding="utf-8"))
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(
-        "\n".join([before + BEGIN, "", *make_section(report, manifest), "", END + after]), encoding="utf-8"
-    )
+    replace_section(ROOT / "README.md", BEGIN, END, "\n".join(["", *make_section(report, manifest), ""]))
     shutil.copyfile(run / "report.png", ROOT / "docs" / "quickstart.png")
 
 

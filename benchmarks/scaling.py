@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import claim, finish
+from pages import replace_section
 
 from toolchain.provenance import machine, revision
 
@@ -49,12 +50,8 @@ def main() -> None:
     if not arguments.tables:
         RESULTS.write_text(json.dumps(measure(arguments.shards), indent=1) + "\n", encoding="utf-8")
     document = json.loads(RESULTS.read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
     for name, lines in make_tables(document).items():
-        begin, end = marks(name)
-        head, tail = page.split(begin)[0], page.split(end)[1]
-        page = f"{head}{begin}\n" + "\n".join(lines) + f"\n{end}{tail}"
-    PAGE.write_text(page, encoding="utf-8")
+        replace_section(PAGE, *marks(name), "\n".join(lines))
     second = document["starts"][-1]["second"]["seconds"]
     claims = [claim("second start", second, "s", "<=", MAX_SECOND_START_S)]
     finish("scaling", claims, starts=document["starts"])
