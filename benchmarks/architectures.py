@@ -20,7 +20,7 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import CONFIG
 
-TOKENIZER = Path(__file__).parents[1] / "recipes" / "glyphs_student"
+TOKENIZER = Path(__file__).parents[1] / "recipes" / "glyphs_tiny"
 """The tokenizer that replaces those of the Hub: 1,024 tokens, the last of which ends a text."""
 
 WIDTH = 64  # of both towers and of the features

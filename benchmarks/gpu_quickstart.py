@@ -16,7 +16,6 @@ _TINY = (
     "distill.warmup=1",
     "distill.batch_size=64",
     "baseline=false",
-    "distill.teacher_cache=null",
     "quantize=null",
     "export.runtimes=[onnxruntime]",
     "export.precisions=[fp32]",

@@ -64,7 +64,7 @@ def train(folder: Path, mode: str, device_type: str, connection: Connection, hel
     with (folder / SAID).open("a") as said:
         os.dup2(said.fileno(), 2)
     torch.use_deterministic_algorithms(mode == "deterministic")
-    student = load_model(RECIPES / "glyphs_student", random_seed=0)
+    student = load_model(RECIPES / "glyphs_tiny", random_seed=0)
     if not (folder / START).exists():
         (folder / START).mkdir()
         save_model(student, folder / START)

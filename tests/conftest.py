@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolchain.data.glyphs import TrainingSet
 
 REPOSITORY = Path(__file__).parents[1]
-STUDENT = REPOSITORY / "recipes" / "glyphs_student"
+STUDENT = REPOSITORY / "recipes" / "glyphs_tiny"
 
 NUM_CHARACTERS = 12
 
@@ -137,7 +137,7 @@ def tiny_recipe(
             "name": name,
             "data": {"kind": "glyphs", "views": 2},
             "teacher": {"model": str(teacher_folder)},
-            "student": {"model": "glyphs_student"},
+            "student": {"model": "glyphs_tiny"},
             "distill": {"steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 0},
             "export": {"precisions": ["fp32"]},
         }

@@ -13,7 +13,7 @@ RECORDED: dict[str, Any] = {
     "fields": {"seed": 0, "distill": {"steps": 2000, "crop": [0.5, 1.0]}},
     "fingerprints": {"data": "aa", "student": "bb", "machine": json.dumps({"cpu": "A", "cores": 2})},
     "inputs": {"teacher": "cc"},
-    "described": {"student": {"model": "glyphs_student"}},
+    "described": {"student": {"model": "glyphs_tiny"}},
 }
 
 
@@ -38,7 +38,7 @@ RECORDED: dict[str, Any] = {
                 "fingerprints": RECORDED["fingerprints"] | {"student": "ab"},
                 "described": {"student": {"model": "ViT-B-16"}},
             },
-            ["student.model glyphs_student -> ViT-B-16"],
+            ["student.model glyphs_tiny -> ViT-B-16"],
         ),
         (
             {"fingerprints": RECORDED["fingerprints"] | {"machine": json.dumps({"cpu": "A", "cores": 4})}},

@@ -1081,9 +1081,9 @@ def test_a_student_starts_from_weights_it_names(
     barely = {"steps": 1, "batch_size": BATCH_SIZE, "lr": 1e-12, "warmup": 0}
     expected = dict(load_model(teacher_folder).net.named_parameters())
     for name, student in (
-        ("checkpoint", {"model": "glyphs_student", "checkpoint": weights.name}),
+        ("checkpoint", {"model": "glyphs_tiny", "checkpoint": weights.name}),
         ("weights", {"model": str(teacher_folder), "init": "weights"}),
-        ("random", {"model": "glyphs_student"}),
+        ("random", {"model": "glyphs_tiny"}),
     ):
         path = tiny_recipe(name, student=student, teacher=None, distill=barely)
         assert clipkd("distill", path, "--out", tmp_path / name).code == 0

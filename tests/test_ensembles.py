@@ -276,7 +276,7 @@ def test_what_several_teachers_cannot_do_is_refused(
         "data": {"kind": "glyphs"},
         "teacher": teacher,
         "more_teachers": [teacher],
-        "student": {"model": "glyphs_student"},
+        "student": {"model": "glyphs_tiny"},
         "distill": CACHED,
     } | changes
     path = tmp_path / "mine.yaml"

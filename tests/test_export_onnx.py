@@ -24,7 +24,7 @@ from toolchain.models.build import load_model
 from toolchain.models.towers import ImageTower, TextTower, unit_text_features
 from toolchain.precisions import PRECISIONS
 
-STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
+STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_tiny"
 NAMES = ["latin small letter a", "greek capital letter omega", "leftwards arrow with hook", "digit one", "plus sign"]
 TEMPLATES = ("{}", "a drawing of {}")
 PROMPTS = [template.format(name) for template in TEMPLATES for name in NAMES]

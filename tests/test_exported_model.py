@@ -26,7 +26,7 @@ from toolchain.models.stock_tokenizer import stock_tokenizer_json
 from toolchain.stage import folder_fingerprint
 
 REPOSITORY = Path(__file__).parents[1]
-STUDENT = REPOSITORY / "recipes" / "glyphs_student"
+STUDENT = REPOSITORY / "recipes" / "glyphs_tiny"
 MAX_PIXEL_ERROR = 1e-6  # the same float32 operations in the same order: what remains is a compiler's choice
 IMAGE_SPEC = {
     "size": [32, 32],

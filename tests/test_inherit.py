@@ -270,7 +270,7 @@ def test_a_run_inherits_from_its_teacher_and_its_baseline_does_not(
 ) -> None:
     """After no step worth the name, the student still encodes texts as its teacher does; batch norms have moved."""
     slow = {"steps": 1, "batch_size": 8, "lr": 1e-9, "warmup": 0, "weight_decay": 0}
-    student = {"model": "glyphs_student", "inherit": "teacher"}
+    student = {"model": "glyphs_tiny", "inherit": "teacher"}
     recipe = tiny_recipe(student=student, baseline=True, distill=slow)
     shown = clipkd("show", recipe)
     assert "# student: image tower inherits from the teacher: all weights" in shown.out
@@ -285,7 +285,7 @@ def test_a_run_inherits_from_its_teacher_and_its_baseline_does_not(
     assert "inherited" not in summary(run, "baseline")
 
     chained = tiny_recipe(
-        "second", student={"model": "glyphs_student", "inherit": str(run)}, baseline=True, distill=slow
+        "second", student={"model": "glyphs_tiny", "inherit": str(run)}, baseline=True, distill=slow
     )
     second = tmp_path / "second"
     assert clipkd("distill", chained, "--out", second).code == 0
@@ -305,7 +305,7 @@ def test_a_run_inherits_from_its_teacher_and_its_baseline_does_not(
 def test_what_cannot_be_inherited_is_said(
     tiny_recipe: Callable[..., Path], clipkd: Callable[..., Ended], fields: dict[str, Any], message: str
 ) -> None:
-    ended = clipkd("show", tiny_recipe(student={"model": "glyphs_student"} | fields))
+    ended = clipkd("show", tiny_recipe(student={"model": "glyphs_tiny"} | fields))
     assert ended.code == 2
     assert message in ended.err
 
@@ -313,7 +313,7 @@ def test_what_cannot_be_inherited_is_said(
 def test_without_a_teacher_nothing_is_inherited_from_it(
     tiny_recipe: Callable[..., Path], clipkd: Callable[..., Ended]
 ) -> None:
-    recipe = tiny_recipe(student={"model": "glyphs_student", "inherit": "teacher"}, teacher=None)
+    recipe = tiny_recipe(student={"model": "glyphs_tiny", "inherit": "teacher"}, teacher=None)
     ended = clipkd("show", recipe)
     assert ended.code == 2
     assert "student.inherit: teacher needs a `teacher` section" in ended.err

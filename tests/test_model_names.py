@@ -90,7 +90,7 @@ def test_a_model_in_a_folder_above_or_at_an_absolute_path(recipes: Path) -> None
 
 
 def test_a_name_goes_before_a_folder_of_the_same_name(recipes: Path) -> None:
-    for name in ("ViT-B-16", "glyphs_student"):
+    for name in ("ViT-B-16", "glyphs_tiny"):
         shutil.copytree(STUDENT, recipes / name)
         assert resolve_model(ModelSpec(model=name), recipes, "student").model == name
         assert resolve_model(ModelSpec(model=f"./{name}"), recipes, "student").model == str(recipes.resolve() / name)
@@ -106,7 +106,7 @@ def test_everything_else_of_a_model_is_kept(recipes: Path) -> None:
 
 def test_every_architecture_of_open_clip_is_known_and_nothing_else() -> None:
     assert list(architectures()) == sorted(open_clip.list_models())
-    assert {"glyphs_student", "glyphs_teacher", "vit_t_16", "resnet18"} <= set(shipped_models())
+    assert {"glyphs_tiny", "glyphs_teacher", "vit_t_16", "resnet18"} <= set(shipped_models())
     assert not set(architectures()) & set(shipped_models()), "then one would hide the other"
 
 
@@ -114,7 +114,7 @@ def test_every_architecture_of_open_clip_is_known_and_nothing_else() -> None:
 def test_without_open_clip_a_name_is_taken_on_trust(recipes: Path) -> None:
     assert architectures() == ()
     assert resolve_model(ModelSpec(model="ViT-B-16"), recipes, "student").model == "ViT-B-16"
-    assert resolve_model(ModelSpec(model="glyphs_student"), recipes, "student").model == "glyphs_student"
+    assert resolve_model(ModelSpec(model="glyphs_tiny"), recipes, "student").model == "glyphs_tiny"
     assert "no such model" in problem("models/absent", recipes)
     assert "no such model" in problem("local-dir:absent", recipes)
 
@@ -227,7 +227,7 @@ def test_a_fingerprint_is_of_content_and_not_of_place(recipes: Path) -> None:
     moved = shutil.copytree(recipes / "models" / "mine", recipes / "moved")
     here, there, shipped = (
         fingerprint(resolve_model(ModelSpec(model=model), recipes, "student"))
-        for model in ("models/mine", "moved", "glyphs_student")
+        for model in ("models/mine", "moved", "glyphs_tiny")
     )
     assert here == there == shipped
     (moved / CONFIG).write_text((moved / CONFIG).read_text() + "\n")

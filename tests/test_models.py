@@ -208,7 +208,7 @@ def test_an_activation_changes_what_is_computed() -> None:
 
 
 def test_a_random_model_is_the_same_by_either_road() -> None:
-    built = build_model(ModelSpec(model="glyphs_student"), seed=5).net.state_dict()
+    built = build_model(ModelSpec(model="glyphs_tiny"), seed=5).net.state_dict()
     loaded = load_model(STUDENT, random_seed=5).net.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in built.items())
 
@@ -227,7 +227,7 @@ def test_weights_and_randomness_are_as_the_specification_says(teacher_folder: Pa
 
 
 def test_changes_reach_only_what_they_name() -> None:
-    model = build_model(ModelSpec(model="glyphs_student", model_cfg={"text_cfg": {"layers": 1}}), seed=0)
+    model = build_model(ModelSpec(model="glyphs_tiny", model_cfg={"text_cfg": {"layers": 1}}), seed=0)
     theirs = json.loads((STUDENT / CONFIG).read_text())
     theirs["model_cfg"]["text_cfg"]["layers"] = 1
     assert model.config == theirs

@@ -666,7 +666,7 @@ def test_a_fingerprint_reads_no_picture(tmp_path: Path, monkeypatch: pytest.Monk
 def recipe(tmp_path: Path, evaluate_section: str) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "name: mine\ndata: {kind: glyphs}\nstudent: {model: glyphs_student}\n"
+        "name: mine\ndata: {kind: glyphs}\nstudent: {model: glyphs_tiny}\n"
         "distill: {steps: 2, batch_size: 8, lr: 1.0e-3, warmup: 0}\nexport: {precisions: [fp32]}\n" + evaluate_section
     )
     return path
@@ -832,7 +832,7 @@ def test_photos_with_captions_as_the_headline_of_an_export(tmp_path: Path) -> No
     (tmp_path / "val.tsv").write_text("\n".join(rows))
     spec = EvaluateSpec(headline="own", sets=(PairsSet(kind="pairs", name="own", file=str(tmp_path / "val.tsv")),))
     headline = open_set(spec.headline_set)
-    model = load_model(REPOSITORY / "recipes" / "glyphs_student", random_seed=0)
+    model = load_model(REPOSITORY / "recipes" / "glyphs_tiny", random_seed=0)
     exported, checkpoint = tmp_path / "exported", tmp_path / "checkpoint"
     exported.mkdir()
     checkpoint.mkdir()

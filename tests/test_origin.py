@@ -23,7 +23,7 @@ def write_model(folder: Path, **recipe: Any) -> None:
 
 
 def origin_of(root: Path, teacher: dict[str, Any], **student: Any) -> dict[str, Any]:
-    raw = {"name": "x", "teacher": teacher, "student": {"model": "glyphs_student", **student}, **TRAINED}
+    raw = {"name": "x", "teacher": teacher, "student": {"model": "glyphs_tiny", **student}, **TRAINED}
     raw["data"] = {"kind": "image_folder", "path": str(root / "data" / "photos")}
     return describe_origin(check_recipe(raw, "x", root), root / "runs" / "mine", CHECKPOINT, TEACHER)
 
@@ -58,7 +58,7 @@ def test_every_model_of_the_recipe_has_its_maker(tmp_path: Path) -> None:
     for name in ("half", "second"):
         write_model(tmp_path / "runs" / name / "student", name=name, student={"model": "ViT-B-16"})
     raw = {"name": "x", "teacher": {"model": "glyphs_teacher"}, "more_teachers": [{"model": "runs/second"}], **TRAINED}
-    raw["student"] = {"model": "glyphs_student", "inherit": "runs/half"}
+    raw["student"] = {"model": "glyphs_tiny", "inherit": "runs/half"}
     raw["data"] = {"kind": "image_folder", "path": str(tmp_path / "data"), "views": 1}
     raw["distill"] = {**TRAINED["distill"], "teacher_cache": {"dtype": "float32"}}
     described = describe_origin(check_recipe(raw, "x", tmp_path), tmp_path / "runs" / "mine", CHECKPOINT, TEACHER)
@@ -90,7 +90,7 @@ def test_a_model_without_training_has_no_teacher(tmp_path: Path) -> None:
 
 def test_settings_of_a_machine_are_not_in_it(tmp_path: Path) -> None:
     def describe(**data: Any) -> Any:
-        raw = {"name": "x", "student": {"model": "glyphs_student"}, **TRAINED}
+        raw = {"name": "x", "student": {"model": "glyphs_tiny"}, **TRAINED}
         raw["data"] = {"kind": "webdataset", "shards": ["s3://b/{0..9}.tar"], **data}
         return describe_origin(check_recipe(raw, "x", tmp_path), tmp_path / "runs" / "mine", CHECKPOINT, None)["data"]
 

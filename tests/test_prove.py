@@ -28,7 +28,7 @@ from toolchain.models.build import load_model
 from toolchain.models.towers import ImageTower, example_pixels
 
 REPOSITORY = Path(__file__).parents[1]
-STUDENT = REPOSITORY / "recipes" / "glyphs_student"
+STUDENT = REPOSITORY / "recipes" / "glyphs_tiny"
 NAMES = ["latin small letter a", "greek capital letter omega", "leftwards arrow with hook", "digit one", "plus sign"]
 
 

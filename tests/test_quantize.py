@@ -37,7 +37,7 @@ from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import decode_json, import_nncf, list_quantizers
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 
-STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_student"
+STUDENT = Path(__file__).parents[1] / "recipes" / "glyphs_tiny"
 NUM_SAMPLES = 24
 CAPTIONS = [f"latin small letter {chr(97 + index)} with {'acute' if index % 2 else 'hook'}" for index in range(24)]
 INT8, FLOAT = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT

@@ -32,7 +32,7 @@ NAMES = [path.relative_to(REPOSITORY / "recipes").with_suffix("").as_posix() for
 MINIMAL: dict[str, Any] = {
     "name": "mine",
     "data": {"kind": "glyphs"},
-    "student": {"model": "glyphs_student"},
+    "student": {"model": "glyphs_tiny"},
     "distill": {"steps": 10, "batch_size": 8, "lr": 1e-3, "warmup": 2},
     "export": {"precisions": ["fp32"]},
 }

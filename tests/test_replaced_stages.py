@@ -90,7 +90,7 @@ def test_show_names_fields_that_differ_and_what_would_happen(
     found = texts(clipkd, path, run, "distill.steps=12", "student.model=vit_t_16")
     assert found["teacher"] == "made"
     assert found["student"] == (
-        "of another recipe: distill.steps 3 -> 12; student.model glyphs_student -> vit_t_16; took 10.0 min; "
+        "of another recipe: distill.steps 3 -> 12; student.model glyphs_tiny -> vit_t_16; took 10.0 min; "
         "would be replaced only with --replace"
     )
     assert found["student-int8"] == (

@@ -25,7 +25,7 @@ from toolchain.recipe.model_names import CONFIG, SHIPPED, architectures, model_f
 from toolchain.text_table import TextTable
 
 Clipkd = Callable[..., Ended]
-TINY = Candidate("glyphs_student", 0.3, "nobody")
+TINY = Candidate("glyphs_tiny", 0.3, "nobody")
 QUICK = {"threads": 1, "seconds": 0.1}
 
 
@@ -117,7 +117,7 @@ def test_a_student_is_built_exported_timed_and_then_remembered(monkeypatch: pyte
     assert (row["device"], row["runtime"], row["threads"]) == ("cpu", "onnxruntime", 1)
     monkeypatch.setattr(interleaved, "runner_here", lambda *_: pytest.fail("timed again"))
     assert measure_students([TINY], ["fp32"], **QUICK) == [row]
-    assert [path.name for path in cache.rglob("*-*.*")] == ["glyphs_student-fp32.json"], "a graph goes once it is timed"
+    assert [path.name for path in cache.rglob("*-*.*")] == ["glyphs_tiny-fp32.json"], "a graph goes once it is timed"
 
     def crashes(*_: object) -> dict[str, Any]:
         raise ClipkdError("it crashed")

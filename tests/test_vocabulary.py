@@ -250,7 +250,7 @@ def test_adopting_with_a_vocabulary(clipkd: Callable[..., Ended], tmp_path: Path
 def test_a_student_with_its_data_s_vocabulary_learns_from_a_whole_teacher(
     tiny_recipe: Callable[..., Path], clipkd: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    student = {"model": "glyphs_student", "vocabulary": ["data", "evaluate"], "inherit": "teacher"}
+    student = {"model": "glyphs_tiny", "vocabulary": ["data", "evaluate"], "inherit": "teacher"}
     evaluate = {"headline": "novel", "sets": ["novel"]}
     recipe = tiny_recipe(student=student, evaluate=evaluate, baseline=True)
     assert "# student: vocabulary cut to the tokens of data, evaluate" in clipkd("show", recipe).out
@@ -263,7 +263,7 @@ def test_a_student_with_its_data_s_vocabulary_learns_from_a_whole_teacher(
 
 
 def test_a_corpus_section_must_exist(tiny_recipe: Callable[..., Path], clipkd: Callable[..., Ended]) -> None:
-    recipe = tiny_recipe(student={"model": "glyphs_student", "vocabulary": "evaluate"})
+    recipe = tiny_recipe(student={"model": "glyphs_tiny", "vocabulary": "evaluate"})
     ended = clipkd("show", recipe)
     assert ended.code == 2
     assert "student.vocabulary: evaluate needs the section `evaluate`" in ended.err
