@@ -1,6 +1,6 @@
 """Measure, on glyphs, each way of making a student that CLIP-KD leaves out, against its control.
 
-    python benchmarks/beyond_glyphs.py [--out runs/beyond] [--seeds 0 1 2] [--steps 200] [--only start] [--write]
+    python benchmarks/beyond_glyphs.py [--out runs/beyond] [--seeds 0 1 2] [--steps 150] [--only start] [--write]
 
 Every student is that of recipes/glyphs.yaml, for smaller images and with a schedule of its own (PLAIN), and a few changes
 (ARMS).  The table COMPARISONS pairs it with its control.  Both have the same batches, steps and seed, and the same
@@ -61,7 +61,7 @@ FITTED_BATCHES = 16  # for the two numbers of the sigmoid teacher
 TEACHER_SEED = 100  # none of the students'
 SECOND_IMAGE_SIZE = 0.5  # of the first teacher's
 SECOND_LENGTH = 2  # training steps of the second teacher, as a multiple of the students'
-STEPS, BATCH, WARMUP = 200, 128, 10  # WARMUP: one step in so many
+STEPS, BATCH, WARMUP = 150, 128, 10  # WARMUP: one step in so many
 IMAGE_SIZE = 32  # of the students
 PLAIN = (
     "baseline=false",
