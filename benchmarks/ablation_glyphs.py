@@ -6,8 +6,8 @@ The script trains glyphs_tiny, with a text tower half as wide, at random from ea
 one added objective, and with CLIP-KD's combination.  Initialisation and batches are the same, and the teacher is the
 included one.  MFD needs a student that can leave out patches, so a small vision transformer is trained as well: alone,
 with FD and with MFD.  Zero-shot top-1 is over the images of the three glyph sets together; each image is classified
-among the names of its own set.  The weights are the paper's, converted (docs/method.md).  The exception is GD: the paper
-tuned its weight for an inverted temperature, so it was tuned here, on seed 100 (--tune-gd).
+among the names of its own set.  The weights are the paper's, converted (docs/method.md).  The exception is GD: the
+paper tuned its weight for an inverted temperature, so it was tuned here, on seed 100 (--tune-gd).
 
 Two students are trained at the same time, with one thread each.  After an interruption the same command continues, and
 it does not repeat a finished student.  `--write` puts the table into docs/method.md and benchmarks/results/.  The last

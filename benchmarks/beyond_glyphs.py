@@ -2,9 +2,9 @@
 
     python benchmarks/beyond_glyphs.py [--out runs/beyond] [--seeds 0 1 2] [--steps 150] [--only start] [--write]
 
-Every student is that of recipes/glyphs.yaml, for smaller images and with a schedule of its own (PLAIN), and a few changes
-(ARMS).  The table COMPARISONS pairs it with its control.  Both have the same batches, steps and seed, and the same
-initial weights unless the start is what is compared:
+Every student is that of recipes/glyphs.yaml, for smaller images and with a schedule of its own (PLAIN), and with a few
+changes (ARMS).  The table COMPARISONS pairs it with its control.  Both have the same batches, steps and seed, and the
+same initial weights unless the start is what is compared:
 
     start      the student inherits the teacher's weights, or starts at random
     relations  the task loss with affinity mimicking, or with CRD

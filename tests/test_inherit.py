@@ -284,9 +284,7 @@ def test_a_run_inherits_from_its_teacher_and_its_baseline_does_not(
     assert summary(run, "student")["inherited"]["text"]["text"] == "all weights"
     assert "inherited" not in summary(run, "baseline")
 
-    chained = tiny_recipe(
-        "second", student={"model": "glyphs_tiny", "inherit": str(run)}, baseline=True, distill=slow
-    )
+    chained = tiny_recipe("second", student={"model": "glyphs_tiny", "inherit": str(run)}, baseline=True, distill=slow)
     second = tmp_path / "second"
     assert clipkd("distill", chained, "--out", second).code == 0
     for name in ("student", "baseline"):
