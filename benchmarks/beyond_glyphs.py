@@ -72,6 +72,7 @@ PLAIN = (
     f"data.views={VIEWS}",
     f"distill.batch_size={BATCH}",
     "distill.lr=3e-3",
+    "distill.teacher_cache={dtype: float32}",
 )
 
 
