@@ -1,6 +1,7 @@
 """A checkpoint measured in PyTorch beside its export: the same answers, a row for reference, and what it needs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from export.devices import describe
 from export.documents import PlannedExport
 from export.graphs.export_onnx import export_onnx
 from export.model_folder import find_exported
+from export.pipeline import measure_model
 from export.pipeline.cpu_measurement import Subject, scoring
 from export.pipeline.measure import measure_on_cpu
 from export.pipeline.plan import PlannedReference, plan_exports, plan_references
@@ -97,6 +99,25 @@ def test_a_reference_is_measured_as_an_export_is_and_ships_as_nothing(run: Path,
     choice = choose_model([row, unmeasured], [], "top1", "cpu")
     assert choice.best is None
     assert choice.rejected[0][1] == ["reference row: the checkpoint in PyTorch, which is not an exported model"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("changed", [None, "machine", "versions"])
+def test_the_parity_check_is_repeated_where_something_changed_since_the_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None
+) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    exported = open_stage(copied / "exported" / "student-onnxruntime-fp32")
+    found, again = {"image": "as at export"}, {"image": "checked again"}
+    exported.manifest["summary"] |= {"runtime": "onnxruntime", "precision": "fp32", "parity": found}
+    if changed:
+        monkeypatch.setattr(measure_model, changed, lambda: {"another": changed})
+    monkeypatch.setattr(measure_model, "prove", lambda *_, **__: {"parity": again})
+    (tmp_path / "measured").mkdir()
+    measure_model.measure(Subject(copied, exported), tmp_path / "measured", None, None, Silent().progress)
+    stored = json.loads((tmp_path / "measured" / "parity.json").read_text())
+    assert stored == (again if changed else found)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
+_PACKAGES = (
+    *("clipkd", "torch", "open_clip_torch", "timm", "nncf", "onnx"),
+    *("onnxruntime-gpu", "onnxruntime", "openvino", "numpy"),
+)
 
 
 @cache

@@ -21,6 +21,7 @@ from toolchain.evaluation.open_sets import open_set
 from toolchain.evaluation.zero_shot import Encoders, evaluate
 from toolchain.filesystem import read_json, write_json
 from toolchain.progress import Progress
+from toolchain.provenance import machine, versions
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ProfileSpec
 
@@ -37,7 +38,8 @@ def measure(
     """Write parity.json, evaluation.json, examples.json, samples.npz and profile.json; return the headline numbers.
 
     Without `spec` or `time`, copy that part from the earlier measurement, if it has it.  The parity check comes first,
-    because timing a wrong model is useless.  For a checkpoint, also return the fields of an exported model's manifest.
+    because timing a wrong model is useless; that of the export holds if neither machine nor packages have changed.  For
+    a checkpoint, also return the fields of an exported model's manifest.
 
     Raises:
         GateError: the model's features here differ from those in PyTorch.
@@ -51,6 +53,8 @@ def measure(
     earlier = subject.earlier
     if earlier.is_proven:
         shutil.copyfile(earlier.path / "parity.json", folder / "parity.json")
+    elif (parity := _parity_of_export(subject)) is not None:
+        write_json(folder / "parity.json", parity)
     else:
         progress("parity", 0, 1)
         write_json(folder / "parity.json", _check_parity(subject, encoders))
@@ -95,6 +99,14 @@ def _open_encoders(subject: Subject) -> ExportedEncoders:
     if subject.checkpoint is None:
         return open_exported(subject.model.path)
     return reference_encoders(subject.checkpoint.path, subject.model.path, compiled=subject.mode == "compiled")
+
+
+def _parity_of_export(subject: Subject) -> Parity | None:
+    """Return the parity found by the export if it was on this machine with today's packages; None for a checkpoint."""
+    manifest = subject.model.manifest
+    same = (manifest.get("machine"), manifest.get("versions")) == (machine(), versions())
+    parity: Parity | None = manifest["summary"].get("parity") if same and subject.checkpoint is None else None
+    return parity
 
 
 def _check_parity(subject: Subject, encoders: Callable[[], ExportedEncoders]) -> Parity:
