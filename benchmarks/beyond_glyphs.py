@@ -8,7 +8,8 @@ same initial weights unless the start is what is compared:
 
     start      the student inherits the teacher's weights, or starts at random
     relations  the task loss with affinity mimicking, or with CRD
-    teachers   two teachers, or the better one.  The second one has the first one's architecture at half of its image
+    teachers   two teachers, or the better one, with CLIP-KD's combination: of several teachers, FD and ICL train heads,
+               and without task and CRD nothing would train the student's own features.  The second one has the first one's architecture at half of its image
                size; the script trains it with the recipe's objectives from the first, because half an hour of
                training from scratch would not make it worth listening to
     sigmoid    sigmoid task and sigmoid distillation, or softmax task and CRD.  The sigmoid teacher is the included one
@@ -97,12 +98,14 @@ class Comparison(NamedTuple):
 
 
 INHERITED = ("student.inherit=teacher", "distill.lr=1e-3")
+COMBINATION = {"task": 1.0, "crd": 1.0, "fd": 15.625, "icl": 1.0}  # CLIP-KD's
 ARMS = {
     "recipe": Arm(),
     "inherited": Arm(INHERITED),
     "crd": Arm(INHERITED, weights={"task": 1, "crd": 1}),
     "affinity": Arm(INHERITED, weights={"task": 1, "affinity": 1}),
-    "two_teachers": Arm(INHERITED, two_teachers=True),
+    "combination": Arm(INHERITED, weights=COMBINATION),
+    "two_teachers": Arm(INHERITED, weights=COMBINATION, two_teachers=True),
     "sigmoid": Arm(  # scale and bias start as in SigLIP (arXiv:2303.15343, section 3.2)
         (*INHERITED, "student.model_cfg.init_logit_bias=-10", "student.model_cfg.init_logit_scale=2.302585"),
         weights={"task": 1, "sigmoid_kd": 1},
@@ -112,7 +115,7 @@ ARMS = {
 COMPARISONS = {
     "start": Comparison("inherited", "recipe", "inherited start", "random start"),
     "relations": Comparison("affinity", "crd", "task + affinity mimicking", "task + CRD"),
-    "teachers": Comparison("two_teachers", "inherited", "two teachers", "the better teacher"),
+    "teachers": Comparison("two_teachers", "combination", "two teachers", "the better teacher"),
     "sigmoid": Comparison("sigmoid", "crd", "sigmoid task + sigmoid distillation", "softmax task + CRD"),
     "captions": Comparison("image_only", "recipe", "images alone, the teacher's text tower", "images and captions"),
 }
