@@ -8,10 +8,10 @@ same initial weights unless the start is what is compared:
 
     start      the student inherits the teacher's weights, or starts at random
     relations  the task loss with affinity mimicking, or with CRD
-    teachers   two teachers, or the better one, with CLIP-KD's combination: of several teachers, FD and ICL train heads,
-               and without task and CRD nothing would train the student's own features.  The second one has the first one's architecture at half of its image
-               size; the script trains it with the recipe's objectives from the first, because half an hour of
-               training from scratch would not make it worth listening to
+    teachers   two teachers, or the better one, with CLIP-KD's combination, because FD and ICL alone would train only the
+               projections to several teachers.  The second teacher has the first one's architecture at half of its image
+               size; the script trains it with the recipe's objectives from the first, because half an hour of training
+               from scratch would not make it worth listening to
     sigmoid    sigmoid task and sigmoid distillation, or softmax task and CRD.  The sigmoid teacher is the included one
                with a scale and a bias fitted to its features of the training pairs, so both arms see the same features
     captions   images alone into the teacher's space, with the teacher's text tower, or the full student

@@ -261,6 +261,10 @@ CACHED = {"steps": 3, "batch_size": 8, "lr": 1e-3, "warmup": 0, "teacher_cache":
         ({"teacher": None, "distill": CACHED | {"teacher_cache": None}}, "more_teachers needs a `teacher` section"),
         ({"distill": CACHED | {"teacher_cache": None}}, "more_teachers needs distill.teacher_cache"),
         (
+            {"distill": CACHED | {"loss_weights": {"task": 0, "crd": 0, "fd": 1, "icl": 1, "afd": 1}}},
+            "give one of task, crd, affinity, sigmoid_kd a weight",
+        ),
+        (
             {"distill": CACHED | {"teacher_cache": {"path": "runs/other"}}},
             "teacher_cache.path is the cache of one teacher",
         ),

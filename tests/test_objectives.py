@@ -25,7 +25,7 @@ from toolchain.distillation.objectives import (
     weighted_loss,
     weights_on_unit_features,
 )
-from toolchain.recipe.distill import NEED_CAPTIONS, LossWeights
+from toolchain.recipe.distill import NEED_CAPTIONS, OF_OWN_FEATURES, LossWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -218,6 +218,11 @@ def test_the_objectives_are_those_that_a_recipe_weighs() -> None:
 
 def test_a_recipe_knows_which_objectives_need_captions() -> None:
     assert set(NEED_CAPTIONS) < set(OBJECTIVES)
+
+
+def test_objectives_of_the_features_that_ship_are_those_without_projection_and_fusion() -> None:
+    own = [name for name, objective in OBJECTIVES.items() if not objective.in_teacher_width and not objective.fuses]
+    assert list(OF_OWN_FEATURES) == own
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

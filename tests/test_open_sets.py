@@ -727,7 +727,7 @@ def own_glyphs(root: Path, count: int, per_class: int) -> FolderSet:
         folder = root / f"{index:03d}"
         folder.mkdir(parents=True)
         for copy in range(per_class):
-            noise = np.random.default_rng([index, copy]).normal(0, 150, (32, 32, 3))
+            noise = np.random.default_rng([index, copy]).normal(0, 60, (32, 32, 3))
             pixels = (stix.images_KHWC[7 + 40 * index] + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{copy}.png")
     names = {f"{index:03d}": stix.names[7 + 40 * index] for index in range(count)}

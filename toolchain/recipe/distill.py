@@ -55,6 +55,9 @@ class LossWeights(Section):
         return {name: weight for name, weight in weights.items() if weight or name not in _ADDED_WEIGHTS}
 
 
+OF_OWN_FEATURES = ("task", "crd", "affinity", "sigmoid_kd")
+"""Objectives of the features that ship; the others see them through projections to a teacher's width, or fused."""
+
 NEED_CAPTIONS = ("task", "gd", "icl", "afd")
 """Objectives that need each image to be paired with its own caption."""
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from toolchain.precisions import REFERENCE_PRECISION
 from toolchain.recipe.data import DataSpec
-from toolchain.recipe.distill import NEED_CAPTIONS, WITHOUT_CAPTIONS, DistillSpec
+from toolchain.recipe.distill import NEED_CAPTIONS, OF_OWN_FEATURES, WITHOUT_CAPTIONS, DistillSpec
 from toolchain.recipe.evaluate import EvaluateSpec
 from toolchain.recipe.export import ExportSpec, ProfileSpec
 from toolchain.recipe.model import CORPUS_SECTIONS, StudentSpec, TeacherSpec
@@ -110,6 +110,14 @@ class Recipe(Section):
             raise ValueError(
                 "more_teachers needs distill.teacher_cache, because several teachers do not run in each step; "
                 "add teacher_cache: {}, and data.views"
+            )
+        assert self.distill is not None
+        weights = self.distill.loss_weights.model_dump()
+        if not any(weights[name] for name in OF_OWN_FEATURES):
+            raise ValueError(
+                "more_teachers: the objectives with a weight read the student's features through projections to each "
+                f"teacher's width, so nothing trains the features that ship; give one of {', '.join(OF_OWN_FEATURES)} "
+                "a weight in distill.loss_weights"
             )
         if cache.path is not None:
             raise ValueError("distill.teacher_cache.path is the cache of one teacher; remove path, or more_teachers")
