@@ -110,7 +110,12 @@ def test_the_table_of_measuring_is_as_the_script_writes_it() -> None:
 
 @pytest.mark.parametrize(
     ("script", "page"),
-    [("ablation_glyphs", "docs/method.md"), ("kd_qat", "docs/method.md"), ("measuring", "docs/measuring.md")],
+    [
+        ("ablation_glyphs", "docs/method.md"),
+        ("beyond_glyphs", "docs/method.md"),
+        ("kd_qat", "docs/method.md"),
+        ("measuring", "docs/measuring.md"),
+    ],
 )
 def test_a_page_shows_the_stored_result(script: str, page: str) -> None:
     """Check that a docs page has the table of benchmarks/results/, and that its header is the script's."""
