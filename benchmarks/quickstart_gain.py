@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def main() -> None:
     claims: list[dict[str, Any]] = []
     print(
         "| seed | baseline top-1 | distilled top-1 | gain | teacher | gap closed | int8 | int8 speedup "
-        "| baseline train | distilled train |"
+        "| baseline train | distilled train | whole run |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for seed in arguments.seeds:
         out = arguments.out / f"seed{seed}"
         command = [
@@ -46,7 +47,9 @@ def main() -> None:
             f"seed={seed}",
             "--json",
         ]
+        is_new, started = not out.exists(), time.monotonic()
         finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        whole_run = f"{time.monotonic() - started:.0f} s" if is_new else "continued"
         report = json.loads(finished.stdout)
         rows = {(row["role"], row["precision"]): row for row in report["rows"] if row["runtime"] == "onnxruntime"}
         baseline, student = rows["baseline", "fp32"], rows["student", "fp32"]
@@ -60,7 +63,7 @@ def main() -> None:
             f"| {seed} | {_interval(baseline)} | {_interval(student)} | {100 * gain:+.1f} "
             f"| {100 * teacher['top1']:.1f} % | {100 * closed:.0f} % "
             f"| {100 * int8['top1']:.1f} % | {speedup:.2f}x "
-            f"| {baseline['train_s']:.0f} s | {student['train_s']:.0f} s |"
+            f"| {baseline['train_s']:.0f} s | {student['train_s']:.0f} s | {whole_run} |"
         )
         claims += [
             claim(f"seed {seed}: gap closed on stix", closed, "fraction", ">=", MIN_GAP_CLOSED),

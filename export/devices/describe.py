@@ -15,7 +15,7 @@ from export.devices.run_runner import TIMEOUT_S
 from export.devices.ssh import run_on
 from toolchain.errors import ClipkdError
 
-_LOOK_AROUND_S = 2.0  # seconds for which the load of other programs is measured before the start
+_LOOK_AROUND_S = 1.0  # seconds for which the load of other programs is measured before the start
 _GPU_CLOCKS = ("sudo nvidia-smi -pm 1", "sudo nvidia-smi -lgc F,F  # F in MHz: nvidia-smi -q -d SUPPORTED_CLOCKS")
 _MACHINE = Path(machine_program.__file__)
 

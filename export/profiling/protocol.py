@@ -54,7 +54,7 @@ STANDARD = Effort(5, 60.0)
 """The interval of five medians spans from the smallest to the largest: those of two equal models are disjoint in 1 of
 126 pairs; with three processes, in 1 of 10.  In 60 s, a tower of up to 90 ms yields enough samples for a p99."""
 
-SWEEP = (2, 4, 8, 16, 32)
+SWEEP = (8, 32)
 """Batch sizes for throughput, in addition to 1."""
 
 
