@@ -33,7 +33,7 @@ from toolchain.models.towers import (
     unit_image_features,
     unit_text_features,
 )
-from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.distill import OF_OWN_FEATURES, LossWeights
 from toolchain.recipe.model import ModelSpec, TeacherSpec
 from toolchain.recipe.model_names import CONFIG, SHIPPED, WEIGHTS
 
@@ -628,6 +628,17 @@ def test_models_that_differ_in_everything_else_go_together(teacher_folder: Path)
 
 
 NONE = dict.fromkeys(LossWeights.model_fields, 0.0)
+
+
+def test_at_another_width_an_objective_must_train_the_features_that_ship(teacher_folder: Path) -> None:
+    glyphs, wider = load_model(teacher_folder), small()
+    assert glyphs.embed_dim != wider.embed_dim
+    features = NONE | {"fd": 1.0, "icl": 1.0}
+    check_pair(glyphs, glyphs, LossWeights(**features))
+    for name in OF_OWN_FEATURES[:3]:  # the last needs two sigmoid models
+        check_pair(glyphs, wider, LossWeights(**features | {name: 0.5}))
+    with pytest.raises(UsageError, match=r"\(fd, icl\).*\(width 128\).*width \(32\).*Give one of task, crd"):
+        check_pair(glyphs, wider, LossWeights(**features))
 
 
 def test_sigmoid_models_teach_and_learn() -> None:

@@ -8,16 +8,19 @@ from toolchain.distillation.objectives import Objective, select
 from toolchain.errors import UsageError
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.patch_masking import check_can_mask
-from toolchain.recipe.distill import LossWeights
+from toolchain.recipe.distill import OF_OWN_FEATURES, LossWeights
 
 
 def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeights) -> None:
     """Check, before any data is read, that the models can be trained together with these weights.
 
-    Tokenizers, context lengths, image sizes, normalization and widths may all differ.  So may the loss that trained the
-    teacher: the objectives that compare softmax distributions (CRD, GD, cross-KD) accept a sigmoid teacher (SigLIP,
-    arXiv:2303.15343) unchanged.  In its model, pair (i, j) matches with probability sigma(l_ij), l = t cos + b,
-    independently.  In a batch of pairs exactly one candidate of i matches, and given that, it is j with probability
+    Tokenizers, context lengths, image sizes, normalization and widths may all differ.  At another width, an objective
+    of the features that ship is needed, because the others train projections of them.
+
+    The loss that trained the teacher may differ too: the objectives that compare softmax distributions (CRD, GD,
+    cross-KD) accept a sigmoid teacher (SigLIP, arXiv:2303.15343) unchanged.  In its model, pair (i, j) matches with
+    probability sigma(l_ij), l = t cos + b, independently.  In a batch of pairs exactly one candidate of i matches, and
+    given that, it is j with probability
 
         prod_k (1 - sigma(l_ik)) sigma(l_ij) / (1 - sigma(l_ij))  ~  exp(l_ij),   that is  softmax_j(t cos_ij),
 
@@ -38,6 +41,15 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
     if any(objective.on_whole_image for objective in objectives.values()):
         check_can_mask(student.net.visual)  # type: ignore[arg-type]
     _check_sigmoids(student, teacher, objectives, weights)
+    if teacher is None or teacher.embed_dim == student.embed_dim:
+        return
+    if not any(name in OF_OWN_FEATURES for name in objectives):
+        raise UsageError(
+            f"distill.loss_weights: the objectives with a weight ({', '.join(objectives)}) read the student's features "
+            f"(width {student.embed_dim}) through projections to the teacher's width ({teacher.embed_dim}), so nothing "
+            f"trains the features that ship. Give one of {', '.join(OF_OWN_FEATURES)} a weight, or choose a student of "
+            "the teacher's width"
+        )
 
 
 def _check_sigmoids(
