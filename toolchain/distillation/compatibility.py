@@ -41,8 +41,16 @@ def check_pair(student: ClipModel, teacher: ClipModel | None, weights: LossWeigh
     if any(objective.on_whole_image for objective in objectives.values()):
         check_can_mask(student.net.visual)  # type: ignore[arg-type]
     _check_sigmoids(student, teacher, objectives, weights)
-    if teacher is None or teacher.embed_dim == student.embed_dim:
-        return
+    if teacher is not None and teacher.embed_dim != student.embed_dim:
+        _check_own_features(student, teacher, objectives)
+
+
+def _check_own_features(student: ClipModel, teacher: ClipModel, objectives: Mapping[str, Objective]) -> None:
+    """Check that the student's own features are trained, and not only projections of them to the teacher's width.
+
+    Raises:
+        UsageError: they are not.
+    """
     if not any(name in OF_OWN_FEATURES for name in objectives):
         raise UsageError(
             f"distill.loss_weights: the objectives with a weight ({', '.join(objectives)}) read the student's features "
