@@ -588,6 +588,22 @@ def test_continuing_writes_nothing_that_a_kill_could_leave_torn(
     assert make(tmp_path / "student", scratched).manifest["summary"] == {"began": "all of it"}
 
 
+# The directory is removed.
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_directory_removed_during_the_work_is_explained(tmp_path: Path, writes: bool) -> None:
+    def removing(folder: Path) -> dict[str, Any]:
+        shutil.rmtree(folder)
+        if writes:
+            (folder / "weights").write_text("half")
+        return {}
+
+    with pytest.raises(ArtifactError, match=r"\.student\.partial: removed while clipkd was writing into it\. Repeat"):
+        make(tmp_path / "student", removing)
+    assert make(tmp_path / "student", write()).path.is_dir()
+
+
 # The disk is full.
 
 

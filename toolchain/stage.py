@@ -127,8 +127,8 @@ def run_stage(spec: StageSpec, work: Work, *, again: bool = False, replace: bool
     the stage even if it is finished.
 
     Raises:
-        ArtifactError: the finished stage is corrupt or not clipkd's, another process is making it, the disk is full, or
-            `replace` is False and work that took over a minute would be replaced.
+        ArtifactError: the finished stage is corrupt or not clipkd's, another process is making it, the disk is full, its
+            directory was removed meanwhile, or `replace` is False and work that took over a minute would be replaced.
     """
     key = spec.key
     if spec.path.exists():
@@ -144,7 +144,7 @@ def run_stage(spec: StageSpec, work: Work, *, again: bool = False, replace: bool
     if not replace:
         refuse_replacing(find_superseded(spec))
     _exchange_attempts(spec)
-    with _lock(spec.partial), _explaining_full_disk(spec.partial):
+    with _lock(spec.partial), _explaining_disk_errors(spec.partial):
         manifest = _read_finished(spec.partial, key)
         cached = manifest is not None  # the last attempt was killed after its work, before the renaming
         if manifest is None:
@@ -283,13 +283,19 @@ def _lock(partial: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explaining_full_disk(partial: Path) -> Iterator[None]:
+def _explaining_disk_errors(partial: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch and safetensors raise their own errors for a full disk
+        if isinstance(error, ClipkdError):
+            raise
+        if not partial.exists():
+            raise ArtifactError(
+                f"{partial}: removed while clipkd was writing into it. Repeat the command to make it anew"
+            ) from error
         free = shutil.disk_usage(partial.parent).free
         disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if isinstance(error, ClipkdError) or not (disk_full or free < _FULL_BYTES):
+        if not (disk_full or free < _FULL_BYTES):
             raise
         raise ArtifactError(
             f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Finished stages and the last training "
