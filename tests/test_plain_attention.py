@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, Transformer
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
@@ -24,16 +25,24 @@ def image_transformer() -> nn.Module:
     return VisionTransformer(img_size=16, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0)
 
 
+def resnet() -> nn.Module:
+    return ModifiedResNet([1, 1, 1, 1], output_dim=12, heads=2, image_size=64, width=8)
+
+
 @pytest.mark.parametrize(
     ("build", "example"),
-    [(text_transformer, torch.randn(3, 7, 32)), (image_transformer, torch.randn(3, 3, 16, 16))],
+    [
+        (text_transformer, torch.randn(3, 7, 32)),
+        (image_transformer, torch.randn(3, 3, 16, 16)),
+        (resnet, torch.randn(3, 3, 64, 64)),
+    ],
 )
 def test_same_features_gradients_and_state(build: Callable[[], nn.Module], example: Tensor) -> None:
     torch.manual_seed(0)
     tower, example = build().eval().double(), example.double()
     plain = copy.deepcopy(tower)
     plain_attention(plain)
-    assert not any(isinstance(module, (nn.MultiheadAttention, Attention)) for module in plain.modules())
+    assert not any(isinstance(module, (nn.MultiheadAttention, Attention, AttentionPool2d)) for module in plain.modules())
     assert list(plain.state_dict()) == list(tower.state_dict())
     for one in (tower, plain):
         one(example).square().sum().backward()
@@ -54,7 +63,7 @@ def test_masks_of_all_rows_and_of_each() -> None:
     causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
     own = torch.randn(batch * heads, length, length, dtype=torch.float64)
     for mask, mask_of in ((None, None), (causal, lambda b, h: causal), (own, lambda b, h: own[b * heads + h])):
-        got = attend(qkv, heads, mask)
+        got = attend(*qkv.chunk(3, -1), heads, mask)
         for b in range(batch):
             for h in range(heads):
                 q, k, v = (qkv[b, :, (part * heads + h) * width :][:, :width] for part in range(3))
