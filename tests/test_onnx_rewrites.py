@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.graphs.onnx_rewrites import separate_products
+from export.graphs.onnx_rewrites import separate_products, unsign_shared_activations
 
 WIDTH, PARTS = 4, 3
 
@@ -78,3 +78,57 @@ def test_what_is_split_otherwise_stays(tmp_path: Path) -> None:
     before = [node.name for node in model.graph.node]
     separate_products(model.graph)
     assert [node.name for node in model.graph.node] == before
+
+
+def rounded_and_read(times: int) -> onnx.ModelProto:
+    """y = the sum of `times` products of int8 weights and the same x, rounded to int8."""
+    random = np.random.default_rng(0)
+    tensors: dict[str, NDArray[np.generic]] = {
+        "xs": np.array(0.05, np.float32),
+        "xz": np.array(0, np.int8),
+        "ws": np.full(WIDTH, 0.01, np.float32),
+        "wz": np.zeros(WIDTH, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["x8"], "quantize"),
+        helper.make_node("DequantizeLinear", ["x8", "xs", "xz"], ["rounded"], "dequantize"),
+    ]
+    for place in range(times):
+        tensors[f"w8.{place}"] = random.integers(-60, 61, (WIDTH, WIDTH), np.int8)  # no kernel's sums saturate
+        nodes += [
+            helper.make_node("DequantizeLinear", [f"w8.{place}", "ws", "wz"], [f"w.{place}"], f"w.{place}", axis=1),
+            helper.make_node("MatMul", ["rounded", f"w.{place}"], [f"y.{place}"], f"product.{place}"),
+        ]
+    nodes.append(helper.make_node("Sum", [f"y.{place}" for place in range(times)], ["y"], "sum"))
+    stored = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2, WIDTH]) for name in ("x", "y")]
+    known = [helper.make_tensor_value_info("x8", TensorProto.INT8, ["batch", 2, WIDTH])]
+    graph = helper.make_graph(nodes, "g", shapes[:1], shapes[1:], stored, value_info=known)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def executed(model: onnx.ModelProto, folder: Path) -> list[str]:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that an optimized graph is for this machine only
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+def test_shared_int8_activations_are_multiplied_in_integers(tmp_path: Path) -> None:
+    model = rounded_and_read(times=3)
+    x = np.random.default_rng(1).uniform(-8, 8, (3, 2, WIDTH)).astype(np.float32)  # some of it beyond the range
+    expected = run(model, x)
+    unsign_shared_activations(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert np.abs(run(model, x) - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert executed(model, tmp_path).count("MatMulIntegerToFloat") == 3
+    unsign_shared_activations(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_what_one_operator_reads_stays_signed() -> None:
+    model = rounded_and_read(times=1)
+    before = model.SerializeToString()
+    unsign_shared_activations(model.graph)
+    assert model.SerializeToString() == before

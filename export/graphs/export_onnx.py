@@ -88,7 +88,14 @@ def export_onnx(
                 runtime=planned.runtime,
             )
             if planned.uint8_input and file == IMAGE_GRAPH:
-                write_uint8_graph(converted, preprocess["image"], folder / UINT8_GRAPH, opset=opset, metadata=metadata)
+                write_uint8_graph(
+                    converted,
+                    preprocess["image"],
+                    folder / UINT8_GRAPH,
+                    opset=opset,
+                    metadata=metadata,
+                    runtime=planned.runtime,
+                )
         prompts = _write_samples(folder / "parity.npz", model, (image, text), headline, planned.precision)
         _write_classes(folder / "classes.npz", model, prompts, headline)
     return _summary(model, folder, planned, opset)

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.graphs.onnx_rewrites import separate_gemm_biases, separate_products
+from export.graphs.onnx_rewrites import separate_gemm_biases, separate_products, unsign_shared_activations
 from export.graphs.uint8_preprocessing import UInt8Tower
 from export.model_folder import IMAGE_INPUT, UINT8_INPUT
 from toolchain.errors import ClipkdError
@@ -41,7 +41,7 @@ def write_graph(
     """
     assert len(example) > 1, "an example batch of 1 would silently fix the batch (pytorch#149065)"
     free = {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
-    graph = _convert(tower, example[:batch], path, names_io, free if batch is None else None, opset)
+    graph = _convert(tower, example[:batch], path, names_io, free if batch is None else None, opset, runtime)
     onnx.helper.set_model_props(graph, metadata)
     _check_and_save(graph, path, runtime)
     for value in (*graph.graph.input, *graph.graph.output):
@@ -63,7 +63,7 @@ def adapt_graph(source: Path, path: Path, runtime: str) -> None:
 
 
 def write_uint8_graph(
-    tower: nn.Module, image_spec: dict[str, Any], path: Path, *, opset: int, metadata: dict[str, str]
+    tower: nn.Module, image_spec: dict[str, Any], path: Path, *, opset: int, metadata: dict[str, str], runtime: str
 ) -> None:
     """Export an image tower preceded by its preprocessing: `pixels` uint8 [H, W, 3], RGB, of any H and W.
 
@@ -75,7 +75,7 @@ def write_uint8_graph(
     sizes = {index: torch.export.Dim(name, min=1, max=_MAX_SIDE) for index, name in enumerate(("height", "width"))}
     example = torch.zeros(*_EXAMPLE_SIZE, 3, dtype=torch.uint8)
     names_io = UINT8_INPUT, "image_features", IMAGE_INPUT
-    graph = _convert(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset)
+    graph = _convert(UInt8Tower(tower, image_spec), example, path, names_io, sizes, opset, runtime)
     del graph.graph.output[1:]
     onnx.helper.set_model_props(graph, metadata)
     _check_and_save(graph, path)
@@ -91,6 +91,7 @@ def _convert(
     names_io: tuple[str, ...],
     free: dict[int, Any] | None,
     opset: int,
+    runtime: str,
 ) -> onnx.ModelProto:
     try:
         with (
@@ -115,6 +116,8 @@ def _convert(
     assert program is not None
     graph: onnx.ModelProto = program.model_proto
     separate_gemm_biases(graph.graph)
+    if not RUNTIMES[runtime].is_kit:
+        unsign_shared_activations(graph.graph)
     return graph
 
 

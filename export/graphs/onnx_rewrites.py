@@ -21,6 +21,35 @@ def separate_gemm_biases(graph: GraphProto) -> None:
     graph.node.extend(nodes)
 
 
+def unsign_shared_activations(graph: GraphProto) -> None:
+    """Round activations that several operators read to uint8 with a zero point of 128 instead of int8: the same values.
+
+    On x86, ONNX Runtime multiplies only uint8 activations in integers.  It converts int8 ones itself if one operator
+    reads them, and otherwise computes in floats and dequantizes the weights in every call.  Do not use it for TensorRT,
+    which supports no zero points.
+    """
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    signed = {t.name for t in graph.initializer if t.data_type == TensorProto.INT8 and not numpy_helper.to_array(t).any()}
+    unsigned = numpy_helper.from_array(np.array(128, np.uint8), "unsigned_zero_point")
+    integers = set()
+    for quantize in (node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[2] in signed):
+        rounded = readers.get(quantize.output[0], [])
+        if any(node.op_type != "DequantizeLinear" for node in rounded):
+            continue
+        if sum(len(readers.get(node.output[0], [])) for node in rounded) > 1:
+            integers.add(quantize.output[0])
+            for node in (quantize, *rounded):
+                node.input[2] = unsigned.name
+    if integers:
+        graph.initializer.append(unsigned)
+    for value in graph.value_info:
+        if value.name in integers:
+            value.type.tensor_type.elem_type = TensorProto.UINT8
+
+
 def separate_products(graph: GraphProto) -> None:
     """Replace Split(x W + b) by one product per part, so that OpenVINO does not copy queries, keys and values.
 
