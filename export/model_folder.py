@@ -6,7 +6,7 @@ from pathlib import Path
 
 from toolchain.errors import UsageError, name_some
 from toolchain.filesystem import read_json
-from toolchain.recipe.model_names import CONFIG, WEIGHTS
+from toolchain.recipe.model_names import CONFIG, INT8_CONFIG, WEIGHTS
 
 IMAGE_GRAPH, TEXT_GRAPH = "image.onnx", "text.onnx"
 IMAGE_INPUT, TEXT_INPUT = "pixel_values", "input_ids"
@@ -28,7 +28,7 @@ def is_checkpoint(model: Path) -> bool:
     Raises:
         UsageError: it is an int8 checkpoint, which PyTorch cannot run in integers.
     """
-    if (model / "nncf.json").is_file():
+    if (model / INT8_CONFIG).is_file():
         raise UsageError(f"{model}: an int8 checkpoint runs in int8 only after export; name RUN/exported/...-int8")
     return (model / CONFIG).is_file() and not (model / IMAGE_GRAPH).is_file()
 

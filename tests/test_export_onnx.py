@@ -307,7 +307,14 @@ KIT = PlannedExport("student", "fp32", "tensorrt")
     ],
 )
 def test_an_export_is_made_from_one_of_the_same_towers_only(source, planned, expected):
-    assert is_adaptable(source, planned) is expected
+    assert is_adaptable(source, planned, False) is expected
+
+
+def test_a_runtime_that_leaves_outputs_in_float_has_towers_of_its_own() -> None:
+    ours, theirs = replace(ORT, precision="int8"), replace(OPENVINO, precision="int8")
+    assert not is_adaptable(ours, theirs, has_rounded_outputs=True)
+    assert is_adaptable(theirs, theirs, has_rounded_outputs=True) is False, "its products are separated"
+    assert is_adaptable(ours, ours, has_rounded_outputs=True)
 
 
 def test_int8_needs_frozen_towers_and_floats_refuse_them(model, tmp_path, images):

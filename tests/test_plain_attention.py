@@ -42,7 +42,8 @@ def test_same_features_gradients_and_state(build: Callable[[], nn.Module], examp
     tower, example = build().eval().double(), example.double()
     plain = copy.deepcopy(tower)
     plain_attention(plain)
-    assert not any(isinstance(module, (nn.MultiheadAttention, Attention, AttentionPool2d)) for module in plain.modules())
+    kinds = nn.MultiheadAttention, Attention, AttentionPool2d
+    assert not any(isinstance(module, kinds) for module in plain.modules())
     assert list(plain.state_dict()) == list(tower.state_dict())
     for one in (tower, plain):
         one(example).square().sum().backward()
@@ -63,7 +64,8 @@ def test_masks_of_all_rows_and_of_each() -> None:
     causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
     own = torch.randn(batch * heads, length, length, dtype=torch.float64)
     for mask, mask_of in ((None, None), (causal, lambda b, h: causal), (own, lambda b, h: own[b * heads + h])):
-        got = attend(*qkv.chunk(3, -1), heads, mask)
+        q_BLE, k_BLE, v_BLE = qkv.chunk(3, -1)
+        got = attend(q_BLE, k_BLE, v_BLE, heads, mask)
         for b in range(batch):
             for h in range(heads):
                 q, k, v = (qkv[b, :, (part * heads + h) * width :][:, :width] for part in range(3))

@@ -1,5 +1,6 @@
 """Image towers of every family: calibrated, frozen, exported and run in ONNX Runtime, with random weights."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,78 @@ def test_a_fine_tuned_tower_of_merged_branches_is_restored_exactly(tmp_path: Pat
     for tower, restored, values in zip(kept, load_quantized(tmp_path, model), (pixel_values, input_ids), strict=True):
         with torch.no_grad():
             assert torch.equal(tower(values), restored(values))
+
+
+class Activated(nn.Module):
+    """Convolutions before a ReLU, a SiLU, both branches of a sum, and a dropout with a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.silu, self.one, self.other, self.scaled = (nn.Conv2d(c, 8, 3) for c in (3, 8, 8, 8, 8))
+        self.last, self.scale = nn.Conv2d(8, 4, 1), nn.Parameter(torch.linspace(0.5, 1.5, 8)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.silu(F.relu(self.relu(x))))
+        x = self.one(x) + self.other(x)
+        x = F.dropout(self.scaled(x), 0.1, self.training) * self.scale
+        pooled: Tensor = self.last(x).mean((2, 3))
+        return pooled
+
+
+def executed(tower: nn.Module, pixel_values: Tensor, folder: Path) -> Counter[str]:
+    """Return the operators that ONNX Runtime executes for a tower."""
+    path = folder / "image.onnx"
+    with torch.no_grad():
+        write_graph(tower, pixel_values[:2], path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that an optimised graph is for this machine only
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def test_outputs_are_rounded_where_a_convolution_would_be_computed_in_floats(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Module()
+    net.visual = Activated().eval()
+    pixel_values = pictures(16, 32, 0)
+    tower = calibrate(import_nncf(), ImageTower(net).eval(), pixel_values, is_convolutional=True)
+    rounded = [name for name, quantizer in list_quantizers(tower) if type(quantizer).__name__ == "OutputQuantizer"]
+    assert {name.split("/")[1] for name in rounded} == {"silu", "scaled"}
+
+    seen: dict[str, Tensor] = {}
+    plain = copy.deepcopy(net.visual)
+    plain.silu.register_forward_hook(lambda module, inputs, output: seen.update(silu=output))
+    with torch.no_grad():
+        plain(pixel_values)
+    scale = next(q.scale for name, q in list_quantizers(tower) if name in rounded and "/silu/" in name)
+    assert scale.item() == pytest.approx(seen["silu"].abs().max().item(), rel=0.05), "what it reads is rounded, too"
+
+    with_outputs = executed(freeze(tower, pixel_values), pixel_values, tmp_path)
+    assert (with_outputs["QLinearConv"], with_outputs["Conv"]) == (6, 0)
+    frozen = freeze(tower, pixel_values, round_outputs=False)
+    without = executed(frozen, pixel_values, tmp_path)
+    assert (without["QLinearConv"], without["Conv"]) == (4, 2)
+    with torch.no_grad():
+        for int8 in (tower, frozen):
+            torch.testing.assert_close(int8(pixel_values), ImageTower(net)(pixel_values), atol=2e-2, rtol=0)
+
+
+def test_rounded_outputs_are_saved_and_restored(tmp_path: Path) -> None:
+    model = built(timm("test_efficientnet", 32))
+    pixel_values = pictures(8, 32, 0)
+    kept: list[nn.Module] = []
+    quantize(
+        model,
+        tmp_path,
+        Calibration(pixel_values, model.tokenize(["a"] * 2), towers=("image",)),
+        before_saving=lambda *towers: kept.extend(towers),
+    )
+    restored, _ = load_quantized(tmp_path, model)
+    kinds = [[(name, type(q).__name__) for name, q in list_quantizers(tower)] for tower in (kept[0], restored)]
+    assert kinds[0] == kinds[1]
+    assert "OutputQuantizer" in dict(kinds[1]).values()
+    layers = list_layers(restored, pixel_values[:2])
+    assert {q for of_layer in layers.values() for q in of_layer} == {q for _, q in list_quantizers(restored)}
+    with torch.no_grad():
+        assert torch.equal(kept[0](pixel_values), restored(pixel_values))

@@ -20,12 +20,13 @@ from toolchain.models.folding import move_gains
 from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower, TextTower
 from toolchain.quantization import checkpoint
-from toolchain.quantization.checkpoint import CONFIG, load_quantized
+from toolchain.quantization.checkpoint import load_quantized
 from toolchain.quantization.freeze import freeze
 from toolchain.quantization.nncf_backend import list_quantizers
 from toolchain.quantization.quantize import Calibration, FineTuning, FineTuningBatch, quantize
 from toolchain.quantization.sensitivity import list_layers
 from toolchain.recipe.model import ModelSpec
+from toolchain.recipe.model_names import INT8_CONFIG
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,9 +182,9 @@ def test_a_text_tower_from_transformers_is_quantized_and_restored(config: dict[s
 
 def test_a_checkpoint_from_before_is_refused(model: ClipModel, tmp_path: Path) -> None:
     quantize(model, tmp_path, Calibration(*inputs(model)))
-    config = json.loads((tmp_path / CONFIG).read_text())
+    config = json.loads((tmp_path / INT8_CONFIG).read_text())
     del config["moved"]
-    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / INT8_CONFIG).write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=r"older clipkd\. Quantize again: clipkd quantize"):
         load_quantized(tmp_path, model)
 

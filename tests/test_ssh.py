@@ -609,7 +609,7 @@ def test_a_kit_is_built_where_it_is_measured(
 def test_students_are_built_here_timed_there_and_not_kept_there(
     board: Device, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clipkd: Callable[..., Ended]
 ) -> None:
-    def built(candidate: Candidate, precision: str, path: Path) -> dict[str, int]:
+    def built(candidate: Candidate, precision: str, runtime: str, path: Path) -> dict[str, int]:
         shutil.copy(folder / "image.onnx", path)
         facts = {"params_image": 768, "params_text": 0, "gmacs": 1, "image_size": 8}
         return facts | {"size_bytes": path.stat().st_size}

@@ -63,7 +63,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Candidates that need no torch, and which of them were built; `broken` cannot be."""
     made: list[str] = []
 
-    def built(candidate: Candidate, precision: str, path: Path) -> dict[str, Any]:
+    def built(candidate: Candidate, precision: str, runtime: str, path: Path) -> dict[str, Any]:
         if candidate.model == "broken":
             raise RuntimeError("no such layer\nand a long story")
         path.write_bytes(b"graph")

@@ -39,6 +39,9 @@ class Runtime:
     separates_products: bool = False
     """It computes queries, keys and values faster as separate products than as one that is split."""
 
+    rounds_outputs: bool = False
+    """It computes a convolution in int8 only if the output is rounded to int8 too, directly or after a ReLU."""
+
     @property
     def is_kit(self) -> bool:
         """Return True if the exported model is a TensorRT build kit."""
@@ -56,6 +59,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             devices=("cpu", "cuda"),
             capabilities=("onnxruntime cpu",),
             package="onnxruntime",
+            rounds_outputs=True,
         ),
         Runtime(
             "openvino",

@@ -127,8 +127,9 @@ def run_stage(spec: StageSpec, work: Work, *, again: bool = False, replace: bool
     the stage even if it is finished.
 
     Raises:
-        ArtifactError: the finished stage is corrupt or not clipkd's, another process is making it, the disk is full, its
-            directory was removed meanwhile, or `replace` is False and work that took over a minute would be replaced.
+        ArtifactError: the finished stage is corrupt or not clipkd's, another process is making it, the disk is full,
+            the directory was removed meanwhile, or `replace` is False and work that took over a minute would be
+            replaced.
     """
     key = spec.key
     if spec.path.exists():

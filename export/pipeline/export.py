@@ -18,7 +18,7 @@ from toolchain.filesystem import read_json
 from toolchain.pipeline.stage_inputs import require_evaluation
 from toolchain.precisions import PRECISIONS
 from toolchain.progress import Screen
-from toolchain.recipe.model_names import CONFIG
+from toolchain.recipe.model_names import CONFIG, INT8_CONFIG
 from toolchain.recipe.recipe import Recipe
 from toolchain.runtimes import runtime_that_computes_alone
 from toolchain.stage import Stage, StageSpec, run_stage
@@ -49,7 +49,10 @@ def export_models(recipe: Recipe, out: Path, made: dict[str, Stage], screen: Scr
         checkpoint = made[planned.checkpoint]
         origin = describe_origin(recipe, out, checkpoint, made.get("teacher"))
         spec = export_spec(planned, recipe, out, checkpoint, headline, origin)
-        source = next((exported[e.name] for e in plan if e.name in exported and is_adaptable(e, planned)), None)
+        rounded = planned.in_precision.is_quantized and _has_rounded_outputs(checkpoint.path)
+        source = next(
+            (exported[e.name] for e in plan if e.name in exported and is_adaptable(e, planned, rounded)), None
+        )
         screen.starts(planned.name)
         try:
             work = partial(_export_and_prove, planned, recipe, checkpoint, source, origin, screen)
@@ -96,6 +99,11 @@ def _has_logit_bias(checkpoint: Path) -> bool:
     """Return True for a sigmoid model; early versions exported these without their bias, and must export them again."""
     config = checkpoint / CONFIG
     return config.is_file() and read_json(config)["model_cfg"].get("init_logit_bias") is not None
+
+
+def _has_rounded_outputs(checkpoint: Path) -> bool:
+    """Return True if outputs of convolutions are rounded in an int8 checkpoint; see output_rounding.py."""
+    return '"OutputQuantizer"' in (checkpoint / INT8_CONFIG).read_text(encoding="utf-8")
 
 
 def _export_and_prove(
@@ -159,7 +167,7 @@ def _trace_and_export(planned: PlannedExport, recipe: Recipe, checkpoint: Stage,
 
 
 def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) -> FrozenTowers:
-    """Return the towers of an int8 checkpoint, rounded as in its graphs; activations are signed for TensorRT."""
+    """Return the towers of an int8 checkpoint, rounded as in the graphs of the runtime."""
     from export.graphs.export_onnx import FrozenTowers
     from toolchain.data.glyphs import TEMPLATES
     from toolchain.models.towers import example_pixels
@@ -169,4 +177,7 @@ def _freeze_towers(planned: PlannedExport, checkpoint: Stage, model: ClipModel) 
     image, text = load_quantized(checkpoint.path, model)
     if planned.in_runtime.is_kit:
         sign_activations(image, text)
-    return FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(list(TEMPLATES))))
+    return FrozenTowers(
+        freeze(image, example_pixels(model.net), round_outputs=planned.in_runtime.rounds_outputs),
+        freeze(text, model.tokenize(list(TEMPLATES))),
+    )

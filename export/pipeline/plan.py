@@ -56,14 +56,18 @@ def plan_exports(recipe: Recipe) -> list[PlannedExport]:
     ]
 
 
-def is_adaptable(source: PlannedExport, planned: PlannedExport) -> bool:
-    """Return True if the planned export can be made from another runtime's export, without tracing the towers again."""
+def is_adaptable(source: PlannedExport, planned: PlannedExport, has_rounded_outputs: bool) -> bool:
+    """Return True if the planned export can be made from another runtime's export, without tracing the towers again.
+
+    `has_rounded_outputs` is True if an int8 checkpoint rounds outputs that some runtimes leave in float.
+    """
     return (
         replace(source, runtime=planned.runtime, uint8_input=planned.uint8_input) == planned
         and not source.in_runtime.separates_products  # this rewrite cannot be undone
         and source.uint8_input >= planned.uint8_input
         # activations of a build kit's int8 towers are signed
         and (source.in_runtime.is_kit == planned.in_runtime.is_kit or not planned.in_precision.is_quantized)
+        and (source.in_runtime.rounds_outputs == planned.in_runtime.rounds_outputs or not has_rounded_outputs)
     )
 
 

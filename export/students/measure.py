@@ -39,7 +39,7 @@ PROCESSES, SECONDS = 3, 1.0
 WORTH: tuple[Worth, ...] = ("params_image", "gmacs", "published_fp32_top1")
 """Metrics of the Pareto fronts: a slower student is on a front only if it is better in the metric."""
 
-_FORMAT = 3
+_FORMAT = 4
 _NUM_CALIBRATION = 8
 _OPSET = 20
 _MIN_INPUTS, _INPUT_BYTES = 8, 16 << 20  # the inputs add to the measured memory
@@ -112,7 +112,7 @@ def measure_students(
     pairs = [(candidate, precision) for candidate in wanted for precision in precisions]
     with hold_lock(folder / ".lock", f"{folder}: another clipkd measures students on {name}; wait for it"):
         states = {pair: _read_state(folder, pair) for pair in pairs}
-        _build(states, folder, progress)
+        _build(states, bench.runtime, folder, progress)
         _time(states, folder, bench, progress)
     rows = [_row(pair, state, bench) for pair, state in states.items()]
     measured = [row for row in rows if is_measured(row)]
@@ -152,13 +152,13 @@ def _mark_fronts(rows: Sequence[MeasuredStudent]) -> None:
                 row["front"] += [field] if on_front else []
 
 
-def _build(states: dict[Pair, _State], folder: Path, progress: Progress) -> None:
+def _build(states: dict[Pair, _State], runtime: str, folder: Path, progress: Progress) -> None:
     """Write the graphs of the pairs without a state, and store their facts; put a failure into `status`."""
     unknown = [pair for pair, state in states.items() if not state]
     for done, pair in enumerate(unknown):
         progress("building", done, len(unknown), " ".join((pair[0].model, pair[1])))
         try:
-            facts = _build_graph(*pair, folder / f"{_stem(pair)}.onnx")
+            facts = _build_graph(*pair, runtime, folder / f"{_stem(pair)}.onnx")
         except (UsageError, MissingDependency, OSError):
             raise  # unknown architecture, missing NNCF, full disk: these would fail for every pair
         except ClipkdError as error:
@@ -226,8 +226,8 @@ def _job(number: int, pair: Pair, state: _State, folder: Path, bench: _Bench, th
     return Job(number, folder, _stem(pair), words, title, len(state["documents"]), once=[graph])
 
 
-def _build_graph(candidate: Candidate, precision: str, path: Path) -> GraphFacts:
-    """Write the graph of an image tower with random weights; return the facts that need no run."""
+def _build_graph(candidate: Candidate, precision: str, runtime: str, path: Path) -> GraphFacts:
+    """Write the graph of an image tower with random weights for a runtime; return the facts that need no run."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -249,7 +249,7 @@ def _build_graph(candidate: Candidate, precision: str, path: Path) -> GraphFacts
         if PRECISIONS[precision].is_quantized:  # calibrated on noise: the ranges are wrong, but latency is the same
             random = torch.Generator().manual_seed(0)
             noise = torch.randn(_NUM_CALIBRATION, *pixels.shape[1:], generator=random)
-            tower = int8_image_tower(model.net, noise)
+            tower = int8_image_tower(model.net, noise, round_outputs=RUNTIMES[runtime].rounds_outputs)
         elif precision != "fp32":
             tower = prepare_tower(ImageTower(model.net).eval(), pixels, precision)
         opset = max(_OPSET, PRECISIONS[precision].min_opset)

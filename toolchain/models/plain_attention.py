@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def plain_attention(tower: nn.Module) -> None:
-    """Replace, in place, the plain self-attention of open_clip's and timm's transformers, and open_clip's ResNet's pool.
+    """Replace, in place, the attention pool of open_clip's ResNet and the plain self-attention of open_clip and timm.
 
     Other kinds stay.
 
@@ -69,7 +69,8 @@ class _OfTorch(nn.Module):
         assert key is query
         assert value is query
         qkv_BLE3 = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(attend(*qkv_BLE3.chunk(3, -1), self.num_heads, attn_mask)), None
+        q_BLE, k_BLE, v_BLE = qkv_BLE3.chunk(3, -1)
+        return self.out_proj(attend(q_BLE, k_BLE, v_BLE, self.num_heads, attn_mask)), None
 
 
 class _OfTimm(nn.Module):
@@ -81,12 +82,13 @@ class _OfTimm(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         assert not is_causal
-        projected: Tensor = self.proj(attend(*self.qkv(x).chunk(3, -1), self.num_heads, attn_mask))
+        q_BLE, k_BLE, v_BLE = self.qkv(x).chunk(3, -1)
+        projected: Tensor = self.proj(attend(q_BLE, k_BLE, v_BLE, self.num_heads, attn_mask))
         return projected
 
 
 class _OfResNet(nn.Module):
-    """A replacement of the attention pool of open_clip's ResNet: the mean of all positions attends to it and to them."""
+    """A replacement of the attention pool of open_clip's ResNet: the mean of positions attends to it and to them."""
 
     def __init__(self, replaced: AttentionPool2d) -> None:
         super().__init__()

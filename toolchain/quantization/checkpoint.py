@@ -19,9 +19,9 @@ from toolchain.models.folding import fold_batch_norms, merge_branches, move_gain
 from toolchain.models.plain_attention import plain_attention
 from toolchain.models.towers import ImageTower, TextTower, example_pixels
 from toolchain.quantization.nncf_backend import decode_json, import_nncf, is_quantizer_key, list_quantizers
-from toolchain.recipe.model_names import WEIGHTS
+from toolchain.recipe.model_names import INT8_CONFIG, WEIGHTS
 
-CONFIG, QUANTIZERS = "nncf.json", "nncf.safetensors"
+QUANTIZERS = "nncf.safetensors"
 
 TOWERS = ("image", "text")
 
@@ -35,7 +35,7 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
         ArtifactError: the folder was not written by `quantize`, or it is of another architecture.
     """
     nncf = import_nncf()
-    for name in (WEIGHTS, QUANTIZERS, CONFIG):
+    for name in (WEIGHTS, QUANTIZERS, INT8_CONFIG):
         if not (folder / name).is_file():
             raise ArtifactError(
                 f"{folder}: no {name}; expected an int8 checkpoint. Make one with: clipkd quantize {folder.parent}"
@@ -56,11 +56,11 @@ def load_quantized(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Modul
 
 
 def _restore_towers(folder: Path, source: ClipModel) -> tuple[nn.Module, nn.Module]:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / INT8_CONFIG).read_text(encoding="utf-8"))
     for name in (WEIGHTS, QUANTIZERS):
         if file_sha256(folder / name) != config["sha256"][name]:
             raise ArtifactError(
-                f"{folder / name}: changed since clipkd quantize wrote it: its sha256 differs from {CONFIG}'s. "
+                f"{folder / name}: changed since clipkd quantize wrote it: its sha256 differs from {INT8_CONFIG}'s. "
                 f"Delete {folder} and quantize again: clipkd quantize {folder.parent}"
             )
     weights, saved = load_file(folder / WEIGHTS), load_file(folder / QUANTIZERS)
@@ -85,7 +85,8 @@ def _restore_tower(name: str, tower: nn.Module, config: dict[str, Any], saved: d
     """Return a tower with its saved quantizers; a tower without any is returned unchanged."""
     if name not in config:
         return tower
-    quantized: nn.Module = import_nncf().torch.load_from_config(tower, decode_json(config[name]))
+    nncf, modules = import_nncf(), ("nncf.*", "toolchain.quantization.*")
+    quantized: nn.Module = nncf.torch.load_from_config(tower, decode_json(config[name]), allowed_modules=modules)
     state = {key: value for key, value in quantized.state_dict().items() if not is_quantizer_key(key)}
     state |= {key.removeprefix(f"{name}."): v for key, v in saved.items() if key.startswith(f"{name}.")}
     quantized.load_state_dict(state)
@@ -157,7 +158,7 @@ def save_quantized(
     config = {name: nncf.torch.get_config(tower) for name, tower in quantized.items()}
     config["moved"] = sorted(prepared.moved)
     config["sha256"] = {name: file_sha256(folder / name) for name in (WEIGHTS, QUANTIZERS)}
-    write_json(folder / CONFIG, config)
+    write_json(folder / INT8_CONFIG, config)
 
 
 def _float_state(

@@ -20,16 +20,19 @@ def sign_activations(*towers: nn.Module) -> None:
             quantizer.signed = True
 
 
-def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
+def freeze(tower: nn.Module, example: Tensor, *, round_outputs: bool = True) -> nn.Module:
     """Return a copy of a quantized tower that computes with rounded values and exports Quantize/DequantizeLinear.
 
     Weights are stored as int8.  `example` runs once, to distinguish quantizers of weights from those of activations.
-    Disabled quantizers are removed; a tower without quantizers is only copied.
+    Disabled quantizers are removed, and without `round_outputs` those of convolutions' outputs (output_rounding.py).  A
+    tower without quantizers is only copied.
     """
     tower = copy.deepcopy(tower).eval()
     recorders = {name: _Recorder(quantizer) for name, quantizer in list_quantizers(tower, every_place=True)}
     if not recorders:
         return tower
+    from toolchain.quantization.output_rounding import OutputQuantizer  # NNCF is imported if there are quantizers
+
     hooks = find_hooks(tower)
     for name, recorder in recorders.items():
         hooks.set_submodule(name, recorder)
@@ -37,7 +40,8 @@ def freeze(tower: nn.Module, example: Tensor) -> nn.Module:
         tower(example)
     table_of = {m.weight: name for name, m in tower.named_modules() if isinstance(m, nn.Embedding)}
     for name, recorder in recorders.items():
-        if not recorder.quantizer.is_enabled_quantization():  # type: ignore[operator]
+        removed = isinstance(recorder.quantizer, OutputQuantizer) and not round_outputs
+        if removed or not recorder.quantizer.is_enabled_quantization():  # type: ignore[operator]
             hooks.set_submodule(name, nn.Identity())
             continue
         if recorder.weight is None:

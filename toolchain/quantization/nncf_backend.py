@@ -18,6 +18,7 @@ _PRODUCTS = ["matmul", "__matmul__"]  # of attention, and open_clip's last proje
 _FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "bmm", "normalize", "layer_norm"]
 _FLOAT_IN_TRANSFORMERS = ["conv2d", "add", "add_", "__add__", "__iadd__", "__radd__"]
 _CALIBRATION_BATCH = 64
+_HOOKS = "__nncf_hooks."
 
 
 def import_nncf() -> Any:
@@ -116,6 +117,10 @@ def calibrate(
                 activations_quantization_params=QuantizationParameters(per_channel=False),
             ),
         )
+        if is_convolutional:
+            from toolchain.quantization.output_rounding import round_outputs
+
+            round_outputs(quantized, batches)
     return quantized.eval()  # no dropout: rounding is the only noise the student should learn
 
 
@@ -140,8 +145,19 @@ def list_quantizers(tower: nn.Module, *, every_place: bool = False) -> list[tupl
     return [(name, module) for name, module in named if isinstance(module, BaseQuantizer)]
 
 
+def find_quantizer_nodes(graph: Any) -> dict[str, str]:
+    """Return {node of an NNCF graph that rounds: the quantizer's name within the hook storage}."""
+    found = {}
+    for node in graph.get_all_nodes():
+        names = [previous.node_name for previous in graph.get_previous_nodes(node)]
+        scale = next((name for name in names if name.startswith(_HOOKS)), None)
+        if scale is not None:
+            found[node.node_name] = scale.removeprefix(_HOOKS).rpartition(".")[0]
+    return found
+
+
 def is_quantizer_key(key: str) -> bool:
-    return key.startswith("__nncf_hooks.")
+    return key.startswith(_HOOKS)
 
 
 def decode_json(config: dict[str, Any]) -> dict[str, Any]:

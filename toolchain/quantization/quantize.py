@@ -170,8 +170,8 @@ def _explain_divergence(step: int, features: tuple[Tensor, Tensor]) -> ClipkdErr
     )
 
 
-def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:
-    """Return a net's image tower in int8, calibrated but not fine-tuned, frozen for export.
+def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor, *, round_outputs: bool = True) -> nn.Module:
+    """Return a net's image tower in int8, calibrated but not fine-tuned, frozen for export as by `freeze`.
 
     Raises:
         MissingDependency: NNCF, or a compiler that it needs, is not installed.
@@ -179,7 +179,7 @@ def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor) -> nn.Module:
     nncf, prepared = import_nncf(), float_towers(net, ["image"], None)
     with without_attention_fast_path(), explain_extension_errors():
         tower = calibrate(nncf, prepared.image, pixel_values_BCHW, is_convolutional=prepared.is_convolutional)
-        return freeze(tower, example_pixels(net))
+        return freeze(tower, example_pixels(net), round_outputs=round_outputs)
 
 
 def _cosine_loss(

@@ -22,7 +22,7 @@ from toolchain.models.clip_model import ClipModel
 from toolchain.models.finite import describe_non_finite
 from toolchain.models.towers import without_attention_fast_path
 from toolchain.progress import Progress, no_progress
-from toolchain.quantization.nncf_backend import list_quantizers
+from toolchain.quantization.nncf_backend import find_quantizer_nodes, list_quantizers
 
 EXACT_DB = 150.0
 """SQNR reported if nothing differs: float32 resolves 24 bits, which is 144 dB."""
@@ -111,11 +111,7 @@ def list_layers(tower: nn.Module, example: Tensor) -> Quantizers:
         return {}
     with without_attention_fast_path():
         graph = build_nncf_graph(tower, example)
-    hook_of: dict[str, str] = {}  # graph node of a quantizer -> its name in the hooks
-    for node in graph.get_all_nodes():
-        scales = [p.node_name for p in graph.get_previous_nodes(node) if p.node_name.startswith("__nncf_hooks.")]
-        if scales and (name := scales[0].removeprefix("__nncf_hooks.").rpartition(".")[0]) in quantizers:
-            hook_of[node.node_name] = name
+    hook_of = {node: name for node, name in find_quantizer_nodes(graph).items() if name in quantizers}
     assert {quantizers[name] for name in hook_of.values()} == {*quantizers.values()}, "every quantizer is in the graph"
 
     def nearest(node: Any, step: Callable[[Any], list[Any]], *, through_quantizers: bool) -> list[str]:

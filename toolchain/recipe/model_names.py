@@ -26,6 +26,7 @@ Spec = TypeVar("Spec", bound=ModelSpec)
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"  # of an open_clip local-dir
+INT8_CONFIG = "nncf.json"  # of an int8 checkpoint: the places of its quantizers
 HUB, LOCAL_DIR = "hf-hub:", "local-dir:"
 
 
