@@ -30,6 +30,7 @@ from toolchain.quantization.freeze import freeze
 from toolchain.quantization.quantize import Calibration, quantize
 from toolchain.recipe.model import ModelSpec
 from toolchain.recipe.model_names import resolve_model
+from toolchain.runtimes import RUNTIMES
 
 MODELS = ("ViT-S-16", "vit_t_16", "mobilenetv4_s", "MobileCLIP2-S0", "resnet18", "swin_t")
 CONFIGS = {  # open_clip has no CLIP model with this image tower
@@ -46,7 +47,7 @@ CONFIGS = {  # open_clip has no CLIP model with this image tower
         },
     ),
 }
-RUNTIMES = ("onnxruntime", "openvino")
+COMPARED = ("onnxruntime", "openvino")
 PRECISIONS = ("fp32", "fp16", "int8")
 BEGIN, END = "<!-- export_matrix: begin -->", "<!-- export_matrix: end -->"
 ADJECTIVES = ("red", "small", "old", "wet", "broken", "tall", "striped", "paper", "silent", "round", "two", "distant")
@@ -89,7 +90,9 @@ def export_and_check(model: ClipModel, runtime: str, precision: str, samples: in
             pixels = example_pixels(model.net, few).float()
             quantize(model, checkpoint, Calibration(pixels, model.tokenize(captions[:few])))
             image, text = load_quantized(checkpoint, model)
-            frozen = FrozenTowers(freeze(image, example_pixels(model.net)), freeze(text, model.tokenize(captions[:2])))
+            rounds = RUNTIMES[runtime].rounds_outputs
+            frozen_image = freeze(image, example_pixels(model.net), round_outputs=rounds)
+            frozen = FrozenTowers(frozen_image, freeze(text, model.tokenize(captions[:2])))
         planned = PlannedExport("student", precision, runtime)
         export_onnx(model, folder, planned, classes_set("made", images_BHW3, captions, ("{}",)), frozen)
         proof = prove(folder, runtime=runtime, precision=precision)
@@ -128,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
-    parser.add_argument("--runtimes", default=",".join(RUNTIMES))
+    parser.add_argument("--runtimes", default=",".join(COMPARED))
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--docs", type=Path, help="a file whose table to replace")
     options = parser.parse_args()
