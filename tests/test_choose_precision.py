@@ -525,8 +525,8 @@ def test_an_int8_that_is_broken_in_silence_is_rejected_for_its_accuracy(
     assert clipkd("adopt", teacher, "--like", "glyphs", *flags, "--out", run).code == 0
     freeze, frozen = freeze_module.freeze, []
 
-    def broken(tower: nn.Module, example: Any) -> nn.Module:
-        frozen.append(freeze(tower, example))
+    def broken(tower: nn.Module, example: Any, **options: Any) -> nn.Module:
+        frozen.append(freeze(tower, example, **options))
         return Rolled(frozen[-1]) if len(frozen) == 1 else frozen[-1]  # the image tower comes first
 
     monkeypatch.setattr(freeze_module, "freeze", broken)

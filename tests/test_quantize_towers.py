@@ -33,11 +33,12 @@ MERGED_AND_FOLDED = 1e-4  # of a unit feature: float32 rounding of up to a hundr
 
 # Least signal-to-noise ratio of all samples together, ONNX Runtime's int8 features against the float tower's, in dB.
 # Random weights amplify a disturbance from layer to layer, as trained ones do not; a wrong scale leaves 3 dB or less.
-MIN_SQNR_DB = {"transformer": 30.0, "resnet": 15.0, "depthwise": 8.0}
-# x86 without VNNI (AVX2, AVX-512F) adds pairs of 8-bit products in 16 bits, which saturate: 23 dB measured on AVX2,
-# where the frozen tower has 43.  ONNX Runtime's way out, session.x64quantprecision, fails on tied weights (1.31).
+MIN_SQNR_DB = {"transformer": 30.0, "resnet": 15.0, "depthwise": 7.0}
+# x86 without VNNI (AVX2, AVX-512F) adds pairs of 8-bit products in 16 bits, which saturate: on AVX2, 23 dB measured in
+# the ViT, where the frozen tower has 43, and 19 dB in Swin-T.  ONNX Runtime's way out, session.x64quantprecision, fails
+# on tied weights (1.31).
 if not any("vnni" in name for name in describe_machine()["isa"]):
-    MIN_SQNR_DB["transformer"] = 20.0
+    MIN_SQNR_DB["transformer"] = 18.0
 
 VIT = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
 RESNET_50 = {"timm_model_name": None, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None}
@@ -224,12 +225,16 @@ def executed(tower: nn.Module, pixel_values: Tensor, folder: Path) -> Counter[st
 
 
 def test_outputs_are_rounded_where_a_convolution_would_be_computed_in_floats(tmp_path: Path) -> None:
+    nncf = import_nncf()
+    from toolchain.quantization.output_rounding import OutputQuantizer, round_outputs
+
     torch.manual_seed(0)
     net = nn.Module()
     net.visual = Activated().eval()
     pixel_values = pictures(16, 32, 0)
-    tower = calibrate(import_nncf(), ImageTower(net).eval(), pixel_values, is_convolutional=True)
-    rounded = [name for name, quantizer in list_quantizers(tower) if type(quantizer).__name__ == "OutputQuantizer"]
+    tower = calibrate(nncf, ImageTower(net).eval(), pixel_values, is_convolutional=True)
+    round_outputs(tower, [pixel_values[:10], pixel_values[10:]])
+    rounded = [name for name, quantizer in list_quantizers(tower) if isinstance(quantizer, OutputQuantizer)]
     assert {name.split("/")[1] for name in rounded} == {"silu", "scaled"}
 
     seen: dict[str, Tensor] = {}

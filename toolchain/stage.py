@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import chain, count
@@ -128,8 +128,7 @@ def run_stage(spec: StageSpec, work: Work, *, again: bool = False, replace: bool
 
     Raises:
         ArtifactError: the finished stage is corrupt or not clipkd's, another process is making it, the disk is full,
-            the directory was removed meanwhile, or `replace` is False and work that took over a minute would be
-            replaced.
+            the directory is removed, or `replace` is False and work that took over a minute would be replaced.
     """
     key = spec.key
     if spec.path.exists():
@@ -276,31 +275,26 @@ def _is_resolved_recipe(run: Path) -> bool:
     return recipe.is_file() and RESOLVED in recipe.read_text(encoding="utf-8", errors="replace")
 
 
-@contextmanager
-def _lock(partial: Path) -> Iterator[None]:
+def _lock(partial: Path) -> AbstractContextManager[None]:
     partial.mkdir(exist_ok=True)
-    with hold_lock(partial / _LOCK, f"{partial}: another process is making this stage; wait for it to end"):
-        yield
+    return hold_lock(partial / _LOCK, f"{partial}: another process is making this stage; wait for it to end")
 
 
 @contextmanager
 def _explaining_disk_errors(partial: Path) -> Iterator[None]:
     try:
         yield
+    except ClipkdError:
+        raise
     except Exception as error:  # torch and safetensors raise their own errors for a full disk
-        if isinstance(error, ClipkdError):
-            raise
         if not partial.exists():
-            raise ArtifactError(
-                f"{partial}: removed while clipkd was writing into it. Repeat the command to make it anew"
-            ) from error
-        free = shutil.disk_usage(partial.parent).free
-        disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not (disk_full or free < _FULL_BYTES):
+            raise ArtifactError(f"{partial}: removed while clipkd was writing into it. Repeat the command") from error
+        free, is_full = shutil.disk_usage(partial.parent).free, getattr(error, "errno", None) == errno.ENOSPC
+        if not (is_full or "No space left" in str(error) or free < _FULL_BYTES):
             raise
         raise ArtifactError(
-            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Finished stages and the last training "
-            "checkpoint are kept: free some space and repeat the command to resume"
+            f"{partial}: the disk is full ({free / 1e6:.0f} MB free). Finished stages and the last training checkpoint "
+            "are kept: free some space and repeat the command to resume"
         ) from error
 
 

@@ -103,7 +103,8 @@ def _has_logit_bias(checkpoint: Path) -> bool:
 
 def _has_rounded_outputs(checkpoint: Path) -> bool:
     """Return True if outputs of convolutions are rounded in an int8 checkpoint; see output_rounding.py."""
-    return '"OutputQuantizer"' in (checkpoint / INT8_CONFIG).read_text(encoding="utf-8")
+    config = checkpoint / INT8_CONFIG
+    return config.is_file() and '"OutputQuantizer"' in config.read_text(encoding="utf-8")
 
 
 def _export_and_prove(

@@ -17,7 +17,7 @@ from toolchain.errors import MissingDependency
 _PRODUCTS = ["matmul", "__matmul__"]  # of attention, and open_clip's last projection
 _FLOAT_EVERYWHERE = ["scaled_dot_product_attention", "bmm", "normalize", "layer_norm"]
 _FLOAT_IN_TRANSFORMERS = ["conv2d", "add", "add_", "__add__", "__iadd__", "__radd__"]
-_CALIBRATION_BATCH = 64
+CALIBRATION_BATCH = 64
 _HOOKS = "__nncf_hooks."
 
 
@@ -101,7 +101,7 @@ def calibrate(
     floating = _FLOAT_EVERYWHERE if is_convolutional else _FLOAT_EVERYWHERE + _FLOAT_IN_TRANSFORMERS
     floating = floating if attention else floating + _PRODUCTS
     off = nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
-    batches = list(torch.split(inputs, _CALIBRATION_BATCH))  # the ranges are exact for any batch size
+    batches = list(torch.split(inputs, CALIBRATION_BATCH))  # the ranges are exact for any batch size
     with redirect_stdout(io.StringIO()):  # NNCF prints its progress there
         quantized: nn.Module = nncf.quantize(
             tower,
@@ -117,10 +117,6 @@ def calibrate(
                 activations_quantization_params=QuantizationParameters(per_channel=False),
             ),
         )
-        if is_convolutional:
-            from toolchain.quantization.output_rounding import round_outputs
-
-            round_outputs(quantized, batches)
     return quantized.eval()  # no dropout: rounding is the only noise the student should learn
 
 

@@ -33,7 +33,7 @@ from toolchain.models.finite import describe_non_finite
 from toolchain.models.towers import ImageTower, TextTower, example_pixels, without_attention_fast_path
 from toolchain.quantization.checkpoint import TOWERS, FloatTowers, float_towers, save_quantized
 from toolchain.quantization.freeze import freeze, sign_activations
-from toolchain.quantization.nncf_backend import calibrate, explain_extension_errors, import_nncf
+from toolchain.quantization.nncf_backend import CALIBRATION_BATCH, calibrate, explain_extension_errors, import_nncf
 
 
 class FineTuningBatch(NamedTuple):
@@ -123,20 +123,24 @@ def _calibrate_towers(prepared: FloatTowers, calibration: Calibration) -> tuple[
     text_tower: nn.Module = prepared.text.requires_grad_("text" in calibration.towers)
     device = next(image_tower.parameters()).device
     if "image" in calibration.towers:
-        pixel_values_BCHW = calibration.pixel_values_BCHW.to(device)
-        image_tower = calibrate(
-            nncf,
-            image_tower,
-            pixel_values_BCHW,
-            is_convolutional=prepared.is_convolutional,
-            attention=attention,
-        )
+        image_tower = _calibrate_image(prepared, calibration.pixel_values_BCHW.to(device), attention=attention)
     if "text" in calibration.towers:
         input_ids_BT = calibration.input_ids_BT.to(device)
         text_tower = calibrate(nncf, text_tower, input_ids_BT, is_convolutional=False, attention=attention)
     if calibration.signed_activations:
         sign_activations(image_tower, text_tower)
     return image_tower, text_tower
+
+
+def _calibrate_image(prepared: FloatTowers, pixel_values_BCHW: Tensor, *, attention: bool = False) -> nn.Module:
+    """Return the image tower with fake quantization, of convolutions' outputs too where ONNX Runtime needs it."""
+    nncf, is_convolutional = import_nncf(), prepared.is_convolutional
+    tower = calibrate(nncf, prepared.image, pixel_values_BCHW, is_convolutional=is_convolutional, attention=attention)
+    if is_convolutional:
+        from toolchain.quantization.output_rounding import round_outputs
+
+        round_outputs(tower, torch.split(pixel_values_BCHW, CALIBRATION_BATCH))
+    return tower
 
 
 def _fine_tune(image_tower: nn.Module, text_tower: nn.Module, net: nn.Module, tuning: FineTuning) -> None:
@@ -176,9 +180,10 @@ def int8_image_tower(net: nn.Module, pixel_values_BCHW: Tensor, *, round_outputs
     Raises:
         MissingDependency: NNCF, or a compiler that it needs, is not installed.
     """
-    nncf, prepared = import_nncf(), float_towers(net, ["image"], None)
+    import_nncf()  # explain_extension_errors needs it
+    prepared = float_towers(net, ["image"], None)
     with without_attention_fast_path(), explain_extension_errors():
-        tower = calibrate(nncf, prepared.image, pixel_values_BCHW, is_convolutional=prepared.is_convolutional)
+        tower = _calibrate_image(prepared, pixel_values_BCHW)
         return freeze(tower, example_pixels(net), round_outputs=round_outputs)
 
 
