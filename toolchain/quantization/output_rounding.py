@@ -30,7 +30,7 @@ def round_outputs(tower: nn.Module, batches: Sequence[Tensor]) -> None:
 
     The range of each is the largest value in `batches`, as of the other activations.
     """
-    peaks = {name: _Peak() for name in _unrounded(tower, batches[0][:2])}
+    peaks = {name: _Peak() for name in _find_unrounded(tower, batches[0][:2])}
     handles = [register_post_function_hook(tower, name, 0, peak) for name, peak in peaks.items()]
     with torch.no_grad():
         for batch in batches:
@@ -46,7 +46,7 @@ def round_outputs(tower: nn.Module, batches: Sequence[Tensor]) -> None:
         register_post_function_hook(tower, name, 0, quantizer)
 
 
-def _unrounded(tower: nn.Module, example: Tensor) -> list[str]:
+def _find_unrounded(tower: nn.Module, example: Tensor) -> list[str]:
     """Return the quantized convolutions of which something other than a quantizer reads the output, except a ReLU."""
     graph = build_nncf_graph(tower, example)
     quantizers = find_quantizer_nodes(graph)
