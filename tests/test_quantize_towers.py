@@ -255,6 +255,23 @@ def test_outputs_are_rounded_where_a_convolution_would_be_computed_in_floats(tmp
             torch.testing.assert_close(int8(pixel_values), ImageTower(net)(pixel_values), atol=2e-2, rtol=0)
 
 
+def test_the_output_of_a_dead_convolution_stays_finite() -> None:
+    nncf = import_nncf()
+    from toolchain.quantization.output_rounding import round_outputs
+
+    net = nn.Module()
+    net.visual = Activated().eval()
+    for parameter in net.visual.silu.parameters():
+        nn.init.zeros_(parameter)
+    pixel_values = pictures(4, 32, 0)
+    tower = calibrate(nncf, ImageTower(net).eval(), pixel_values, is_convolutional=True)
+    round_outputs(tower, [pixel_values])
+    scales = [quantizer.scale for _, quantizer in list_quantizers(tower)]
+    assert all((scale > 0).all() for scale in scales)
+    with torch.no_grad():
+        assert freeze(tower, pixel_values)(pixel_values).isfinite().all()
+
+
 def test_rounded_outputs_are_saved_and_restored(tmp_path: Path) -> None:
     model = built(timm("test_efficientnet", 32))
     pixel_values = pictures(8, 32, 0)

@@ -20,6 +20,8 @@ from toolchain.quantization.nncf_backend import find_quantizer_nodes, list_quant
 
 _MERGED = ("relu", "relu_")  # ONNX Runtime replaces them by the range of the rounding
 
+_LEAST_RANGE = 1e-5  # of a dead convolution, whose output is always 0
+
 
 class OutputQuantizer(SymmetricQuantizer):  # type: ignore[misc]  # NNCF has no types
     """A quantizer of a convolution's output.  Its class distinguishes it from NNCF's own, also in a saved tower."""
@@ -37,12 +39,12 @@ def round_outputs(tower: nn.Module, batches: Sequence[Tensor]) -> None:
             tower(batch)
     for handle in handles:
         handle.remove()
-    template = next(quantizer for _, quantizer in list_quantizers(tower) if not quantizer.per_channel)
+    of_activations = [quantizer for _, quantizer in list_quantizers(tower) if not quantizer.per_channel]
     for name, peak in peaks.items():
-        quantizer = OutputQuantizer(template._qspec).to(peak.value.device)
+        quantizer = OutputQuantizer(of_activations[0]._qspec).to(peak.value.device)
         quantizer.signed = True
         with torch.no_grad():
-            quantizer.scale.fill_(peak.value)
+            quantizer.scale.fill_(peak.value.clamp(min=_LEAST_RANGE))
         register_post_function_hook(tower, name, 0, quantizer)
 
 
