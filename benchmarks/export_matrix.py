@@ -5,7 +5,7 @@
 
 Each row is a whole export of both towers and its parity check, which runs in a process of its own.  fp32 and fp16 must
 pass the parity check on ONNX Runtime and OpenVINO, on the CPU.  int8 (calibrated, not fine-tuned) must export, run and
-report its SQNR to its own frozen towers.  `--docs` replaces the rows of these models between that file's markers.  The
+report its SQNR to its own frozen towers.  `--docs` replaces the rows of these exports between that file's markers.  The
 last line of stdout is one JSON document; the exit code is 5 if a claim does not hold.
 """
 
@@ -118,12 +118,11 @@ def table_row(name: str, runtime: str, precision: str, result: dict[str, Any]) -
 
 
 def write(docs: Path, lines: list[str]) -> None:
-    """Replace the table's rows of the models that were exported; keep the rows of other models."""
+    """Replace the table's rows of what was exported, in their places; keep the other rows."""
     before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
     present, _, after = rest.partition(END)
-    exported = {line.split("|")[1] for line in lines[2:]}
-    kept = [line for line in present.strip().splitlines()[2:] if line.split("|")[1] not in exported]
-    table = "\n".join([*lines[:2], *kept, *lines[2:]])
+    rows = {tuple(line.split("|")[1:4]): line for line in (*present.strip().splitlines()[2:], *lines[2:])}
+    table = "\n".join([*lines[:2], *rows.values()])
     docs.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 

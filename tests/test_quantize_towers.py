@@ -1,7 +1,6 @@
 """Image towers of every family: calibrated, frozen, exported and run in ONNX Runtime, with random weights."""
 
 import copy
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from export.device_programs.machine import describe_machine
 from export.graphs.onnx_graph import write_graph
+from export.proof.executed_graph import read_executed_graph
 from toolchain.models.build import build_model
 from toolchain.models.clip_model import ClipModel
 from toolchain.models.towers import ImageTower, example_pixels
@@ -33,12 +33,12 @@ MERGED_AND_FOLDED = 1e-4  # of a unit feature: float32 rounding of up to a hundr
 
 # Least signal-to-noise ratio of all samples together, ONNX Runtime's int8 features against the float tower's, in dB.
 # Random weights amplify a disturbance from layer to layer, as trained ones do not; a wrong scale leaves 3 dB or less.
-MIN_SQNR_DB = {"transformer": 30.0, "resnet": 15.0, "depthwise": 7.0}
+MIN_SQNR_DB = {"transformer": 30.0, "windows": 30.0, "resnet": 15.0, "depthwise": 8.0, "MobileNetV4": 7.0}
 # x86 without VNNI (AVX2, AVX-512F) adds pairs of 8-bit products in 16 bits, which saturate: on AVX2, 23 dB measured in
 # the ViT, where the frozen tower has 43, and 19 dB in Swin-T.  ONNX Runtime's way out, session.x64quantprecision, fails
 # on tied weights (1.31).
 if not any("vnni" in name for name in describe_machine()["isa"]):
-    MIN_SQNR_DB["transformer"] = 18.0
+    MIN_SQNR_DB |= {"transformer": 20.0, "windows": 18.0}
 
 VIT = {"timm_model_name": None, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 32}
 RESNET_50 = {"timm_model_name": None, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None}
@@ -55,14 +55,14 @@ TOWERS = [
     pytest.param(timm("resnet18"), "resnet", {"QLinearConv", "QLinearAdd"}, id="ResNet-18", marks=slow),
     pytest.param(RESNET_50 | {"image_size": 64}, "resnet", {"QLinearConv"}, id="CLIP's ResNet", marks=slow),
     pytest.param(timm("mobilenetv3_small_100", proj=""), "depthwise", {"QLinearConv"}, id="MobileNetV3", marks=slow),
-    pytest.param(timm("mobilenetv4_conv_small", proj=""), "depthwise", {"QLinearConv"}, id="MobileNetV4", marks=slow),
+    pytest.param(timm("mobilenetv4_conv_small", proj=""), "MobileNetV4", {"QLinearConv"}, id="MobileNetV4", marks=slow),
     pytest.param(timm("mobilenetv4_hybrid_medium", proj=""), "depthwise", {"QLinearConv"}, id="hybrid", marks=slow),
     pytest.param(timm("efficientnet_b0"), "depthwise", {"QLinearConv"}, id="EfficientNet-B0", marks=slow),
     pytest.param(timm("fastvit_t8"), "depthwise", {"QLinearConv"}, id="FastViT-T8", marks=slow),
     pytest.param(timm("fastvit_mci0"), "depthwise", {"MatMulIntegerToFloat"}, id="MobileCLIP2-S0", marks=slow),
     pytest.param(
         timm("swin_tiny_patch4_window7_224", 224, timm_pool=""),
-        "transformer",
+        "windows",
         {"MatMulIntegerToFloat"},
         id="Swin-T",
         marks=slow,
@@ -95,6 +95,26 @@ def built(vision_cfg: dict[str, Any]) -> ClipModel:
     return model
 
 
+def write_image_graph(tower: nn.Module, pixel_values: Tensor, path: Path) -> None:
+    with torch.no_grad():
+        write_graph(tower, pixel_values[:2], path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
+
+
+def executed_operators(path: Path) -> dict[str, int]:
+    found = read_executed_graph(path, "pixel_values", runtime="onnxruntime", precision="int8")
+    assert found is not None
+    return found["ops"]
+
+
+def quantize_and_restore(
+    model: ClipModel, folder: Path, calibration: Calibration, fine_tuning: FineTuning | None = None
+) -> tuple[list[nn.Module], tuple[nn.Module, nn.Module]]:
+    """Return the towers as they were saved, and as they are restored."""
+    kept: list[nn.Module] = []
+    quantize(model, folder, calibration, fine_tuning, before_saving=lambda *towers: kept.extend(towers))
+    return kept, load_quantized(folder, model)
+
+
 @pytest.mark.parametrize(("vision_cfg", "kind", "integer_kernels"), TOWERS)
 def test_every_family_calibrates_freezes_exports_and_runs(
     vision_cfg: dict[str, Any], kind: str, integer_kernels: set[str], tmp_path: Path
@@ -111,11 +131,8 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     image_tower, _ = load_quantized(tmp_path, model)
     frozen = freeze(image_tower, example_pixels(model.net))
     path = tmp_path / "image.onnx"
-    with torch.no_grad():
-        write_graph(frozen, pixel_values[:2], path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
+    write_image_graph(frozen, pixel_values, path)
     options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.log_severity_level = 3  # it warns that an optimised graph is for this machine only
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (actual_BD,) = session.run(None, {"pixel_values": pixel_values.numpy()})
@@ -123,8 +140,7 @@ def test_every_family_calibrates_freezes_exports_and_runs(
     noise = np.square(actual_BD.astype(np.float64) - expected_BD.numpy()).sum()
     sqnr_db = 10 * np.log10(np.square(expected_BD.double().numpy()).sum() / noise)
     assert sqnr_db >= MIN_SQNR_DB[kind], "not `<`: NaN must fail"
-    kernels = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
-    assert integer_kernels <= set(kernels)
+    assert integer_kernels <= set(executed_operators(path))
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
     matrices = sum(parameter.numel() for parameter in frozen.parameters() if parameter.dim() > 1)
     int8 = sum(array.size for array in stored if array.dtype == np.int8)
@@ -136,14 +152,8 @@ def test_a_mobilevit_whose_blocks_share_quantizers_is_saved_restored_and_frozen(
     """Its accuracy is another matter: with random weights, 1e-6 of an input is 0.03 of a feature once it is int8."""
     model = built(timm("mobilevit_xxs"))
     pixel_values = pictures(4, 64, 100)
-    kept: list[nn.Module] = []
-    quantize(
-        model,
-        tmp_path,
-        Calibration(pixel_values, model.tokenize(["a"] * 4), towers=("image",)),
-        before_saving=lambda *towers: kept.extend(towers),
-    )
-    restored, _ = load_quantized(tmp_path, model)
+    calibration = Calibration(pixel_values, model.tokenize(["a"] * 4), towers=("image",))
+    kept, (restored, _) = quantize_and_restore(model, tmp_path, calibration)
     assert len(list_quantizers(restored, every_place=True)) > len(list_quantizers(restored))
     found = {quantizer for of_layer in list_layers(restored, pixel_values[:2]).values() for quantizer in of_layer}
     assert found == {quantizer for _, quantizer in list_quantizers(restored)}, "each belongs to a layer"
@@ -180,18 +190,12 @@ def test_a_quantizer_that_two_places_share_is_frozen_in_both() -> None:
 def test_a_fine_tuned_tower_of_merged_branches_is_restored_exactly(tmp_path: Path) -> None:
     model = built(timm("fastvit_t8"))
     pixel_values, input_ids = pictures(8, 64, 100), model.tokenize(["a"] * 8)
-    kept: list[nn.Module] = []
-    quantize(
-        model,
-        tmp_path,
-        Calibration(pixel_values, input_ids),
-        FineTuning(iter([FineTuningBatch(pixel_values, input_ids)] * 2), steps=2, lr=1e-3),
-        before_saving=lambda *towers: kept.extend(towers),
-    )
+    fine_tuning = FineTuning(iter([FineTuningBatch(pixel_values, input_ids)] * 2), steps=2, lr=1e-3)
+    kept, both_restored = quantize_and_restore(model, tmp_path, Calibration(pixel_values, input_ids), fine_tuning)
     merged = float_towers(model.net, ["image"], None).image.state_dict()
     moved = [name for name, value in kept[0].state_dict().items() if name in merged and not value.equal(merged[name])]
     assert any("reparam" in name for name in moved), "what was merged is trained"
-    for tower, restored, values in zip(kept, load_quantized(tmp_path, model), (pixel_values, input_ids), strict=True):
+    for tower, restored, values in zip(kept, both_restored, (pixel_values, input_ids), strict=True):
         with torch.no_grad():
             assert torch.equal(tower(values), restored(values))
 
@@ -210,18 +214,6 @@ class Activated(nn.Module):
         x = F.dropout(self.scaled(x), 0.1, self.training) * self.scale
         pooled: Tensor = self.last(x).mean((2, 3))
         return pooled
-
-
-def executed(tower: nn.Module, pixel_values: Tensor, folder: Path) -> Counter[str]:
-    """Return the operators that ONNX Runtime executes for a tower."""
-    path = folder / "image.onnx"
-    with torch.no_grad():
-        write_graph(tower, pixel_values[:2], path, names_io=("pixel_values", "image_features"), opset=20, metadata={})
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 3  # it warns that an optimised graph is for this machine only
-    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def test_outputs_are_rounded_where_a_convolution_would_be_computed_in_floats(tmp_path: Path) -> None:
@@ -245,11 +237,12 @@ def test_outputs_are_rounded_where_a_convolution_would_be_computed_in_floats(tmp
     scale = next(q.scale for name, q in list_quantizers(tower) if name in rounded and "/silu/" in name)
     assert scale.item() == pytest.approx(seen["silu"].abs().max().item(), rel=0.05), "what it reads is rounded, too"
 
-    with_outputs = executed(freeze(tower, pixel_values), pixel_values, tmp_path)
-    assert (with_outputs["QLinearConv"], with_outputs["Conv"]) == (6, 0)
     frozen = freeze(tower, pixel_values, round_outputs=False)
-    without = executed(frozen, pixel_values, tmp_path)
-    assert (without["QLinearConv"], without["Conv"]) == (4, 2)
+    path = tmp_path / "image.onnx"
+    for exported, in_integers in ((freeze(tower, pixel_values), 6), (frozen, 4)):
+        write_image_graph(exported, pixel_values, path)
+        operators = executed_operators(path)
+        assert (operators["QLinearConv"], operators.get("Conv", 0)) == (in_integers, 6 - in_integers)
     with torch.no_grad():
         for int8 in (tower, frozen):
             torch.testing.assert_close(int8(pixel_values), ImageTower(net)(pixel_values), atol=2e-2, rtol=0)
@@ -275,14 +268,8 @@ def test_the_output_of_a_dead_convolution_stays_finite() -> None:
 def test_rounded_outputs_are_saved_and_restored(tmp_path: Path) -> None:
     model = built(timm("test_efficientnet", 32))
     pixel_values = pictures(8, 32, 0)
-    kept: list[nn.Module] = []
-    quantize(
-        model,
-        tmp_path,
-        Calibration(pixel_values, model.tokenize(["a"] * 2), towers=("image",)),
-        before_saving=lambda *towers: kept.extend(towers),
-    )
-    restored, _ = load_quantized(tmp_path, model)
+    calibration = Calibration(pixel_values, model.tokenize(["a"] * 2), towers=("image",))
+    kept, (restored, _) = quantize_and_restore(model, tmp_path, calibration)
     kinds = [[(name, type(q).__name__) for name, q in list_quantizers(tower)] for tower in (kept[0], restored)]
     assert kinds[0] == kinds[1]
     assert "OutputQuantizer" in dict(kinds[1]).values()

@@ -32,9 +32,8 @@ def unsign_shared_activations(graph: GraphProto) -> None:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    signed = {
-        t.name for t in graph.initializer if t.data_type == TensorProto.INT8 and not numpy_helper.to_array(t).any()
-    }
+    scalars = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.INT8 and not tensor.dims]
+    signed = {tensor.name for tensor in scalars if numpy_helper.to_array(tensor) == 0}
     unsigned = numpy_helper.from_array(np.array(128, np.uint8), "unsigned_zero_point")
     integers = set()
     for quantize in (node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[2] in signed):
